@@ -1,0 +1,300 @@
+"""Records that cross the public API: specs, batches, caches and per-layer arguments.
+
+Shapes use: B requests, T tokens (rows of ``q``), P pages, S tokens a page (``page_size``), Hq / Hkv query / KV heads,
+D ``head_dim`` (Q and K), Dv ``head_dim_vo`` (V and the output).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+
+from .errors import ArgumentError
+
+KVFormat = Literal["fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2"]
+KVLayout = Literal["NHD", "HND"]
+TableForm = Literal["dense", "indptr", "ragged"]
+
+KV_FORMATS: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""Storage dtype of each KV format; the FP8 formats may also be stored as uint8."""
+
+ATTENTION_FEATURES = frozenset({"soft_cap", "sinks", "alibi", "mask", "lse"})
+"""What a spec may ask for beyond causal masking and windows."""
+
+
+def _require(condition: bool, argument: str, expected: str, actual: object) -> None:
+    if not condition:
+        raise ArgumentError(argument, expected, actual)
+
+
+def format_of(dtype: torch.dtype) -> KVFormat:
+    """The KV format that stores ``dtype`` unchanged."""
+    for name, stored in KV_FORMATS.items():
+        if stored == dtype:
+            return name  # type: ignore[return-value]
+    raise ArgumentError("dtype", f"one of {sorted(map(str, KV_FORMATS.values()))}", dtype)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a plan must be able to compute: everything that is fixed over all layers and steps.
+
+    ``page_size`` is None exactly when ``table`` is "ragged" (K and V are plain [tokens, heads, dim] tensors).
+    ``windows`` names the sliding windows a call may pick: a key at position j is visible to a query at position i iff
+    i - j < window; None is full attention. Query positions are bottom-right aligned: token i of a request with q_len
+    new tokens stands at kv_len - q_len + i. ``features`` names what calls may use (see ATTENTION_FEATURES).
+    ``batch_invariant`` asks that the result of a request not depend on the rest of the batch.
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_vo: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    kv_format: KVFormat | None = None
+    page_size: int | None = 16
+    kv_layout: KVLayout = "NHD"
+    table: TableForm = "dense"
+    causal: bool = True
+    windows: tuple[int | None, ...] = (None,)
+    features: frozenset[str] = field(default_factory=frozenset)
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_dim_vo", self.head_dim if self.head_dim_vo is None else self.head_dim_vo)
+        object.__setattr__(self, "kv_format", format_of(self.dtype) if self.kv_format is None else self.kv_format)
+        object.__setattr__(self, "features", frozenset(self.features))
+        object.__setattr__(self, "windows", tuple(self.windows))
+        for name in ("num_qo_heads", "num_kv_heads", "head_dim", "head_dim_vo"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value > 0, name, "a positive int", value)
+        _require(
+            self.num_qo_heads % self.num_kv_heads == 0,
+            "num_qo_heads",
+            f"a multiple of num_kv_heads={self.num_kv_heads}",
+            self.num_qo_heads,
+        )
+        _require(
+            self.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+            "dtype",
+            "float32, float16, bfloat16 or float64",
+            self.dtype,
+        )
+        _require(self.kv_format in KV_FORMATS, "kv_format", f"one of {sorted(KV_FORMATS)}", self.kv_format)
+        _require(self.kv_layout in ("NHD", "HND"), "kv_layout", "'NHD' or 'HND'", self.kv_layout)
+        _require(self.table in ("dense", "indptr", "ragged"), "table", "'dense', 'indptr' or 'ragged'", self.table)
+        if self.table == "ragged":
+            _require(self.page_size is None, "page_size", "None with table='ragged'", self.page_size)
+        else:
+            size = self.page_size
+            _require(isinstance(size, int) and 1 <= size <= 256, "page_size", "an int from 1 to 256", size)
+        unknown = self.features - ATTENTION_FEATURES
+        _require(not unknown, "features", f"a subset of {sorted(ATTENTION_FEATURES)}", sorted(unknown))
+        _require(len(self.windows) > 0, "windows", "at least one entry", self.windows)
+        for window in self.windows:
+            _require(window is None or window > 0, "windows", "positive ints or None", window)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Storage dtype of K and V."""
+        return KV_FORMATS[self.kv_format or ""]
+
+    @property
+    def kv_is_fp8(self) -> bool:
+        return (self.kv_format or "").startswith("fp8")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Upper bounds a plan is made for; no batch's lengths are read on the host.
+
+    ``max_q_len`` is the most new tokens of one request, ``max_q_tokens`` of the whole batch, ``max_kv_len`` the most KV
+    tokens of one request (new tokens included).
+    """
+
+    max_batch: int
+    max_q_tokens: int
+    max_q_len: int
+    max_kv_len: int
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            _require(isinstance(value, int) and value > 0, item.name, "a positive int", value)
+        _require(self.max_q_len <= self.max_q_tokens, "max_q_len", f"<= max_q_tokens={self.max_q_tokens}", self.max_q_len)
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """A bit per (query token, column), 1 = visible; combined with causal and window by AND.
+
+    ``bits``: uint8, request b's rows start at byte ``indptr[b]`` (int64 [B + 1]), row-major, each row padded to whole
+    bytes, bit k of a byte is column 8 * byte + k (little-endian). ``columns`` says what the columns are: "kv" all
+    kv_len keys, "new" only the last q_len keys (a speculative tree; all earlier keys are visible).
+    """
+
+    bits: torch.Tensor
+    indptr: torch.Tensor
+    columns: Literal["kv", "new"] = "kv"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which tokens belong to which request and where their keys lie; device tensors, addresses stay, contents change.
+
+    ``q_indptr`` int32 [B + 1]: rows of q of each request. ``kv_lens`` int32 [B]: KV tokens, new ones included; 0 is a
+    padding row. Exactly one of:
+
+    - dense ``table`` int32 [rows, entries] of page ids, request b uses row ``table_row[b]`` (int32 [B]; None: row b);
+    - ``table`` int32 [entries] with ``table_indptr`` int32 [B + 1];
+    - ragged: ``kv_indptr`` int32 [B + 1], request b's keys are rows kv_indptr[b] .. kv_indptr[b] + kv_lens[b].
+
+    ``slot_mapping`` int64 [T] overrides where ``append_kv`` writes each token (page * page_size + offset, -1: nowhere).
+    Rows of q past q_indptr[B] are left untouched.
+    """
+
+    q_indptr: torch.Tensor
+    kv_lens: torch.Tensor
+    table: torch.Tensor | None = None
+    table_row: torch.Tensor | None = None
+    table_indptr: torch.Tensor | None = None
+    kv_indptr: torch.Tensor | None = None
+    slot_mapping: torch.Tensor | None = None
+    mask: PackedMask | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of requests B, padding rows included."""
+        return self.kv_lens.shape[0]
+
+    @property
+    def table_form(self) -> TableForm:
+        if self.table is None:
+            return "ragged"
+        return "dense" if self.table_indptr is None else "indptr"
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one layer.
+
+    Paged: k [P, S, Hkv, D] (NHD) or [P, Hkv, S, D] (HND); v the same with Dv. Ragged: k [tokens, Hkv, D] (NHD) or
+    [Hkv, tokens, D] (HND). K and V may be views of one tensor; any strides with a contiguous last dim. FP8 formats may
+    be stored as uint8. ``k_scale`` / ``v_scale`` (FP8 only): the stored value times the scale is the real one; a float,
+    a float32 scalar tensor, or float32 [Hkv] for per-head scales.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    layout: KVLayout = "NHD"
+    format: KVFormat | None = None
+    k_scale: float | torch.Tensor | None = None
+    v_scale: float | torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.format is None:
+            object.__setattr__(self, "format", format_of(self.k.dtype))
+        _require(self.layout in ("NHD", "HND"), "kv.layout", "'NHD' or 'HND'", self.layout)
+        _require(self.format in KV_FORMATS, "kv.format", f"one of {sorted(KV_FORMATS)}", self.format)
+        is_fp8 = (self.format or "").startswith("fp8")
+        for name in ("k", "v"):
+            tensor = getattr(self, name)
+            allowed = {KV_FORMATS[self.format or ""]} | ({torch.uint8} if is_fp8 else set())
+            _require(tensor.dtype in allowed, f"kv.{name}.dtype", f"{self.format} storage", tensor.dtype)
+            _require(tensor.dim() in (3, 4), f"kv.{name}", "3 (ragged) or 4 (paged) dims", tuple(tensor.shape))
+            _require(tensor.stride(-1) == 1, f"kv.{name}", "a contiguous last dim", tensor.stride())
+            scale = getattr(self, f"{name}_scale")
+            _require(is_fp8 or scale is None, f"kv.{name}_scale", f"None with format {self.format}", scale)
+        _require(self.k.dim() == self.v.dim(), "kv.v", f"{self.k.dim()} dims like kv.k", self.v.dim())
+
+    @property
+    def is_paged(self) -> bool:
+        return self.k.dim() == 4
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[-2 if self.layout == "NHD" else -3]
+
+    @property
+    def page_size(self) -> int | None:
+        """Tokens a page, None when ragged."""
+        if not self.is_paged:
+            return None
+        return self.k.shape[1 if self.layout == "NHD" else 2]
+
+    def typed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V viewed with the storage dtype of the format (undoes uint8 typing)."""
+        dtype = KV_FORMATS[self.format or ""]
+        return self.k.view(dtype), self.v.view(dtype)
+
+    def as_nhd(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Typed K and V as views in NHD order: [P, S, Hkv, D] or [tokens, Hkv, D]."""
+        k, v = self.typed()
+        if self.layout == "HND":
+            k, v = k.transpose(-2, -3), v.transpose(-2, -3)
+        return k, v
+
+
+@dataclass(frozen=True)
+class LayerArgs:
+    """What may differ from layer to layer in one plan.
+
+    ``scale`` multiplies q . k (default 1 / sqrt(D)); ``soft_cap`` c then maps a logit x to c * tanh(x / c);
+    ``alibi_slopes`` float32 [Hq] adds slope * (key position - query position); ``window`` must be one of the spec's
+    windows (default: the spec's only one); ``sinks`` float32 [Hq] are extra logits that take part in the softmax
+    denominator and in the LSE but have no value row.
+    """
+
+    scale: float | None = None
+    soft_cap: float | None = None
+    window: int | None | Literal["spec"] = "spec"
+    sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+
+    def resolve(self, spec: AttentionSpec) -> ResolvedLayer:
+        """Check against ``spec`` and fill in defaults; raises ArgumentError naming the field."""
+        scale = 1.0 / math.sqrt(spec.head_dim) if self.scale is None else float(self.scale)
+        _require(math.isfinite(scale), "layer.scale", "a finite number", self.scale)
+        window = self.window
+        if window == "spec":
+            _require(len(spec.windows) == 1, "layer.window", f"one of the spec's windows {spec.windows}", "none given")
+            window = spec.windows[0]
+        _require(window in spec.windows, "layer.window", f"one of the spec's windows {spec.windows}", window)
+        for name, feature in (("soft_cap", "soft_cap"), ("sinks", "sinks"), ("alibi_slopes", "alibi")):
+            given = getattr(self, name) is not None
+            wanted = feature in spec.features
+            _require(given == wanted, f"layer.{name}", f"{'a value' if wanted else 'None'} (spec.features)", given)
+        if self.soft_cap is not None:
+            _require(self.soft_cap > 0, "layer.soft_cap", "a positive number", self.soft_cap)
+        for name in ("sinks", "alibi_slopes"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                shape = (spec.num_qo_heads,)
+                _require(tuple(tensor.shape) == shape, f"layer.{name}", f"shape {shape}", tuple(tensor.shape))
+                _require(tensor.dtype == torch.float32, f"layer.{name}", "float32", tensor.dtype)
+        return ResolvedLayer(scale, self.soft_cap, window, self.sinks, self.alibi_slopes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ResolvedLayer:
+    """LayerArgs after defaults and checks; what kernels receive."""
+
+    scale: float
+    soft_cap: float | None
+    window: int | None
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
