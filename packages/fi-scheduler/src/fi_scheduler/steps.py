@@ -1,0 +1,341 @@
+"""Continuous batching: which tokens of which requests run in the next step, and on which pages.
+
+Iteration-level scheduling (Yu et al., Orca, OSDI 2022) with chunked prefill (Agrawal et al., Sarathi-Serve, OSDI 2024),
+paged memory and preemption by recompute (Kwon et al., vLLM, SOSP 2023).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pluggy
+from fi_core.errors import ArgumentError, CapacityError
+
+from .hookspecs import plugin_manager
+from .pages import PagePool
+from .policy import SchedulingPolicy
+from .prefix import PrefixCache
+from .requests import Finished, PlannerConfig, Request, StepEntry, StepOrderError, StepPlan, StepStats
+
+
+@dataclass
+class _Draft:
+    """A step while it is being planned."""
+
+    budget: int
+    entries: dict[str, StepEntry] = field(default_factory=dict)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    num_preempted: int = 0
+    admitted: set[str] = field(default_factory=set)
+    # (prefix node, next whole page of tokens) of every request that fills pages in this step
+    filling: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
+    num_cached_tokens: int = 0
+
+
+class StepPlanner:
+    """Plans steps over one page pool: ``submit`` requests, alternate ``plan`` and ``commit`` until ``plan`` is None.
+
+    Decoding requests come first in a step, then prefills, each in the policy's order; then waiting requests are
+    admitted in that order. A request is admitted once there are pages for all its known tokens. When pages run out, the
+    prefix cache gives up what nobody uses, and then the running request that the policy orders last is preempted: its
+    pages are freed and it waits to be recomputed. A waiting request preempts only running ones ordered after it. The
+    request ordered first therefore always advances, and none is lost. Not thread-safe.
+    """
+
+    def __init__(self, pool: PagePool, config: PlannerConfig, hooks: pluggy.PluginManager | None = None) -> None:
+        """``hooks``: a manager with ``add_scheduler_hooks`` applied; None: the built-in policies and caches alone."""
+        self._pool = pool
+        self._config = config
+        self._hooks = plugin_manager() if hooks is None else hooks
+        policy = self._hooks.hook.fi_scheduling_policy(name=config.policy, config=config.policy_config)
+        if policy is None:
+            raise ArgumentError("config.policy", "a name that a plugin answers to", repr(config.policy))
+        cache_config = {**config.prefix_cache_config, "pool": pool}
+        cache = self._hooks.hook.fi_prefix_cache(name=config.prefix_cache, config=cache_config)
+        if cache is None:
+            raise ArgumentError("config.prefix_cache", "a name that a plugin answers to", repr(config.prefix_cache))
+        self._policy: SchedulingPolicy = policy
+        self._cache: PrefixCache = cache
+        self._requests: dict[str, Request] = {}
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._in_flight: StepPlan | None = None
+
+    @property
+    def in_flight(self) -> StepPlan | None:
+        """The plan that waits for its commit."""
+        return self._in_flight
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Requests that are neither finished nor aborted, by arrival."""
+        return tuple(request.request_id for request in self._requests.values() if not request.is_aborted)
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        priority: int = 0,
+        stop_tokens: Collection[int] = (),
+    ) -> None:
+        """Add a request; raises CapacityError naming it when the whole pool could not hold it."""
+        if len(prompt) == 0:
+            raise ArgumentError(f"request {request_id!r}: prompt", "at least one token", "none")
+        if max_new_tokens < 1:
+            raise ArgumentError(f"request {request_id!r}: max_new_tokens", "a positive int", max_new_tokens)
+        request = Request(
+            request_id, list(prompt), len(prompt), max_new_tokens, priority, self._num_arrivals, frozenset(stop_tokens)
+        )
+        needed = self._pool.pages_for(request.max_kv_tokens)
+        if needed > self._pool.num_pages:
+            tokens = f"{len(prompt)} prompt + {max_new_tokens} new tokens"
+            limit = f"at most {self._pool.num_pages} pages of {self._pool.page_size} tokens (the whole pool)"
+            raise CapacityError(f"request {request_id!r}", limit, f"{needed} pages ({tokens})")
+        self._add(request)
+
+    def fork(self, request_id: str, new_request_id: str) -> None:
+        """Add a request that goes on from where ``request_id`` stands, sharing its pages until one of them writes.
+
+        Between steps only. The fork inherits everything but its arrival; where no place in the batch is left it waits.
+        """
+        if self._in_flight is not None:
+            raise StepOrderError("fork() while a step is in flight: commit it first")
+        parent = self._find(request_id)
+        child = Request(
+            new_request_id, list(parent.tokens), parent.prompt_len, parent.max_new_tokens, parent.priority,
+            self._num_arrivals, parent.stop_tokens,
+        )  # fmt: skip
+        self._add(child)
+        if parent.is_running and len(self._running()) < self._config.max_batch:
+            # Pages the parent has in reserve stay its own: it will write them.
+            shared = parent.pages[: self._pool.pages_for(parent.num_computed)]
+            self._pool.fork(shared)
+            self._cache.lock(parent.node)
+            child.pages, child.node = shared, parent.node
+            child.num_computed, child.is_running = parent.num_computed, True
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; if it takes part in the step in flight, its pages are freed by that step's ``commit``."""
+        request = self._find(request_id)
+        request.is_aborted = True
+        if self._in_flight is None or all(entry.request_id != request_id for entry in self._in_flight.entries):
+            self._remove(request)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when there is no request. ``fi_on_batch`` is called with it; if that raises, the plan
+        is ``in_flight`` all the same. Raises StepOrderError when the last plan was not committed."""
+        if self._in_flight is not None:
+            raise StepOrderError(f"plan() before commit() of step {self._in_flight.step_idx}")
+        if not self._requests:
+            return None
+        draft = _Draft(self._config.max_tokens_per_step)
+        for request in sorted(self._running(), key=lambda r: (r.num_remaining > 1, self._policy.key(r))):
+            if request.is_running:
+                self._schedule(request, draft)
+        self._admit_waiting(draft)
+        assert draft.entries, "the request ordered first can always run"
+        plan = StepPlan(self._num_steps, tuple(draft.entries.values()), tuple(draft.copies))
+        self._num_steps += 1
+        self._in_flight = plan
+        num_running = len(self._running())
+        stats = StepStats(
+            num_running=num_running,
+            num_waiting=len(self._requests) - num_running,
+            num_tokens=sum(entry.num_new_tokens for entry in plan.entries),
+            num_free_pages=self._pool.num_free,
+            num_admitted=len(draft.admitted),
+            num_preempted=draft.num_preempted,
+            num_cached_tokens=draft.num_cached_tokens,
+        )
+        self._hooks.hook.fi_on_batch(plan=plan, stats=stats)
+        return plan
+
+    def commit(self, plan: StepPlan, sampled: Mapping[str, int]) -> list[Finished]:
+        """Record that ``plan`` ran: ``sampled`` has the token of each entry with ``samples`` (aborted ones may lack).
+
+        Returns the requests that finished, in entry order; their pages are free or in the prefix cache.
+        """
+        if plan is not self._in_flight:
+            raise StepOrderError(f"commit() of step {plan.step_idx}, which is not in flight")
+        wanted = {entry.request_id for entry in plan.entries if entry.samples}
+        needed = {request_id for request_id in wanted if not self._requests[request_id].is_aborted}
+        if not needed <= set(sampled) <= wanted:
+            raise ArgumentError("sampled", f"a token of each of {sorted(needed)}", f"tokens of {sorted(sampled)}")
+        self._in_flight = None
+        finished = []
+        for entry in plan.entries:
+            request = self._requests[entry.request_id]
+            request.num_computed += entry.num_new_tokens
+            if entry.samples and not request.is_aborted:
+                request.tokens.append(sampled[entry.request_id])
+            reason = self._finish_reason(request) if entry.samples else None
+            if request.is_aborted:
+                self._remove(request)
+            elif reason is not None:
+                self._remove(request)
+                generated = tuple(request.tokens[request.prompt_len :])
+                finished.append(Finished(request.request_id, reason, generated))
+            elif entry.start < request.prompt_len:
+                self._remember(request)
+        return finished
+
+    def check_integrity(self) -> None:
+        """Compare the pool with what requests and cache hold; raises PoolIntegrityError at the first bad page."""
+        owners = {f"request {request.request_id!r}": request.pages for request in self._requests.values()}
+        self._pool.check_integrity({**owners, "prefix cache": list(self._cache.pages())})
+
+    def _add(self, request: Request) -> None:
+        if request.request_id in self._requests:
+            raise ArgumentError("request_id", "a new id", f"{request.request_id!r}, which is in use")
+        self._requests[request.request_id] = request
+        self._num_arrivals += 1
+
+    def _find(self, request_id: str) -> Request:
+        request = self._requests.get(request_id)
+        if request is None or request.is_aborted:
+            raise ArgumentError("request_id", "a request that is waiting or running", repr(request_id))
+        return request
+
+    def _running(self) -> list[Request]:
+        return [request for request in self._requests.values() if request.is_running]
+
+    @staticmethod
+    def _finish_reason(request: Request) -> Literal["length", "stop"] | None:
+        if request.tokens[-1] in request.stop_tokens:
+            return "stop"
+        return "length" if request.num_generated >= request.max_new_tokens else None
+
+    def _schedule(self, request: Request, draft: _Draft) -> None:
+        """Put the next tokens of a running request into the draft, if budget and pages allow."""
+        count = min(request.num_remaining, self._config.prefill_chunk, draft.budget)
+        if count == 0 or not self._reserve(request, request.num_computed + count, draft):
+            return
+        self._make_writable(request, draft)
+        start, end = request.num_computed, request.num_computed + count
+        pages = tuple(request.pages[: self._pool.pages_for(end)])
+        tokens = tuple(request.tokens[start:end])
+        draft.entries[request.request_id] = StepEntry(
+            request.request_id, start, tokens, pages, end == len(request.tokens)
+        )
+        draft.budget -= count
+        fills_page = start % self._pool.page_size + count >= self._pool.page_size
+        if request.node is not None and fills_page and start < request.prompt_len:
+            draft.filling.add(self._next_page(request, start))
+
+    def _next_page(self, request: Request, start: int) -> tuple[int, tuple[int, ...]]:
+        """Identifies the whole page of tokens that follows what the prefix tree holds of a request."""
+        begin = start - start % self._pool.page_size
+        return id(request.node), tuple(request.tokens[begin : begin + self._pool.page_size])
+
+    def _shares_page_to_write(self, request: Request) -> bool:
+        page_idx, offset = divmod(request.num_computed, self._pool.page_size)
+        return offset > 0 and self._pool.refcount(request.pages[page_idx]) > 1
+
+    def _make_writable(self, request: Request, draft: _Draft) -> None:
+        """Copy on write: only forks share a page that is not whole."""
+        if self._shares_page_to_write(request):
+            page_idx = request.num_computed // self._pool.page_size
+            page, source = self._pool.make_writable(request.pages[page_idx])
+            assert source is not None
+            request.pages[page_idx] = page
+            draft.copies.append((source, page))
+
+    def _reserve(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+        """Give a running request pages for ``num_tokens`` and leave one for copy on write; False: it was preempted."""
+        while True:
+            missing = max(0, self._pool.pages_for(num_tokens) - len(request.pages))
+            spare = int(self._shares_page_to_write(request))
+            if self._make_room(missing + spare):
+                request.pages += self._pool.allocate(missing)
+                return True
+            victim = max(self._running(), key=self._policy.key)
+            self._preempt(victim, draft)
+            if victim is request:
+                return False
+
+    def _make_room(self, num_pages: int) -> bool:
+        """Have ``num_pages`` free pages, at the prefix cache's expense if need be."""
+        if num_pages > self._pool.num_free:
+            self._cache.evict(num_pages - self._pool.num_free)
+        return num_pages <= self._pool.num_free
+
+    def _admit_waiting(self, draft: _Draft) -> None:
+        waiting = [request for request in self._requests.values() if not request.is_running]
+        heap = [(self._policy.key(request), request) for request in waiting]
+        heapq.heapify(heap)
+        while heap and draft.budget > 0 and len(self._running()) < self._config.max_batch:
+            _, request = heapq.heappop(heap)
+            # None overtakes a request that lacks pages: it would wait for ever behind shorter ones.
+            if not self._admit(request, draft):
+                return
+
+    def _admit(self, request: Request, draft: _Draft) -> bool:
+        """Take pages for all known tokens of a waiting request and schedule it; False: there are not enough.
+
+        A request that waits for a shared page is left as it is and does not hold up others.
+        """
+        # The last known token always runs: its logits give the next one.
+        match = self._cache.match(request.tokens[:-1])
+        request.node = match.node
+        num_cached = len(match.pages) * self._pool.page_size
+        could_share = num_cached + self._pool.page_size < len(request.tokens) and self._config.wait_for_shared_prefix
+        if could_share and self._next_page(request, num_cached) in draft.filling:
+            request.node = None
+            return True
+        self._cache.lock(match.node)
+        self._pool.fork(match.pages)
+        request.pages = list(match.pages)
+        known = min(len(request.tokens) + 1, request.max_kv_tokens)
+        missing = self._pool.pages_for(known) - len(request.pages)
+        while not self._make_room(missing):
+            victim = max(self._running(), key=self._policy.key, default=None)
+            if victim is None or self._policy.key(victim) < self._policy.key(request):
+                self._release(request)
+                return False
+            self._preempt(victim, draft)
+        request.pages += self._pool.allocate(missing)
+        request.num_computed = num_cached
+        request.is_running = True
+        draft.admitted.add(request.request_id)
+        draft.num_cached_tokens += num_cached
+        self._schedule(request, draft)
+        return True
+
+    def _preempt(self, request: Request, draft: _Draft) -> None:
+        entry = draft.entries.pop(request.request_id, None)
+        if entry is not None:
+            draft.budget += entry.num_new_tokens
+        draft.num_preempted += 1
+        draft.admitted.discard(request.request_id)
+        self._release(request)
+
+    def _remember(self, request: Request) -> None:
+        """Share the whole computed pages of a request through the prefix cache; where it had them, use the cache's."""
+        num_pages = request.num_computed // self._pool.page_size
+        tokens = request.tokens[: num_pages * self._pool.page_size]
+        kept = self._cache.insert(tokens, request.pages[:num_pages])
+        self._cache.lock(kept.node)
+        self._cache.unlock(request.node)
+        request.node = kept.node
+        self._pool.fork(kept.pages)
+        self._pool.free(request.pages[:num_pages])
+        request.pages[:num_pages] = kept.pages
+
+    def _release(self, request: Request) -> None:
+        """Take a request's pages away; what it computed may stay in the prefix cache until the room is needed."""
+        self._remember(request)
+        self._cache.unlock(request.node)
+        self._pool.free(request.pages)
+        request.node = None
+        request.pages = []
+        request.num_computed = 0
+        request.is_running = False
+
+    def _remove(self, request: Request) -> None:
+        if request.is_running:
+            self._release(request)
+        del self._requests[request.request_id]
