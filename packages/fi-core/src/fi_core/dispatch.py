@@ -25,12 +25,13 @@ class Dispatcher:
         self.fields = fields
         self._bound: dict[tuple[Hashable, ...], Any] = {}
         self._owner: KernelRegistry | None = None
+        self._generation = 0
 
     def __call__(self, device: torch.device, *values: Hashable) -> Any:
         """The kernel for these field values; raises UnsupportedError. Cached per registry, device and forced backend."""
         owner = registry()
-        if owner is not self._owner:
-            self._bound, self._owner = {}, owner
+        if owner is not self._owner or owner.generation != self._generation:
+            self._bound, self._owner, self._generation = {}, owner, owner.generation
         key = (forced_backend(), device, *values)
         bound = self._bound.get(key)
         if bound is None:

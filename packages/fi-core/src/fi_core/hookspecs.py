@@ -50,5 +50,12 @@ def fi_tuning(op: str, target: Target) -> Mapping[str, Any] | None:
 
 
 @hookspec
+def fi_doctor() -> list[str]:
+    """Lines on the state of a plugin's own parts (native modules, caches, compilers) for ``fi doctor``, which calls it
+    once a run; without it, or for an empty list, only the plugin's name and version are shown."""
+    raise AssertionError  # pragma: no cover - pluggy never calls a specification
+
+
+@hookspec
 def fi_on_select(request: Request, chosen: KernelEntry, rejected: Sequence[tuple[str, Sequence[str]]]) -> None:
     """Observe a selection: once per distinct request, with every rejected kernel and its reasons."""

@@ -62,6 +62,8 @@ class KernelRegistry:
         self._entries: list[KernelEntry] = []
         self._loaded: dict[str, Any] = {}
         self._selections: dict[tuple[Request, str | None], Selection] = {}
+        self.generation = 0
+        """Grows with every plugin added: choices made before may no longer hold."""
 
     def add_operation(self, operation: Operation) -> None:
         """Add an operation of a plugin's own; raises PluginError if the name is taken."""
@@ -79,22 +81,27 @@ class KernelRegistry:
     def kernels(self, op: str | None = None) -> tuple[KernelEntry, ...]:
         """All kernels (of one operation), best priority first."""
         chosen = [item for item in self._entries if op in (None, item.op)]
-        return tuple(sorted(chosen, key=lambda item: (-self.backends[item.backend].priority, -item.priority, item.name)))
+        return tuple(
+            sorted(chosen, key=lambda item: (-self.backends[item.backend].priority, -item.priority, item.name))
+        )
 
     def register_plugin(self, plugin: object, name: str) -> BackendInfo | None:
         """Validate and add one plugin; on any error nothing of it stays registered and PluginError is raised.
 
         A plugin without ``fi_backend`` may implement other hooks only; None is returned for it.
         """
+        if self.manager.is_registered(plugin):
+            raise PluginError(f"plugin {name!r}: it is registered already, as {self.manager.get_name(plugin)!r}")
         before = (dict(self.operations), list(self._entries), dict(self.backends))
         try:
             self.manager.register(plugin, name)
             self.manager.check_pending()
             info = self._register_backend(plugin)
-        except (PluginError, pluggy.PluginValidationError, ValueError) as error:
+        except Exception as error:
             self._roll_back(plugin, before)
-            raise PluginError(f"plugin {name!r}: {error}") from error
+            raise PluginError(f"plugin {name!r}: {type(error).__name__}: {error}") from error
         self._selections.clear()
+        self.generation += 1
         return info
 
     def _register_backend(self, plugin: object) -> BackendInfo | None:
@@ -112,7 +119,9 @@ class KernelRegistry:
                 raise PluginError(f"backend {info.name!r} registered kernels of another name: {foreign}")
         return info
 
-    def _roll_back(self, plugin: object, before: tuple[dict[str, Operation], list[KernelEntry], dict[str, BackendInfo]]) -> None:
+    def _roll_back(
+        self, plugin: object, before: tuple[dict[str, Operation], list[KernelEntry], dict[str, BackendInfo]]
+    ) -> None:
         if self.manager.is_registered(plugin):
             self.manager.unregister(plugin)
         self.operations, self._entries, self.backends = before
@@ -120,7 +129,9 @@ class KernelRegistry:
     def discover(self) -> None:
         """Load every entry point of the group; a failure is recorded in ``statuses`` and never breaks the others."""
         seen: set[str] = set()
-        for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda item: (item.name, item.value)):
+        for point in sorted(
+            importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda item: (item.name, item.value)
+        ):
             if point.value in seen or point.name in settings().disable_plugins:
                 continue
             seen.add(point.value)
@@ -141,7 +152,9 @@ class KernelRegistry:
             except FiError:
                 raise
             except Exception as error:
-                raise PluginError(f"kernel {entry.full_name} failed to load: {type(error).__name__}: {error}") from error
+                raise PluginError(
+                    f"kernel {entry.full_name} failed to load: {type(error).__name__}: {error}"
+                ) from error
         return self._loaded[key]
 
     def select(self, request: Request, backend: str | None = None) -> Selection:
@@ -171,17 +184,28 @@ class KernelRegistry:
                 accepted.append(entry)
         if not accepted:
             raise UnsupportedError(request, rejected)
-        override = self.manager.hook.fi_select_kernel(request=request, candidates=tuple(accepted))
+        override = self._ask("fi_select_kernel", request=request, candidates=tuple(accepted))
         chosen = accepted[0] if override is None else override
         if chosen not in accepted:
             raise PluginError(f"fi_select_kernel chose {chosen.full_name}, which does not serve {request}")
         reason = self._reason(chosen, forced, override is not None)
         passed_over = [
-            (item.full_name, (f"serves it, but {chosen.full_name} was preferred",)) for item in accepted if item is not chosen
+            (item.full_name, (f"serves it, but {chosen.full_name} was preferred",))
+            for item in accepted
+            if item is not chosen
         ]
         selection = Selection(request, chosen, reason, tuple(passed_over + rejected))
-        self.manager.hook.fi_on_select(request=request, chosen=chosen, rejected=selection.rejected)
+        self._ask("fi_on_select", request=request, chosen=chosen, rejected=selection.rejected)
         return selection
+
+    def _ask(self, hook: str, **arguments: Any) -> Any:
+        """Call a hook; what a plugin raises becomes a PluginError that names the hook."""
+        try:
+            return getattr(self.manager.hook, hook)(**arguments)
+        except FiError:
+            raise
+        except Exception as error:
+            raise PluginError(f"a {hook} hook raised {type(error).__name__}: {error}") from error
 
     def _reason(self, chosen: KernelEntry, forced: str | None, overridden: bool) -> str:
         if overridden:

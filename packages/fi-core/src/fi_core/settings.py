@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 
 from .errors import SettingsError
 
@@ -36,18 +37,28 @@ class Settings:
     """FI_BACKEND=name: only this backend (and what it cannot serve fails)."""
     disable_plugins: tuple[str, ...] = ()
     """FI_DISABLE_PLUGINS=a,b: entry points that are not loaded."""
+    cache_dir: str = ""
+    """FI_CACHE_DIR=folder: where backends keep compiled kernels (default: fi under XDG_CACHE_HOME or ~/.cache)."""
+
+    @property
+    def cache_folder(self) -> Path:
+        """``cache_dir``, or its default, as an absolute path."""
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(self.cache_dir or f"{base}/fi").expanduser().absolute()
 
 
 _PARSERS: Mapping[str, Callable[[str], object]] = {
     "check": _flag,
     "shadow": _fraction,
     "backend": str,
+    "cache_dir": str,
     "disable_plugins": lambda text: tuple(name for name in text.split(",") if name),
 }
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
-    """Parse the ``FI_*`` variables of ``environ``; raise SettingsError for an unknown name or value."""
+    """Parse the variables of ``environ`` that name a setting; SettingsError for a value that does not parse. Other
+    ``FI_*`` names are left alone (``fi doctor`` lists them)."""
     known = {f"FI_{field.name.upper()}": field.name for field in fields(Settings)}
     values: dict[str, object] = {}
     for variable, text in environ.items():

@@ -1,0 +1,103 @@
+"""Requests as their callers see them: handles, streamed chunks and final outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fi_core.errors import FiError
+from fi_sampling import SamplingParams, StopChecker
+
+from .tokenizer import TextStream
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one generated token: its own, and (token, value) of the most likely ones, descending."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a step added to one request: new ``text`` (may be empty) and ``token_ids``; ``finish_reason`` ends it."""
+
+    request: RequestHandle
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request. ``text`` has neither special tokens nor the stop string; ``error`` is set exactly when
+    ``finish_reason`` is "error". ``num_cached_tokens`` of the prompt came from the prefix cache. ``logprobs`` has an
+    entry a token if they were asked for, else none."""
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    num_cached_tokens: int
+    logprobs: tuple[TokenLogprobs, ...]
+    error: FiError | None
+
+
+@dataclass(eq=False)
+class RequestHandle:
+    """A request on its way through an engine; read it between steps, write it never.
+
+    ``params`` has the seed and the number of tokens filled in; ``sample`` is which of the prompt's ``params.n`` samples this is.
+    ``text`` is what may be shown so far. ``stream`` is None when the model has no tokeniser.
+    """
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    sample: int
+    checker: StopChecker
+    stream: TextStream | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text: str = ""
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: FiError | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def take(self, token: int) -> str:
+        """Add a drawn token; returns the text that may be shown now and sets ``finish_reason`` if it was the last."""
+        self.token_ids.append(token)
+        event = self.checker.push(token, "" if self.stream is None else self.stream.push(token))
+        self.finish_reason = event.reason
+        tail = self.stream.finish() if event.reason == "length" and self.stream is not None else ""
+        self.text += event.text + tail
+        return event.text + tail
+
+    def end(self, reason: FinishReason, error: FiError | None = None) -> str:
+        """End without a token; returns the text that was held back."""
+        self.finish_reason, self.error = reason, error
+        held = self.checker.flush()
+        self.text += held
+        return held
+
+    def output(self) -> RequestOutput:
+        """The result; only of a finished request."""
+        assert self.finish_reason is not None, "the request is still running"
+        return RequestOutput(
+            self.request_id,
+            self.prompt_ids,
+            tuple(self.token_ids),
+            self.text,
+            self.finish_reason,
+            self.num_cached_tokens,
+            tuple(self.logprobs),
+            self.error,
+        )

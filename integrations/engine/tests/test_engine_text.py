@@ -1,0 +1,78 @@
+"""Text to tokens and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fi_core.errors import ArgumentError
+from fi_engine.tokenizer import TextCodec, TextStream
+from fi_engine.tokenizer_build import build_bpe
+from tokenizers import pre_tokenizers
+
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _codec(pre_tokenizer: str = "smollm", template: str | None = None) -> TextCodec:
+    tokens = [*_ALPHABET, "<|end|>", "he", "12", "123", "Ġa"]
+    types = [1] * len(_ALPHABET) + [3, 1, 1, 1, 1]
+    merges = ["h e", "1 2", "12 3", "Ġ a"]
+    tokenizer = build_bpe(Path("m.gguf"), tokens, merges, types, pre_tokenizer)
+    return TextCodec(tokenizer, (), template, {"eos_token": "<|end|>"})
+
+
+def _pieces(codec: TextCodec, text: str) -> list[str]:
+    return list(codec.tokenizer.encode(text, add_special_tokens=False).tokens)
+
+
+def test_pre_tokenisers_cut_digits_as_their_models_do() -> None:
+    assert _pieces(_codec("smollm"), "he 1234") == ["he", "Ġ", "1", "2", "3", "4"]
+    assert _pieces(_codec("qwen2"), "he 1234") == ["he", "Ġ", "1", "2", "3", "4"]
+    assert _pieces(_codec("llama-bpe"), "he 1234") == ["he", "Ġ", "123", "4"]
+    assert _pieces(_codec("gpt-2"), "he1234") == ["he", "123", "4"]
+
+
+def test_special_tokens_are_matched_whole_and_left_out_of_text() -> None:
+    codec = _codec()
+    ids = codec.encode("a<|end|>é")
+    assert len(ids) == 4 and codec.decode(ids) == "aé"
+
+
+@pytest.mark.parametrize("pre_tokenizer", ["smollm", "qwen2", "llama-bpe", "gpt-2"])
+def test_any_text_comes_back(pre_tokenizer: str) -> None:
+    codec = _codec(pre_tokenizer)
+    text = "He said: “it's 12,345 €”\r\n\n  日本語 \t👩‍🚀 end "
+    assert codec.decode(codec.encode(text)) == text
+
+
+def test_chat_template_runs_in_a_sandbox() -> None:
+    codec = _codec(template="{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}a")
+    ids = codec.encode_chat([{"role": "user", "content": "he"}])
+    assert codec.tokenizer.decode(ids, skip_special_tokens=False) == "user:he<|end|>a"
+    for template in ("{{ messages.__class__.__mro__ }}", "{{ raise_exception('no system role') }}"):
+        with pytest.raises(ArgumentError, match="messages"):
+            _codec(template=template).encode_chat([{"role": "user", "content": "x"}])
+    with pytest.raises(ArgumentError, match="chat template"):
+        _codec().encode_chat([{"role": "user", "content": "x"}])
+    with pytest.raises(ArgumentError, match="role and content"):
+        codec.encode_chat([{"role": "user", "text": "x"}])
+
+
+def _pushed(text: str, cut: int = 0) -> tuple[list[str], TextStream]:
+    """What each token of ``text`` (without the last ``cut`` tokens) completes."""
+    codec = _codec()
+    stream = TextStream(codec)
+    ids = codec.encode(text)
+    return [stream.push(token) for token in ids[: len(ids) - cut]], stream
+
+
+def test_stream_never_gives_half_a_character() -> None:
+    given, stream = _pushed("é日👩‍🚀 a")
+    assert "".join(given) == "é日👩‍🚀 a" and stream.finish() == ""
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in given)
+
+
+def test_stream_decodes_what_stays_incomplete_at_the_end() -> None:
+    given, stream = _pushed("aé", cut=1)
+    assert "".join(given) == "a"
+    assert stream.finish() == "\N{REPLACEMENT CHARACTER}"

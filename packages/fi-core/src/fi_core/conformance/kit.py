@@ -1,0 +1,129 @@
+"""Running conformance cases on the kernels of a backend."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..contract import Case, KernelEntry, Operation, Request, Target, Trial, target_of
+from ..errors import ArgumentError, FiError
+from ..registry import registry
+from .compare import Comparison, compare
+from .report import CaseResult, Outcome, Report
+
+
+@dataclass(frozen=True)
+class BoundCase:
+    """A case with what it takes to run it: the unit of ``run`` and of ``parametrize``. Calling it raises AssertionError
+    with the failure's text."""
+
+    operation: Operation
+    case: Case
+    kernel: KernelEntry
+    device: torch.device
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation.name}/{self.case.name}[{self.kernel.full_name}]"
+
+    def __call__(self) -> None:
+        result = self.result()
+        if result.outcome == "failed":
+            raise AssertionError(f"{result}")
+
+    def result(self) -> CaseResult:
+        """Build the case, run the kernel on poisoned outputs, and compare every output with the oracle's."""
+        try:
+            comparisons = self._compare()
+        except FiError as error:
+            return self._result("failed", f"{type(error).__name__}: {error}", {})
+        except Exception:  # noqa: BLE001 - whatever a foreign kernel raises is this case's failure, not the run's
+            return self._result("failed", traceback.format_exc(), {})
+        messages = [f"{name}: {item.message}" for name, item in comparisons.items() if item.message is not None]
+        return self._result("failed" if messages else "passed", "\n".join(messages), comparisons)
+
+    def _compare(self) -> dict[str, Comparison]:
+        implementation = registry().implementation(self.kernel)
+        trial: Trial = self.case.build(self.device, self.seed)
+        actual = trial.run(implementation)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        expected = trial.expected()
+        if not set(actual) == set(expected) == set(trial.tolerance):
+            names = f"run {sorted(actual)}, expected {sorted(expected)}, tolerance {sorted(trial.tolerance)}"
+            raise ArgumentError(f"case {self.operation.name}/{self.case.name}", "the same outputs everywhere", names)
+        return {name: compare(actual[name], expected[name], limit) for name, limit in trial.tolerance.items()}
+
+    def _result(self, outcome: Outcome, message: str, comparisons: dict[str, Comparison]) -> CaseResult:
+        rel_rmse = {name: item.rel_rmse for name, item in comparisons.items()}
+        max_error = {name: item.max_error for name, item in comparisons.items()}
+        names = (self.operation.name, self.case.name, self.kernel.full_name)
+        return CaseResult(*names, outcome, message, self.seed, rel_rmse, max_error)
+
+
+def matching_cases(
+    ops: Sequence[str] | None, cases: str | None, device: torch.device, include_large: bool
+) -> Iterator[tuple[Operation, Case, Request]]:
+    """Cases of the operations named (None: all) whose name contains ``cases``, with their requests.
+
+    Cases tagged "large" need several GB: they are left out unless ``include_large`` is set and the device is CUDA.
+    """
+    operations = registry().operations
+    unknown = [name for name in ops or () if name not in operations]
+    if unknown:
+        raise ArgumentError("ops", f"operations among {sorted(operations)}", unknown)
+    target: Target = target_of(device)
+    for name, operation in operations.items():
+        if ops is not None and name not in ops:
+            continue
+        for case in operation.cases():
+            large = "large" in case.tags and not (include_large and device.type == "cuda")
+            if not large and (cases is None or cases in f"{name}/{case.name}"):
+                yield operation, case, operation.request(target, **case.values)
+
+
+def bound_cases(
+    backend: str,
+    ops: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    cases: str | None = None,
+    seed: int = 0,
+    include_large: bool = False,
+) -> Iterator[BoundCase | CaseResult]:
+    """The matching cases once for every kernel of ``backend`` that serves them, or as an "unsupported" result with the
+    reasons of each kernel. Every kernel is tried, not only the one that selection would prefer."""
+    registry().require_backend(backend)
+    device = torch.device(device)
+    for operation, case, request in matching_cases(ops, cases, device, include_large):
+        entries = [entry for entry in registry().kernels(operation.name) if entry.backend == backend]
+        rejections = {entry.full_name: entry.reject(request) for entry in entries}
+        serving = [entry for entry in entries if not rejections[entry.full_name]]
+        for entry in serving:
+            yield BoundCase(operation, case, entry, device, seed)
+        if not serving:
+            reasons = [f"{kernel}: {'; '.join(texts)}" for kernel, texts in rejections.items()]
+            message = "\n".join(reasons) or f"{backend} has no kernel for {operation.name}"
+            yield CaseResult(operation.name, case.name, backend, "unsupported", message, seed, {}, {})
+
+
+def run(
+    backend: str,
+    ops: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    cases: str | None = None,
+    seed: int = 0,
+    include_large: bool = False,
+) -> Report:
+    """Run the conformance cases of ``ops`` (None: every operation) on every kernel of ``backend`` on ``device``.
+
+    ``cases`` keeps those whose "operation/case" contains it; ``seed`` feeds every case's random inputs;
+    ``include_large`` adds cases that need several GB (CUDA only). A kernel that raises fails its case. A report in
+    which nothing was executed is not ok. Raises UnknownBackendError, and ArgumentError for an unknown operation.
+    """
+    found = bound_cases(backend, ops, device, cases, seed, include_large)
+    results = tuple(item if isinstance(item, CaseResult) else item.result() for item in found)
+    return Report(backend, str(device), results)

@@ -1,0 +1,266 @@
+"""Conformance cases of ``attention``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...contract import EXACT, Case, Trial
+from ...plan import attention_values
+from ...protocols import AttentionKernel
+from ...records import AttentionSpec, Batch, Capacity, LayerArgs, PackedMask, ResolvedLayer
+from ...reference.attention import oracle
+from ...tolerances import attention_tolerance, lse_tolerance
+from . import poisoned
+from .kv import CacheForm, indptr_of, make_cache
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One batch under one spec, and how its tensors are laid out.
+
+    ``window`` is what the call picks of spec.windows; ``mask`` the columns of a packed mask; ``spare_rows`` rows of q and
+    out past q_indptr[B]; ``strided`` makes q and out views of wider tensors; ``before`` plans another batch first, to find
+    state that an update fails to replace.
+    """
+
+    spec: AttentionSpec
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    form: CacheForm
+    window: int | None = None
+    mask: Literal["kv", "new"] | None = None
+    spare_rows: int = 3
+    strided: bool = False
+    before: bool = False
+    slack: int = 0
+
+    @property
+    def capacity(self) -> Capacity:
+        longest = max([1, *self.q_lens]) + self.slack
+        total = max(1, sum(self.q_lens), longest) + self.slack
+        return Capacity(max(1, len(self.q_lens)) + self.slack, total, longest, max([1, *self.kv_lens]) + self.slack)
+
+
+def _scenario(q_lens: tuple[int, ...], kv_lens: tuple[int, ...], options: Mapping[str, Any]) -> Scenario:
+    """Options are fields of AttentionSpec (with heads=(Hq, Hkv) for the head counts), CacheForm and Scenario."""
+    chosen = {"heads": (4, 2), "head_dim": 64, "dtype": torch.float32, **options}
+    num_qo_heads, num_kv_heads = chosen.pop("heads")
+    if chosen.get("table") == "ragged":
+        chosen["page_size"] = None
+    in_spec = {name: chosen.pop(name) for name in list(chosen) if name in AttentionSpec.__dataclass_fields__}
+    spec = AttentionSpec(num_qo_heads, num_kv_heads, **in_spec)
+    in_form = {name: chosen.pop(name) for name in list(chosen) if name in CacheForm.__dataclass_fields__}
+    for name in ("head_dim", "head_dim_vo", "kv_format", "page_size", "kv_layout", "table"):
+        in_form[name] = getattr(spec, name)
+    window = chosen.pop("window", spec.windows[0])
+    return Scenario(spec, q_lens, kv_lens, CacheForm(num_heads=num_kv_heads, **in_form), window=window, **chosen)
+
+
+def _case(
+    name: str, q_lens: tuple[int, ...], kv_lens: tuple[int, ...], tags: frozenset[str] = frozenset(), **options: Any
+) -> Case:
+    scenario = _scenario(q_lens, kv_lens, options)
+    values = attention_values(scenario.spec, scenario.capacity.max_q_len)
+    return Case(name, values, lambda device, seed: build(scenario, device, seed), tags)
+
+
+def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
+    """Inputs from ``seed`` on ``device``, the run on poisoned outputs, and the oracle's results."""
+    spec = scenario.spec
+    generator = torch.Generator().manual_seed(seed)
+    cache = make_cache(scenario.form, scenario.kv_lens, device, generator)
+    num_tokens = sum(scenario.q_lens)
+    rows = num_tokens + scenario.spare_rows
+    q = torch.randn(rows, spec.num_qo_heads, spec.head_dim, generator=generator)
+    q[num_tokens:] = math.nan
+    q = _place(q.to(device=device, dtype=spec.dtype), scenario.strided)
+    lengths = torch.tensor(scenario.kv_lens, dtype=torch.int32, device=device)
+    mask = _mask(scenario, device, generator)
+    batch = Batch(indptr_of(scenario.q_lens, device), lengths, mask=mask, **cache.fields)
+    layer = _layer(scenario, device, generator)
+    shape = (rows, spec.num_qo_heads, spec.head_dim_vo or 0)
+
+    def run(kernel: AttentionKernel) -> dict[str, Tensor]:
+        state = kernel.plan(spec, scenario.capacity, str(device))
+        if scenario.before:
+            state.update(replace(batch, kv_lens=lengths.flip(0).contiguous().clamp(max=1)))
+        state.update(batch)
+        out = _place(poisoned(shape, spec.dtype, device), scenario.strided)
+        lse = poisoned(shape[:2], torch.float32, device) if "lse" in spec.features else None
+        state.run(q, cache.kv, layer, out, lse)
+        return _outputs(out, lse, num_tokens)
+
+    def expected() -> dict[str, Tensor]:
+        out, lse = oracle(spec, batch, q, cache.kv, layer)
+        outputs = _outputs(out, lse if "lse" in spec.features else None, num_tokens)
+        # The very bits of the poison: a NaN that is cast changes them.
+        rest = {
+            "rest of out": poisoned(shape, spec.dtype, device),
+            "rest of lse": poisoned(shape[:2], torch.float32, device),
+        }
+        return {name: rest[name][num_tokens:] if name in rest else value for name, value in outputs.items()}
+
+    tolerance = {"out": attention_tolerance(spec.dtype), "rest of out": EXACT}
+    if "lse" in spec.features:
+        tolerance |= {"lse": lse_tolerance(spec.dtype), "rest of lse": EXACT}
+    return Trial(run, expected, tolerance)
+
+
+def _outputs(out: Tensor, lse: Tensor | None, num_tokens: int) -> dict[str, Tensor]:
+    outputs = {"out": out[:num_tokens], "rest of out": out[num_tokens:]}
+    return outputs if lse is None else {**outputs, "lse": lse[:num_tokens], "rest of lse": lse[num_tokens:]}
+
+
+def _place(rows: Tensor, strided: bool) -> Tensor:
+    """``rows`` [T, H, D], as a view of a wider tensor (a fused q, k, v projection) if asked."""
+    if not strided:
+        return rows
+    wide = rows.new_full((rows.shape[0], rows.shape[1] + 2, rows.shape[2]), math.nan)
+    wide[:, : rows.shape[1]] = rows
+    return wide[:, : rows.shape[1]]
+
+
+def _layer(scenario: Scenario, device: torch.device, generator: torch.Generator) -> ResolvedLayer:
+    spec, heads = scenario.spec, scenario.spec.num_qo_heads
+    sinks = torch.randn(heads, generator=generator).to(device) if "sinks" in spec.features else None
+    slopes = (torch.rand(heads, generator=generator) * 0.2).to(device) if "alibi" in spec.features else None
+    cap = 2.0 if "soft_cap" in spec.features else None
+    return LayerArgs(soft_cap=cap, window=scenario.window, sinks=sinks, alibi_slopes=slopes).resolve(spec)
+
+
+def _mask(scenario: Scenario, device: torch.device, generator: torch.Generator) -> PackedMask | None:
+    """Random bits, padding bits set: a kernel must not take them for columns."""
+    if scenario.mask is None:
+        return None
+    parts, indptr = [torch.zeros(0, dtype=torch.uint8)], [0]
+    for q_len, kv_len in zip(scenario.q_lens, scenario.kv_lens, strict=True):
+        columns = kv_len if scenario.mask == "kv" else q_len
+        bits = torch.ones(q_len, math.ceil(columns / 8) * 8, dtype=torch.uint8)
+        bits[:, :columns] = torch.rand(q_len, columns, generator=generator) < 0.6
+        weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
+        parts.append((bits.view(q_len, -1, 8) * weights).sum(dim=2, dtype=torch.uint8).flatten())
+        indptr.append(indptr[-1] + parts[-1].numel())
+    packed = torch.cat(parts).to(device)
+    return PackedMask(packed, torch.tensor(indptr, dtype=torch.int64, device=device), scenario.mask)
+
+
+_HOSTILE = frozenset({"hostile"})
+_LARGE = frozenset({"large"})
+_BF16, _FP16 = torch.bfloat16, torch.float16
+_DECODE = ((1, 1, 1), (1, 17, 70))
+_MIXED = ((1, 9, 1, 5), (33, 9, 1, 40))
+
+
+def cases() -> Iterator[Case]:
+    """Cases cheap enough for a CPU, then those that need a GPU with much memory."""
+    yield from _basic()
+    yield from _hostile()
+    yield from _shapes()
+    yield from _layouts()
+    yield from _features()
+    yield from _formats()
+    yield from _large()
+
+
+def _basic() -> Iterator[Case]:
+    for dtype in (torch.float32, _FP16, _BF16):
+        name = str(dtype).removeprefix("torch.")
+        yield _case(f"decode_{name}", *_DECODE, dtype=dtype)
+        yield _case(f"prefill_{name}", (33, 20), (33, 20), dtype=dtype, features={"lse"})
+        yield _case(f"mixed_{name}", *_MIXED, dtype=dtype, features={"lse"})
+    yield _case("decode_long", (1, 1), (150, 300), dtype=_BF16, features={"lse"})
+    yield _case("append_chunk", (16, 3), (80, 67), dtype=_BF16)
+    yield _case("prefill_d128", (40,), (40,), dtype=_BF16, head_dim=128, heads=(8, 2))
+    yield _case("decode_d128_group4", (1, 1, 1, 1), (5, 64, 65, 130), dtype=_BF16, head_dim=128, heads=(8, 2))
+    yield _case("not_causal", (7, 1, 20), (30, 18, 20), causal=False, features={"lse"})
+    yield _case("batch_invariant", *_MIXED, dtype=_BF16, batch_invariant=True)
+    yield _case("capacity_to_spare", *_MIXED, dtype=_BF16, slack=100)
+    yield _case("second_update", *_MIXED, dtype=_BF16, before=True)
+
+
+def _hostile() -> Iterator[Case]:
+    yield _case("empty_batch", (), (), _HOSTILE, features={"lse"})
+    yield _case("length_one", (1,), (1,), _HOSTILE, features={"lse"})
+    yield _case("padding_requests", (1, 1, 0, 2), (0, 9, 0, 0), _HOSTILE, features={"lse"})
+    yield _case("all_padding", (1, 1), (0, 0), _HOSTILE, features={"lse"})
+    yield _case("padding_requests_with_sinks", (1, 1, 2), (0, 9, 0), _HOSTILE, features={"lse", "sinks"})
+    yield _case("no_new_tokens", (0, 3, 0), (20, 5, 7), _HOSTILE, features={"lse"})
+    yield _case("more_queries_than_keys", (9, 4), (3, 4), _HOSTILE, features={"lse"})
+    yield _case("more_queries_than_keys_not_causal", (9,), (3,), _HOSTILE, causal=False, windows=(2,))
+    yield _case("many_short_requests", (1,) * 20, tuple(range(20)), _HOSTILE, dtype=_BF16)
+    yield _case("no_spare_rows", (4, 1), (4, 6), _HOSTILE, spare_rows=0)
+    yield _case("many_spare_rows", (1, 1), (4, 6), _HOSTILE, spare_rows=30)
+
+
+def _shapes() -> Iterator[Case]:
+    for group in (1, 2, 3, 4, 5, 6, 7, 8, 16):
+        yield _case(f"group_{group}", (1, 6), (19, 22), dtype=_BF16, heads=(group, 1))
+    for head_dim in (80, 96, 192, 256):
+        yield _case(f"head_dim_{head_dim}", (1, 6), (19, 22), dtype=_BF16, head_dim=head_dim)
+    yield _case("head_dim_192_128", (1, 6), (19, 22), dtype=_BF16, head_dim=192, head_dim_vo=128)
+    yield _case("smollm_heads", (1, 1), (40, 3), heads=(9, 3))
+    for page_size in (1, 3, 64, 256):
+        yield _case(f"page_size_{page_size}", (1, 6, 1), (19, 70, 64), dtype=_BF16, page_size=page_size)
+
+
+def _layouts() -> Iterator[Case]:
+    yield _case("hnd", *_MIXED, dtype=_BF16, kv_layout="HND")
+    yield _case("hnd_interleaved", *_MIXED, dtype=_BF16, kv_layout="HND", storage="interleaved")
+    yield _case("interleaved", *_MIXED, dtype=_BF16, storage="interleaved", strided=True)
+    yield _case("padded_rows", *_MIXED, dtype=_BF16, storage="padded", strided=True)
+    yield _case("table_row", *_MIXED, dtype=_BF16, table_row=True)
+    yield _case("table_indptr", *_MIXED, dtype=_BF16, table="indptr")
+    yield _case("table_indptr_padding", (1, 0, 1), (0, 0, 33), dtype=_BF16, table="indptr", page_size=1)
+    yield _case("token_slots", *_DECODE, dtype=_BF16, page_size=1, table_row=True)
+    yield _case("ragged", *_MIXED, dtype=_BF16, table="ragged", features={"lse"})
+    yield _case("ragged_hnd", *_MIXED, dtype=_BF16, table="ragged", kv_layout="HND")
+    yield _case(
+        "ragged_interleaved", (33, 20), (33, 20), dtype=_BF16, table="ragged", storage="interleaved", strided=True
+    )
+
+
+def _features() -> Iterator[Case]:
+    for window in (1, 5, 16, 1000):
+        yield _case(f"window_{window}", *_MIXED, dtype=_BF16, windows=(window,), features={"lse"})
+    yield _case("window_decode", *_DECODE, windows=(20,))
+    yield _case("window_of_two", *_DECODE, windows=(None, 20), window=20)
+    yield _case("no_window_of_two", *_DECODE, windows=(None, 20), window=None)
+    yield _case("window_not_causal", (7, 20), (30, 20), windows=(6,), causal=False)
+    yield _case("soft_cap", *_MIXED, dtype=_BF16, features={"soft_cap", "lse"})
+    yield _case("sinks", *_MIXED, dtype=_BF16, features={"sinks", "lse"})
+    yield _case("sinks_window", *_DECODE, dtype=_BF16, features={"sinks"}, windows=(20,), heads=(8, 1))
+    yield _case("alibi", *_MIXED, features={"alibi", "lse"}, heads=(6, 2))
+    yield _case("mask_kv", *_MIXED, features={"mask", "lse"}, mask="kv")
+    yield _case("mask_kv_not_causal", (5, 8), (21, 8), features={"mask", "lse"}, mask="kv", causal=False)
+    yield _case("mask_tree", (8, 5, 1), (40, 5, 12), dtype=_BF16, features={"mask"}, mask="new", causal=False)
+    yield _case("mask_tree_causal", (9,), (50,), features={"mask"}, mask="new")
+    everything = {"soft_cap", "sinks", "alibi", "mask", "lse"}
+    yield _case("every_feature", *_MIXED, features=everything, mask="kv", windows=(None, 7), window=7)
+
+
+def _formats() -> Iterator[Case]:
+    e4m3: dict[str, Any] = {"dtype": _BF16, "kv_format": "fp8_e4m3"}
+    yield _case("fp8_e4m3", *_MIXED, **e4m3)
+    yield _case("fp8_e4m3_decode_heads", *_DECODE, **e4m3, scale="heads", features={"lse"})
+    yield _case("fp8_e4m3_bytes", *_MIXED, **e4m3, scale="tensor", as_bytes=True)
+    yield _case("fp8_e4m3_float_scale", *_MIXED, **e4m3, scale="float", kv_layout="HND", page_size=64)
+    yield _case("fp8_e4m3_group8", *_DECODE, **e4m3, scale="heads", heads=(8, 1), head_dim=128, storage="interleaved")
+    yield _case("fp8_e5m2", *_MIXED, dtype=_FP16, kv_format="fp8_e5m2", scale="float")
+    yield _case("fp8_e5m2_heads_bytes", *_DECODE, dtype=_BF16, kv_format="fp8_e5m2", scale="heads", as_bytes=True)
+    yield _case("fp8_ragged", (6, 1), (20, 33), **e4m3, scale="tensor", table="ragged")
+
+
+def _large() -> Iterator[Case]:
+    # Page ids from 2^17 on: element offsets beyond 2^31, byte offsets beyond 2^32.
+    wide: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (8, 8), "first_page": 1 << 17}
+    yield _case("far_pages", (1, 9, 1), (100, 40, 5), _LARGE, **wide)
+    yield _case("far_pages_interleaved", (1, 9, 1), (100, 40, 5), _LARGE, **wide, storage="interleaved")
+    yield _case("far_pages_fp8", (1, 9), (100, 40), _LARGE, **{**wide, "kv_format": "fp8_e4m3", "kv_layout": "HND"})
+    yield _case("long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, dtype=_BF16, head_dim=128, heads=(8, 2))
+    yield _case("long_prefill", (3000, 1), (3000, 5000), _LARGE, dtype=_BF16, head_dim=128, heads=(4, 1))

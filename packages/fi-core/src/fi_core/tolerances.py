@@ -1,0 +1,39 @@
+"""How far a kernel may be from the float64 oracle, shared by the conformance cases and by shadow mode.
+
+The limits follow from one rounding of the output and, for 16-bit dtypes, of the softmax weights that tensor cores take
+as input: 2^-9 (bfloat16) and 2^-12 (float16) each, with a factor of two or more to spare. float32 means IEEE float32:
+tf32 products would miss the limit. An FP8 cache costs nothing here, because the oracle reads the same stored bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .contract import Tolerance
+
+_OUTPUT = {
+    torch.bfloat16: Tolerance(1e-2, 5e-2),
+    torch.float16: Tolerance(2e-3, 1e-2),
+    torch.float32: Tolerance(1e-5, 1e-4),
+    torch.float64: Tolerance(1e-12, 1e-11),
+}
+_LSE_OF_16_BIT = Tolerance(1e-3, 5e-3)
+
+
+def attention_tolerance(dtype: torch.dtype) -> Tolerance:
+    """For attention outputs of ``dtype``."""
+    return _OUTPUT[dtype]
+
+
+def lse_tolerance(dtype: torch.dtype) -> Tolerance:
+    """For the float32 log-sum-exp of logits whose inputs have ``dtype``: products of 16-bit numbers are exact in float32,
+    but a soft-cap may use the hardware's tanh."""
+    return _OUTPUT[torch.float32] if dtype in (torch.float32, torch.float64) else _LSE_OF_16_BIT
+
+
+def append_tolerance(dtype: torch.dtype, kv_format: str) -> Tolerance:
+    """For rotated keys and queries. FP8: rounding may fall to the other side for a few elements, which then differ by a
+    whole step. float32: angles computed in float32 are off by position * 2^-24 radians."""
+    if kv_format.startswith("fp8"):
+        return Tolerance(3e-2, 1.0)
+    return Tolerance(1e-4, 1e-3) if dtype == torch.float32 else _OUTPUT[dtype]

@@ -1,0 +1,173 @@
+"""``top_k``, ``logprobs`` and ``penalize_logits`` against plain Python and float64 formulas."""
+
+import fi_core as fi
+import pytest
+import torch
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@pytest.mark.parametrize("k", [1, 3, 17, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_top_k_is_exact_with_ties(k, dtype):
+    logits = noise(7, 60)
+    logits[1] = (logits[1] / 3).round()
+    logits[2] = 1.0
+    logits[3, ::2] = -torch.inf
+    logits[4] = -torch.inf
+    logits[5, 11] = torch.inf
+    logits[6, 3:9] = torch.nan
+    logits = logits.to(dtype)
+    values, indices = fi.top_k(logits, k)
+    numbers = [[-torch.inf if x != x else x for x in row] for row in logits.to(torch.float32).tolist()]
+    for row, line in enumerate(numbers):
+        order = sorted(range(60), key=lambda token: (-line[token], token))[:k]
+        assert indices[row].tolist() == order
+        assert values[row].tolist() == [line[token] for token in order]
+
+
+def test_top_k_rejects_bad_k():
+    for k in (0, 6):
+        with pytest.raises(fi.ArgumentError, match=r"^k:"):
+            fi.top_k(torch.zeros(2, 5), k)
+    assert fi.top_k(torch.zeros(0, 5), 2)[1].shape == (0, 2)
+
+
+@pytest.mark.parametrize("top_n", [0, 1, 5, 33])
+def test_logprobs(top_n):
+    logits = noise(5, 33)
+    logits[1] = (logits[1] / 2).round()
+    logits[2] *= 1e29
+    logits[3, ::3] = -torch.inf
+    tokens = torch.tensor([4, 0, 32, 3, -1])
+    out = fi.logprobs(logits, tokens, top_n)
+    wide = logits.double()
+    expected = wide - wide.logsumexp(1, keepdim=True)
+    assert out.chosen[4] == -torch.inf
+    torch.testing.assert_close(out.chosen[:4], expected[range(4), tokens[:4]].float(), rtol=1e-5, atol=1e-5)
+    for row in range(5):
+        order = sorted(range(33), key=lambda token: (-logits[row, token].item(), token))[:top_n]
+        assert out.indices[row].tolist() == order
+        torch.testing.assert_close(out.values[row], expected[row, order].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_logprobs_of_unusable_rows_are_nan():
+    logits = torch.zeros(3, 6)
+    logits[0, 1], logits[1, 2], logits[2] = torch.nan, torch.inf, -torch.inf
+    assert fi.logprobs(logits, torch.zeros(3, dtype=torch.int64)).chosen.isnan().all()
+
+
+def plain_penalties(logits, penalties):
+    """The documented order, token by token, in Python floats."""
+    result = logits.double().tolist()
+    for n, line in enumerate(result):
+        row = n if penalties.rows is None else int(penalties.rows[n])
+        for token in range(len(line)):
+            value = line[token]
+            if penalties.allowed is not None and not (int(penalties.allowed[n, token // 32]) >> (token % 32)) & 1:
+                value = -float("inf")
+            if penalties.bias_indptr is not None:
+                for entry in range(int(penalties.bias_indptr[n]), int(penalties.bias_indptr[n + 1])):
+                    if int(penalties.bias_tokens[entry]) == token:
+                        value += float(penalties.bias_values[entry])
+            prompt = 0 if penalties.prompt_counts is None else int(penalties.prompt_counts[row, token])
+            output = 0 if penalties.output_counts is None else int(penalties.output_counts[row, token])
+            if penalties.repetition is not None and (prompt or output):
+                factor = float(penalties.repetition[n])
+                value = value / factor if value > 0 else value * factor
+            if penalties.frequency is not None:
+                value -= float(penalties.frequency[n]) * output
+            if penalties.presence is not None:
+                value -= float(penalties.presence[n]) * (output > 0)
+            line[token] = value
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def all_penalties(num_rows, vocab_size, rows=None):
+    generator = torch.Generator().manual_seed(8)
+    held = num_rows if rows is None else int(rows.max()) + 1
+    words = (vocab_size + 31) // 32
+    prompt, output = (
+        torch.randint(-3, 4, (held, vocab_size), generator=generator).clamp(min=0).to(torch.int32) for _ in range(2)
+    )
+    tokens = torch.stack([torch.randperm(vocab_size, generator=generator)[:4] for _ in range(num_rows)]).to(torch.int32)
+    tokens[:, 3] = -1
+    tokens[0, 2] = vocab_size
+    return {
+        "allowed": torch.randint(-(2**31), 2**31, (num_rows, words), generator=generator).to(torch.int32),
+        "bias_indptr": (torch.arange(num_rows + 1) * 4).to(torch.int32),
+        "bias_tokens": tokens.flatten(),
+        "bias_values": torch.randn(num_rows * 4, generator=generator) * 5,
+        "repetition": torch.rand(num_rows, generator=generator) + 0.6,
+        "frequency": torch.randn(num_rows, generator=generator),
+        "presence": torch.randn(num_rows, generator=generator),
+        "prompt_counts": prompt,
+        "output_counts": output,
+        "rows": rows,
+    }
+
+
+PARTS = {
+    "allowed": ("allowed",),
+    "bias": ("bias_indptr", "bias_tokens", "bias_values"),
+    "repetition": ("repetition", "prompt_counts", "output_counts"),
+    "repetition of the output": ("repetition", "output_counts"),
+    "repetition of the prompt": ("repetition", "prompt_counts"),
+    "frequency": ("frequency", "output_counts"),
+    "presence": ("presence", "output_counts"),
+    "all": tuple(all_penalties(1, 4)),
+}
+
+
+@pytest.mark.parametrize("names", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("vocab_size", [4, 32, 77])
+@pytest.mark.parametrize("aliased", [False, True])
+def test_penalties(names, vocab_size, aliased):
+    logits = noise(6, vocab_size)
+    logits[2, 1], logits[3] = -torch.inf, 0.0
+    penalties = fi.PenaltyParams(
+        **{name: value for name, value in all_penalties(6, vocab_size).items() if name in names}
+    )
+    expected = plain_penalties(logits, penalties)
+    assert not torch.equal(expected, logits.double())
+    out = logits.clone() if aliased else torch.full_like(logits, torch.nan)
+    result = fi.penalize_logits(out if aliased else logits, penalties, out=out)
+    assert result is out
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_penalties_with_a_row_map_and_bfloat16():
+    rows = torch.tensor([4, 0, 0, 2], dtype=torch.int32)
+    logits = noise(4, 50).to(torch.bfloat16)
+    penalties = fi.PenaltyParams(**all_penalties(4, 50, rows))
+    result = fi.penalize_logits(logits, penalties)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.double(), plain_penalties(logits, penalties), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("penalties.allowed", {"allowed": torch.zeros(3, 1, dtype=torch.int32)}),
+        ("penalties.allowed.dtype", {"allowed": torch.zeros(3, 2)}),
+        ("penalties.bias_indptr, bias_tokens, bias_values", {"bias_tokens": torch.zeros(2, dtype=torch.int32)}),
+        ("penalties.output_counts", {"frequency": torch.zeros(3)}),
+        ("penalties.output_counts", {"repetition": torch.ones(3)}),
+        ("penalties.output_counts", {"output_counts": torch.zeros(3, 40, dtype=torch.int32)}),
+        ("penalties.rows", {"rows": torch.zeros(3, dtype=torch.int32)}),
+        (
+            "penalties.prompt_counts",
+            {
+                "prompt_counts": torch.zeros(3, 40, dtype=torch.int32),
+                "output_counts": torch.zeros(3, 40, dtype=torch.int32),
+                "presence": torch.zeros(3),
+            },
+        ),
+    ],
+)
+def test_bad_penalties_are_named(argument, changes):
+    with pytest.raises(fi.ArgumentError) as caught:
+        fi.penalize_logits(torch.zeros(3, 40), fi.PenaltyParams(**changes))
+    assert caught.value.argument == argument

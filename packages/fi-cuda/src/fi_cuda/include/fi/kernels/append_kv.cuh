@@ -1,0 +1,122 @@
+// Writes new keys and values into a cache, with RoPE on K and q and FP8 quantisation (Kwon et al., 2023, section 4).
+//
+// kThreadsPerToken threads (whole warps) take a slice of a token's heads. Each loads its packs, and meanwhile every warp
+// finds the token's request, position and place; what has a place is then rotated, converted and stored.
+// Config: Dtype, Stored, kHeadDim, kHeadDimVo, kPageSize (0: ragged), kAddressing, kCount (elements a pack), kRotaryDim
+// (0: no RoPE), kPairs, kTable, kThreadsPerToken, kQRounds (0: no q), kKRounds, kVRounds, kNumThreads.
+// Params: k, v, q [tokens, heads, dim]; *_strides (outer: token, inner: head); k_cache, v_cache with *_cache_strides (outer:
+// page, inner: token) and *_head_stride; *_scales (null: the scale is *_scale) with *_scale_stride (0: one for all heads);
+// q_indptr, kv_lens; table, table_row, indptr, slots, what kAddressing needs; rope (cos_sin or inv_freq), rope_stride, factor.
+#pragma once
+
+#include "fi/kv/heads.cuh"
+#include "fi/kv/place.cuh"
+#include "fi/kv/request.cuh"
+#include "fi/ptx/dependent_launch.cuh"
+
+namespace fi {
+
+// What becomes of a token. `live`: it belongs to a request and, with RoPE, has an angle; `placed`: it is also stored.
+struct Destination {
+  bool live;
+  bool placed;
+  int position;
+  Place place;
+};
+
+template <class Config, class Params>
+__device__ __forceinline__ Destination destination_of(int64 token, const Params& params) {
+  constexpr bool kUsesSlots = Config::kAddressing == kSlots;
+  const int* q_indptr = static_cast<const int*>(params.q_indptr);
+  Destination found = {};
+  int64 slot = 0;
+  if constexpr (kUsesSlots) slot = static_cast<const int64*>(params.slots)[token];
+  if constexpr (kUsesSlots && Config::kRotaryDim == 0) {
+    found.live = token < q_indptr[params.num_requests];
+  } else {
+    const int request = request_of(token, q_indptr, params.num_requests);
+    if (request == params.num_requests) return found;
+    // Row `token` is so many rows before the request's end as its position is before the request's last one.
+    const int end = q_indptr[request + 1];
+    found.position = static_cast<int>(token - end) + static_cast<const int*>(params.kv_lens)[request];
+    found.live = found.position >= 0;
+    if constexpr (!kUsesSlots) {
+      if (!found.live) return found;
+      const PageTable table = {static_cast<const int*>(params.table), static_cast<const int*>(params.table_row),
+                               static_cast<const int*>(params.indptr), params.table_stride};
+      found.place = place_of_position<Config::kAddressing, Config::kPageSize>(table, request, found.position);
+    }
+  }
+  if constexpr (kUsesSlots) {
+    found.placed = found.live && slot >= 0;
+    if (found.placed) found.place = place_of_slot<Config::kPageSize>(slot);
+  } else {
+    found.placed = found.live;
+  }
+  return found;
+}
+
+template <class Config, class Params>
+__device__ __forceinline__ void append_kv(const Params& params) {
+  using T = typename Config::Dtype;
+  using Stored = typename Config::Stored;
+  constexpr int kThreads = Config::kThreadsPerToken;
+  constexpr int kRotaryDim = Config::kRotaryDim;
+  using QSplit = HeadSplit<T, Config::kCount, Config::kHeadDim, kRotaryDim, Config::kPairs, kThreads, Config::kQRounds>;
+  using KSplit = HeadSplit<T, Config::kCount, Config::kHeadDim, kRotaryDim, Config::kPairs, kThreads, Config::kKRounds>;
+  using VSplit = HeadSplit<T, Config::kCount, Config::kHeadDimVo, 0, kNoRope, kThreads, Config::kVRounds>;
+  static_assert(kThreads % 32 == 0 && Config::kNumThreads % kThreads == 0, "a warp serves one token");
+
+  const int thread = static_cast<int>(threadIdx.x) % kThreads;
+  const int slice = static_cast<int>(blockIdx.y);
+  const int64 token =
+      static_cast<int64>(blockIdx.x) * (Config::kNumThreads / kThreads) + static_cast<int>(threadIdx.x) / kThreads;
+  HeadShare q_share = QSplit::share(thread, slice, params.num_q_heads);
+  if (!q_share.rotated) q_share.num_heads = 0;  // in place: what does not rotate stays
+  const HeadShare k_share = KSplit::share(thread, slice, params.num_kv_heads);
+  const HeadShare v_share = VSplit::share(thread, slice, params.num_kv_heads);
+
+  ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
+  if (token >= params.num_tokens) return;
+
+  const T* k = static_cast<const T*>(params.k) + token * params.k_strides.outer;
+  const T* v = static_cast<const T*>(params.v) + token * params.v_strides.outer;
+  T* q = static_cast<T*>(params.q) + token * params.q_strides.outer;
+  HeldHeads<QSplit> q_held;
+  HeldHeads<KSplit> k_held;
+  HeldHeads<VSplit> v_held;
+  HeadScales<QSplit, T> q_scales;
+  HeadScales<KSplit, Stored> k_scales;
+  HeadScales<VSplit, Stored> v_scales;
+  q_held.load(q, params.q_strides.inner, q_share);
+  k_held.load(k, params.k_strides.inner, k_share);
+  v_held.load(v, params.v_strides.inner, v_share);
+  q_scales.load(nullptr, 0, 1.0f, q_share);
+  k_scales.load(params.k_scales, params.k_scale_stride, params.k_scale, k_share);
+  v_scales.load(params.v_scales, params.v_scale_stride, params.v_scale, v_share);
+
+  const Destination found = destination_of<Config>(token, params);
+  if (!found.live) return;
+  Rotation<Config::kCount> rotation = {};
+  if constexpr (kRotaryDim > 0) {
+    if (k_share.rotated) {
+      const int first_pair = thread % KSplit::kUnits * Config::kCount;
+      const float* rope = static_cast<const float*>(params.rope);
+      if constexpr (Config::kTable) {
+        const float* row = rope + found.position * params.rope_stride;
+        rotation = rotation_from_table<Config::kCount>(row, kRotaryDim / 2, first_pair);
+      } else {
+        rotation = rotation_at<Config::kCount>(found.position, rope, first_pair, params.factor);
+      }
+    }
+  }
+  q_held.store(q, params.q_strides.inner, q_share, rotation, q_scales);
+  if (!found.placed) return;
+  Stored* k_cache = static_cast<Stored*>(params.k_cache) + place_offset(found.place, params.k_cache_strides);
+  Stored* v_cache = static_cast<Stored*>(params.v_cache) + place_offset(found.place, params.v_cache_strides);
+  k_held.store(k_cache, params.k_head_stride, k_share, rotation, k_scales);
+  v_held.store(v_cache, params.v_head_stride, v_share, rotation, v_scales);
+}
+
+}  // namespace fi

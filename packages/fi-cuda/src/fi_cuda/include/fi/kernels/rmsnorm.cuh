@@ -1,0 +1,85 @@
+// RMSNorm, alone or fused with the residual add before it (Zhang and Sennrich, 2019).
+//
+// kThreadsPerRow threads hold a row in registers, so it is read once and the output may be the input.
+// Config: Dtype, kWidth, kVectorBytes, kThreadsPerRow, kAdd, kNumThreads.
+// Params: x, out [rows, kWidth] and weight [kWidth]; residual [rows, kWidth], updated in place, unused unless kAdd;
+// *_strides; num_rows, inner_size; eps, weight_bias.
+#pragma once
+
+#include "fi/ptx/dependent_launch.cuh"
+#include "fi/tile/pack.cuh"
+#include "fi/tile/reduce.cuh"
+#include "fi/tile/rows.cuh"
+
+namespace fi {
+
+template <class Config, class Params>
+__device__ __forceinline__ void rmsnorm(const Params& params) {
+  using T = typename Config::Dtype;
+  constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
+  constexpr int kPacks = Config::kWidth / kCount;
+  constexpr int kPacksPerThread = (kPacks + Config::kThreadsPerRow - 1) / Config::kThreadsPerRow;
+  constexpr int kRowsPerBlock = Config::kNumThreads / Config::kThreadsPerRow;
+  __shared__ float scratch[Config::kNumThreads / 32];
+
+  const int lane = static_cast<int>(threadIdx.x) % Config::kThreadsPerRow;
+  const int64 row = static_cast<int64>(blockIdx.x) * kRowsPerBlock + threadIdx.x / Config::kThreadsPerRow;
+  const bool live = row < params.num_rows;
+  const T* weight = static_cast<const T*>(params.weight);
+
+  ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
+
+  const T* x = static_cast<const T*>(params.x) + row_offset(row, params.inner_size, params.x_strides);
+  T* residual = nullptr;
+  if constexpr (Config::kAdd) {
+    residual = static_cast<T*>(params.residual) + row_offset(row, params.inner_size, params.residual_strides);
+  }
+  Pack<T, Config::kVectorBytes> weights[kPacksPerThread];
+  Pack<T, Config::kVectorBytes> held[kPacksPerThread];
+  Pack<T, Config::kVectorBytes> added[Config::kAdd ? kPacksPerThread : 1];
+#pragma unroll
+  for (int idx = 0; idx < kPacksPerThread; ++idx) {
+    const int pack = lane + idx * Config::kThreadsPerRow;
+    if (live && pack < kPacks) {
+      held[idx] = load_pack<Config::kVectorBytes>(x + pack * kCount);
+      if constexpr (Config::kAdd) added[idx] = load_pack<Config::kVectorBytes>(residual + pack * kCount);
+      weights[idx] = load_pack<Config::kVectorBytes>(weight + pack * kCount);
+    }
+  }
+
+  float squares = 0.0f;
+#pragma unroll
+  for (int idx = 0; idx < kPacksPerThread; ++idx) {
+    const int pack = lane + idx * Config::kThreadsPerRow;
+    if (live && pack < kPacks) {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        if constexpr (Config::kAdd) {
+          held[idx].data[e] = from_float<T>(to_float(held[idx].data[e]) + to_float(added[idx].data[e]));
+        }
+        const float value = to_float(held[idx].data[e]);
+        squares += value * value;
+      }
+      if constexpr (Config::kAdd) store_pack(residual + pack * kCount, held[idx]);
+    }
+  }
+  const float mean = sum_over_threads<Config::kThreadsPerRow>(squares, scratch) / Config::kWidth;
+  const float scale = 1.0f / sqrtf(mean + params.eps);
+
+  T* out = static_cast<T*>(params.out) + row_offset(row, params.inner_size, params.out_strides);
+#pragma unroll
+  for (int idx = 0; idx < kPacksPerThread; ++idx) {
+    const int pack = lane + idx * Config::kThreadsPerRow;
+    if (live && pack < kPacks) {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        const float factor = to_float(weights[idx].data[e]) + params.weight_bias;
+        held[idx].data[e] = from_float<T>(to_float(held[idx].data[e]) * scale * factor);
+      }
+      store_pack(out + pack * kCount, held[idx]);
+    }
+  }
+}
+
+}  // namespace fi

@@ -1,0 +1,79 @@
+// RoPE of q and k in one launch, in place or out of place.
+//
+// A block takes kTokensPerBlock tokens; a thread keeps one unit's cosines and sines and walks over the heads of its token.
+// Config: Dtype, PositionType, kHeadDim, kRotaryDim, kVectorBytes, kPairs, kTable, kTokensPerBlock, kHeadLanes, kNumThreads.
+// Params: q, k, positions, table (cos_sin or inv_freq), q_out, k_out; *_strides (outer: token, inner: head); num_tokens;
+// num_q_heads, num_k_heads; table_stride; factor.
+#pragma once
+
+#include "fi/ptx/dependent_launch.cuh"
+#include "fi/rope/rotate.cuh"
+#include "fi/tile/pack.cuh"
+#include "fi/tile/rows.cuh"
+
+namespace fi {
+
+// A thread's share of one token's heads: `unit` below kRotated rotates, others copy a pack of the dims behind them.
+template <class Config, class T>
+__device__ __forceinline__ void rope_heads(
+    const T* source, T* target, int64 source_stride, int64 target_stride, int first_head, int num_heads, int unit,
+    const Rotation<Config::kVectorBytes / static_cast<int>(sizeof(T))>& rotation) {
+  constexpr int kBytes = Config::kVectorBytes;
+  constexpr int kCount = kBytes / static_cast<int>(sizeof(T));
+  constexpr int kRotated = Config::kRotaryDim / 2 / kCount;
+  constexpr int kSecond = Config::kPairs == kHalf ? Config::kRotaryDim / 2 : kCount;
+  if (unit >= kRotated) {
+    if (source == target) return;
+    const int dim = Config::kRotaryDim + (unit - kRotated) * kCount;
+    for (int head = first_head; head < num_heads; head += Config::kHeadLanes) {
+      store_pack(target + head * target_stride + dim, load_pack<kBytes>(source + head * source_stride + dim));
+    }
+    return;
+  }
+  const int dim = unit * kCount * (Config::kPairs == kHalf ? 1 : 2);
+#pragma unroll 4
+  for (int head = first_head; head < num_heads; head += Config::kHeadLanes) {
+    auto first = load_pack<kBytes>(source + head * source_stride + dim);
+    auto second = load_pack<kBytes>(source + head * source_stride + dim + kSecond);
+    rotate<Config::kPairs>(first, second, rotation);
+    store_pack(target + head * target_stride + dim, first);
+    store_pack(target + head * target_stride + dim + kSecond, second);
+  }
+}
+
+template <class Config, class Params>
+__device__ __forceinline__ void rope(const Params& params) {
+  using T = typename Config::Dtype;
+  constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
+  constexpr int kNumPairs = Config::kRotaryDim / 2;
+  constexpr int kUnits = kNumPairs / kCount + (Config::kHeadDim - Config::kRotaryDim) / kCount;
+  constexpr int kThreadsPerToken = kUnits * Config::kHeadLanes;
+  const int place = static_cast<int>(threadIdx.x) / kThreadsPerToken;
+  const int64 token = static_cast<int64>(blockIdx.x) * Config::kTokensPerBlock + place;
+  const int unit = static_cast<int>(threadIdx.x) % kUnits;
+  const int first_head = static_cast<int>(threadIdx.x) % kThreadsPerToken / kUnits;
+  ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
+  if (place >= Config::kTokensPerBlock || token >= params.num_tokens) return;
+
+  Rotation<kCount> rotation = {};
+  if (unit < kNumPairs / kCount) {
+    const int64 position = static_cast<const typename Config::PositionType*>(params.positions)[token];
+    const float* table = static_cast<const float*>(params.table);
+    if constexpr (Config::kTable) {
+      rotation = rotation_from_table<kCount>(table + position * params.table_stride, kNumPairs, unit * kCount);
+    } else {
+      rotation = rotation_at<kCount>(position, table, unit * kCount, params.factor);
+    }
+  }
+  const T* q = static_cast<const T*>(params.q) + token * params.q_strides.outer;
+  T* q_out = static_cast<T*>(params.q_out) + token * params.q_out_strides.outer;
+  rope_heads<Config, T>(q, q_out, params.q_strides.inner, params.q_out_strides.inner, first_head, params.num_q_heads, unit,
+                        rotation);
+  const T* k = static_cast<const T*>(params.k) + token * params.k_strides.outer;
+  T* k_out = static_cast<T*>(params.k_out) + token * params.k_out_strides.outer;
+  rope_heads<Config, T>(k, k_out, params.k_strides.inner, params.k_out_strides.inner, first_head, params.num_k_heads, unit,
+                        rotation);
+}
+
+}  // namespace fi

@@ -1,0 +1,109 @@
+// A thread's share of one token's heads, held in registers between the load and the store.
+#pragma once
+
+#include "fi/kv/stored.cuh"
+#include "fi/rope/rotate.cuh"
+#include "fi/tile/pack.cuh"
+#include "fi/tile/rows.cuh"
+
+namespace fi {
+
+// Which dims a thread holds, of which heads: the same dims of every kLanes-th head from first_head on.
+struct HeadShare {
+  int dim;
+  bool rotated;  // a unit of pairs (fi/rope/rotate.cuh): a second pack besides the one at `dim`
+  int first_head;
+  int num_heads;
+};
+
+// How kThreads threads share heads of kDim dims, of which the first kRotaryDim rotate (0: none): kUnits threads take a head,
+// kLanes heads are in work at once, kRounds a thread.
+template <class T, int kCount_, int kDim, int kRotaryDim_, int kPairs_, int kThreads, int kRounds_>
+struct HeadSplit {
+  using Element = T;
+  static constexpr int kCount = kCount_;
+  static constexpr int kRotaryDim = kRotaryDim_;
+  static constexpr int kPairs = kPairs_;
+  static constexpr int kRounds = kRounds_;
+  static constexpr int kHeld = kRounds > 0 ? kRounds : 1;  // length of arrays, which cannot be 0
+  static constexpr int kRotatedUnits = kRotaryDim / 2 / kCount;
+  static constexpr int kUnits = kRotatedUnits + (kDim - kRotaryDim) / kCount;
+  static constexpr int kLanes = kThreads / kUnits;
+  static constexpr int kSecond = kPairs == kHalf ? kRotaryDim / 2 : kCount;
+  static_assert(kLanes > 0, "a head has more units than there are threads");
+  static_assert(kDim % kCount == 0 && kRotaryDim / 2 % kCount == 0, "packs do not tile the head");
+
+  // The share of `thread` in the heads of slice `slice`; threads that are left over get no head.
+  static __device__ __forceinline__ HeadShare share(int thread, int slice, int num_heads) {
+    const int unit = thread % kUnits;
+    const int lane = thread / kUnits;
+    HeadShare share;
+    share.rotated = unit < kRotatedUnits;
+    share.dim = share.rotated ? unit * kCount * (kPairs == kHalf ? 1 : 2) : kRotaryDim + (unit - kRotatedUnits) * kCount;
+    share.first_head = slice * kRounds * kLanes + lane;
+    share.num_heads = lane < kLanes ? num_heads : 0;
+    return share;
+  }
+};
+
+// What a thread's heads are divided by when they are stored as FP8; 1 for other formats.
+template <class Split, class Stored>
+struct HeadScales {
+  float data[Split::kHeld];
+
+  // One float a head `stride` apart, 0 for one that all share; `scale` if there are none (null).
+  __device__ __forceinline__ void load(const void* scales, int stride, float scale, const HeadShare& share) {
+#pragma unroll
+    for (int round = 0; round < Split::kRounds; ++round) {
+      const int head = share.first_head + round * Split::kLanes;
+      const bool given = kIsFp8<Stored> && scales != nullptr && head < share.num_heads;
+      data[round] = given ? static_cast<const float*>(scales)[head * stride] : scale;
+    }
+  }
+};
+
+template <class Split>
+struct HeldHeads {
+  using T = typename Split::Element;
+  static constexpr int kBytes = Split::kCount * static_cast<int>(sizeof(T));
+
+  Pack<T, kBytes> first[Split::kHeld];
+  Pack<T, kBytes> second[Split::kRotaryDim > 0 ? Split::kHeld : 1];
+
+  // `row` holds a token's heads, head_stride elements apart.
+  __device__ __forceinline__ void load(const T* row, int64 head_stride, const HeadShare& share) {
+#pragma unroll
+    for (int round = 0; round < Split::kRounds; ++round) {
+      const int head = share.first_head + round * Split::kLanes;
+      if (head < share.num_heads) {
+        const T* source = row + head * head_stride + share.dim;
+        first[round] = load_pack<kBytes>(source);
+        if constexpr (Split::kRotaryDim > 0) {
+          if (share.rotated) second[round] = load_pack<kBytes>(source + Split::kSecond);
+        }
+      }
+    }
+  }
+
+  // Rotates what rotates, converts (fi/kv/stored.cuh) and stores.
+  template <class Stored>
+  __device__ __forceinline__ void store(Stored* row, int64 head_stride, const HeadShare& share,
+                                        const Rotation<Split::kCount>& rotation, const HeadScales<Split, Stored>& scales) {
+#pragma unroll
+    for (int round = 0; round < Split::kRounds; ++round) {
+      const int head = share.first_head + round * Split::kLanes;
+      if (head < share.num_heads) {
+        Stored* target = row + head * head_stride + share.dim;
+        if constexpr (Split::kRotaryDim > 0) {
+          if (share.rotated) {
+            rotate<Split::kPairs>(first[round], second[round], rotation);
+            store_pack(target + Split::kSecond, stored_as<Stored>(second[round], scales.data[round]));
+          }
+        }
+        store_pack(target, stored_as<Stored>(first[round], scales.data[round]));
+      }
+    }
+  }
+};
+
+}  // namespace fi

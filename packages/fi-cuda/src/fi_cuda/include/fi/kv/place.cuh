@@ -1,0 +1,56 @@
+// Where a token lies in a KV cache: page tables, ragged rows, slots (Kwon et al., 2023, section 4).
+#pragma once
+
+#include "fi/tile/rows.cuh"
+
+namespace fi {
+
+enum Addressing { kDense = 0, kIndptr = 1, kRagged = 2, kSlots = 3 };
+
+// How a request's positions map to the cache. Dense: `entries` is [rows, stride] and request r uses row rows[r], or r if
+// `rows` is null; indptr: its entries begin at indptr[r]; ragged: its cache rows begin there.
+struct PageTable {
+  const int* entries;
+  const int* rows;
+  const int* indptr;
+  int64 stride;
+};
+
+// A page and a token in it; a ragged cache is one page.
+struct Place {
+  int64 page;
+  int64 token;
+};
+
+// kAddressing: dense, indptr or ragged; `position` is 0 or more and within the request.
+template <int kAddressing, int kPageSize>
+__device__ __forceinline__ Place place_of_position(const PageTable& table, int request, int position) {
+  if constexpr (kAddressing == kRagged) {
+    return {0, static_cast<int64>(table.indptr[request]) + position};
+  } else {
+    int64 first;
+    if constexpr (kAddressing == kDense) {
+      first = table.stride * (table.rows == nullptr ? request : table.rows[request]);
+    } else {
+      first = table.indptr[request];
+    }
+    return {table.entries[first + position / kPageSize], position % kPageSize};
+  }
+}
+
+// `slot` (0 or more) is page * page_size + token, or the row of a ragged cache (kPageSize 0).
+template <int kPageSize>
+__device__ __forceinline__ Place place_of_slot(int64 slot) {
+  if constexpr (kPageSize == 0) {
+    return {0, slot};
+  } else {
+    return {slot / kPageSize, slot % kPageSize};
+  }
+}
+
+// Elements before head 0 of a place; strides.outer is a page's, strides.inner a token's.
+__device__ __forceinline__ int64 place_offset(const Place& place, RowStrides strides) {
+  return place.page * strides.outer + place.token * strides.inner;
+}
+
+}  // namespace fi

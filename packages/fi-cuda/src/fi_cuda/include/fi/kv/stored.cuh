@@ -1,0 +1,38 @@
+// Values as a KV cache stores them.
+#pragma once
+
+#include "fi/tile/fp8.cuh"
+#include "fi/tile/pack.cuh"
+
+namespace fi {
+
+template <class Stored, class T, int kBytes>
+struct StoredAs {
+  static constexpr int kCount = Pack<T, kBytes>::kCount;
+  using Result = Pack<Stored, kCount * static_cast<int>(sizeof(Stored))>;
+
+  static __device__ __forceinline__ Result from(const Pack<T, kBytes>& x, float scale) {
+    if constexpr (kIsFp8<Stored>) {
+      return quantise<Stored>(x, scale);
+    } else {
+      Result result;
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) result.data[e] = from_float<Stored>(to_float(x.data[e]));
+      return result;
+    }
+  }
+};
+
+// What is stored as it is keeps its bits.
+template <class T, int kBytes>
+struct StoredAs<T, T, kBytes> {
+  static __device__ __forceinline__ Pack<T, kBytes> from(const Pack<T, kBytes>& x, float) { return x; }
+};
+
+// FP8: x / scale, rounded and saturated (fi/tile/fp8.cuh); others: rounded to nearest even, `scale` is not used.
+template <class Stored, class T, int kBytes>
+__device__ __forceinline__ auto stored_as(const Pack<T, kBytes>& x, float scale) {
+  return StoredAs<Stored, T, kBytes>::from(x, scale);
+}
+
+}  // namespace fi

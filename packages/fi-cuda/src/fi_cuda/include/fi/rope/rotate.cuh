@@ -1,0 +1,87 @@
+// Rotary position embedding of a few pairs at a time (RoFormer, Su et al., 2021, section 3.4).
+//
+// A unit is kCount pairs: for "half" the packs at dims u * kCount and u * kCount + rotary_dim / 2, for "interleaved" the two
+// neighbouring packs at 2 * u * kCount.
+#pragma once
+
+#include "fi/tile/pack.cuh"
+
+namespace fi {
+
+enum RopePairs { kNoRope = 0, kHalf = 1, kInterleaved = 2 };
+
+// cos and sin of one unit's pairs, attention factor included.
+template <int kCount>
+struct Rotation {
+  float cos[kCount];
+  float sin[kCount];
+};
+
+// From a table row holding rotary_dim / 2 cosines, then as many sines.
+template <int kCount>
+__device__ __forceinline__ Rotation<kCount> rotation_from_table(const float* row, int num_pairs, int first_pair) {
+  Rotation<kCount> rotation;
+#pragma unroll
+  for (int pair = 0; pair < kCount; ++pair) {
+    rotation.cos[pair] = __ldg(row + first_pair + pair);
+    rotation.sin[pair] = __ldg(row + num_pairs + first_pair + pair);
+  }
+  return rotation;
+}
+
+// From frequencies in radians a position. The angle is reduced to a fraction of a turn in double, where position times
+// frequency is exact enough at any position, so the float functions see small arguments.
+template <int kCount>
+__device__ __forceinline__ Rotation<kCount> rotation_at(
+    long long position, const float* inv_freq, int first_pair, float factor) {
+  constexpr double kTurnsPerRadian = 0.15915494309189535;
+  Rotation<kCount> rotation;
+#pragma unroll
+  for (int pair = 0; pair < kCount; ++pair) {
+    double turns = static_cast<double>(position) * static_cast<double>(__ldg(inv_freq + first_pair + pair));
+    turns *= kTurnsPerRadian;
+    const float half_turns = static_cast<float>(2.0 * (turns - rint(turns)));
+    float sin, cos;
+    sincospif(half_turns, &sin, &cos);
+    rotation.cos[pair] = cos * factor;
+    rotation.sin[pair] = sin * factor;
+  }
+  return rotation;
+}
+
+// Rotates a unit held in two packs.
+template <int kPairs, class T, int kBytes>
+__device__ __forceinline__ void rotate(
+    Pack<T, kBytes>& first, Pack<T, kBytes>& second, const Rotation<Pack<T, kBytes>::kCount>& rotation) {
+  constexpr int kCount = Pack<T, kBytes>::kCount;
+  if constexpr (kPairs == kHalf) {
+#pragma unroll
+    for (int pair = 0; pair < kCount; ++pair) {
+      const float a = to_float(first.data[pair]);
+      const float b = to_float(second.data[pair]);
+      first.data[pair] = from_float<T>(a * rotation.cos[pair] - b * rotation.sin[pair]);
+      second.data[pair] = from_float<T>(b * rotation.cos[pair] + a * rotation.sin[pair]);
+    }
+  } else {
+    T both[2 * kCount];
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      both[e] = first.data[e];
+      both[kCount + e] = second.data[e];
+    }
+#pragma unroll
+    for (int pair = 0; pair < kCount; ++pair) {
+      const float a = to_float(both[2 * pair]);
+      const float b = to_float(both[2 * pair + 1]);
+      both[2 * pair] = from_float<T>(a * rotation.cos[pair] - b * rotation.sin[pair]);
+      both[2 * pair + 1] = from_float<T>(b * rotation.cos[pair] + a * rotation.sin[pair]);
+    }
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      first.data[e] = both[e];
+      second.data[e] = both[kCount + e];
+    }
+  }
+}
+
+}  // namespace fi

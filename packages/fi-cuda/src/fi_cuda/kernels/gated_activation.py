@@ -1,0 +1,75 @@
+"""silu_mul and gelu_mul: spec and binding of ``fi/kernels/gated_activation.cuh``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..params import ParamsLayout
+from ..spec import KernelSpec, kernel_for
+from .rows import inner_size, num_rows, row_strides, vector_bytes
+
+SILU, GELU, GELU_TANH = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class GatedActivationSpec(KernelSpec):
+    """One output width, element type and activation (the header's enum)."""
+
+    dtype: torch.dtype
+    width: int
+    vector_bytes: int
+    activation: int
+
+    stem: ClassVar = "gated_activation"
+    overlapping: ClassVar = True
+    layout: ClassVar = ParamsLayout(
+        (
+            ("x", "pointer"),
+            ("out", "output"),
+            ("x_strides", "rows"),
+            ("out_strides", "rows"),
+            ("num_rows", "int64"),
+            ("inner_size", "int32"),
+        )
+    )
+
+    @property
+    def num_threads(self) -> int:
+        return 256
+
+
+@lru_cache(maxsize=1024)
+def _spec(dtype: torch.dtype, width: int, vector: int, activation: int) -> GatedActivationSpec:
+    return GatedActivationSpec(dtype, width, vector, activation)
+
+
+def _launch(x: Tensor, activation: int, out: Tensor) -> None:
+    rows, width = num_rows(out), out.shape[-1]
+    vector = vector_bytes(x, out, multiple_of=width)
+    num_packs = rows * (width * x.element_size() // vector)
+    kernel_for(_spec(x.dtype, width, vector, activation), x.device).launch(
+        x.device,
+        (num_packs + 255) // 256,
+        1,
+        x.data_ptr(),
+        out.data_ptr(),
+        *row_strides(x),
+        *row_strides(out),
+        rows,
+        inner_size(x),
+    )
+
+
+def silu_mul(x: Tensor, approximate: str, out: Tensor) -> None:
+    """The ``GatedActivation`` protocol of fi-core with SiLU; ``approximate`` is "none"."""
+    _launch(x, SILU, out)
+
+
+def gelu_mul(x: Tensor, approximate: str, out: Tensor) -> None:
+    """The ``GatedActivation`` protocol of fi-core with GELU: "none" (erf) or "tanh"."""
+    _launch(x, GELU if approximate == "none" else GELU_TANH, out)

@@ -1,0 +1,121 @@
+"""RoPE: spec, tuning and binding of ``fi/kernels/rope.cuh``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from fi_core.rope import RopeTable
+from torch import Tensor
+
+from ..params import ParamsLayout
+from ..spec import KernelSpec, kernel_for
+from .rows import row_strides, vector_bytes
+
+PAIRS = {"half": 1, "interleaved": 2}
+_THREADS = 256
+
+
+@dataclass(frozen=True)
+class RopeSpec(KernelSpec):
+    """One head shape and element type; ``table``: cosines and sines are read, otherwise computed."""
+
+    dtype: torch.dtype
+    position_type: torch.dtype
+    head_dim: int
+    rotary_dim: int
+    vector_bytes: int
+    pairs: int
+    table: bool
+
+    stem: ClassVar = "rope"
+    overlapping: ClassVar = True
+    layout: ClassVar = ParamsLayout(
+        (
+            ("q", "pointer"),
+            ("k", "pointer"),
+            ("positions", "pointer"),
+            ("table", "pointer"),
+            ("q_out", "output"),
+            ("k_out", "output"),
+            ("q_strides", "rows"),
+            ("k_strides", "rows"),
+            ("q_out_strides", "rows"),
+            ("k_out_strides", "rows"),
+            ("num_tokens", "int64"),
+            ("table_stride", "int64"),
+            ("num_q_heads", "int32"),
+            ("num_k_heads", "int32"),
+            ("factor", "float"),
+        )
+    )
+
+    @property
+    def num_units(self) -> int:
+        """Threads that share a head: one for each pack of pairs, and one for each pack behind the rotated dims."""
+        count = self.vector_bytes // self.dtype.itemsize
+        return self.rotary_dim // 2 // count + (self.head_dim - self.rotary_dim) // count
+
+    @property
+    def head_lanes(self) -> int:
+        """Heads of a token that are in work at once."""
+        return max(1, min(8, _THREADS // self.num_units))
+
+    @property
+    def tokens_per_block(self) -> int:
+        return max(1, _THREADS // (self.num_units * self.head_lanes))
+
+    @property
+    def num_threads(self) -> int:
+        threads = self.num_units * self.head_lanes * self.tokens_per_block
+        return (threads + 31) // 32 * 32
+
+    def config_lines(self) -> list[str]:
+        return [
+            *super().config_lines(),
+            f"static constexpr int kHeadLanes = {self.head_lanes};",
+            f"static constexpr int kTokensPerBlock = {self.tokens_per_block};",
+        ]
+
+
+@lru_cache(maxsize=1024)
+def _spec(
+    dtype: torch.dtype, position_type: torch.dtype, dims: tuple[int, int, int], pairs: str, table: bool
+) -> RopeSpec:
+    return RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table)
+
+
+def rope(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable, q_out: Tensor, k_out: Tensor | None) -> None:
+    """The ``Rope`` protocol of fi-core: float32 arithmetic, rounded once."""
+    num_tokens, num_heads, head_dim = q.shape
+    rotary_dim = table.config.rotary_dim
+    others = () if k is None or k_out is None else (k, k_out)
+    # Both halves of a pair, and the dims behind them, must start on a whole vector.
+    together = rotary_dim // 2 if head_dim == rotary_dim else (rotary_dim // 2) | (head_dim - rotary_dim)
+    vector = vector_bytes(q, q_out, *others, multiple_of=together)
+    source = table.inv_freq if table.cos_sin is None else table.cos_sin
+    spec = _spec(
+        q.dtype, positions.dtype, (head_dim, rotary_dim, vector), table.config.pairs, table.cos_sin is not None
+    )
+    kernel_for(spec, q.device).launch(
+        q.device,
+        (num_tokens + spec.tokens_per_block - 1) // spec.tokens_per_block,
+        1,
+        q.data_ptr(),
+        0 if k is None else k.data_ptr(),
+        positions.data_ptr(),
+        source.data_ptr(),
+        q_out.data_ptr(),
+        0 if k_out is None else k_out.data_ptr(),
+        *row_strides(q),
+        *((0, 0) if k is None else row_strides(k)),
+        *row_strides(q_out),
+        *((0, 0) if k_out is None else row_strides(k_out)),
+        num_tokens,
+        source.stride(0),
+        num_heads,
+        0 if k is None else k.shape[1],
+        table.config.attention_factor,
+    )

@@ -1,0 +1,111 @@
+"""What a kernel is to the pipeline: a frozen spec that yields its source, its parameter layout and its launch shape."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from .compile import INCLUDE_FOLDER, build, default_cache
+from .launch import LaunchableKernel
+from .params import ParamsLayout
+from .source import CompileTarget, KernelSource
+
+CPP_TYPES = {
+    torch.float32: "float",
+    torch.float16: "__half",
+    torch.bfloat16: "__nv_bfloat16",
+    torch.float8_e4m3fn: "__nv_fp8_e4m3",
+    torch.float8_e5m2: "__nv_fp8_e5m2",
+    torch.int32: "int",
+    torch.int64: "long long",
+}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Base of the specs. A subclass is a frozen dataclass whose fields become ``constexpr`` members or types of the C++
+    struct ``Config`` (bool, int and torch.dtype fields, in camel case with a k for constants), and which names:
+
+    - ``stem``: header ``fi/kernels/<stem>.cuh``, which defines ``template <class Config, class Params> __device__ void
+      fi::<stem>(const Params&)``;
+    - ``layout``: the fields of ``Params``;
+    - ``include_folders``: where its own headers are (default: this package's).
+    """
+
+    stem: ClassVar[str]
+    layout: ClassVar[ParamsLayout]
+    include_folders: ClassVar[tuple[Path, ...]] = (INCLUDE_FOLDER,)
+    overlapping: ClassVar[bool] = False
+
+    @property
+    def num_threads(self) -> int:
+        """Threads a block."""
+        raise AssertionError(f"{type(self).__name__} does not define num_threads")
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory a block."""
+        return 0
+
+    def config_lines(self) -> list[str]:
+        """The members of ``Config``."""
+        lines = [f"static constexpr int kNumThreads = {self.num_threads};"]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            camel = "".join(word.capitalize() for word in item.name.split("_"))
+            if isinstance(value, torch.dtype):
+                lines.append(f"using {camel} = {CPP_TYPES[value]};")
+            elif isinstance(value, bool):
+                lines.append(f"static constexpr bool k{camel} = {str(value).lower()};")
+            else:
+                lines.append(f"static constexpr int k{camel} = {value};")
+        return lines
+
+    def source(self) -> KernelSource:
+        """The generated translation unit: an include, the config, the layout's assertions, one entry."""
+        symbol = f"fi_{self.stem}"
+        lines = [
+            f'#include "fi/kernels/{self.stem}.cuh"',
+            "",
+            "struct Config {",
+            *(f"  {line}" for line in self.config_lines()),
+            "};",
+            "",
+            *self.layout.declaration(),
+            "",
+            f'extern "C" __global__ void __launch_bounds__({self.num_threads})',
+            f"    {symbol}(const __grid_constant__ Params params) {{",
+            f"  fi::{self.stem}<Config>(params);",
+            "}",
+            "",
+        ]
+        return KernelSource(self.stem, symbol, "\n".join(lines), self.include_folders)
+
+
+_kernels: dict[tuple[KernelSpec, str], LaunchableKernel] = {}
+_loading = threading.Lock()
+
+
+def arch_of(device: torch.device) -> str:
+    """NVRTC's name of a CUDA device's architecture, with the accelerated feature set on Hopper."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+
+
+def kernel_for(spec: KernelSpec, device: torch.device) -> LaunchableKernel:
+    """The kernel of ``spec`` ready to launch on ``device``: from this process, the cache, or the compiler."""
+    key = (spec, arch_of(device))
+    found = _kernels.get(key)
+    if found is None:
+        with _loading:
+            found = _kernels.get(key)
+            if found is None:
+                artifact = build(spec.source(), CompileTarget(key[1]), default_cache())
+                overlapping = spec.overlapping and torch.cuda.get_device_capability(device) >= (9, 0)
+                found = LaunchableKernel(artifact, spec.layout, spec.num_threads, spec.shared_bytes, overlapping)
+                _kernels[key] = found
+    return found

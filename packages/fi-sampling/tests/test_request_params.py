@@ -1,0 +1,68 @@
+"""Validation and normalisation of SamplingParams."""
+
+import dataclasses
+
+import pytest
+from fi_core import ArgumentError
+from fi_sampling import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "1"),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("top_k", True),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 2),
+        ("typical_p", 0),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("logit_bias", {-1: 0.5}),
+        ("logit_bias", {3: 101}),
+        ("logit_bias", [3]),
+        ("allowed_token_ids", ()),
+        ("allowed_token_ids", (-1,)),
+        ("allowed_token_ids", 4),
+        ("stop", ("",)),
+        ("stop", (3,)),
+        ("stop_token_ids", ("a",)),
+        ("seed", 2**63),
+        ("seed", 0.5),
+        ("n", 0),
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("min_tokens", 17),
+        ("logprobs", -1),
+        ("ignore_eos", 1),
+    ],
+)
+def test_bad_values_name_the_field(field, value):
+    with pytest.raises(ArgumentError) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.argument == field
+
+
+def test_values_are_normalised_and_frozen():
+    bias = {5: 1.5}
+    params = SamplingParams(stop="end", stop_token_ids=[3, 4], allowed_token_ids={7}, logit_bias=bias, max_tokens=None)
+    bias[6] = 2.0
+    assert params.stop == ("end",) and params.stop_token_ids == (3, 4) and params.allowed_token_ids == (7,)
+    assert dict(params.logit_bias) == {5: 1.5}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_k = 3
+    with pytest.raises(TypeError):
+        params.logit_bias[1] = 0.0
+    assert hash(params) == hash(dataclasses.replace(params))
+
+
+def test_ignore_eos_makes_end_tokens_ordinary():
+    assert SamplingParams(stop_token_ids=(3,)).stop_tokens({1, 2}) == {1, 2, 3}
+    assert SamplingParams(stop_token_ids=(3,), ignore_eos=True).stop_tokens({1, 2}) == {3}

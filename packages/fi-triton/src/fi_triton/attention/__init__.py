@@ -1,0 +1,1 @@
+"""Attention over the scheduler's work list; importing this package imports no Triton."""

@@ -1,0 +1,52 @@
+"""What the rope, norm and activation kernels serve; importing this imports no Triton."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from fi_core.contract import Between, KernelEntry, OneOf, Rule
+
+from .interpreter import kernel_devices, prepare_interpreter
+from .names import BACKEND, MIN_CAPABILITY
+
+_MAX_NORM_WIDTH = 16384  # a row stays in the registers of one program
+
+_FLOATS: Mapping[str, Rule] = {"dtype": OneOf(torch.float32, torch.float16, torch.bfloat16)}
+
+_RULES: Mapping[str, Mapping[str, Rule]] = {
+    "rope": {
+        **_FLOATS,
+        "head_dim": Between(2, 4096),
+        "rotary_dim": Between(2, 4096, multiple_of=2),
+        "pairs": OneOf("half", "interleaved"),
+        "source": OneOf("table", "computed"),
+    },
+    "rmsnorm": {**_FLOATS, "hidden_size": Between(1, _MAX_NORM_WIDTH)},
+    "add_rmsnorm": {**_FLOATS, "hidden_size": Between(1, _MAX_NORM_WIDTH)},
+    "silu_mul": {**_FLOATS, "width": Between(1, 2**25)},
+    "gelu_mul": {**_FLOATS, "width": Between(1, 2**25), "approximate": OneOf("none", "tanh")},
+}
+_MODULES = {
+    "rope": "rope",
+    "rmsnorm": "norms",
+    "add_rmsnorm": "norms",
+    "silu_mul": "activations",
+    "gelu_mul": "activations",
+}
+
+
+def _loader(op: str) -> Callable[[], Any]:
+    def load() -> Any:
+        prepare_interpreter()
+        return getattr(importlib.import_module(f"fi_triton.{_MODULES[op]}"), op)
+
+    return load
+
+
+ENTRIES: list[KernelEntry] = [
+    KernelEntry(op, op, BACKEND, rules, _loader(op), kernel_devices(), MIN_CAPABILITY) for op, rules in _RULES.items()
+]
+"""Kernels of this module's operations."""
