@@ -94,17 +94,27 @@ def _addressing(spec, kv_lens, table_row, generator) -> tuple[dict[str, torch.Te
     return fields, rows, num_pages
 
 
-def build(
-    spec: AttentionSpec, q_lens: list[int], kv_lens: list[int], device: str, *, scales: str | None = None,
-    mask: str | None = None, table_row: bool = False, as_bytes: bool = False, max_q_len: int | None = None, seed: int = 0,
-) -> World:  # fmt: skip
-    """A random world for these lengths on ``device``."""
-    generator = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class Options:
+    """How a world is made: kind of FP8 scales, form of the mask, use of table_row, FP8 typed uint8, capacity, seed."""
+
+    scales: str | None = None
+    mask: str | None = None
+    table_row: bool = False
+    as_bytes: bool = False
+    max_q_len: int | None = None
+    seed: int = 0
+
+
+def build(spec: AttentionSpec, q_lens: list[int], kv_lens: list[int], device: str, **given) -> World:
+    """A random world for these lengths on ``device``; ``given`` are fields of Options."""
+    options = Options(**given)
+    generator = torch.Generator().manual_seed(options.seed)
     num_tokens = sum(q_lens)
     q = torch.randn(num_tokens + PADDING_ROWS, spec.num_qo_heads, spec.head_dim, generator=generator).to(spec.dtype)
     q[num_tokens:] = math.nan
-    fields, rows, num_blocks = _addressing(spec, kv_lens, table_row, generator)
-    k_scale, v_scale = _scales(spec, scales, generator)
+    fields, rows, num_blocks = _addressing(spec, kv_lens, options.table_row, generator)
+    k_scale, v_scale = _scales(spec, options.scales, generator)
     caches, dense = [], []
     for dim in (spec.head_dim, spec.head_dim_vo or 0):
         flat = torch.full((num_blocks * (spec.page_size or 1), spec.num_kv_heads, dim), math.nan).to(spec.kv_dtype)
@@ -115,9 +125,9 @@ def build(
         cache = flat.view(shape)
         if spec.kv_layout == "HND":
             cache = cache.transpose(-2, -3).contiguous()
-        caches.append((cache.view(torch.uint8) if as_bytes else cache).to(device))
+        caches.append((cache.view(torch.uint8) if options.as_bytes else cache).to(device))
         dense.append(values)
-    packed, visible = _mask(spec, mask, q_lens, kv_lens, generator)
+    packed, visible = _mask(spec, options.mask, q_lens, kv_lens, generator)
     moved = {name: value.to(device) for name, value in fields.items()}
     if packed is not None:
         moved["mask"] = PackedMask(packed.bits.to(device), packed.indptr.to(device), packed.columns)
@@ -127,7 +137,7 @@ def build(
         torch.tensor(kv_lens, dtype=torch.int32).to(device),
         **moved,
     )
-    longest = max_q_len or max([*q_lens, 1])
+    longest = options.max_q_len or max([*q_lens, 1])
     capacity = Capacity(len(q_lens) + 1, max(num_tokens, longest), longest, max([*kv_lens, 1]))
     pairs = [(_scaled(k, k_scale), _scaled(v, v_scale)) for k, v in zip(*dense, strict=True)]
     cache = KVCache(caches[0], caches[1], spec.kv_layout, spec.kv_format, *scales_there)

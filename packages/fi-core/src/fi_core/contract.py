@@ -20,7 +20,11 @@ class Target:
     capability: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return self.device_type if self.capability is None else f"{self.device_type} sm_{self.capability[0]}{self.capability[1]}"
+        return (
+            self.device_type
+            if self.capability is None
+            else f"{self.device_type} sm_{self.capability[0]}{self.capability[1]}"
+        )
 
 
 @lru_cache(maxsize=64)

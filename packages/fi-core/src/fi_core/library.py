@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .records import KVCache, KVFormat, KVLayout
 
-_LIBRARY = torch.library.Library("fi", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("fi", "DEF")
 
 
 def register(schema: str, run: Callable[..., None]) -> Callable[..., None]:
@@ -29,8 +29,8 @@ def register(schema: str, run: Callable[..., None]) -> Callable[..., None]:
     if not schema.endswith("-> ()"):
         raise ValueError(f"an operation writes its outputs and returns nothing: {schema}")
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fi::{name}", _no_output, lib=_LIBRARY)
     operator: Callable[..., None] = getattr(torch.ops.fi, name).default
     return operator

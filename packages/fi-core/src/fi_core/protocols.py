@@ -54,7 +54,9 @@ class AttentionKernel(Protocol):
 class AppendKV(Protocol):
     """Protocol of ``append_kv``: writes k [T, Hkv, D] and v [T, Hkv, Dv] into ``kv`` at the batch's positions."""
 
-    def __call__(self, k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None) -> None:
+    def __call__(
+        self, k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None
+    ) -> None:
         """Token i of request b goes to position kv_lens[b] - q_len + i (or to ``batch.slot_mapping``; slots below 0 and
         tokens past q_indptr[B] are skipped). With ``rope`` K is rotated at that position, and ``q`` [T, Hq, D], if
         given, is rotated in place. FP8 formats divide by the scale, round to nearest even and saturate."""
@@ -113,7 +115,8 @@ class FilterLogits(Protocol):
 
 
 class TopK(Protocol):
-    """Protocol of ``top_k``: values float32 [N, k] and indices int64 [N, k] of logits [N, V], descending, ties by lowest index."""
+    """Protocol of ``top_k``: the k largest of logits [N, V] into values float32 [N, k] and indices int64 [N, k], descending,
+    ties by lowest index."""
 
     def __call__(self, logits: Tensor, values: Tensor, indices: Tensor) -> None: ...
 

@@ -135,7 +135,9 @@ class Capacity:
         for item in fields(self):
             value = getattr(self, item.name)
             _require(isinstance(value, int) and value > 0, item.name, "a positive int", value)
-        _require(self.max_q_len <= self.max_q_tokens, "max_q_len", f"<= max_q_tokens={self.max_q_tokens}", self.max_q_len)
+        _require(
+            self.max_q_len <= self.max_q_tokens, "max_q_len", f"<= max_q_tokens={self.max_q_tokens}", self.max_q_len
+        )
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ class LayerArgs:
                 shape = (spec.num_qo_heads,)
                 _require(tuple(tensor.shape) == shape, f"layer.{name}", f"shape {shape}", tuple(tensor.shape))
                 _require(tensor.dtype == torch.float32, f"layer.{name}", "float32", tensor.dtype)
-        return ResolvedLayer(scale, self.soft_cap, window, self.sinks, self.alibi_slopes)  # type: ignore[arg-type]
+        return ResolvedLayer(scale, self.soft_cap, window, self.sinks, self.alibi_slopes)
 
 
 @dataclass(frozen=True)

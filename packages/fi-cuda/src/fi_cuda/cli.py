@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+
 from fi_core.errors import ArgumentError, FiError
 from fi_core.hookspecs import hookimpl
 from fi_core.registry import registry
@@ -80,7 +81,7 @@ def _build(arguments: argparse.Namespace) -> int:
     cache, manager, progress = default_cache(), registry().manager, _Progress()
     declare(manager)
     manager.register(progress, "progress")
-    num_failed = 0
+    failures: list[str] = []
     try:
         with ThreadPoolExecutor(num_jobs) as pool:
             chosen = [source for source in sources if not arguments.stems or source.stem in arguments.stems]
@@ -88,12 +89,13 @@ def _build(arguments: argparse.Namespace) -> int:
                 try:
                     waiting.result()
                 except FiError as error:
-                    num_failed += 1
-                    complain(error)
+                    if str(error) not in failures:  # kernels of one header tend to fail alike
+                        complain(error)
+                    failures.append(str(error))
     finally:
         manager.unregister(progress)
-    print(f"{len(chosen) - num_failed} of {len(chosen)} kernels are ready for {target.arch}; cache: {cache.root}")
-    return 1 if num_failed else 0
+    print(f"{len(chosen) - len(failures)} of {len(chosen)} kernels are ready for {target.arch}; cache: {cache.root}")
+    return 1 if failures else 0
 
 
 def _list(arguments: argparse.Namespace) -> int:

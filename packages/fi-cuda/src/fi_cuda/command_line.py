@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -24,8 +25,8 @@ def parse_jobs(text: str) -> int:
 
 
 def shortened(text: str, max_lines: int = 20, max_columns: int = 300) -> str:
-    """The head of a text that may be huge: so many lines, each cut, and how many more there are."""
-    lines = text.splitlines()
+    """The head of a text that may be huge: so many lines, each cut, and how many more there are. NVRTC's NUL goes."""
+    lines = text.replace("\0", "").splitlines()
     head = [line if len(line) <= max_columns else f"{line[:max_columns]} ..." for line in lines[:max_lines]]
     more = [f"... and {len(lines) - max_lines} more lines"] if len(lines) > max_lines else []
     return "\n".join(head + more)
@@ -39,7 +40,12 @@ def complain(error: Exception) -> None:
 def exit_code(run: Callable[[], int]) -> int:
     """What ``run`` returns; 2 for a wrong argument and 1 for any other error of ours or the system's, printed."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (FiError, OSError) as error:
         complain(error)
         return 2 if isinstance(error, ArgumentError) else 1

@@ -103,17 +103,19 @@ def _cached_or_compiled(source: KernelSource, target: CompileTarget, cache: Arti
     return artifact, origin
 
 
-def _from_plugins(hook: str, source: KernelSource, target: CompileTarget, asked: Mapping[str, object]) -> tuple[Artifact, str] | None:
+def _from_plugins(
+    hook: str, source: KernelSource, target: CompileTarget, asked: Mapping[str, object]
+) -> tuple[Artifact, str] | None:
     """The first artifact that ``hook`` gives when asked, checked, and its origin. The plugins are asked one by one, in
     pluggy's order, because pluggy does not tell whose result it returns."""
     manager = registry().manager
     declare(manager)
-    implementations = getattr(manager.hook, hook).get_hookimpls()[::-1]
-    for implementation in implementations:
-        others = [item.plugin for item in implementations if item is not implementation]
+    for implementation in reversed(getattr(manager.hook, hook).get_hookimpls()):
         origin = f"{hook} of {implementation.plugin_name}"
+        if implementation.wrapper or implementation.hookwrapper:
+            raise PluginError(f"{origin} is a wrapper; this hook has none")
         try:
-            artifact = manager.subset_hook_caller(hook, others)(**asked)
+            artifact = implementation.function(*(asked[name] for name in implementation.argnames))
         except FiError:
             raise
         except Exception as error:

@@ -15,7 +15,7 @@ MIN_CAPABILITY = (8, 0)
 
 _MAX_NORM_WIDTH = 16384  # a row stays in the registers of one block
 _MAX_ROPE_DIM = 1024  # a head's units are threads of one block
-_MAX_APPEND_DIM = 512
+_MAX_APPEND_DIM = 512  # likewise
 _MAX_WIDTH = 2**26
 
 _FLOATS: Mapping[str, Rule] = {"dtype": OneOf(torch.float32, torch.float16, torch.bfloat16)}

@@ -60,6 +60,7 @@ def shipped_specs() -> list[KernelSpec]:
 
 
 def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
+    """Append: K and V alone through slots, as for engines that rotate by themselves; and with RoPE through a table."""
     yield RmsNormSpec(dtype, model.hidden_size, VECTOR_BYTES, add=False)
     yield RmsNormSpec(dtype, model.hidden_size, VECTOR_BYTES, add=True)
     if model.head_norm:
@@ -70,24 +71,24 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
         dims = (model.head_dim, model.head_dim)
         yield RopeSpec(dtype, torch.int64, *dims, VECTOR_BYTES, PAIRS["half"], table)
     for kv_format in (DTYPES[dtype], "fp8_e4m3"):
-        yield spec_for(_append_shape(model, dtype, kv_format, "dense", rotates=True))
-        yield spec_for(_append_shape(model, dtype, kv_format, "slots", rotates=False))
-
-
-def _append_shape(model: ModelShape, dtype: torch.dtype, kv_format: str, addressing: str, rotates: bool) -> AppendShape:
-    """``rotates``: with RoPE computed on K and q; else K and V alone, as for engines that rotate by themselves."""
-    return AppendShape(
-        dtype=dtype,
-        kv_format=kv_format,
-        head_dim=model.head_dim,
-        head_dim_vo=model.head_dim,
-        page_size=PAGE_SIZE,
-        addressing=addressing,
-        rotary_dim=model.head_dim if rotates else 0,
-        pairs="half" if rotates else "none",
-        table=False,
-        num_q_heads=model.num_q_heads if rotates else 0,
-        num_kv_heads=model.num_kv_heads,
-        vector=VECTOR_BYTES,
-        stored_vector=VECTOR_BYTES,
-    )
+        plain = AppendShape(
+            dtype=dtype,
+            kv_format=kv_format,
+            head_dim=model.head_dim,
+            head_dim_vo=model.head_dim,
+            page_size=PAGE_SIZE,
+            addressing="slots",
+            rotary_dim=0,
+            pairs="none",
+            table=False,
+            num_q_heads=0,
+            num_kv_heads=model.num_kv_heads,
+            vector=VECTOR_BYTES,
+            stored_vector=VECTOR_BYTES,
+        )
+        yield spec_for(plain)
+        rotated = plain._replace(
+            addressing="dense", rotary_dim=model.head_dim, pairs="half", num_q_heads=model.num_q_heads
+        )
+        yield spec_for(rotated)
+        yield spec_for(rotated._replace(table=True))

@@ -124,7 +124,7 @@ class GraphRunner(Generic[Result]):
             if self._memory_pool is None:
                 self._memory_pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(stream):

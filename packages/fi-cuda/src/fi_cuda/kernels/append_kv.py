@@ -17,11 +17,9 @@ from .rope import PAIRS
 from .rows import vector_bytes
 
 ADDRESSING = {"dense": 0, "indptr": 1, "ragged": 2, "slots": 3}
-MAX_HEAD_DIM = 512
-
 _TEAMS = (32, 64, 128, 256, 512)
 _HELD_PACKS = 4
-_HELD_PACKS_WITH_ROPE = 8
+_HELD_PACKS_WITH_ROPE = 7
 _SMALLEST_BLOCK = 64
 
 

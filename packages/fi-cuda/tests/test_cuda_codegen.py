@@ -1,0 +1,61 @@
+"""Every shipped spec compiles to Hopper machine code that keeps its values in registers, without a GPU."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fi_cuda.compile import compile_source
+from fi_cuda.shipped import shipped_specs
+from fi_cuda.source import CompileTarget
+
+pytestmark = pytest.mark.timeout(180)
+
+MAX_REGISTERS = {"rmsnorm": 64, "gated_activation": 48, "rope": 96, "append_kv": 96, "merge_states": 48}
+"""A thread; more would cost the resident warps that hide the latency of memory."""
+
+SPECS = shipped_specs()
+
+
+@pytest.fixture(scope="module")
+def artifacts():
+    # NVRTC works outside the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda spec: compile_source(spec.source(), CompileTarget("sm_90a")), SPECS)
+        return dict(zip(SPECS, compiled, strict=True))
+
+
+def test_each_spec_is_shipped_once():
+    assert len({spec.source().text for spec in SPECS}) == len(SPECS)
+    assert {spec.stem for spec in SPECS} == set(MAX_REGISTERS)
+
+
+def test_nothing_leaves_the_registers(artifacts):
+    for spec, artifact in artifacts.items():
+        resources = artifact.resources
+        assert artifact.cubin.startswith(b"\x7fELF"), spec
+        assert resources.spill_store_bytes == resources.spill_load_bytes == resources.stack_bytes == 0, spec
+
+
+def test_registers_stay_within_the_budget_of_the_kernel(artifacts):
+    over = {
+        spec: artifact.resources.num_registers
+        for spec, artifact in artifacts.items()
+        if artifact.resources.num_registers > MAX_REGISTERS[spec.stem]
+    }
+    assert not over
+
+
+def test_a_block_fits_on_a_multiprocessor(artifacts):
+    for spec, artifact in artifacts.items():
+        # Registers come in units of 8 a thread; a Hopper multiprocessor has 65536 of them and 48 KiB of static memory.
+        assert (artifact.resources.num_registers + 7) // 8 * 8 * spec.num_threads <= 65536, spec
+        assert artifact.resources.shared_bytes <= 48 * 1024, spec
+
+
+def test_specs_compile_for_other_architectures_too():
+    # Half of the headers branch on the architecture: FP8 rounding in software, no dependent launch.
+    first = {spec.stem: spec for spec in reversed(SPECS)}
+    quantising = next(spec for spec in SPECS if spec.stem == "append_kv" and "__nv_fp8_e4m3" in spec.source().text)
+    for spec in (*first.values(), quantising):
+        resources = compile_source(spec.source(), CompileTarget("sm_80")).resources
+        assert resources.spill_store_bytes == resources.spill_load_bytes == 0, spec
