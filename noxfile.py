@@ -152,7 +152,7 @@ def _sha256(path: Path) -> str:
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Serve eight prompts at once with SmolLM2-135M-Instruct and show what the engine did."""
-    prepare(session, *SERVING, *(["packages/fi-triton"] if has_nvidia_driver() else []))
+    prepare(session, *(EVERYTHING if has_nvidia_driver() else SERVING))
     command = str(ENVIRONMENT / "bin" / "fi-engine")
     session.run(command, "demo", "--model", str(model_file(session)), *session.posargs, external=True)
 

@@ -59,11 +59,6 @@ def test_vector_width_follows_base_strides_and_width(dtype, view, width, expecte
     assert vector_bytes(tensor, multiple_of=width) == expected
 
 
-def test_stride_of_a_dim_of_one_row_does_not_narrow_the_vector():
-    assert vector_bytes(torch.empty(1, 66, dtype=torch.bfloat16)[:, :64], multiple_of=64) == 16
-    assert vector_bytes(torch.empty(2, 66, dtype=torch.bfloat16)[:, :64], multiple_of=64) == 4
-
-
 @pytest.mark.parametrize(
     ("changes", "count"),
     [
@@ -267,7 +262,15 @@ def test_append_of_a_ragged_cache_has_no_pages(monkeypatch):
     indptr = torch.zeros(2, dtype=torch.int32)
     lens = torch.ones(1, dtype=torch.int32)
     run_append_kv(k, k, KVCache(cache[0], cache[1]), Batch(indptr, lens, kv_indptr=indptr), None, None)
-    named = {"indptr": indptr.data_ptr(), "table": 0, "rope": 0, "q": 0, "num_q_heads": 0, "v_scale": 1.0, "k_scale": 1.0}
+    named = {
+        "indptr": indptr.data_ptr(),
+        "table": 0,
+        "rope": 0,
+        "q": 0,
+        "num_q_heads": 0,
+        "v_scale": 1.0,
+        "k_scale": 1.0,
+    }
     recorder.expect({**named, "k_cache_strides.outer": 0, "k_cache_strides.inner": 128, "k_head_stride": 64})
     assert (recorder.spec.page_size, recorder.spec.addressing, recorder.spec.q_rounds) == (0, 2, 0)
 
@@ -332,8 +335,7 @@ def test_entry_serves_every_conformance_case_but_float64(entry):
 
 def test_entries_import_no_kernel_and_load_the_right_function():
     check = (
-        "import sys, fi_cuda.entries as e; assert not [m for m in sys.modules if m == 'cuda' or m.startswith('cuda.')];"
-        "assert not [m for m in sys.modules if m.startswith('fi_cuda.kernels')];"
+        "import sys, fi_cuda.entries as e; assert {m for m in sys.modules if 'fi_cuda' in m} == {'fi_cuda', 'fi_cuda.entries'};"
         "print(' '.join(entry.load().__name__ for entry in e.ENTRIES))"
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=100, check=True)

@@ -7,19 +7,22 @@ from fi_core.hookspecs import BackendInfo, hookimpl
 from fi_core.registry import KernelRegistry
 
 from . import __version__
+from .entries import BACKEND, ENTRIES
 from .hookspecs import declare
-
-NAME = "cuda"
 
 
 @hookimpl
 def fi_backend() -> BackendInfo:
-    return BackendInfo(NAME, __version__, "CUDA kernels for NVIDIA Hopper; this release registers none", priority=100)
+    return BackendInfo(
+        BACKEND, __version__, "CUDA kernels compiled by NVRTC, for NVIDIA GPUs from sm_80 on", priority=100
+    )
 
 
 @hookimpl
 def fi_register_kernels(registry: KernelRegistry) -> None:
     declare(registry.manager)
+    for entry in ENTRIES:
+        registry.add(entry)
 
 
 @hookimpl

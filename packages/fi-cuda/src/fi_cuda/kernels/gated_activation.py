@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
 from .rows import inner_size, num_rows, row_strides, vector_bytes
@@ -44,16 +45,17 @@ class GatedActivationSpec(KernelSpec):
 
 
 @lru_cache(maxsize=1024)
-def _spec(dtype: torch.dtype, width: int, vector: int, activation: int) -> GatedActivationSpec:
-    return GatedActivationSpec(dtype, width, vector, activation)
+def _bound(device: torch.device, dtype: torch.dtype, width: int, vector: int, activation: int) -> LaunchableKernel:
+    return kernel_for(GatedActivationSpec(dtype, width, vector, activation), device)
 
 
 def _launch(x: Tensor, activation: int, out: Tensor) -> None:
     rows, width = num_rows(out), out.shape[-1]
     vector = vector_bytes(x, out, multiple_of=width)
     num_packs = rows * (width * x.element_size() // vector)
-    kernel_for(_spec(x.dtype, width, vector, activation), x.device).launch(
-        x.device,
+    device = x.device
+    _bound(device, x.dtype, width, vector, activation).launch(
+        device,
         (num_packs + 255) // 256,
         1,
         x.data_ptr(),

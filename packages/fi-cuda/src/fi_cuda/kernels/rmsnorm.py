@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
 from .rows import inner_size, num_rows, power_of_2_at_least, row_strides, vector_bytes
@@ -58,17 +59,21 @@ class RmsNormSpec(KernelSpec):
 
 
 @lru_cache(maxsize=1024)
-def _spec(dtype: torch.dtype, width: int, vector: int, add: bool) -> RmsNormSpec:
-    return RmsNormSpec(dtype, width, vector, add)
+def _bound(
+    device: torch.device, dtype: torch.dtype, width: int, vector: int, add: bool
+) -> tuple[LaunchableKernel, int]:
+    """The kernel, and its rows a block."""
+    spec = RmsNormSpec(dtype, width, vector, add)
+    return kernel_for(spec, device), spec.num_threads // spec.threads_per_row
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None:
     rows, width = num_rows(x), x.shape[-1]
     tensors = (x, weight, out) if residual is None else (x, weight, out, residual)
-    spec = _spec(x.dtype, width, vector_bytes(*tensors, multiple_of=width), residual is not None)
-    rows_per_block = spec.num_threads // spec.threads_per_row
-    kernel_for(spec, x.device).launch(
-        x.device,
+    device, vector = x.device, vector_bytes(*tensors, multiple_of=width)
+    kernel, rows_per_block = _bound(device, x.dtype, width, vector, residual is not None)
+    kernel.launch(
+        device,
         (rows + rows_per_block - 1) // rows_per_block,
         1,
         x.data_ptr(),

@@ -10,6 +10,7 @@ import torch
 from fi_core.rope import RopeTable
 from torch import Tensor
 
+from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
 from .rows import row_strides, vector_bytes
@@ -81,10 +82,17 @@ class RopeSpec(KernelSpec):
 
 
 @lru_cache(maxsize=1024)
-def _spec(
-    dtype: torch.dtype, position_type: torch.dtype, dims: tuple[int, int, int], pairs: str, table: bool
-) -> RopeSpec:
-    return RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table)
+def _bound(
+    device: torch.device,
+    dtype: torch.dtype,
+    position_type: torch.dtype,
+    dims: tuple[int, int, int],
+    pairs: str,
+    table: bool,
+) -> tuple[LaunchableKernel, int]:
+    """The kernel for (head_dim, rotary_dim, vector_bytes), and its tokens a block."""
+    spec = RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table)
+    return kernel_for(spec, device), spec.tokens_per_block
 
 
 def rope(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable, q_out: Tensor, k_out: Tensor | None) -> None:
@@ -96,12 +104,12 @@ def rope(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable, q_out
     together = rotary_dim // 2 if head_dim == rotary_dim else (rotary_dim // 2) | (head_dim - rotary_dim)
     vector = vector_bytes(q, q_out, *others, multiple_of=together)
     source = table.inv_freq if table.cos_sin is None else table.cos_sin
-    spec = _spec(
-        q.dtype, positions.dtype, (head_dim, rotary_dim, vector), table.config.pairs, table.cos_sin is not None
-    )
-    kernel_for(spec, q.device).launch(
-        q.device,
-        (num_tokens + spec.tokens_per_block - 1) // spec.tokens_per_block,
+    device, dims = q.device, (head_dim, rotary_dim, vector)
+    has_table = table.cos_sin is not None
+    kernel, tokens_per_block = _bound(device, q.dtype, positions.dtype, dims, table.config.pairs, has_table)
+    kernel.launch(
+        device,
+        (num_tokens + tokens_per_block - 1) // tokens_per_block,
         1,
         q.data_ptr(),
         0 if k is None else k.data_ptr(),

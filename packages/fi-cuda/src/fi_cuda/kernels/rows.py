@@ -8,12 +8,13 @@ from torch import Tensor
 def vector_bytes(*tensors: Tensor, multiple_of: int) -> int:
     """Bytes of the widest load (16 or less, a power of 2) to which base, strides and ``multiple_of`` elements align."""
     size = tensors[0].element_size()
-    together = 16 | multiple_of * size
+    together = multiple_of
+    for tensor in tensors:
+        for stride in tensor.stride()[:-1]:
+            together |= stride
+    together = 16 | together * size
     for tensor in tensors:
         together |= tensor.data_ptr()
-        for length, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-            if length > 1:
-                together |= stride * size
     return together & -together
 
 
