@@ -200,9 +200,11 @@ def layers(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def codegen(session: nox.Session) -> None:
-    """Compile every Triton kernel ahead of time for sm_80, sm_90 and sm_100; no GPU is needed."""
-    prepare(session, *EVERYTHING)
+    """Compile every Triton kernel ahead of time for sm_80, sm_90 and sm_100, and every shipped CUDA spec for sm_90a, and
+    hold them to their budgets of registers and spills; no GPU is needed."""
+    prepare(session, *EVERYTHING, tools=TEST_TOOLS)
     run(session, "-m", "fi_triton.aot", *session.posargs)
+    pytest(session, "codegen", "packages/fi-cuda/tests/test_cuda_codegen.py")
 
 
 @nox.session(default=False)

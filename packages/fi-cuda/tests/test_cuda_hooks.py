@@ -9,6 +9,7 @@ import pluggy
 import pytest
 from fi_core.errors import PluginError
 from fi_core.hookspecs import hookimpl
+from fi_core.ops import OPERATIONS
 from fi_core.registry import KernelRegistry
 from fi_cuda.cache import Artifact, ArtifactCache, Resources
 from fi_cuda.compile import build, content_key
@@ -30,7 +31,7 @@ def artifact(compiler="acme 7", **changes):
 
 @pytest.fixture
 def registry(monkeypatch):
-    made = KernelRegistry(())
+    made = KernelRegistry(OPERATIONS)
     monkeypatch.setattr(fi_cuda.compile, "registry", lambda: made)
     made.register_plugin(fi_cuda.plugin, "cuda")
     return made
@@ -182,7 +183,7 @@ def test_failing_observer_is_an_error(registry, cache):
 
 
 def test_plugin_may_be_loaded_before_the_cuda_plugin_if_its_hooks_are_optional():
-    made = KernelRegistry(())
+    made = KernelRegistry(OPERATIONS)
     with pytest.raises(PluginError, match="unknown hook 'fi_find_artifact'"):
         made.register_plugin(SimpleNamespace(fi_find_artifact=hookimpl(lambda key: None)), "strict")
     made.register_plugin(plugin(fi_find_artifact=artifact()), "early")

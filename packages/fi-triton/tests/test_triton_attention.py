@@ -12,6 +12,7 @@ from fi_core.hookspecs import hookimpl
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, PackedMask
 from fi_core.registry import registry
 from fi_triton.attention.state import TritonAttention
+from fi_triton.attention.tuning import built_in_tuning
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {FP32: 2e-6, FP16: 1e-3, BF16: 6e-3}
@@ -381,3 +382,11 @@ def test_batch_invariant_workspace_stays_within_its_budget(device):
 def test_tile_sizes_must_be_powers_of_two(device, tuned):
     with pytest.raises(ArgumentError, match=r"tuning\.step: expected a power of two from 16 on, got 48"):
         TritonAttention().workspace_bytes(S(4, 2, 64), Capacity(1, 1, 1, 16), device)
+
+
+def test_stages_fit_a_processor_with_less_shared_memory():
+    spec, capacity = AttentionSpec(32, 8, 128), Capacity(8, 8192, 4096, 8192)
+    hopper, smaller = built_in_tuning(spec, capacity), built_in_tuning(spec, capacity, 99 << 10)
+    assert (hopper.num_stages, smaller.num_stages) == (3, 2)
+    tile_bytes = smaller.big_rows * 128 * 2 + smaller.num_stages * smaller.big_step * 512
+    assert tile_bytes <= 99 << 10

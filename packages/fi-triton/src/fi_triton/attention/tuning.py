@@ -12,9 +12,12 @@ from fi_core.errors import ArgumentError
 from fi_core.records import AttentionSpec, Capacity
 from fi_core.registry import registry
 from fi_scheduler.partition import UNLIMITED_ROWS, PartitionParams, TileKind
+from triton.runtime import driver
 
 INTERPRETED_PROCESSORS = 2
 """Processors that a CPU under Triton's interpreter counts as: its programs run one after another."""
+
+HOPPER_SHARED_BYTES = 227 << 10
 
 _SPLIT_WORKSPACE_BYTES = 256 << 20
 _MAX_SPLITS = 16
@@ -78,10 +81,18 @@ def num_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory a block of a CUDA device may have."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_BYTES
+    properties: Mapping[str, int] = driver.active.utils.get_device_properties(device.index)
+    return properties["max_shared_mem"]
+
+
 def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Tuning:
     """The parameters for a plan: from capacities alone, never from lengths. Raises ArgumentError for unknown names in
     what ``fi_tuning`` returns."""
-    built_in = built_in_tuning(spec, capacity)
+    built_in = built_in_tuning(spec, capacity, shared_bytes(device))
     given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op="attention", target=target_of(device))
     if not given:
         return built_in
@@ -91,9 +102,13 @@ def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) ->
     return replace(built_in, **given)
 
 
-def built_in_tuning(spec: AttentionSpec, capacity: Capacity) -> Tuning:
-    """The table. Decode keeps about 64 KiB of K and V a worker in flight, in ``num_stages`` - 1 steps, with two workers a
-    processor or more; a step of a small tile is bound by memory and costs about twice that of a 64-row tile."""
+def built_in_tuning(spec: AttentionSpec, capacity: Capacity, shared_limit: int = HOPPER_SHARED_BYTES) -> Tuning:
+    """The table, measured on an H100 for head dims of 128 and bfloat16 (docs/kernels/attention_triton.md).
+
+    Decode keeps about 64 KiB of K and V a worker in flight, in ``num_stages`` - 1 steps, with two workers a processor; tall
+    tiles take 8 warps and a processor each. Stages are given up where Q and they exceed ``shared_limit`` bytes of shared
+    memory. A step of a small tile is bound by memory and costs about twice that of a tall one.
+    """
     widest = max(block_dim(spec.head_dim), block_dim(spec.head_dim_vo or 0))
     row_bytes = (block_dim(spec.head_dim) + block_dim(spec.head_dim_vo or 0)) * spec.kv_dtype.itemsize
     max_rows = capacity.max_q_len * spec.group_size
@@ -101,23 +116,32 @@ def built_in_tuning(spec: AttentionSpec, capacity: Capacity) -> Tuning:
         # Products in full float32 run on the ordinary cores and hold both operands in registers.
         step, big_rows = (32 if widest <= 128 else 16), 32
     else:
-        step, big_rows = (64 if row_bytes <= 512 else 32), 64
-    num_stages = 4 if step * row_bytes <= 16384 else 3
+        step, big_rows = (64 if row_bytes <= 512 else 32), (128 if widest <= 128 else 64)
     rows = max(16, next_power_of_two(min(max_rows, big_rows)))
     if max_rows > big_rows:
         # A mixed plan: decode and speculative steps keep a small tile beside the big one.
         rows = max(16, next_power_of_two(spec.group_size))
     if max_rows <= big_rows or rows >= big_rows:
         rows, big_rows = min(rows, big_rows), 0
-    tall_and_wide = max(rows, big_rows) >= 64 and widest > 128
+    tallest = max(rows, big_rows)
+    tall = tallest >= 128 or (tallest >= 64 and widest > 128)
+    if spec.dtype == torch.float32:
+        num_stages = 2
+    elif tallest <= 16 and row_bytes == 512:
+        step, num_stages = 128, 2
+    else:
+        num_stages = 3 if tall or step * row_bytes > 16384 else 4
+    query_bytes = tallest * block_dim(spec.head_dim) * spec.dtype.itemsize
+    while num_stages > 2 and query_bytes + num_stages * step * row_bytes > shared_limit:
+        num_stages -= 1
     return Tuning(
         rows=rows,
         step=step,
         big_rows=big_rows,
         big_step=step if big_rows else 0,
-        num_warps=8 if tall_and_wide else 4,
-        num_stages=2 if spec.dtype == torch.float32 else num_stages,
-        workers_per_processor=1 if tall_and_wide else 2,
+        num_warps=8 if tall else 4,
+        num_stages=num_stages,
+        workers_per_processor=1 if tall else 2,
         item_cost=2,
         step_cost=2,
         big_item_cost=2,
