@@ -10,7 +10,14 @@ from fi_cuda.source import CompileTarget
 
 pytestmark = pytest.mark.timeout(180)
 
-MAX_REGISTERS = {"rmsnorm": 64, "gated_activation": 48, "rope": 96, "append_kv": 96, "merge_states": 48}
+MAX_REGISTERS = {
+    "rmsnorm": 64,
+    "gated_activation": 48,
+    "rope": 96,
+    "append_kv": 96,
+    "merge_states": 48,
+    "copy_pages": 64,
+}
 """A thread; more would cost the resident warps that hide the latency of memory."""
 
 SPECS = shipped_specs()

@@ -16,6 +16,7 @@ MIN_CAPABILITY = (8, 0)
 _MAX_NORM_WIDTH = 16384  # a row stays in the registers of one block
 _MAX_ROPE_DIM = 1024  # a head's units are threads of one block
 _MAX_APPEND_DIM = 512  # likewise
+_MAX_COPY_DIM = 1024  # blocks of a page are the rows of a grid, of which there are 65535
 _MAX_WIDTH = 2**26
 
 _FLOATS: Mapping[str, Rule] = {"dtype": OneOf(torch.float32, torch.float16, torch.bfloat16)}
@@ -42,6 +43,14 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "addressing": OneOf("dense", "indptr", "ragged", "slots"),
         "rope": OneOf("none", "half", "interleaved"),
         "rope_source": OneOf("none", "table", "computed"),
+    },
+    "copy_pages": {
+        "kv_format": OneOf(*KV_FORMATS),
+        "head_dim": Between(1, _MAX_COPY_DIM),
+        "head_dim_vo": Between(1, _MAX_COPY_DIM),
+        "page_size": Anything(),  # the contract's own limits
+        "kv_layout": OneOf("NHD", "HND"),
+        "placement": OneOf("device", "from_host", "to_host"),
     },
     "merge_states": {**_FLOATS, "head_dim": Between(1, _MAX_WIDTH)},
 }

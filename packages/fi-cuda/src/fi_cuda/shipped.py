@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from .kernels.append_kv import AppendShape, spec_for
+from .kernels.copy_pages import CopyPagesSpec
 from .kernels.gated_activation import SILU, GatedActivationSpec
 from .kernels.merge_states import MergeStatesSpec
 from .kernels.rmsnorm import RmsNormSpec
-from .kernels.rope import PAIRS, RopeSpec
+from .kernels.rope import spec_for as rope_spec_for
 from .spec import KernelSpec
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -56,6 +57,8 @@ def shipped_specs() -> list[KernelSpec]:
     for model in MODELS.values():
         for dtype in DTYPES:
             found.update(dict.fromkeys(_specs_of(model, dtype)))
+    # Pages of every model are copied by the same kernels.
+    found.update(dict.fromkeys(CopyPagesSpec(index, VECTOR_BYTES) for index in (torch.int32, torch.int64)))
     return list(found)
 
 
@@ -68,8 +71,9 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
     yield GatedActivationSpec(dtype, model.intermediate_size, VECTOR_BYTES, SILU)
     yield MergeStatesSpec(dtype, model.head_dim, VECTOR_BYTES)
     for table in (False, True):
-        dims = (model.head_dim, model.head_dim)
-        yield RopeSpec(dtype, torch.int64, *dims, VECTOR_BYTES, PAIRS["half"], table)
+        dims = (model.head_dim, model.head_dim, VECTOR_BYTES)
+        for few_tokens in (False, True):
+            yield rope_spec_for(dtype, torch.int64, dims, "half", table, few_tokens)
     for kv_format in (DTYPES[dtype], "fp8_e4m3"):
         plain = AppendShape(
             dtype=dtype,

@@ -34,35 +34,45 @@ class GatedActivationSpec(KernelSpec):
             ("out", "output"),
             ("x_strides", "rows"),
             ("out_strides", "rows"),
-            ("num_rows", "int64"),
             ("inner_size", "int32"),
         )
     )
 
     @property
+    def num_packs(self) -> int:
+        """Vectors of an output row."""
+        return self.width * self.dtype.itemsize // self.vector_bytes
+
+    @property
     def num_threads(self) -> int:
-        return 256
+        """A block takes a piece of one row."""
+        return min(256, (self.num_packs + 31) // 32 * 32)
+
+    @property
+    def blocks_per_row(self) -> int:
+        return (self.num_packs + self.num_threads - 1) // self.num_threads
 
 
 @lru_cache(maxsize=1024)
-def _bound(device: torch.device, dtype: torch.dtype, width: int, vector: int, activation: int) -> LaunchableKernel:
-    return kernel_for(GatedActivationSpec(dtype, width, vector, activation), device)
+def _bound(
+    device: torch.device, dtype: torch.dtype, width: int, vector: int, activation: int
+) -> tuple[LaunchableKernel, int]:
+    """The kernel, and its blocks a row."""
+    spec = GatedActivationSpec(dtype, width, vector, activation)
+    return kernel_for(spec, device), spec.blocks_per_row
 
 
 def _launch(x: Tensor, activation: int, out: Tensor) -> None:
-    rows, width = num_rows(out), out.shape[-1]
-    vector = vector_bytes(x, out, multiple_of=width)
-    num_packs = rows * (width * x.element_size() // vector)
-    device = x.device
-    _bound(device, x.dtype, width, vector, activation).launch(
+    rows, width, device = num_rows(out), out.shape[-1], x.device
+    kernel, blocks_per_row = _bound(device, x.dtype, width, vector_bytes(x, out, multiple_of=width), activation)
+    kernel.launch(
         device,
-        (num_packs + 255) // 256,
+        rows * blocks_per_row,
         1,
         x.data_ptr(),
         out.data_ptr(),
         *row_strides(x),
         *row_strides(out),
-        rows,
         inner_size(x),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from fi_core.rope import RopeTable
@@ -17,11 +17,14 @@ from .rows import row_strides, vector_bytes
 
 PAIRS = {"half": 1, "interleaved": 2}
 _THREADS = 256
+_LANES, _FEW_TOKEN_LANES = 16, 32
+_FEW_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class RopeSpec(KernelSpec):
-    """One head shape and element type; ``table``: cosines and sines are read, otherwise computed."""
+    """One head shape and element type; ``table``: cosines and sines are read, otherwise computed. ``head_lanes`` heads of a
+    token are in work at once."""
 
     dtype: torch.dtype
     position_type: torch.dtype
@@ -30,6 +33,7 @@ class RopeSpec(KernelSpec):
     vector_bytes: int
     pairs: int
     table: bool
+    head_lanes: int
 
     stem: ClassVar = "rope"
     overlapping: ClassVar = True
@@ -60,11 +64,6 @@ class RopeSpec(KernelSpec):
         return self.rotary_dim // 2 // count + (self.head_dim - self.rotary_dim) // count
 
     @property
-    def head_lanes(self) -> int:
-        """Heads of a token that are in work at once."""
-        return max(1, min(8, _THREADS // self.num_units))
-
-    @property
     def tokens_per_block(self) -> int:
         return max(1, _THREADS // (self.num_units * self.head_lanes))
 
@@ -76,22 +75,30 @@ class RopeSpec(KernelSpec):
     def config_lines(self) -> list[str]:
         return [
             *super().config_lines(),
-            f"static constexpr int kHeadLanes = {self.head_lanes};",
             f"static constexpr int kTokensPerBlock = {self.tokens_per_block};",
         ]
 
 
-@lru_cache(maxsize=1024)
-def _bound(
-    device: torch.device,
+def spec_for(
     dtype: torch.dtype,
     position_type: torch.dtype,
     dims: tuple[int, int, int],
     pairs: str,
     table: bool,
-) -> tuple[LaunchableKernel, int]:
-    """The kernel for (head_dim, rotary_dim, vector_bytes), and its tokens a block."""
-    spec = RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table)
+    few_tokens: bool,
+) -> RopeSpec:
+    """The spec for ``dims`` = (head_dim, rotary_dim, vector_bytes). Few tokens get a block each, so that the heads of a token
+    are loaded at once; with many, a thread's cosines and sines serve more heads."""
+    head_dim, rotary_dim, vector = dims
+    num_units = (head_dim - rotary_dim // 2) * dtype.itemsize // vector
+    head_lanes = max(1, min(_FEW_TOKEN_LANES if few_tokens else _LANES, _THREADS // num_units))
+    return RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table, head_lanes)
+
+
+@lru_cache(maxsize=1024)
+def _bound(device: torch.device, *choices: Any) -> tuple[LaunchableKernel, int]:
+    """The kernel for the arguments of ``spec_for``, and its tokens a block."""
+    spec = spec_for(*choices)
     return kernel_for(spec, device), spec.tokens_per_block
 
 
@@ -106,7 +113,8 @@ def rope(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable, q_out
     source = table.inv_freq if table.cos_sin is None else table.cos_sin
     device, dims = q.device, (head_dim, rotary_dim, vector)
     has_table = table.cos_sin is not None
-    kernel, tokens_per_block = _bound(device, q.dtype, positions.dtype, dims, table.config.pairs, has_table)
+    few = num_tokens <= _FEW_TOKENS
+    kernel, tokens_per_block = _bound(device, q.dtype, positions.dtype, dims, table.config.pairs, has_table, few)
     kernel.launch(
         device,
         (num_tokens + tokens_per_block - 1) // tokens_per_block,

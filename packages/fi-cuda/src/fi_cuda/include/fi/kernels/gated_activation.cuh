@@ -1,8 +1,8 @@
 // Gated activations: out = act(gate) * up over rows [gate | up] (Shazeer, 2020).
 //
-// A thread computes one pack of the output.
+// A block takes a piece of one row, a thread one pack of it.
 // Config: Dtype, kWidth, kVectorBytes, kActivation, kNumThreads.
-// Params: x [rows, 2 * kWidth], out [rows, kWidth]; *_strides; num_rows, inner_size.
+// Params: x [rows, 2 * kWidth], out [rows, kWidth]; *_strides; inner_size.
 #pragma once
 
 #include "fi/ptx/dependent_launch.cuh"
@@ -16,13 +16,13 @@ enum Activation { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 template <int kActivation>
 __device__ __forceinline__ float activate(float x) {
   if constexpr (kActivation == kSilu) {
-    return x / (1.0f + __expf(-x));
+    return __fdividef(x, 1.0f + __expf(-x));  // 0 where the divisor overflows, which is the limit
   } else if constexpr (kActivation == kGelu) {
     return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
   } else {
     // 0.5 x (1 + tanh(z)) = x / (1 + e^-2z), z = sqrt(2 / pi) (x + 0.044715 x^3) (Hendrycks and Gimpel, 2016)
     const float z = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + __expf(-2.0f * z));
+    return __fdividef(x, 1.0f + __expf(-2.0f * z));
   }
 }
 
@@ -31,13 +31,13 @@ __device__ __forceinline__ void gated_activation(const Params& params) {
   using T = typename Config::Dtype;
   constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
   constexpr int kPacks = Config::kWidth / kCount;
+  constexpr unsigned kBlocksPerRow = (kPacks + Config::kNumThreads - 1) / Config::kNumThreads;
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
-  const int64 place = static_cast<int64>(blockIdx.x) * Config::kNumThreads + threadIdx.x;
-  const int64 row = place / kPacks;
-  if (row >= params.num_rows) return;
-  const int first = static_cast<int>(place % kPacks) * kCount;
-  const T* gate = static_cast<const T*>(params.x) + row_offset(row, params.inner_size, params.x_strides) + first;
+  const int64 row = blockIdx.x / kBlocksPerRow;
+  const int pack = static_cast<int>(blockIdx.x % kBlocksPerRow) * Config::kNumThreads + static_cast<int>(threadIdx.x);
+  if (pack >= kPacks) return;
+  const T* gate = static_cast<const T*>(params.x) + row_offset(row, params.inner_size, params.x_strides) + pack * kCount;
   auto gates = load_pack<Config::kVectorBytes>(gate);
   const auto ups = load_pack<Config::kVectorBytes>(gate + Config::kWidth);
 #pragma unroll
@@ -45,7 +45,7 @@ __device__ __forceinline__ void gated_activation(const Params& params) {
     const float value = activate<Config::kActivation>(to_float(gates.data[e])) * to_float(ups.data[e]);
     gates.data[e] = from_float<T>(value);
   }
-  store_pack(static_cast<T*>(params.out) + row_offset(row, params.inner_size, params.out_strides) + first, gates);
+  store_pack(static_cast<T*>(params.out) + row_offset(row, params.inner_size, params.out_strides) + pack * kCount, gates);
 }
 
 }  // namespace fi

@@ -1,0 +1,124 @@
+"""copy_pages: spec and binding of ``fi/kernels/copy_pages.cuh``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
+
+import torch
+from fi_core.records import KVCache
+from torch import Tensor
+
+from ..launch import LaunchableKernel
+from ..params import ParamsLayout
+from ..spec import KernelSpec, kernel_for
+from .rows import vector_bytes
+
+_THREADS = 256
+_PACKS_PER_THREAD = 4
+
+
+@dataclass(frozen=True)
+class CopyPagesSpec(KernelSpec):
+    """One width of loads and stores and one dtype of page ids; formats and layouts are strides to it."""
+
+    index: torch.dtype
+    vector_bytes: int
+
+    stem: ClassVar = "copy_pages"
+    overlapping: ClassVar = True
+    layout: ClassVar = ParamsLayout(
+        (
+            ("source_k", "pointer"),
+            ("source_v", "pointer"),
+            ("source_pages", "pointer"),
+            ("target_pages", "pointer"),
+            ("target_k", "output"),
+            ("target_v", "output"),
+            ("source_k_strides", "rows"),
+            ("source_v_strides", "rows"),
+            ("target_k_strides", "rows"),
+            ("target_v_strides", "rows"),
+            ("source_k_page_stride", "int64"),
+            ("source_v_page_stride", "int64"),
+            ("target_k_page_stride", "int64"),
+            ("target_v_page_stride", "int64"),
+            ("k_packs", "int32"),
+            ("v_packs", "int32"),
+            ("k_width", "int32"),
+            ("v_width", "int32"),
+            ("k_inner", "int32"),
+            ("v_inner", "int32"),
+        )
+    )
+
+    @property
+    def num_threads(self) -> int:
+        return _THREADS
+
+    def config_lines(self) -> list[str]:
+        return [*super().config_lines(), f"static constexpr int kPacksPerThread = {_PACKS_PER_THREAD};"]
+
+
+class PageForm(NamedTuple):
+    """A page of K or V in two caches as rows of contiguous elements: row r begins at r // inner of the outer and
+    r % inner of the inner stride, (outer, inner) in ``source`` and ``target``."""
+
+    num_rows: int
+    width: int
+    inner: int
+    source: tuple[int, int]
+    target: tuple[int, int]
+
+
+@lru_cache(maxsize=1024)
+def page_form(shape: tuple[int, int, int], source: tuple[int, int], target: tuple[int, int]) -> PageForm:
+    """The fewest rows of a page of ``shape`` (outer, inner, width) whose dims before the last have these strides."""
+    outer, inner, width = shape
+    num_rows = outer * inner
+    if inner == 1 or source[1] == target[1] == width:
+        num_rows, width, inner = outer, inner * width, 1
+        source, target = (source[0], 0), (target[0], 0)
+        if outer == 1 or source[0] == target[0] == width:
+            num_rows, width = 1, outer * width
+            source = target = (0, 0)
+    return PageForm(num_rows, width, inner, source, target)
+
+
+def _form(source: Tensor, target: Tensor) -> PageForm:
+    return page_form(tuple(source.shape[1:]), source.stride()[1:3], target.stride()[1:3])  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=64)
+def _bound(device: torch.device, index: torch.dtype, vector: int) -> LaunchableKernel:
+    return kernel_for(CopyPagesSpec(index, vector), device)
+
+
+def copy_pages(source: KVCache, target: KVCache, source_pages: Tensor, target_pages: Tensor) -> None:
+    """The ``CopyPages`` protocol of fi-core: K and V in one launch."""
+    size, device = source.k.element_size(), source_pages.device
+    tensors = (source.k, source.v, target.k, target.v)
+    vector = vector_bytes(*tensors, multiple_of=source.k.shape[3] | source.v.shape[3])
+    unit = vector // size
+    k, v = _form(source.k, target.k), _form(source.v, target.v)
+    k_packs, v_packs = (form.num_rows * form.width // unit for form in (k, v))
+    strides = (*k.source, *v.source, *k.target, *v.target, *(tensor.stride(0) for tensor in tensors))
+    _bound(device, source_pages.dtype, vector).launch(
+        device,
+        source_pages.shape[0],
+        -(-(k_packs + v_packs) // (_THREADS * _PACKS_PER_THREAD)),
+        source.k.data_ptr(),
+        source.v.data_ptr(),
+        source_pages.data_ptr(),
+        target_pages.data_ptr(),
+        target.k.data_ptr(),
+        target.v.data_ptr(),
+        *(stride // unit for stride in strides),
+        k_packs,
+        v_packs,
+        k.width // unit,
+        v.width // unit,
+        k.inner,
+        v.inner,
+    )
