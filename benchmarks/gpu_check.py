@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,7 @@ import torch
 
 BENCHMARKS = Path(__file__).resolve().parent
 DISTRIBUTIONS = ("torch", "triton", "numpy", "cuda-core", "nvidia-cuda-nvrtc", "fi-core", "fi-triton", "fi-cuda")
-QUESTIONS = (
-    "What is the capital of France?",
-    "Why is the sky blue?",
-    "What do bees make?",
-    "Who wrote Romeo and Juliet?",
-)
-WARM_TOKENS, TIMED_TOKENS = 32, 256
+NUM_TOKENS = 256
 
 
 @dataclass
@@ -40,6 +34,7 @@ class Check:
     out: Path
     device: str
     backends: Sequence[str]
+    jobs: int
     model: Path | None
     data: dict[str, Any] = field(default_factory=dict)
     table: list[tuple[str, str, str]] = field(default_factory=list)
@@ -72,7 +67,7 @@ def conformance(check: Check) -> None:
     for backend in check.backends:
         report = check.out / f"conformance-{backend}.json"
         started = time.perf_counter()
-        arguments = ("--backend", backend, "--device", check.device, "--json", str(report))
+        arguments = ("--backend", backend, "--device", check.device, "--json", str(report), "--jobs", str(check.jobs))
         status = command(check, f"conformance-{backend}", "-m", "fi_core", "conformance", *arguments)
         seconds = time.perf_counter() - started
         counts = json.loads(report.read_text())["counts"] if report.exists() else {"report": "none"}
@@ -100,55 +95,18 @@ def engine(check: Check) -> None:
     if check.model is None:
         raise ValueError("the engine section needs --model")
     from fi_engine import Engine
+    from fi_engine.bench import decode_speed
 
     served = Engine.from_path(check.model, device=check.device)
-    decode(served, 8, WARM_TOKENS)
     for num_requests in (1, 8):
-        seconds, steps, tokens = decode(served, num_requests, TIMED_TOKENS)
-        busy = kernel_seconds_per_step(served, num_requests) if check.device.startswith("cuda") else None
-        found = {"decode_steps_per_s": steps / seconds, "tokens_per_s": tokens / seconds, "steps": steps}
-        text = f"{steps / seconds:.0f} steps/s, {tokens / seconds:.0f} tokens/s"
-        if busy is not None:
-            found["share_outside_kernels"] = 1 - busy / (seconds / steps)
-            text += f", {found['share_outside_kernels']:.0%} of a step outside kernels"
+        speed = decode_speed(served, num_requests, NUM_TOKENS)
+        found = {"decode_steps_per_s": speed.steps_per_second, "tokens_per_s": speed.tokens_per_second}
+        text = f"{speed.steps_per_second:.0f} steps/s, {speed.tokens_per_second:.0f} tokens/s"
+        if speed.share_outside_kernels is not None:
+            found["share_outside_kernels"] = speed.share_outside_kernels
+            text += f", {speed.share_outside_kernels:.0%} of a step outside kernels"
         check.data[f"engine-{num_requests}"] = found
         check.row(f"engine, {num_requests} at once", text)
-
-
-def decode(
-    served: Any, num_requests: int, num_tokens: int, observer: AbstractContextManager[Any] | None = None
-) -> tuple[float, int, int]:
-    """(seconds, steps, tokens) of pure decode, under ``observer``: from where every request has its first
-    token to where one has its last."""
-    from fi_sampling import SamplingParams
-
-    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    questions = [QUESTIONS[idx % len(QUESTIONS)] for idx in range(num_requests)]
-    handles = [served.submit([{"role": "user", "content": text}], params) for text in questions]
-    while any(not handle.token_ids for handle in handles):
-        served.step()
-    before = sum(len(handle.token_ids) for handle in handles)
-    steps = 0
-    with observer or nullcontext():
-        started = time.perf_counter()
-        while not any(handle.finished for handle in handles):
-            served.step()
-            steps += 1
-        seconds = time.perf_counter() - started
-    tokens = sum(len(handle.token_ids) for handle in handles) - before
-    while not all(handle.finished for handle in handles):
-        served.step()
-    return seconds, steps, tokens
-
-
-def kernel_seconds_per_step(served: Any, num_requests: int) -> float:
-    """Seconds of kernel time a decode step takes, from the profiler's device events."""
-    from torch.profiler import ProfilerActivity, profile
-
-    profiler = profile(activities=[ProfilerActivity.CUDA])
-    _, steps, _ = decode(served, num_requests, WARM_TOKENS, profiler)
-    kernels = [event for event in profiler.events() if event.device_type.name == "CUDA"]
-    return sum(event.time_range.elapsed_us() for event in kernels) / 1e6 / steps
 
 
 SECTIONS: dict[str, Callable[[Check], None]] = {
@@ -170,7 +128,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backends", default="reference,triton")
+    parser.add_argument("--backends", default="reference,triton,cuda")
+    parser.add_argument(
+        "--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes of the conformance run"
+    )
     parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--model", type=Path, help="GGUF file or safetensors folder for the engine section")
     options = parser.parse_args()
@@ -178,7 +139,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown sections {sorted(unknown)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    check = Check(options.out, options.device, options.backends.split(","), options.model)
+    check = Check(options.out, options.device, options.backends.split(","), options.jobs, options.model)
     for name in options.sections.split(","):
         try:
             SECTIONS[name](check)

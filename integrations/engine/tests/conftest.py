@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,22 @@ def model_path() -> Path:
             pytrace=False,
         )
     return Path(given)
+
+
+@pytest.fixture(autouse=True)
+def _no_page_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After every test each engine that it made must have its pages accounted for."""
+    made: list[Engine] = []
+    make = Engine.__init__
+
+    def recorded(engine: Engine, *arguments: Any, **options: Any) -> None:
+        make(engine, *arguments, **options)
+        made.append(engine)
+
+    monkeypatch.setattr(Engine, "__init__", recorded)
+    yield
+    for engine in made:
+        engine.check_integrity()
 
 
 class PlainLlama:

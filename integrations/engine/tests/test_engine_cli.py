@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fi_engine.bench import DecodeSpeed, decode_speed
 from fi_engine.cli import main
 from fi_engine.demo import MAX_TOKENS, QUESTIONS, Screen, run_demo
 
@@ -16,6 +19,13 @@ def test_errors_are_one_line_without_a_traceback(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err.splitlines() == [f"fi-engine: {tmp_path / 'absent.gguf'}: file: does not exist"]
     assert main(["bench", "--model", "m.gguf", "--num-tokens", "16"]) == 1
     assert capsys.readouterr().err.splitlines() == ["fi-engine: num_tokens: expected more than 16, got 16"]
+
+
+def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fi_engine", "generate", "--model", str(tmp_path / "absent.gguf"), "hello"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"fi-engine: {tmp_path / 'absent.gguf'}: file: does not exist\n"
 
 
 @pytest.mark.model
@@ -44,6 +54,19 @@ def test_demo_answers_and_ends_with_a_table(model_path: Path) -> None:
     for operation in ("attention", "append_kv", "rmsnorm", "add_rmsnorm", "silu_mul", "sample"):
         assert "." in table[operation].split()[0]
     assert f"{len(QUESTIONS)} at once" in table["requests"] and MAX_TOKENS > 0
+
+
+def test_decode_speed_counts_decode_steps_alone(tiny_loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_loaded.engine(max_model_len=64)
+    monkeypatch.setattr("fi_engine.bench.PROMPTS", ([1, 2, 3], [4], [5, 6]))
+    monkeypatch.setattr("fi_engine.bench._seconds", lambda run: run() or 2.0)
+    speed = decode_speed(engine, 3, 20)
+    # The first of 20 tokens comes with the prefill, and so of the 8 warm-up steps 7 decode.
+    assert (speed.steps_per_second, speed.tokens_per_second) == (12 / 2, 3 * 12 / 2)
+    assert speed.kernel_seconds is None and speed.share_outside_kernels is None
+    assert engine.num_unfinished == 0
+    busy = DecodeSpeed(500.0, 4000.0, 0.0015)
+    assert busy.share_outside_kernels == pytest.approx(0.25)
 
 
 class _Terminal(io.StringIO):

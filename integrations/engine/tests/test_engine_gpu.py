@@ -26,7 +26,6 @@ def test_known_answers(model_path: Path, cuda_graphs: bool) -> None:
     alone = engine.generate([PROMPTS[1]], params)[0]
     assert alone.text.startswith(" 5, 6, 7")
     assert engine.stats.num_decode_steps > 40
-    engine.check_integrity()
 
 
 def test_sampled_requests_with_penalties_draw_the_same_again(model_path: Path) -> None:
@@ -34,4 +33,3 @@ def test_sampled_requests_with_penalties_draw_the_same_again(model_path: Path) -
     params = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, frequency_penalty=0.5, seed=11, max_tokens=24)
     first, again = (engine.generate(PROMPTS, params) for _ in range(2))
     assert [output.token_ids for output in first] == [output.token_ids for output in again]
-    engine.check_integrity()

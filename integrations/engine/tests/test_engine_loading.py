@@ -61,7 +61,9 @@ def _write_gguf(path: Path, architecture: str = "llama", without: Sequence[str] 
     writer.add_token_merges(changes.pop("merges", ["a b"]))
     writer.add_bos_token_id(3)
     writer.add_eos_token_id(4)
-    writer.add_add_bos_token(True)
+    add_bos = changes.pop("add_bos", True)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
     assert not changes, changes
     tensors = {}
     for name, shape in shapes.items():
@@ -95,6 +97,18 @@ def test_gguf_reads_every_weight_and_the_tokeniser(tmp_path: Path) -> None:
     frequencies = 10000.0 ** -(torch.arange(0, 8, 2).double() / 8) / _stack(stored, "rope_freqs.weight").double()
     torch.testing.assert_close(model.rope.inv_freq, frequencies.float())
     torch.testing.assert_close(model.rope.cos_sin[7, :4], (7 * frequencies).cos().float())
+
+
+@pytest.mark.parametrize(
+    ("pre", "stated", "begins"), [("llama-bpe", None, True), ("llama-bpe", False, False), ("qwen2", None, False)]
+)
+def test_gguf_prompts_begin_with_bos_as_the_file_or_its_family_says(
+    tmp_path: Path, pre: str, stated: bool | None, begins: bool
+) -> None:
+    _write_gguf(tmp_path / "m.gguf", pre=pre, add_bos=stated)
+    codec = open_checkpoint(tmp_path / "m.gguf", _quiet).codec
+    assert codec is not None
+    assert codec.encode("ab") == ([3, 2] if begins else [2])
 
 
 def _stack(stored: dict[str, Any], *names: str) -> Tensor:

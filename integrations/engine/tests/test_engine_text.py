@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
+import transformers
 from fi_core.errors import ArgumentError
 from fi_engine.tokenizer import TextCodec, TextStream
 from fi_engine.tokenizer_build import build_bpe
-from tokenizers import pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -30,6 +33,34 @@ def test_pre_tokenisers_cut_digits_as_their_models_do() -> None:
     assert _pieces(_codec("qwen2"), "he 1234") == ["he", "Ġ", "1", "2", "3", "4"]
     assert _pieces(_codec("llama-bpe"), "he 1234") == ["he", "Ġ", "123", "4"]
     assert _pieces(_codec("gpt-2"), "he1234") == ["he", "123", "4"]
+
+
+_HARD_TEXTS = (
+    "He'LL say: “it's 12,345.67 €”!!\r\n\n  日本語 \t👩‍🚀 end  ",
+    "x=1; y  =\t2;;\n\n\n    return (a+b)**2 // 7\r\n",
+    "ßé ١٢٣٤ ²³ Ⅷ naïve—dash 'tis don't  \u00a0nbsp",
+)
+
+
+@pytest.mark.parametrize("text", _HARD_TEXTS)
+def test_words_are_cut_as_transformers_cuts_them(text: str) -> None:
+    alphabet = {token: token_id for token_id, token in enumerate(_ALPHABET)}
+    qwen = transformers.Qwen2Tokenizer(vocab=alphabet, merges=[]).backend_tokenizer.pre_tokenizer
+    assert _words("qwen2", text) == [word for word, _ in qwen.pre_tokenize_str(text)]
+    # The pattern that transformers converts Llama 3's tokeniser with is this class's default.
+    pattern = inspect.signature(TikTokenConverter).parameters["pattern"].default
+    llama = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    assert _words("llama-bpe", text) == [word for word, _ in llama.pre_tokenize_str(text)]
+
+
+def _words(pre_tokenizer: str, text: str) -> list[str]:
+    cut = _codec(pre_tokenizer).tokenizer.pre_tokenizer
+    return [word for word, _ in cut.pre_tokenize_str(text)]
 
 
 def test_special_tokens_are_matched_whole_and_left_out_of_text() -> None:

@@ -7,7 +7,7 @@ import math
 import fi_core as fi
 import pytest
 import torch
-from fi_core import ArgumentError, Batch, KVCache, RopeConfig, RopeTable
+from fi_core import ArgumentError, Batch, IndexCheckError, KVCache, RopeConfig, RopeTable
 from fi_core.ops.append_kv import append_kv_cost
 from fi_core.ops.cases.append_kv import cases
 from fi_core.reference.append_kv import quantise
@@ -144,6 +144,7 @@ def test_quantisation_keeps_nan_and_takes_scales_by_head():
     [
         ("k", {"k": torch.zeros(9, 3, 8)}),
         ("k", {"k": torch.zeros(9, 16)}),
+        ("k", {"k": torch.zeros(8, 2, 8), "v": torch.zeros(8, 2, 8)}),
         ("kv.k", {"k": torch.zeros(9, 2, 4)}),
         ("kv.v", {"v": torch.zeros(9, 2, 4)}),
         ("v", {"v": torch.zeros(8, 2, 8)}),
@@ -166,6 +167,23 @@ def test_wrong_arguments_are_named(argument, changes):
     with pytest.raises(ArgumentError) as caught:
         fi.append_kv(**call)
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        (
+            r"slot_mapping\[4\]: 99 is outside its limit 31",
+            {"slot_mapping": torch.tensor([0, 1, 2, 3, 99, 5, 6, 7, 8])},
+        ),
+        (r"table\[0, 1\]: 8 is outside its limit 7", {"table": torch.full_like(TABLE, 8)}),
+        (r"table\[0, 1\]: -1 is outside its limit 7", {"table": torch.full_like(TABLE, -1)}),
+    ],
+)
+def test_indices_out_of_range_are_named_on_a_cpu(text, changes):
+    kv = KVCache(torch.zeros(8, 4, 2, 8), torch.zeros(8, 4, 2, 8))
+    with pytest.raises(IndexCheckError, match=text):
+        fi.append_kv(torch.ones(9, 2, 8), torch.ones(9, 2, 8), kv, batch_of(**changes))
 
 
 def test_cost_and_cases():

@@ -10,7 +10,7 @@ import weakref
 import fi_core as fi
 import pytest
 import torch
-from fi_core import ArgumentError, AttentionSpec, Batch, CapacityError, KVCache, LayerArgs
+from fi_core import ArgumentError, AttentionSpec, Batch, CapacityError, IndexCheckError, KVCache, LayerArgs
 from fi_core.ops.attention import attention_cost, visible_pairs
 from fi_core.plan import plan_of, workspace_bytes
 from fi_core.reference.attention import oracle
@@ -34,6 +34,11 @@ def batch_of(**changes) -> Batch:
 def cache_of(**changes) -> KVCache:
     torch.manual_seed(0)
     return KVCache(**{"k": torch.randn(12, 16, 2, 16), "v": torch.randn(12, 16, 2, 16), **changes})
+
+
+def fp8_cache(scale: object) -> KVCache:
+    stored = torch.zeros(12, 16, 2, 16, dtype=torch.uint8)
+    return KVCache(stored, stored, format="fp8_e4m3", k_scale=scale)
 
 
 def ready(**options):
@@ -100,6 +105,7 @@ def test_no_update_is_an_error():
         ("q", {"q": torch.zeros(6, 4, 8)}),
         ("q", {"q": torch.zeros(6, 3, 16)}),
         ("q", {"q": torch.zeros(6, 64)}),
+        ("q", {"q": torch.zeros(5, 4, 16)}),
         ("q", {"q": torch.zeros(6, 4, 16, dtype=torch.bfloat16)}),
         ("q", {"q": torch.zeros(6, 4, 16, device="meta")}),
         ("q", {"q": torch.zeros(6, 4, 32)[..., ::2]}),
@@ -136,6 +142,46 @@ def test_wrong_arguments_are_named(argument, changes):
 def test_wrong_lse_is_named(shape):
     with pytest.raises(ArgumentError, match="^lse"):
         fi.attention(torch.randn(6, 4, 16), cache_of(), ready(features={"lse"}), lse=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("page", [12, -1])
+def test_pages_out_of_range_are_named_on_a_cpu(page):
+    plan = fi.plan(spec_of(), **CAPACITY)
+    batch = batch_of()
+    batch.table[1, 0] = page
+    plan.update(batch)
+    with pytest.raises(IndexCheckError, match=rf"batch\.table\[1, 0\]: {page} is outside its limit 11"):
+        fi.attention(torch.zeros(6, 4, 16), cache_of(), plan)
+
+
+@pytest.mark.parametrize("device", ["potato", "cuda:99"])
+def test_devices_that_are_not_there_are_named(device):
+    for call in (fi.plan, workspace_bytes):
+        with pytest.raises(ArgumentError, match=f"^device: .*{device}"):
+            call(spec_of(), **{**CAPACITY, "device": device})
+
+
+@pytest.mark.parametrize(
+    ("argument", "make"),
+    [
+        ("windows", lambda: spec_of(windows=(3.5,))),
+        ("windows", lambda: spec_of(windows=(0,))),
+        ("features", lambda: spec_of(features={"soft_caps"})),
+        ("num_qo_heads", lambda: spec_of(num_qo_heads=3)),
+        ("page_size", lambda: spec_of(page_size=257)),
+        ("kv.k_scale", lambda: fp8_cache("0.5")),
+        ("kv.k_scale", lambda: fp8_cache(0.0)),
+        ("kv.k_scale", lambda: fp8_cache(float("inf"))),
+        ("kv.v_scale", lambda: cache_of(v_scale=0.5)),
+        ("layer.soft_cap", lambda: LayerArgs(soft_cap=float("inf")).resolve(spec_of(features={"soft_cap"}))),
+        ("layer.soft_cap", lambda: LayerArgs(soft_cap=3.0).resolve(spec_of())),
+        ("layer.scale", lambda: LayerArgs(scale=float("nan")).resolve(spec_of())),
+        ("layer.window", lambda: LayerArgs(window=5).resolve(spec_of(windows=(None, 4)))),
+    ],
+)
+def test_records_name_what_they_refuse(argument, make):
+    with pytest.raises(ArgumentError, match=f"^{argument}:"):
+        make()
 
 
 def test_wrong_scale_is_named():

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import fi_core as fi
 import pytest
 import torch
-from fi_core import AttentionSpec, Batch, IndexCheckError, KVCache, RopeConfig, RopeTable, checks
+from fi_core import (
+    AttentionSpec,
+    Batch,
+    DrawKeys,
+    FilterParams,
+    IndexCheckError,
+    KVCache,
+    PackedMask,
+    PenaltyParams,
+    RopeConfig,
+    RopeTable,
+    checks,
+)
 from fi_core.settings import settings
 
 
@@ -96,6 +109,54 @@ def test_attention_checks_ragged_rows():
     ragged = KVCache(torch.zeros(20, 2, 8), torch.zeros(20, 2, 8))
     with pytest.raises(IndexCheckError, match=r"kv_indptr\[2\]: 21 is outside its limit 20"):
         attend(batch_of(table=None, kv_indptr=ints(2, 12, 21)), ragged, page_size=None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "indptr", "text"),
+    [
+        ("kv", [0, 1, 3], None),
+        ("kv", [0, 2, 9], r"mask\.indptr\[1\]: 2 is outside its limit 1"),
+        ("kv", [-1, 1, 3], r"mask\.indptr\[0\]: -1 "),
+        ("new", [0, 1, 9], None),
+        ("new", [3, 1, 9], r"mask\.indptr\[0\]: 3 is outside its limit 2"),
+    ],
+)
+def test_attention_checks_where_mask_rows_lie(columns, indptr, text):
+    mask = PackedMask(torch.zeros(3, dtype=torch.uint8), torch.tensor(indptr), columns)
+    found = contextlib.nullcontext() if text is None else pytest.raises(IndexCheckError, match=text)
+    with found:
+        attend(batch_of(mask=mask), features={"mask"})
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_sample_checks_rows(bad):
+    keys = DrawKeys(torch.zeros(2, dtype=torch.int64), ints(0, 0), torch.zeros(2, dtype=torch.int64))
+    fi.sample(torch.zeros(3, 5), FilterParams(), keys, rows=ints(2, 0))
+    with pytest.raises(IndexCheckError, match=rf"^rows\[1\]: {bad} is outside its limit 2"):
+        fi.sample(torch.zeros(3, 5), FilterParams(), keys, rows=ints(0, bad))
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        (r"penalties\.rows\[0\]: 4 is outside its limit 3", {"rows": ints(4, 0)}),
+        (r"penalties\.rows\[1\]: 3 is outside its limit 2", {"rows": ints(0, 3), "prompt_counts": 3}),
+        (r"penalties\.rows\[1\]: -1 ", {"rows": ints(0, -1)}),
+        (r"penalties\.bias_indptr\[2\]: 3 is outside its limit 2", {"bias_indptr": ints(0, 1, 3)}),
+        (r"penalties\.bias_indptr\[2\]: 0 is outside its limit 1", {"bias_indptr": ints(0, 1, 0)}),
+    ],
+)
+def test_penalties_are_checked(text, changes):
+    good = {"repetition": torch.ones(2), "rows": ints(3, 0), "output_counts": 4, "bias_indptr": ints(0, 1, 2)}
+    good |= {"bias_tokens": ints(1, 2), "bias_values": torch.ones(2)}
+
+    def penalize(**values):
+        counts = {name: torch.zeros(values[name], 5, dtype=torch.int32) for name in values if name.endswith("counts")}
+        fi.penalize_logits(torch.zeros(2, 5), PenaltyParams(**values | counts))
+
+    penalize(**good)
+    with pytest.raises(IndexCheckError, match=text):
+        penalize(**good | changes)
 
 
 def test_append_checks_slots_pages_and_positions():

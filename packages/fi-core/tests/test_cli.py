@@ -197,6 +197,16 @@ def test_conformance_command_fails_with_the_backend(current: KernelRegistry, cap
     assert "out: first bad at (0, 0): actual 0.0" in capsys.readouterr().out
 
 
+def test_conformance_command_shares_cases_among_processes(capsys: Captured) -> None:
+    command = ["conformance", "--backend", "reference", "--op", "silu_mul"]
+    assert main([*command, "--jobs", "2"]) == 0
+    shared = capsys.readouterr().out
+    assert main(command) == 0
+    assert capsys.readouterr().out == shared
+    assert main([*command, "--jobs", "0"]) == 1
+    assert "jobs: expected at least 1" in capsys.readouterr().err
+
+
 def test_matrix_command(current: KernelRegistry, capsys: Captured, tmp_path: Path) -> None:
     assert main(["matrix"]) == 0
     printed = capsys.readouterr().out

@@ -1,11 +1,14 @@
 """The conformance kit: what passes, what fails and how the failure reads; reports; use without pytest."""
 
+import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import fi_core as fi
@@ -16,7 +19,7 @@ from fi_core.conformance import BoundCase, CaseResult, compare
 from fi_core.contract import EXACT, Case, KernelEntry, OneOf, Operation, Tolerance, Trial
 from fi_core.hookspecs import BackendInfo, hookimpl
 from fi_core.ops.cases import SENTINEL, guarded, poisoned
-from fi_core.registry import KernelRegistry
+from fi_core.registry import KernelRegistry, reset_registry
 
 NAN, INF = float("nan"), float("inf")
 LOOSE = Tolerance(1e-2, 1e-1)
@@ -229,6 +232,87 @@ def test_a_case_whose_outputs_do_not_agree_fails(current: KernelRegistry, monkey
     (result,) = conformance.run("good").results
     assert result.outcome == "failed"
     assert "the same outputs everywhere" in result.message
+
+
+def _broken_generator() -> Iterator[Case]:
+    yield _case("four")
+    raise RuntimeError("no more")
+
+
+def _case_of_another_operation() -> Iterator[Case]:
+    yield Case("stranger", {"colour": 4}, _case("x").build)
+    yield _case("four")
+
+
+@pytest.mark.parametrize(
+    ("cases", "failed", "words"),
+    [
+        (_broken_generator, "cases()", "RuntimeError: no more"),
+        (_case_of_another_operation, "stranger", "request fields ['colour'] are not ['size']"),
+    ],
+)
+def test_cases_that_cannot_be_made_fail_alone(
+    current: KernelRegistry, monkeypatch: pytest.MonkeyPatch, cases: Any, failed: str, words: str
+) -> None:
+    monkeypatch.setitem(current.operations, "toy", dataclasses.replace(TOY, cases=cases))
+    monkeypatch.setitem(current.operations, "more", dataclasses.replace(TOY, name="more"))
+    report = conformance.run("good", ["toy", "more"])
+    outcomes = {item.name: item.outcome for item in report.results}
+    assert outcomes == {
+        "toy/four": "passed",
+        f"toy/{failed}": "failed",
+        "more/four": "unsupported",
+        "more/five": "unsupported",
+    }
+    assert words in next(item.message for item in report.results if item.outcome == "failed")
+    assert not report.ok
+    with pytest.raises(fi.PluginError, match=re.escape(words)):
+        conformance.parametrize("good", ["toy"])
+
+
+@pytest.mark.parametrize("jobs", [0, -2])
+def test_jobs_must_be_positive(current: KernelRegistry, jobs: int) -> None:
+    with pytest.raises(fi.ArgumentError, match="jobs"):
+        conformance.run("good", jobs=jobs)
+
+
+def test_processes_give_the_same_report_in_the_same_order() -> None:
+    selection = ("reference", ["rmsnorm", "top_k"], "cpu", None, 3)
+    alone, shared = conformance.run(*selection), conformance.run(*selection, jobs=2)
+    assert shared.to_json() == alone.to_json()
+    assert shared.num_executed > 10
+
+
+def test_processes_without_the_plugin_fail_every_case(current: KernelRegistry) -> None:
+    report = conformance.run("good", jobs=2)
+    assert [(item.name, item.outcome) for item in report.results] == [("toy/four", "failed"), ("toy/five", "failed")]
+    assert "UnknownBackendError: unknown backend 'good'" in report.results[0].message
+
+
+def test_a_process_that_dies_fails_what_it_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "dying-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: dying\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[fi]\ndying = dying_plugin\n")
+    (tmp_path / "dying_plugin.py").write_text(
+        "import os\n"
+        "from fi_core import Anything, BackendInfo, KernelEntry, hookimpl\n"
+        "fi_backend = hookimpl(lambda: BackendInfo('dying', '1.0', 's', 1), specname='fi_backend')\n"
+        "@hookimpl\n"
+        "def fi_register_kernels(registry):\n"
+        "    rules = {'dtype': Anything(), 'width': Anything()}\n"
+        "    registry.add(KernelEntry('silu_mul', 'k', 'dying', rules, lambda: lambda *a: os._exit(3), ('cpu',)))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reset_registry()
+    try:
+        report = conformance.run("dying", ["silu_mul"], jobs=2)
+    finally:
+        monkeypatch.undo()
+        reset_registry()
+    assert len(report.results) > 3
+    assert {item.outcome for item in report.results} == {"failed"}
+    assert all("BrokenProcessPool" in item.message for item in report.results)
 
 
 def test_json(current: KernelRegistry) -> None:

@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import fi_core as fi
 import pytest
@@ -16,6 +19,7 @@ from fi_core.settings import settings
 
 TOY = Operation("toy", "a toy", {"dtype": "d"}, {"dtype": torch.float32}, lambda: iter(()))
 CPU = Target("cpu")
+RMSNORM_RULES = {"dtype": OneOf(torch.float32), "hidden_size": OneOf(8)}
 
 
 def make_entry(backend: str, name: str = "kernel", **changes: object) -> KernelEntry:
@@ -215,6 +219,71 @@ def test_reset_discovers_again() -> None:
     registry_module.reset_registry()
     assert registry_module.registry() is not before
     assert set(registry_module.registry().operations) == set(before.operations)
+
+
+def _in_threads(function: Callable[[], object], count: int = 8) -> list[object]:
+    barrier = threading.Barrier(count)
+
+    def run(_: int) -> object:
+        barrier.wait()
+        return function()
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_threads_share_one_registry_and_never_see_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found_within: list[KernelRegistry] = []
+
+    def slow() -> object:
+        time.sleep(0.05)
+        found_within.append(registry_module.registry())
+        return make_plugin("slow", make_entry("slow", op="rmsnorm", rules=RMSNORM_RULES))
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [_Point("slow", slow)])
+    registry_module.reset_registry()
+    try:
+        found = _in_threads(lambda: (registry_module.registry(), tuple(registry_module.registry().backends)))
+        assert len(set(map(str, found))) == 1
+        assert found[0] == (found_within[0], ("slow",))
+        assert len(found_within) == 1
+    finally:
+        monkeypatch.undo()
+        registry_module.reset_registry()
+
+
+def test_discovery_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(group: str) -> object:
+        raise OSError("metadata")
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", broken)
+    registry_module.reset_registry()
+    with pytest.raises(OSError, match="metadata"):
+        registry_module.registry()
+    monkeypatch.undo()
+    assert "reference" in registry_module.registry().backends
+
+
+def test_threads_load_a_kernel_and_tell_observers_once(current: KernelRegistry) -> None:
+    loads: list[int] = []
+    seen: list[str] = []
+
+    def load() -> str:
+        time.sleep(0.02)
+        loads.append(1)
+        return "loaded"
+
+    @hookimpl
+    def fi_on_select(chosen: KernelEntry) -> None:
+        time.sleep(0.02)
+        seen.append(chosen.full_name)
+
+    plugin = make_plugin("first", make_entry("first", load=load))
+    plugin.fi_on_select = fi_on_select
+    current.register_plugin(plugin, "first")
+    request = TOY.request(CPU, dtype=torch.float32)
+    assert set(_in_threads(lambda: current.implementation(current.select(request).entry))) == {"loaded"}
+    assert (loads, seen) == ([1], ["first.kernel"])
 
 
 def test_discovery_imports_no_kernel_module() -> None:

@@ -6,21 +6,29 @@ import fi_core as fi
 import pytest
 import torch
 from fi_core import AttentionSpec, Batch, KVCache, RopeConfig, RopeTable, ShadowMismatchError, checks, shadow
+from fi_core.contract import Tolerance
 from fi_core.ops import append_kv as append_module
+from fi_core.reference import plugin as reference_plugin
+from fi_core.registry import registry, reset_registry
+from fi_core.sampling import DrawKeys, FilterParams, PenaltyParams
 from fi_core.settings import settings
 
 
 @pytest.fixture
 def shadowing(monkeypatch):
-    def start(fraction: str) -> None:
-        monkeypatch.setenv("FI_SHADOW", fraction)
+    def fresh() -> None:
         settings.cache_clear()
         shadow.reset()
+        # Kernels bound before keep their mode.
+        reset_registry()
+
+    def start(fraction: str) -> None:
+        monkeypatch.setenv("FI_SHADOW", fraction)
+        fresh()
 
     yield start
     monkeypatch.undo()
-    settings.cache_clear()
-    shadow.reset()
+    fresh()
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -121,3 +129,119 @@ def test_each_mode_is_on_by_itself(shadowing, monkeypatch):
     fi.attention(torch.randn(4, 2, 8), cache_of(), plan_of())
     fi.append_kv(k, k, cache_of(), batch_of())
     assert called == ["attention", "append_kv"] and shadow.statistics().calls == 0
+
+
+def keys_of(num_rows: int) -> DrawKeys:
+    count = torch.arange(num_rows)
+    return DrawKeys(count + 5, count.int(), count * 3)
+
+
+def functional_calls() -> dict:
+    """A call of every operation whose kernel a Dispatcher finds, but append_kv and copy_pages."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(3, 8).to(torch.bfloat16), torch.randn(8).to(torch.bfloat16)
+    q, positions = torch.randn(3, 2, 8).to(torch.bfloat16), torch.tensor([0, 5, 9])
+    logits, filters = torch.randn(3, 50), FilterParams(top_k=torch.full((3,), 7, dtype=torch.int32))
+    probs = torch.softmax(torch.randn(2, 3, 50), -1)
+    drafts, parents = torch.randint(0, 50, (2, 2)), torch.tensor([[-1, 0], [-1, -1]], dtype=torch.int32)
+    return {
+        "merge_states": lambda: fi.merge_states(torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2)),
+        "rope": lambda: fi.rope(q, q.clone(), positions, RopeTable.make(RopeConfig(8), "cpu")),
+        "rmsnorm": lambda: fi.rmsnorm(x[0], weight, out=x[0]),
+        "add_rmsnorm": lambda: fi.add_rmsnorm(x, x.clone(), weight),
+        "silu_mul": lambda: fi.silu_mul(x),
+        "gelu_mul": lambda: fi.gelu_mul(x),
+        "sample": lambda: fi.sample(logits, filters, keys_of(3)),
+        "filter_logits": lambda: fi.filter_logits(logits, filters),
+        "top_k": lambda: fi.top_k(logits, 4),
+        "logprobs": lambda: fi.logprobs(logits.bfloat16(), torch.tensor([1, -1, 49]), 3),
+        "penalize_logits": lambda: fi.penalize_logits(logits, PenaltyParams(repetition=torch.rand(3) + 1,
+                                                      output_counts=torch.ones(3, 50, dtype=torch.int32)), out=logits),
+        "verify_chain": lambda: fi.verify_chain(drafts, None, probs, keys_of(2)),
+        "verify_tree": lambda: fi.verify_tree(drafts, parents, probs, keys_of(2)),
+    }  # fmt: skip
+
+
+def spoil_last_output(op: str):
+    """The reference of ``op`` with its last output changed."""
+    right = reference_plugin.load(op)
+
+    def spoiled(*arguments) -> None:
+        right(*arguments)
+        last = arguments[-1].indices if op == "logprobs" else arguments[-1]
+        last.copy_(last + 1)
+
+    return spoiled
+
+
+def test_every_operation_that_computes_is_compared():
+    named = set(shadow._LIMITS) | set(shadow._DRAWN) | {"attention", "append_kv", "copy_pages"}
+    assert named == set(registry().operations)
+    assert set(functional_calls()) == set(shadow._LIMITS) | set(shadow._DRAWN)
+
+
+@pytest.mark.parametrize("op", sorted(set(shadow._LIMITS) | set(shadow._DRAWN)))
+@pytest.mark.parametrize("inference", [False, True])
+def test_functional_operations_are_compared(shadowing, monkeypatch, op, inference):
+    shadowing("1")
+    with torch.inference_mode(inference):
+        call = functional_calls()[op]
+        with fi.use(backend="reference"):
+            call()
+            call()
+            assert shadow.statistics() == shadow.ShadowStatistics(calls=2, compared=2)
+            reset_registry()
+            entry = next(item for item in registry().kernels(op) if item.backend == "reference")
+            monkeypatch.setitem(registry()._loaded, f"{op}:{entry.full_name}", spoil_last_output(op))
+            with pytest.raises(ShadowMismatchError, match=op):
+                call()
+    assert shadow.statistics().mismatches == 1
+
+
+def test_one_drawn_row_that_differs_is_counted_and_a_second_is_an_error(shadowing):
+    shadowing("1")
+    right = reference_plugin.load("sample")
+
+    def once_in_a_while(logits, filters, keys, rows, tokens) -> None:
+        right(logits, filters, keys, rows, tokens)
+        tokens[0] += int(logits[0, 0] > 0)
+
+    kernel = shadow.shadowed("sample", once_in_a_while)
+    logits, tokens = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    arguments = (FilterParams(), keys_of(1), None, tokens)
+    for first in (0.0, 1.0, 0.0):
+        logits[0, 0] = first
+        kernel(logits, *arguments)
+    assert shadow.statistics().mismatches == 0
+    logits[0, 0] = 1.0
+    with pytest.raises(ShadowMismatchError, match="sample, row 0: 2 of the 4 rows compared so far"):
+        kernel(logits, *arguments)
+
+
+def test_outliers_may_be_one_step_of_their_dtype_off(shadowing):
+    shadowing("1")
+    right = reference_plugin.load("rmsnorm")
+
+    def nudged(x, weight, eps, weight_bias, out) -> None:
+        right(x, weight, eps, weight_bias, out)
+        out[0, 0] *= factor
+
+    kernel = shadow.shadowed("rmsnorm", nudged)
+    x = torch.ones(1, 4096, dtype=torch.bfloat16)
+    x[0, 0] = 20000.0
+    out = torch.empty_like(x)
+    factor = 1.0 + 2.0**-7
+    kernel(x, torch.full((4096,), 20.0, dtype=torch.bfloat16), 1e-6, 0.0, out)
+    factor = 1.0 + 2.0**-5
+    with pytest.raises(ShadowMismatchError, match="rmsnorm"):
+        kernel(x, torch.full((4096,), 20.0, dtype=torch.bfloat16), 1e-6, 0.0, out)
+
+
+def test_one_bad_element_is_judged_among_all_the_others():
+    expected = torch.ones(4096, dtype=torch.float64)
+    actual = expected.float()
+    actual[7] += 1e-4
+    shadow._compare("a value", actual, expected, Tolerance(1e-5, 1e-3))
+    actual[7] += 1e-2
+    with pytest.raises(ShadowMismatchError, match="a value: first bad at"):
+        shadow._compare("a value", actual, expected, Tolerance(1e-5, 1e-3))

@@ -5,7 +5,20 @@ from __future__ import annotations
 import fi_core as fi
 import pytest
 import torch
-from fi_core import AttentionSpec, Batch, KVCache, LayerArgs, RopeConfig, RopeTable, library
+from fi_core import (
+    AttentionSpec,
+    Batch,
+    DrawKeys,
+    FilterParams,
+    KVCache,
+    LayerArgs,
+    PenaltyParams,
+    RopeConfig,
+    RopeTable,
+    library,
+)
+from fi_core.registry import registry
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def ints(*values: int) -> torch.Tensor:
@@ -121,6 +134,61 @@ def test_attention_and_append_pass_opcheck():
         None,
     )
     torch.library.opcheck(torch.ops.fi.append_kv.default, arguments, test_utils=tests)
+
+
+def sampling_calls() -> dict:
+    """Every sampling operation as a function of logits [3, 40]."""
+    numbers = torch.arange(3)
+    keys = DrawKeys(numbers + 7, numbers.int(), numbers * 2)
+    filters = FilterParams(temperature=torch.full((3,), 0.7), top_k=ints(5, 0, 9), top_p=torch.full((3,), 0.9))
+    counts = torch.ones(3, 40, dtype=torch.int32)
+    penalties = PenaltyParams(
+        allowed=torch.full((3, 2), -2, dtype=torch.int32),
+        bias_indptr=ints(0, 1, 1, 2),
+        bias_tokens=ints(3, -1),
+        bias_values=torch.ones(2),
+        repetition=torch.full((3,), 1.3),
+        presence=torch.full((3,), 0.5),
+        output_counts=counts,
+        rows=ints(2, 1, 0),
+    )
+    drafts, parents = torch.tensor([[1, 2], [3, 4], [5, -1]]), ints(-1, 0, -1, -1, 1, 0).view(3, 2)
+
+    def probs(logits):
+        return torch.softmax(torch.stack([logits, logits * 2, -logits], 1), -1)
+
+    return {
+        "sample": lambda logits: fi.sample(logits, filters, keys, rows=ints(2, 2, 0).to(logits.device)),
+        "filter_logits": lambda logits: fi.filter_logits(logits, filters, "logits"),
+        "top_k": lambda logits: fi.top_k(logits, 4),
+        "logprobs": lambda logits: fi.logprobs(logits, drafts[:, 0].contiguous(), 2).values,
+        "penalize_logits": lambda logits: fi.penalize_logits(logits, penalties),
+        "verify_chain": lambda logits: fi.verify_chain(drafts, None, probs(logits), keys),
+        "verify_chain with draft_probs": lambda logits: fi.verify_chain(
+            drafts, probs(logits)[:, 1:].contiguous(), probs(logits), keys
+        ),
+        "verify_tree": lambda logits: fi.verify_tree(drafts, parents, probs(logits), keys),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(sampling_calls()))
+def test_sampling_compiles(name):
+    torch.manual_seed(3)
+    call, logits = sampling_calls()[name], torch.randn(3, 40) * 3
+    expected, found = call(logits), compiled(call)(logits)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_every_operation_is_registered_with_an_empty_fake_kernel():
+    names = set(registry().operations)
+    with FakeTensorMode():
+        x, out = torch.empty(2, 8), torch.empty(2, 4)
+        torch.ops.fi.silu_mul(x, out)
+    assert {name for name in names if hasattr(torch.ops.fi, name)} == names
+    for name in names:
+        schema = getattr(torch.ops.fi, name).default._schema
+        assert not schema.returns
+        assert any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments)
 
 
 def test_register_refuses_operators_that_return():

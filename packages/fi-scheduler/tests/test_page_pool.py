@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 
 import pytest
@@ -125,3 +126,9 @@ def test_bad_sizes() -> None:
     with pytest.raises(ArgumentError, match="num_pages"):
         PagePool(4, 1).allocate(-1)
     assert PagePool(4, 16).pages_for(0) == 0 and PagePool(4, 16).pages_for(17) == 2
+
+
+@pytest.mark.parametrize("error", [PoolFullError(3, 1), PoolIntegrityError(2, "held by nobody")])
+def test_errors_survive_pickling(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

@@ -94,6 +94,18 @@ def test_totals_beyond_32_bits(native: ModuleType | None, heads_first: bool, max
     assert work.items[:, COL_KV_END].max() == 2**31 - 1
 
 
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_oracle_counts_beyond_int32_whatever_holds_the_lengths(causal: bool, group_size: int) -> None:
+    kinds = (TileKind(16, 2**16, UNLIMITED_ROWS, 1, 1),)
+    params = PartitionParams(3, 1, group_size, kinds, causal, None)
+    q_indptr, kv_lens = [0, 7, 9], [2**31 - 1, 2**31 - 1]
+    found = oracle_partition(np.array(q_indptr, dtype=np.int32), np.array(kv_lens, dtype=np.int32), params)
+    expected = oracle_partition(q_indptr, kv_lens, params)
+    assert all(np.array_equal(getattr(found, name), getattr(expected, name)) for name in ("items", "merges"))
+    assert found.items[:, COL_KV_END].max() == 2**31 - 1
+
+
 def test_long_prefill_beyond_32_bits(native: ModuleType | None) -> None:
     """Packed rows, and the closed form of a request's cost, pass 2^31 while the tiles stay few."""
     kinds = (TileKind(2**16, 2**12, UNLIMITED_ROWS, 7, 3),)

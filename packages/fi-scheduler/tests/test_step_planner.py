@@ -204,6 +204,24 @@ def test_a_finished_conversation_is_found_again() -> None:
     assert engine.plans[-1].entries[0].start == 8
 
 
+def test_what_an_aborted_step_was_to_compute_is_not_remembered() -> None:
+    engine = make_engine(num_pages=10, page_size=2, prefill_chunk=4)
+    prompt = (1, 2, 3, 4, 0, 1, 2, 3)
+    engine.planner.submit("failed", prompt, 2)
+    engine.step()
+    plan = engine.planner.plan()
+    assert plan is not None and plan.entries[0].start == 4
+    # The step fails: nothing of it was written.
+    engine.planner.abort("failed")
+    engine.commit(plan, {})
+    engine.planner.submit("again", (*prompt, 4), 2)
+    engine.step()
+    assert engine.plans[-1].entries[0].start == 4
+    engine.drain(10)
+    assert engine.finished["again"].tokens == generate((*prompt, 4), 2)
+    check_all_pages_return(engine)
+
+
 def test_fork_copies_a_page_only_when_it_is_written() -> None:
     engine = make_engine(num_pages=10, page_size=4)
     engine.planner.submit("a", (1, 2, 3, 4, 0, 1), 4)

@@ -11,6 +11,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the interpreter itself have nothing to test where kernels are compiled."""
+    interpreted = [item for item in items if item.get_closest_marker("interpreter")]
+    if interpreted and torch.cuda.is_available():
+        config.hook.pytest_deselected(items=interpreted)
+        items[:] = [item for item in items if item not in interpreted]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _prepared() -> None:
     from fi_triton.interpreter import prepare_interpreter

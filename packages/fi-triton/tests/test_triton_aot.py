@@ -8,7 +8,6 @@ import sys
 
 import pytest
 from fi_triton.aot import AotResult, AotSpec, all_specs, compile_spec, report
-from fi_triton.interpreter import interpreting
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -54,7 +53,7 @@ def test_names_are_unique():
     assert len(names) == len(set(names)) > 20
 
 
-@pytest.mark.skipif(not interpreting(), reason="compiles where kernels are compiled")
+@pytest.mark.interpreter
 def test_interpreting_process_refuses_to_compile():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         compile_spec(AotSpec("name", "module:kernel", {}), 90)

@@ -9,7 +9,6 @@ from fi_core.contract import Target
 from fi_core.plan import attention_values
 from fi_core.records import AttentionSpec
 from fi_core.registry import registry
-from fi_triton.interpreter import interpreting
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,7 +46,7 @@ def test_limits_are_named():
     assert "float64" in reasons("attention", target, dtype=torch.float64, kv_format="bf16")
 
 
-@pytest.mark.skipif(not interpreting(), reason="without the interpreter CPU tensors are not served at all")
+@pytest.mark.interpreter
 def test_the_interpreter_is_used_only_when_asked_for():
     values = attention_values(AttentionSpec(4, 2, 64), 1)
     request = registry().operations["attention"].request(Target("cpu"), **values)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fi_triton.interpreter import interpreting, kernel_devices, prepare_interpreter
+from fi_triton.interpreter import kernel_devices, prepare_interpreter
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="the shim belongs to the interpreter")
+pytestmark = pytest.mark.interpreter
 
 
 @triton.jit

@@ -43,4 +43,4 @@ class StepBlock:
         """Copy the whole block to the device in stream order; call ``wait`` before the host side is written again."""
         if self._copied is not None:
             self._device.copy_(self._host, non_blocking=True)
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device.device))

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "demo":
             run_demo(options.model, options.device, sys.stdout)
         elif options.command == "bench":
-            run_bench(options.model, options.device, options.num_tokens, sys.stdout)
+            run_bench(options.model, options.device, options.num_tokens, sys.stdout, _progress)
         elif options.command == "chat":
             _chat(options)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +22,12 @@ SYSTEM = (
 )
 QUESTIONS = (
     "What is the capital of France?",
-    "Why is the sky blue?",
+    "What is the largest planet in our solar system?",
     "How many days are in a week?",
     "What do bees make?",
-    "Name a large animal that lives in the sea.",
+    "Who was the first person on the Moon?",
     "What is water made of?",
-    "Who wrote Romeo and Juliet?",
+    "What language is spoken in Brazil?",
     "What should I wear when it rains?",
 )
 MAX_TOKENS = 48
@@ -131,7 +130,3 @@ def _print_table(engine: Engine, handles: Sequence[RequestHandle], log: KernelLo
     for operation, kernel, reason in chosen:
         out.write(f"{operation:18} {kernel:32} {reason}\n")
     out.flush()
-
-
-if __name__ == "__main__":
-    run_demo(Path(sys.argv[1]), None, sys.stdout)

@@ -205,7 +205,13 @@ class Engine:
         assert not plan.copies, "the engine forks no request"
         self._place(plan)
         drawing = [entry for entry in plan.entries if entry.samples]
-        result = self._run(plan.entries)
+        try:
+            result = self._run(plan.entries)
+        except FiError as error:
+            # A plugin's logits operation, a check or a capture: these requests end, those that wait go on.
+            failed = [self._fail(self._handles[int(entry.request_id)], error) for entry in plan.entries]
+            self._planner.commit(plan, {})
+            return failed
         tokens = [] if result is None else self._runner.fetch(result, len(drawing))
         chunks = [self._take(entry, row, tokens[row], result) for row, entry in enumerate(drawing)]
         drawn = {

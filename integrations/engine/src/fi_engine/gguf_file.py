@@ -157,18 +157,21 @@ def _codec(path: Path, fields: _Fields, config: ModelConfig) -> TextCodec:
         problem = f"{model!r} is not served; byte-level BPE ('gpt2') is"
         raise ModelFileError(path, "field tokenizer.ggml.model", problem)
     tokens = fields.get("tokenizer.ggml.tokens")
+    pre_tokenizer = str(fields.find("tokenizer.ggml.pre", "gpt-2"))
     tokenizer = build_bpe(
         path,
         tokens,
         fields.get("tokenizer.ggml.merges"),
         fields.find("tokenizer.ggml.token_type", []),
-        str(fields.find("tokenizer.ggml.pre", "gpt-2")),
+        pre_tokenizer,
     )
     bos = fields.find("tokenizer.ggml.bos_token_id")
+    # Files of Llama 3 begin prompts with BOS without saying so.
+    with_bos = bos is not None and fields.find("tokenizer.ggml.add_bos_token", pre_tokenizer == "llama-bpe")
     eos = fields.find("tokenizer.ggml.eos_token_id")
     return TextCodec(
         tokenizer,
-        prefix_ids=(int(bos),) if bos is not None and fields.find("tokenizer.ggml.add_bos_token", False) else (),
+        prefix_ids=(int(bos),) if with_bos else (),
         chat_template=fields.find("tokenizer.chat_template"),
         special_texts={
             name: tokens[int(token_id)]

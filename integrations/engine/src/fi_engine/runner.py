@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import fi_core as fi
 import numpy as np
@@ -48,7 +49,7 @@ class StepInput:
     counts: npt.NDArray[np.int64]
     draws: npt.NDArray[np.bool_]
 
-    @property
+    @cached_property
     def is_decode(self) -> bool:
         """Whether every request has one new token, and draws."""
         return bool((self.counts == 1).all() and self.draws.all())

@@ -39,7 +39,9 @@ class TextCodec:
         self._special_texts = dict(special_texts)
         self._template: jinja2.Template | None = None
         if chat_template is not None:
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            )
             environment.globals["raise_exception"] = _raise
             self._template = environment.from_string(chat_template)
 

@@ -37,6 +37,7 @@ from .hookspecs import BackendInfo, hookimpl
 from .ops.add_rmsnorm import add_rmsnorm
 from .ops.append_kv import append_kv
 from .ops.attention import attention
+from .ops.copy_pages import copy_pages
 from .ops.filter_logits import filter_logits
 from .ops.gelu_mul import gelu_mul
 from .ops.logprobs import logprobs
@@ -108,6 +109,7 @@ __all__ = [
     "append_kv",
     "attention",
     "backends",
+    "copy_pages",
     "explain",
     "filter_logits",
     "gelu_mul",

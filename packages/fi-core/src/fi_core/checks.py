@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .devices import normal_device
 from .errors import IndexCheckError
-from .records import Batch, KVCache
+from .records import Batch, KVCache, PackedMask
 from .rope import RopeTable
+from .sampling import PenaltyParams
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -30,7 +31,25 @@ _ARGUMENTS = (
     "batch.kv_indptr",
     "batch.slot_mapping",
     "positions",
+    "batch.mask.indptr",
+    "rows",
+    "penalties.rows",
+    "penalties.bias_indptr",
+    "source_pages",
+    "target_pages",
+    "target_pages of two pairs",
+    "source_pages of one pair, target_pages of another",
 )
+
+_LIMIT = "{value} is outside its limit {limit}"
+_CLASHES = {
+    "target_pages of two pairs": ("target_pages", "page {value} is the target of another pair too"),
+    "source_pages of one pair, target_pages of another": (
+        "source_pages",
+        "page {value} is the target of another pair of the same cache",
+    ),
+}
+"""What is said of a bad element that is within its limit: the argument's name and the text."""
 
 
 class _Record:
@@ -74,7 +93,8 @@ class _Record:
         self.found.zero_()
         self.host.zero_()
         place = f"[{row}]" if column < 0 else f"[{row}, {column}]"
-        raise IndexCheckError(f"{_ARGUMENTS[code]}{place}: {value} is outside its limit {limit}")
+        argument, problem = _CLASHES.get(_ARGUMENTS[code], (_ARGUMENTS[code], _LIMIT))
+        raise IndexCheckError(f"{argument}{place}: {problem.format(value=value, limit=limit)}")
 
 
 _records: dict[torch.device, _Record] = {}
@@ -123,6 +143,8 @@ def check_attention(plan: Plan, q: Tensor, kv: KVCache) -> None:
     _check_lengths(record, batch, kv, capacity.max_kv_len)
     first = batch.kv_lens * 0 if window is None else (batch.kv_lens - q_lens - window + 1).clamp(min=0)
     _check_pages(record, batch, kv, first)
+    if batch.mask is not None:
+        _check_mask(record, batch, batch.mask, q_lens)
     record.publish()
 
 
@@ -144,6 +166,27 @@ def check_append(k: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None) -
     record.publish()
 
 
+def check_copy(source: KVCache, target: KVCache, source_pages: Tensor, target_pages: Tensor) -> None:
+    """Check the ids of the pairs that are copied against the caches' pages, and that no target is used twice. Caches
+    whose K or V begin at one address are one cache."""
+    record = _begin(source_pages.device)
+    used = (source_pages >= 0) & (target_pages >= 0)
+    for name, pages, kv in (("source_pages", source_pages, source), ("target_pages", target_pages, target)):
+        limit = kv.k.shape[0] - 1
+        record.note(name, used & (pages > limit), pages, limit)
+    if used.numel() > 0:
+        # Skipped pairs get ids below 0, of which no two are equal.
+        ids = torch.where(used, target_pages, -1 - torch.arange(used.shape[0], device=used.device)).long()
+        ordered, order = ids.sort(stable=True)
+        again = torch.zeros_like(used).scatter(0, order[1:], ordered[1:] == ordered[:-1])
+        record.note("target_pages of two pairs", again, target_pages, 0)
+        if source.k.data_ptr() == target.k.data_ptr() or source.v.data_ptr() == target.v.data_ptr():
+            place = torch.searchsorted(ordered, source_pages.long()).clamp(max=used.shape[0] - 1)
+            overwritten = used & (source_pages != target_pages) & (ordered[place] == source_pages)
+            record.note(_ARGUMENTS[-1], overwritten, source_pages, 0)
+    record.publish()
+
+
 def check_rope(positions: Tensor, table: RopeTable) -> None:
     """Check that no position is negative or beyond the table's length (if it has one)."""
     record = _begin(positions.device)
@@ -152,6 +195,24 @@ def check_rope(positions: Tensor, table: RopeTable) -> None:
         limit = table.cos_sin.shape[0] - 1
         record.note("positions", positions > limit, positions, limit)
     record.publish()
+
+
+def check_rows(argument: str, rows: Tensor, num_rows: int) -> None:
+    """Check that ``rows`` (the argument of that name) are from 0 to ``num_rows`` - 1."""
+    record = _begin(rows.device)
+    record.note(argument, (rows < 0) | (rows >= num_rows), rows, num_rows - 1)
+    record.publish()
+
+
+def check_penalties(penalties: PenaltyParams) -> None:
+    """Check where each row's bias entries and histories lie."""
+    if penalties.bias_indptr is not None and penalties.bias_tokens is not None:
+        record = _begin(penalties.bias_indptr.device)
+        _check_indptr(record, "penalties.bias_indptr", penalties.bias_indptr, penalties.bias_tokens.shape[0])
+        record.publish()
+    for counts in (penalties.prompt_counts, penalties.output_counts):
+        if penalties.rows is not None and counts is not None:
+            check_rows("penalties.rows", penalties.rows, counts.shape[0])
 
 
 def _begin(device: torch.device) -> _Record:
@@ -186,6 +247,14 @@ def _check_lengths(record: _Record, batch: Batch, kv: KVCache, max_kv_len: int |
     else:
         return
     record.note("batch.kv_lens", kv_lens > held, kv_lens, held)
+
+
+def _check_mask(record: _Record, batch: Batch, mask: PackedMask, q_lens: Tensor) -> None:
+    """Whether each request's mask rows lie within the bits."""
+    columns = batch.kv_lens if mask.columns == "kv" else q_lens
+    num_bytes = q_lens.long() * ((columns.long() + 7) // 8)
+    begin, limit = mask.indptr[:-1], mask.bits.shape[0] - num_bytes
+    record.note("batch.mask.indptr", (num_bytes > 0) & ((begin < 0) | (begin > limit)), begin, limit)
 
 
 def _check_pages(record: _Record, batch: Batch, kv: KVCache, first: Tensor) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 
+from .devices import normal_device
 from .errors import PluginError
 
 
@@ -37,7 +38,7 @@ def _target(device_type: str, index: int | None) -> Target:
 
 def target_of(device: torch.device | str) -> Target:
     """The target of a torch device; asks the driver once per device."""
-    device = torch.device(device)
+    device = normal_device(device)
     return _target(device.type, device.index)
 
 
@@ -269,12 +270,3 @@ def check_entry(entry: KernelEntry, operations: Mapping[str, Operation]) -> None
         raise PluginError(f"kernel {entry.full_name}: rules missing for {missing}, unknown rules {unknown}")
     if not entry.devices:
         raise PluginError(f"kernel {entry.full_name}: declares no device")
-
-
-def duplicates(names: Iterable[str]) -> list[str]:
-    """Names that occur more than once, sorted."""
-    seen: set[str] = set()
-    again: set[str] = set()
-    for name in names:
-        (again if name in seen else seen).add(name)
-    return sorted(again)

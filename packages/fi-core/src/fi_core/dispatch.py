@@ -9,6 +9,7 @@ import torch
 
 from .contract import target_of
 from .registry import KernelRegistry, Selection, forced_backend, registry
+from .settings import settings
 
 
 def select_for(op: str, device: torch.device | str, **values: Hashable) -> Selection:
@@ -23,18 +24,24 @@ class Dispatcher:
     def __init__(self, op: str, *fields: str) -> None:
         self.op = op
         self.fields = fields
-        self._bound: dict[tuple[Hashable, ...], Any] = {}
-        self._owner: KernelRegistry | None = None
-        self._generation = 0
+        # Replaced as a whole: what a thread found under an older registry never ends up among newer choices.
+        self._bound: tuple[KernelRegistry | None, int, dict[tuple[Hashable, ...], Any]] = (None, 0, {})
 
     def __call__(self, device: torch.device, *values: Hashable) -> Any:
         """The kernel for these field values; raises UnsupportedError. Cached per registry, device and forced backend."""
-        owner = registry()
-        if owner is not self._owner or owner.generation != self._generation:
-            self._bound, self._owner, self._generation = {}, owner, owner.generation
+        current = registry()
+        owner, generation, bound = self._bound
+        if owner is not current or generation != current.generation:
+            bound = {}
+            self._bound = (current, current.generation, bound)
         key = (forced_backend(), device, *values)
-        bound = self._bound.get(key)
-        if bound is None:
+        kernel = bound.get(key)
+        if kernel is None:
             selection = select_for(self.op, device, **dict(zip(self.fields, values, strict=True)))
-            bound = self._bound[key] = owner.implementation(selection.entry)
-        return bound
+            kernel = current.implementation(selection.entry)
+            if settings().shadow > 0:
+                from .shadow import shadowed
+
+                kernel = shadowed(self.op, kernel)
+            bound[key] = kernel
+        return kernel

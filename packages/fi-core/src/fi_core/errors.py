@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class FiError(Exception):
-    """Base of every error that fi raises on purpose."""
+    """Base of every error that fi raises on purpose. All of them survive pickling, to reach another process as they are."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an error is made again from its text, which is not what the constructors of subclasses take.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[FiError], args: tuple[object, ...], attributes: Mapping[str, object]) -> FiError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ArgumentError(FiError, ValueError):

@@ -57,7 +57,8 @@ class Plan:
 
     One thread and one stream at a time: ``update`` and the calls of a step use the same workspace. Attributes: ``spec``,
     ``capacity``, ``device``, ``selection`` (the kernel and why), ``state`` (the kernel's part), ``workspace_bytes``,
-    ``batch`` (the last update's, None before), ``observed`` (made in checked or shadow mode), ``handle`` (an
+    ``batch`` (the last update's, None before), ``num_q_tokens`` (its tokens where its lengths are on the CPU, else 0: not
+    known here), ``observed`` (made in checked or shadow mode), ``handle`` (an
     integer that names the plan in compiled graphs).
     """
 
@@ -70,6 +71,7 @@ class Plan:
         self.workspace_bytes = kernel.workspace_bytes(spec, capacity, str(device))
         self.state: AttentionState = kernel.plan(spec, capacity, str(device))
         self.batch: Batch | None = None
+        self.num_q_tokens = 0
         self.observed = settings().check or settings().shadow > 0
         if settings().check:
             checks.prepare(device)
@@ -88,6 +90,7 @@ class Plan:
         """
         check_planned(batch, self.spec, self.capacity, self.device)
         self.state.update(batch)
+        self.num_q_tokens = int(batch.q_indptr[-1]) if batch.q_indptr.device.type == "cpu" else 0
         self.batch = batch
 
     def explain(self) -> str:

@@ -63,6 +63,17 @@ class AppendKV(Protocol):
         ...
 
 
+class CopyPages(Protocol):
+    """Protocol of ``copy_pages``: page ``source_pages[i]`` of ``source`` to page ``target_pages[i]`` of ``target``, K and V."""
+
+    def __call__(self, source: KVCache, target: KVCache, source_pages: Tensor, target_pages: Tensor) -> None:
+        """The ids are int64 or int32 [N] on the CUDA device, if there is one; a pair with an id below 0 is skipped. Every
+        bit is kept. The caches may be one; their strides differ, also between K and V, and need not be multiples of 16
+        bytes, nor need the addresses. With placement "from_host" or "to_host" one cache is in pinned host memory, which
+        the device reaches by its address (unified addressing)."""
+        ...
+
+
 class MergeStates(Protocol):
     """Protocol of ``merge_states``: o [N, T, H, D], lse float32 [N, T, H] -> o_out [T, H, D], lse_out float32 [T, H]."""
 

@@ -101,7 +101,8 @@ class AttentionSpec:
         _require(not unknown, "features", f"a subset of {sorted(ATTENTION_FEATURES)}", sorted(unknown))
         _require(len(self.windows) > 0, "windows", "at least one entry", self.windows)
         for window in self.windows:
-            _require(window is None or window > 0, "windows", "positive ints or None", window)
+            positive = window is None or (isinstance(window, int) and window > 0)
+            _require(positive, "windows", "positive ints or None", window)
 
     @property
     def group_size(self) -> int:
@@ -221,6 +222,9 @@ class KVCache:
             _require(tensor.stride(-1) == 1, f"kv.{name}", "a contiguous last dim", tensor.stride())
             scale = getattr(self, f"{name}_scale")
             _require(is_fp8 or scale is None, f"kv.{name}_scale", f"None with format {self.format}", scale)
+            if scale is not None and not isinstance(scale, torch.Tensor):
+                usable = isinstance(scale, (int, float)) and 0 < scale < math.inf
+                _require(usable, f"kv.{name}_scale", "a positive, finite float or a tensor", repr(scale))
         _require(self.k.dim() == self.v.dim(), "kv.v", f"{self.k.dim()} dims like kv.k", self.v.dim())
 
     @property
@@ -281,7 +285,7 @@ class LayerArgs:
             wanted = feature in spec.features
             _require(given == wanted, f"layer.{name}", f"{'a value' if wanted else 'None'} (spec.features)", given)
         if self.soft_cap is not None:
-            _require(self.soft_cap > 0, "layer.soft_cap", "a positive number", self.soft_cap)
+            _require(0 < self.soft_cap < math.inf, "layer.soft_cap", "a positive, finite number", self.soft_cap)
         for name in ("sinks", "alibi_slopes"):
             tensor = getattr(self, name)
             if tensor is not None:

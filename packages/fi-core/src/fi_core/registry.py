@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,7 +51,7 @@ class Selection:
 class KernelRegistry:
     """Operations and kernels; plugins receive it in ``fi_register_kernels``.
 
-    Not thread-safe while plugins load; selection afterwards is (dict reads and idempotent writes).
+    Thread-safe: adding a plugin, selecting and loading a kernel exclude each other.
     """
 
     def __init__(self, operations: Sequence[Operation]) -> None:
@@ -62,6 +63,8 @@ class KernelRegistry:
         self._entries: list[KernelEntry] = []
         self._loaded: dict[str, Any] = {}
         self._selections: dict[tuple[Request, str | None], Selection] = {}
+        # Reentrant: a kernel's load() and a hook may select and load other kernels.
+        self._lock = threading.RLock()
         self.generation = 0
         """Grows with every plugin added: choices made before may no longer hold."""
 
@@ -90,19 +93,20 @@ class KernelRegistry:
 
         A plugin without ``fi_backend`` may implement other hooks only; None is returned for it.
         """
-        if self.manager.is_registered(plugin):
-            raise PluginError(f"plugin {name!r}: it is registered already, as {self.manager.get_name(plugin)!r}")
-        before = (dict(self.operations), list(self._entries), dict(self.backends))
-        try:
-            self.manager.register(plugin, name)
-            self.manager.check_pending()
-            info = self._register_backend(plugin)
-        except Exception as error:
-            self._roll_back(plugin, before)
-            raise PluginError(f"plugin {name!r}: {type(error).__name__}: {error}") from error
-        self._selections.clear()
-        self.generation += 1
-        return info
+        with self._lock:
+            if self.manager.is_registered(plugin):
+                raise PluginError(f"plugin {name!r}: it is registered already, as {self.manager.get_name(plugin)!r}")
+            before = (dict(self.operations), list(self._entries), dict(self.backends))
+            try:
+                self.manager.register(plugin, name)
+                self.manager.check_pending()
+                info = self._register_backend(plugin)
+            except Exception as error:
+                self._roll_back(plugin, before)
+                raise PluginError(f"plugin {name!r}: {type(error).__name__}: {error}") from error
+            self._selections.clear()
+            self.generation += 1
+            return info
 
     def _register_backend(self, plugin: object) -> BackendInfo | None:
         if not hasattr(plugin, "fi_backend"):
@@ -146,28 +150,29 @@ class KernelRegistry:
     def implementation(self, entry: KernelEntry) -> Any:
         """The loaded implementation of ``entry``; loading happens once, its failure raises PluginError."""
         key = f"{entry.op}:{entry.full_name}"
-        if key not in self._loaded:
-            try:
-                self._loaded[key] = entry.load()
-            except FiError:
-                raise
-            except Exception as error:
-                raise PluginError(
-                    f"kernel {entry.full_name} failed to load: {type(error).__name__}: {error}"
-                ) from error
-        return self._loaded[key]
+        with self._lock:
+            if key not in self._loaded:
+                try:
+                    self._loaded[key] = entry.load()
+                except FiError:
+                    raise
+                except Exception as error:
+                    raise PluginError(
+                        f"kernel {entry.full_name} failed to load: {type(error).__name__}: {error}"
+                    ) from error
+            return self._loaded[key]
 
     def select(self, request: Request, backend: str | None = None) -> Selection:
         """Choose the kernel for ``request``; ``backend`` (or ``use``, or FI_BACKEND) admits that backend alone.
 
         Raises UnknownBackendError, or UnsupportedError holding every kernel's reasons.
         """
-        forced = backend or _forced_backend.get() or settings().backend
-        key = (request, forced)
-        found = self._selections.get(key)
-        if found is None:
-            found = self._selections[key] = self._choose(request, forced)
-        return found
+        key = (request, backend or forced_backend())
+        with self._lock:
+            found = self._selections.get(key)
+            if found is None:
+                found = self._selections[key] = self._choose(*key)
+            return found
 
     def _choose(self, request: Request, forced: str | None) -> Selection:
         if forced is not None:
@@ -224,17 +229,30 @@ class KernelRegistry:
 
 
 _registry: KernelRegistry | None = None
+_discovering: KernelRegistry | None = None
+_discovery = threading.RLock()
 
 
 def registry() -> KernelRegistry:
-    """The process's registry; the first call discovers and loads the installed plugins."""
-    global _registry
-    if _registry is None:
-        from .ops import OPERATIONS
+    """The process's registry; the first call discovers and loads the installed plugins, while other threads wait (a
+    plugin that calls it meanwhile gets the registry as it is by then)."""
+    return _registry or _discover()
 
-        _registry = KernelRegistry(OPERATIONS)
-        _registry.discover()
-    return _registry
+
+def _discover() -> KernelRegistry:
+    global _registry, _discovering
+    with _discovery:
+        found = _registry or _discovering
+        if found is None:
+            from .ops import OPERATIONS
+
+            found = _discovering = KernelRegistry(OPERATIONS)
+            try:
+                found.discover()
+                _registry = found
+            finally:
+                _discovering = None
+        return found
 
 
 def reset_registry() -> None:

@@ -47,6 +47,7 @@ ROWS: Mapping[str, Mapping[str, Changes]] = {
         "RoPE fused": {"rope": "half", "rope_source": "table"},
         "FP8 e4m3": {"kv_format": "fp8_e4m3"},
     },
+    "copy_pages": {"on one device": {}, "pinned host memory": {"placement": "from_host"}},
     "rope": {"table": {}, "computed angles": {"source": "computed"}, "interleaved pairs": {"pairs": "interleaved"}},
     "sample": {
         "top-k, top-p": {},

@@ -17,6 +17,15 @@ _OUTPUT = {
     torch.float32: Tolerance(1e-5, 1e-4),
     torch.float64: Tolerance(1e-12, 1e-11),
 }
+ROUNDED: dict[torch.dtype, Tolerance] = {
+    torch.float64: Tolerance(1e-13, 1e-11),
+    torch.float32: Tolerance(2e-6, 5e-5),
+    torch.float16: Tolerance(5e-4, 1.6e-2),
+    torch.bfloat16: Tolerance(4e-3, 1.25e-1),
+}
+"""Tolerances of elementwise results: float32 arithmetic (float64 for float64) and one rounding of values up to 32 times
+the larger of 1 and their RMS."""
+
 _LSE_OF_16_BIT = Tolerance(1e-3, 5e-3)
 
 

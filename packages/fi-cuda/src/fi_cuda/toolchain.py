@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import io
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ HEADERS = ("cuda_bf16.h", "cuda_fp8.h")
 """What device code may include besides this package's own headers; all come with nvidia-cuda-runtime."""
 
 _INSTALL = "pip install cuda-core nvidia-cuda-nvrtc nvidia-cuda-runtime"
+
+
+_loading = threading.Lock()
+"""Held while cuda.core and NVRTC load: threads that import cuda.core at once were seen to find it half made."""
 
 
 class ToolchainError(FiError):
@@ -57,7 +62,13 @@ class Cubin:
 
 def find_toolchain() -> Toolchain:
     """Locate NVRTC, the headers and cuda.core; raises ToolchainError for the first that is missing. Needs no driver."""
+    with _loading:
+        return _find_toolchain()
+
+
+def _find_toolchain() -> Toolchain:
     try:
+        import cuda.core  # noqa: F401 - here, under the lock
         from cuda import pathfinder
         from cuda.bindings import nvrtc
 
@@ -68,6 +79,9 @@ def find_toolchain() -> Toolchain:
         library = Path(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path)
     except pathfinder.DynamicLibNotFoundError as error:
         raise ToolchainError(f"libnvrtc was not found ({error}); install it: {_INSTALL}") from error
+    for builtins in library.parent.glob("libnvrtc-builtins.so*"):
+        # NVRTC opens it by name at the first compilation, which was seen to fail when several threads compile at once.
+        ctypes.CDLL(str(builtins))
     folder = pathfinder.find_nvidia_header_directory("cudart")
     missing = [name for name in HEADERS if folder is None or not (Path(folder) / name).is_file()]
     if missing:

@@ -155,6 +155,8 @@ class SamplingState:
             raise ArgumentError(
                 "tokens", f"int64 [{slots.shape[0]}] or [{slots.shape[0]}, k]", f"{tokens.dtype} {tokens.shape}"
             )
+        if self.active.isdisjoint((*_HISTORY, "min_tokens")):
+            return
         columns = self.columns
         places = _places(slots, columns.capacity)
         used = (tokens >= 0).to(torch.int32)

@@ -119,7 +119,8 @@ class StepPlanner:
             child.num_computed, child.is_running = parent.num_computed, True
 
     def abort(self, request_id: str) -> None:
-        """End a request now; if it takes part in the step in flight, its pages are freed by that step's ``commit``."""
+        """End a request now; if it takes part in the step in flight, its pages are freed by that step's ``commit``,
+        which does not remember what the step was to compute of it: the step may have failed."""
         request = self._find(request_id)
         request.is_aborted = True
         if self._in_flight is None or all(entry.request_id != request_id for entry in self._in_flight.entries):
@@ -169,13 +170,14 @@ class StepPlanner:
         finished = []
         for entry in plan.entries:
             request = self._requests[entry.request_id]
-            request.num_computed += entry.num_new_tokens
-            if entry.samples and not request.is_aborted:
-                request.tokens.append(sampled[entry.request_id])
-            reason = self._finish_reason(request) if entry.samples else None
             if request.is_aborted:
                 self._remove(request)
-            elif reason is not None:
+                continue
+            request.num_computed += entry.num_new_tokens
+            if entry.samples:
+                request.tokens.append(sampled[entry.request_id])
+            reason = self._finish_reason(request) if entry.samples else None
+            if reason is not None:
                 self._remove(request)
                 generated = tuple(request.tokens[request.prompt_len :])
                 finished.append(Finished(request.request_id, reason, generated))

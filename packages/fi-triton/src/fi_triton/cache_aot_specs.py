@@ -1,4 +1,4 @@
-"""Specialisations of append_kv and merge_states that are compiled ahead of time as a check."""
+"""Specialisations of append_kv, copy_pages and merge_states that are compiled ahead of time as a check."""
 
 from __future__ import annotations
 
@@ -49,6 +49,22 @@ def _merge(dtype: str) -> AotSpec:
     return AotSpec(f"merge_states_{dtype}", "fi_triton.merge_states:merge_states_kernel", arguments, constants)
 
 
+def _copy(bits: str, index: str, alignment: int) -> AotSpec:
+    arguments = {f"{side}_{part}_ptr": f"*{bits}" for side in ("source", "target") for part in "kv"}
+    arguments |= {"source_pages_ptr": f"*{index}", "target_pages_ptr": f"*{index}"}
+    arguments |= dict.fromkeys(("num_rows", "num_inner", "num_k_parts"), "i32")
+    stride = f"i32:{alignment}" if alignment > 1 else "i32"
+    arguments |= {
+        f"{side}_{part}_{dim}": stride
+        for side in ("source", "target")
+        for part in "kv"
+        for dim in ("page", "outer", "inner")
+    }
+    constants = {"K_ROWS": 32, "DIM": 128, "BLOCK_D": 128, "V_ROWS": 32, "DIM_VO": 128, "BLOCK_DV": 128}
+    name = f"copy_pages_{bits}_{index}_strides_of_{alignment}"
+    return AotSpec(name, "fi_triton.copy_pages:copy_pages_kernel", arguments, constants)
+
+
 def _specs() -> Iterator[AotSpec]:
     for rope in (0, 1, 2):
         yield _append("bf16", "bf16", rope, use_table=False, addressing=1)
@@ -58,6 +74,9 @@ def _specs() -> Iterator[AotSpec]:
         yield _append("bf16", stored, 1, use_table=True, addressing=1)
     yield _merge("bf16")
     yield _merge("fp32")
+    yield _copy("i16", "i64", 16)
+    yield _copy("i32", "i32", 16)
+    yield _copy("u8", "i64", 1)
 
 
 AOT_SPECS = list(_specs())

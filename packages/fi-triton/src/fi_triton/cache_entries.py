@@ -1,4 +1,4 @@
-"""What the kernels around the KV cache serve: attention, append_kv and merge_states."""
+"""What the kernels around the KV cache serve: attention, append_kv, copy_pages and merge_states."""
 
 from __future__ import annotations
 
@@ -62,6 +62,10 @@ _RULES: dict[str, dict[str, Rule]] = {
         "rope": OneOf("none", "half", "interleaved"),
         "rope_source": OneOf("none", "table", "computed"),
     },
+    "copy_pages": {
+        **{name: rule for name, rule in _KV.items() if name != "dtype"},
+        "placement": OneOf("device", "from_host", "to_host"),
+    },
     "merge_states": {"dtype": _FLOATS, "head_dim": Between(1, 1024)},
 }
 
@@ -71,12 +75,14 @@ _CONDITIONS: dict[str, tuple[Condition, ...]] = {
         Condition("an FP8 kv_format or that of q's dtype", _same_or_fp8),
     ),
     "append_kv": (Condition("compute capability 8.9 for an FP8 kv_format (rounding in hardware)", _writes_format),),
+    "copy_pages": (),
     "merge_states": (),
 }
 
 _MODULES = {
     "attention": ("fi_triton.attention.state", "load_kernel"),
     "append_kv": ("fi_triton.append_kv", "load_kernel"),
+    "copy_pages": ("fi_triton.copy_pages", "load_kernel"),
     "merge_states": ("fi_triton.merge_states", "load_kernel"),
 }
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from fi_core.contract import Between, KernelEntry, OneOf, Rule
+from fi_core.contract import Between, OneOf, Rule
 
-from .interpreter import kernel_devices, prepare_interpreter
-from .names import BACKEND, MIN_CAPABILITY
+from .entries import entries_of
 
 _MAX_NORM_WIDTH = 16384  # a row stays in the registers of one program
 
@@ -37,16 +34,5 @@ _MODULES = {
     "gelu_mul": "activations",
 }
 
-
-def _loader(op: str) -> Callable[[], Any]:
-    def load() -> Any:
-        prepare_interpreter()
-        return getattr(importlib.import_module(f"fi_triton.{_MODULES[op]}"), op)
-
-    return load
-
-
-ENTRIES: list[KernelEntry] = [
-    KernelEntry(op, op, BACKEND, rules, _loader(op), kernel_devices(), MIN_CAPABILITY) for op, rules in _RULES.items()
-]
+ENTRIES = entries_of(_RULES, _MODULES)
 """Kernels of this module's operations."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from fi_core.contract import Between, KernelEntry, OneOf, Rule, SubsetOf
+from fi_core.contract import Between, OneOf, Rule, SubsetOf
 from fi_core.sampling import FILTERS
 
-from .interpreter import kernel_devices, prepare_interpreter
-from .names import BACKEND, MIN_CAPABILITY
+from .entries import entries_of
 
 _MAX_K = 2048  # found tokens are sorted in the registers of one program
 _MAX_TREE = 4096  # the nodes of a tree are held in the registers of one program
@@ -29,18 +26,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
     "verify_chain": {**_VOCAB, "num_draft": Between(0), "has_draft_probs": OneOf(False, True)},
     "verify_tree": {**_VOCAB, "num_draft": Between(1, _MAX_TREE)},
 }
-_MODULES = {"verify_chain": "verify", "verify_tree": "verify"}
+_MODULES = {op: f"sampling.{'verify' if op.startswith('verify') else op}" for op in _RULES}
 
-
-def _loader(op: str) -> Callable[[], Any]:
-    def load() -> Any:
-        prepare_interpreter()
-        return getattr(importlib.import_module(f"fi_triton.sampling.{_MODULES.get(op, op)}"), op)
-
-    return load
-
-
-ENTRIES: list[KernelEntry] = [
-    KernelEntry(op, op, BACKEND, rules, _loader(op), kernel_devices(), MIN_CAPABILITY) for op, rules in _RULES.items()
-]
+ENTRIES = entries_of(_RULES, _MODULES)
 """Kernels of this module's operations."""

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 
 from ..contract import EXACT, Tolerance
-from ..ops import add_rmsnorm, append_kv, attention, gelu_mul, merge_states, rmsnorm, rope, silu_mul
-from ..ops.cases import ROUNDED, normal
+from ..ops import add_rmsnorm, append_kv, attention, copy_pages, gelu_mul, merge_states, rmsnorm, rope, silu_mul
+from ..ops.cases import normal
 from ..plan import attention_values, plan
 from ..records import AttentionSpec, Batch, KVCache
 from ..rope import RopeConfig, RopeTable
+from ..tolerances import ROUNDED
 from .workload import Builder, Outputs, Scale, Workload
 
 _SEED = 20
@@ -136,6 +137,22 @@ def _append(device: torch.device, scale: Scale) -> Workload:
     return Workload(f"tokens={sum(q_lens)} kv_heads={_KV_HEADS}", values, call, cost, {"k": EXACT, "v": EXACT})
 
 
+def _copy(device: torch.device, scale: Scale) -> Workload:
+    """Half of a cache's pages to the other half."""
+    cache, _ = _paged(device, scale, [1] * scale.num_requests, [scale.kv_len] * scale.num_requests)
+    order = torch.randperm(cache.k.shape[0], generator=_generator()).to(device)
+    sources, targets = order.view(2, -1).unbind()
+
+    def call() -> Outputs:
+        copy_pages.copy_pages(cache, cache, sources, targets)
+        return {"k": cache.k, "v": cache.v}
+
+    values = dict(copy_pages.OPERATION.typical) | {"kv_format": cache.format}
+    cost = copy_pages.copy_pages_cost(cache, len(sources))
+    case = f"pages={len(sources)} page_size={_PAGE} kv_heads={_KV_HEADS}"
+    return Workload(case, values, call, cost, {"k": EXACT, "v": EXACT})
+
+
 def _merge(device: torch.device, scale: Scale) -> Workload:
     generator, num_states = _generator(), 4
     o = normal((num_states, scale.num_tokens, _HEADS, _HEAD_DIM), scale.dtype, device, generator)
@@ -154,6 +171,7 @@ def _merge(device: torch.device, scale: Scale) -> Workload:
 MODEL_WORKLOADS: dict[str, tuple[Builder, ...]] = {
     "attention": (partial(_attention, decode=True), partial(_attention, decode=False)),
     "append_kv": (_append,),
+    "copy_pages": (_copy,),
     "merge_states": (_merge,),
     "rope": (_rope,),
     "rmsnorm": (_norm,),

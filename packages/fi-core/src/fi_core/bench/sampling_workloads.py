@@ -8,8 +8,9 @@ import torch
 
 from ..contract import EXACT, Cost, Tolerance
 from ..ops import filter_logits, logprobs, penalize_logits, sample, top_k, verify_chain, verify_tree
-from ..ops.cases import ROUNDED, normal
+from ..ops.cases import normal
 from ..sampling import DrawKeys, FilterParams, PenaltyParams
+from ..tolerances import ROUNDED
 from .workload import Builder, Outputs, Scale, Workload
 
 _SEED = 21

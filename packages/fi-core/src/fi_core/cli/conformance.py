@@ -18,6 +18,9 @@ def add_to(subparsers: Any) -> None:
     parser.add_argument("--case", metavar="TEXT", help="only cases whose operation/name contains this")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
     parser.add_argument("--large", action="store_true", help="also cases that need several GB (CUDA only)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="share the cases among N processes (default: 1)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     parser.add_argument("--list", action="store_true", help="print the cases without running them")
     parser.set_defaults(run=_run)
@@ -29,8 +32,8 @@ def _run(arguments: argparse.Namespace) -> int:
         found = list(bound_cases(*selection))
         for item in found:
             print(f"run          {item.name}" if isinstance(item, BoundCase) else item)
-        return 0 if found else 1
-    report = run(*selection)
+        return 0 if found and all(isinstance(item, BoundCase) or item.outcome != "failed" for item in found) else 1
+    report = run(*selection, jobs=arguments.jobs)
     if arguments.json is not None:
         arguments.json.write_text(report.to_json() + "\n")
     print(report)

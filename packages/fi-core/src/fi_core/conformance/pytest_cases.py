@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, PluginError
 from .kit import BoundCase, bound_cases
+from .report import CaseResult
 
 if TYPE_CHECKING:
     from pytest import MarkDecorator
@@ -28,11 +29,15 @@ def parametrize(
         def test_conformance(case):
             case()
 
-    Cases that the backend does not declare are left out; raises ArgumentError if none remains.
+    Cases that the backend does not declare are left out; raises ArgumentError if none remains, and PluginError if an
+    operation's cases cannot be made.
     """
     import pytest
 
-    matching = bound_cases(backend, ops, device, cases, seed, include_large)
+    matching = list(bound_cases(backend, ops, device, cases, seed, include_large))
+    broken = [str(item) for item in matching if isinstance(item, CaseResult) and item.outcome == "failed"]
+    if broken:
+        raise PluginError("\n".join(broken))
     found = [item for item in matching if isinstance(item, BoundCase)]
     if not found:
         raise ArgumentError("conformance.parametrize", f"a case that {backend!r} serves on {device}", "none")

@@ -6,6 +6,7 @@ from . import (
     add_rmsnorm,
     append_kv,
     attention,
+    copy_pages,
     filter_logits,
     gelu_mul,
     logprobs,
@@ -25,6 +26,7 @@ OPERATIONS = tuple(
     for module in (
         attention,
         append_kv,
+        copy_pages,
         merge_states,
         rope,
         rmsnorm,

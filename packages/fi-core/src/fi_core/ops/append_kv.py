@@ -101,10 +101,19 @@ def append_kv(
     check_cache(kv, k.shape[1], k.shape[2], v.shape[2], k.device)
     if k.device.type == "cpu":
         check_lengths(batch, kv.page_size, None)
+        if k.shape[0] < (num_tokens := int(batch.q_indptr[-1])):
+            raise ArgumentError("k", f"at least {num_tokens} rows, the batch's tokens", k.shape[0])
     if settings().check or settings().shadow > 0:
         _observed(k, v, kv, batch, rope, q)
-    else:
+        return
+    try:
         _run(k, v, kv, batch, rope, q)
+    except IndexError:
+        # Torch found an index out of range on a CPU: name it.
+        from .. import checks
+
+        checks.check_append(k, kv, batch, rope)
+        raise
 
 
 def _run(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None) -> None:

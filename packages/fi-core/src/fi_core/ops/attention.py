@@ -90,6 +90,8 @@ def attention(
     shape = q.shape
     if len(shape) != 3 or shape[1] != spec.num_qo_heads or shape[2] != spec.head_dim:
         raise ArgumentError("q", f"[T, {spec.num_qo_heads}, {spec.head_dim}]", list(shape))
+    if shape[0] < plan.num_q_tokens:
+        raise ArgumentError("q", f"at least {plan.num_q_tokens} rows, the tokens of the plan's batch", shape[0])
     _check_tensor("q", q, spec.dtype, plan)
     if not plan.knows(kv):
         _check_cache(kv, plan)
@@ -106,7 +108,11 @@ def attention(
     if plan.observed:
         _observed(q, kv, plan, resolved, out, lse)
     else:
-        plan.state.run(q, kv, resolved, out, lse)
+        try:
+            plan.state.run(q, kv, resolved, out, lse)
+        except IndexError:
+            _name_bad_index(q, kv, plan)
+            raise
     return out
 
 
@@ -142,6 +148,13 @@ def _check_cache(kv: KVCache, plan: Plan) -> None:
         if actual != expected:
             raise ArgumentError(f"kv.{name}", f"{expected!r} (the plan's)", repr(actual))
     check_cache(kv, spec.num_kv_heads, spec.head_dim, spec.head_dim_vo or 0, plan.device)
+
+
+def _name_bad_index(q: Tensor, kv: KVCache, plan: Plan) -> None:
+    """After torch found an index out of range on a CPU: raise IndexCheckError naming it."""
+    from .. import checks
+
+    checks.check_attention(plan, q, kv)
 
 
 def _observed(q: Tensor, kv: KVCache, plan: Plan, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from ..dispatch import Dispatcher
 from ..errors import ArgumentError
 from ..library import register
 from ..sampling import PenaltyParams
+from ..settings import settings
 from .arguments import output_like
 from .sampling_arguments import check_logits, check_tensor
 
@@ -62,7 +63,8 @@ def penalize_logits(logits: Tensor, penalties: PenaltyParams, out: Tensor | None
     (Keskar et al., 2019, section 4.1), frequency, presence; computed in float32 (float64 for float64) and rounded once.
     Bias entries whose token is outside [0, V) are skipped, so fixed-size rows can be padded with -1. A part needs its
     counts: repetition one of prompt_counts and output_counts, frequency and presence output_counts.
-    Raises ArgumentError and UnsupportedError.
+    Raises ArgumentError and UnsupportedError; checked mode (FI_CHECK=1) reports ``rows`` and ``bias_indptr`` that are out
+    of range.
     """
     check_logits("logits", logits)
     _check_penalties(penalties, logits)
@@ -125,6 +127,10 @@ def _check_counts(penalties: PenaltyParams, num_rows: int, vocab_size: int, devi
 
 
 def _run(logits: Tensor, penalties: PenaltyParams, out: Tensor) -> None:
+    if settings().check:
+        from .. import checks
+
+        checks.check_penalties(penalties)
     kernel = _dispatch(logits.device, logits.dtype, logits.shape[1], penalties.active)
     if logits.shape[0]:
         kernel(logits, penalties, out)

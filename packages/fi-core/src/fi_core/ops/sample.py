@@ -13,6 +13,7 @@ from ..dispatch import Dispatcher
 from ..errors import ArgumentError
 from ..library import register
 from ..sampling import DrawKeys, FilterParams
+from ..settings import settings
 from .sampling_arguments import (
     FILTER_SCHEMA,
     KEY_SCHEMA,
@@ -83,7 +84,7 @@ def sample(
     4. R is the 62-bit random number of (seed, sample, position, purpose 0) (``fi_core.random``), M the kept mass: the
        token is the first kept index, in index order, whose inclusive cumulative mass exceeds floor(R * M / 2^62).
 
-    Raises ArgumentError and UnsupportedError.
+    Raises ArgumentError and UnsupportedError; checked mode (FI_CHECK=1) reports ``rows`` that are out of range.
     """
     check_logits("logits", logits)
     num_outputs = keys.seed.shape[0] if keys.seed.dim() else 0
@@ -104,6 +105,10 @@ def sample(
 
 
 def _run(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor) -> None:
+    if rows is not None and settings().check:
+        from .. import checks
+
+        checks.check_rows("rows", rows, logits.shape[0])
     kernel = _dispatch(logits.device, logits.dtype, logits.shape[1], filters.active, filters.order)
     if tokens.shape[0]:
         kernel(logits, filters, keys, rows, tokens)

@@ -94,6 +94,9 @@ def append_kv(
 ) -> None:
     """The ``AppendKV`` protocol; ``compute_dtype`` None: float32 (float64 for float64)."""
     result = appended(k, v, kv, batch, rope, q, compute_dtype or serving_dtype(k.dtype))
+    if k.device.type == "cpu" and (result.block < 0).any():
+        # As an index it would count from the end.
+        raise IndexError("a page id is negative")
     where = (result.block, result.offset) if kv.is_paged else (result.block,)
     for cache, values in zip(kv.as_nhd(), (result.k, result.v), strict=True):
         bytes_view(cache)[where] = bytes_view(values)

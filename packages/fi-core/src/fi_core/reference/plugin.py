@@ -48,6 +48,10 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         "rope": OneOf("none", "half", "interleaved"),
         "rope_source": OneOf("none", "table", "computed"),
     },
+    "copy_pages": {
+        **{name: rule for name, rule in _KV.items() if name != "dtype"},
+        "placement": OneOf("device", "from_host", "to_host"),
+    },
     "merge_states": {"dtype": _FLOATS, "head_dim": _SIZE},
     "rope": {
         "dtype": _FLOATS,
@@ -73,6 +77,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
 _MODULES = {
     "attention": "attention",
     "append_kv": "append_kv",
+    "copy_pages": "copy_pages",
     "merge_states": "merge_states",
     "rope": "rope",
     "rmsnorm": "norms",
@@ -82,7 +87,8 @@ _MODULES = {
 }
 
 
-def _load(op: str) -> Any:
+def load(op: str) -> Any:
+    """The reference implementation of an operation."""
     module = importlib.import_module(f"fi_core.reference.{_MODULES.get(op, 'sampling')}")
     return module.load_kernel() if op == "attention" else getattr(module, op)
 
@@ -97,5 +103,5 @@ def fi_backend() -> BackendInfo:
 @hookimpl
 def fi_register_kernels(registry: KernelRegistry) -> None:
     for op, rules in RULES.items():
-        load = partial(_load, op)
-        registry.add(KernelEntry(op=op, name=op, backend=NAME, rules=rules, load=load, devices=("cpu", "cuda")))
+        devices = ("cpu", "cuda")
+        registry.add(KernelEntry(op, op, NAME, rules, partial(load, op), devices))

@@ -87,7 +87,7 @@ def page_form(shape: tuple[int, int, int], source: tuple[int, int], target: tupl
 
 
 def _form(source: Tensor, target: Tensor) -> PageForm:
-    return page_form(tuple(source.shape[1:]), source.stride()[1:3], target.stride()[1:3])  # type: ignore[arg-type]
+    return page_form(tuple(source.shape[1:]), source.stride()[1:3], target.stride()[1:3])
 
 
 @lru_cache(maxsize=64)

@@ -39,7 +39,8 @@ Row = tuple[int, int, int, int, int, int, int, int]
 
 def oracle_partition(q_indptr: Sequence[int], kv_lens: Sequence[int], params: PartitionParams) -> WorkList:
     """The work list of a batch; the same as ``partition``, with unbounded Python integers and no argument checks."""
-    tiles = _tiles_on_line(q_indptr, kv_lens, params)
+    # Elements of int32 arrays would overflow.
+    tiles = _tiles_on_line([int(value) for value in q_indptr], [int(value) for value in kv_lens], params)
     items, merges = (_invariant if params.max_splits else _balanced)(tiles, params)
     counts = [len(rows) for rows in items]
     indptr = np.cumsum([0, *counts]).astype(np.int32)

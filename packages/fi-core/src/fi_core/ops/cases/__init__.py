@@ -13,19 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...contract import Tolerance
-
 SENTINEL = -77
 """What poisoned signed integers hold (uint8: 0xA5)."""
-
-ROUNDED: dict[torch.dtype, Tolerance] = {
-    torch.float64: Tolerance(1e-13, 1e-11),
-    torch.float32: Tolerance(2e-6, 5e-5),
-    torch.float16: Tolerance(5e-4, 1.6e-2),
-    torch.bfloat16: Tolerance(4e-3, 1.25e-1),
-}
-"""Tolerances of elementwise results: float32 arithmetic (float64 for float64) and one rounding of values up to 32 times
-the larger of 1 and their RMS."""
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...contract import EXACT, Case, Trial
-from . import ROUNDED, guarded, name_of, normal
+from ...tolerances import ROUNDED
+from . import guarded, name_of, normal
 
 Oracle = Callable[[Tensor], Tensor]
 """x [..., 2 * width] -> float64 [..., width]."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...contract import EXACT, Case, Trial
 from ...reference.norms import added, normalized
-from . import ROUNDED, guarded, normal
+from ...tolerances import ROUNDED
+from . import guarded, normal
 from .rmsnorm import NormCase, norm_cases
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...contract import EXACT, Case, Trial
 from ...reference.sampling import penalize_logits
 from ...sampling import PenaltyParams
-from . import ROUNDED, guarded, name_of
+from ...tolerances import ROUNDED
+from . import guarded, name_of
 from .sampling_inputs import RowMaker, masked, noise
 
 _COLUMNS = {

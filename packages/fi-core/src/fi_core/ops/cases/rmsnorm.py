@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...contract import EXACT, Case, Trial
 from ...reference.norms import normalized
-from . import ROUNDED, guarded, name_of, normal
+from ...tolerances import ROUNDED
+from . import guarded, name_of, normal
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...contract import EXACT, Case, Tolerance, Trial
 from ...reference.rope import apply_rope
 from ...rope import LinearScaling, Llama3Scaling, RopeConfig, RopePairs, RopeTable, YarnScaling
-from . import ROUNDED, Guarded, guarded, name_of, normal
+from ...tolerances import ROUNDED
+from . import Guarded, guarded, name_of, normal
 
 _ANGLE_ERROR = 2.0**-24
 """Relative rounding of an angle computed in float32; the position times this is an absolute error in radians."""
