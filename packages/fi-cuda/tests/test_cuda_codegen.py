@@ -14,8 +14,8 @@ MAX_REGISTERS = {
     "rmsnorm": 64,
     "gated_activation": 48,
     "rope": 96,
-    "append_kv": 96,
-    "merge_states": 48,
+    "append_kv": 104,
+    "merge_states": 80,
     "copy_pages": 64,
 }
 """A thread; more would cost the resident warps that hide the latency of memory."""

@@ -84,7 +84,8 @@ DIMS = [(64, 64, 64), (128, 128, 128), (128, 128, 0), (192, 128, 64), (80, 80, 8
 
 @pytest.mark.parametrize(("heads", "dims"), list(itertools.product(HEADS, DIMS)))
 @pytest.mark.parametrize("vector", [2, 16])
-def test_every_pack_of_every_head_has_one_thread(heads, dims, vector):
+@pytest.mark.parametrize("few_tokens", [False, True])
+def test_every_pack_of_every_head_has_one_thread(heads, dims, vector, few_tokens):
     num_q_heads, num_kv_heads = heads
     head_dim, head_dim_vo, rotary_dim = dims
     if rotary_dim == 0:
@@ -100,11 +101,13 @@ def test_every_pack_of_every_head_has_one_thread(heads, dims, vector):
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             vector=vector,
+            few_tokens=few_tokens,
         )
     )
     assert spec.threads_per_token % 32 == 0
     assert spec.tokens_per_block * spec.threads_per_token == spec.num_threads <= 1024
     assert bool(spec.q_rounds) == bool(num_q_heads)
+    assert not few_tokens or num_q_heads or max(spec.q_rounds, spec.k_rounds, spec.v_rounds) == 1
     slices = spec.num_slices(num_q_heads, num_kv_heads)
     for num_heads, dim, rotated, rounds in (
         (num_q_heads, head_dim, rotary_dim, spec.q_rounds),

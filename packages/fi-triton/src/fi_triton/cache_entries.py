@@ -23,11 +23,7 @@ def _converts_fp8(request: Request) -> bool:
     return capability is None or capability >= FP8_CAPABILITY
 
 
-def _reads_format(request: Request) -> bool:
-    return request["kv_format"] != "fp8_e4m3" or _converts_fp8(request)
-
-
-def _writes_format(request: Request) -> bool:
+def _format_served(request: Request) -> bool:
     return not request["kv_format"].startswith("fp8") or _converts_fp8(request)
 
 
@@ -71,10 +67,10 @@ _RULES: dict[str, dict[str, Rule]] = {
 
 _CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "attention": (
-        Condition("compute capability 8.9 for kv_format 'fp8_e4m3'", _reads_format),
+        Condition("compute capability 8.9 for FP8", _format_served),
         Condition("an FP8 kv_format or that of q's dtype", _same_or_fp8),
     ),
-    "append_kv": (Condition("compute capability 8.9 for an FP8 kv_format (rounding in hardware)", _writes_format),),
+    "append_kv": (Condition("compute capability 8.9 for an FP8 kv_format (rounding in hardware)", _format_served),),
     "copy_pages": (),
     "merge_states": (),
 }

@@ -20,13 +20,15 @@ ADDRESSING = {"dense": 0, "indptr": 1, "ragged": 2, "slots": 3}
 _TEAMS = (32, 64, 128, 256, 512)
 _HELD_PACKS = 4
 _HELD_PACKS_WITH_ROPE = 7
+_FEW_TOKENS = 1024
 _SMALLEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class AppendKVSpec(KernelSpec):
-    """One cache form and head shape. ``count``: elements a pack; ``rotary_dim`` 0: no RoPE; ``q_rounds`` 0: no q; a block
-    row serves ``lanes * rounds`` heads of each tensor, more heads take more rows of blocks."""
+    """One cache form and head shape. ``count``: elements a pack; ``rotary_dim`` 0: no RoPE; ``angle_bytes``: a
+    load's from the table; ``q_rounds`` 0: no q; a block row serves ``lanes * rounds`` heads of each tensor, more heads take
+    more rows of blocks."""
 
     dtype: torch.dtype
     stored: torch.dtype
@@ -38,6 +40,7 @@ class AppendKVSpec(KernelSpec):
     rotary_dim: int
     pairs: int
     table: bool
+    angle_bytes: int
     threads_per_token: int
     q_rounds: int
     k_rounds: int
@@ -107,7 +110,9 @@ def num_units(dim: int, rotary_dim: int, count: int) -> int:
 
 class AppendShape(NamedTuple):
     """What a spec is chosen by. ``kv_format`` and ``pairs`` ("none" without RoPE) as in the request, ``num_q_heads`` 0
-    without q, ``vector`` the bytes to which the elements of k, v and q are aligned, ``stored_vector`` the cache's."""
+    without q, ``vector`` the bytes to which the elements of k, v and q are aligned, ``stored_vector`` the cache's,
+    ``angle_vector`` those to which the halves of the table's rows are,
+    ``few_tokens``: too few of them to keep the device busy."""
 
     dtype: torch.dtype
     kv_format: str
@@ -122,25 +127,35 @@ class AppendShape(NamedTuple):
     num_kv_heads: int
     vector: int
     stored_vector: int
+    angle_vector: int = 16
+    few_tokens: bool = False
 
 
 @lru_cache(maxsize=1024)
 def spec_for(shape: AppendShape) -> AppendKVSpec:
-    """The spec of a shape: the widest pack, and the fewest threads a token whose packs fit into a few registers each."""
+    """The spec of a shape: the widest pack, and the fewest threads a token whose packs fit into a few registers each; for few
+    tokens without q enough threads that each has one head of each tensor, the shortest way through the kernel."""
     stored = KV_FORMATS[shape.kv_format]
     count = min(shape.vector // shape.dtype.itemsize, shape.stored_vector // stored.itemsize)
     qk_units = num_units(shape.head_dim, shape.rotary_dim, count)
     v_units = num_units(shape.head_dim_vo, 0, count)
     num_packs = 2 if shape.rotary_dim else 1
+    limit = _HELD_PACKS_WITH_ROPE if shape.rotary_dim else _HELD_PACKS
+    alone = shape.few_tokens and not shape.num_q_heads
+    if alone:
+        limit = num_packs + 1
     for threads in _TEAMS:
         if threads < max(qk_units, v_units):
             continue
         q_rounds, k_rounds = (-(-heads // (threads // qk_units)) for heads in (shape.num_q_heads, shape.num_kv_heads))
         v_rounds = -(-shape.num_kv_heads // (threads // v_units))
         held = num_packs * (q_rounds + k_rounds) + v_rounds
-        if held <= (_HELD_PACKS_WITH_ROPE if shape.rotary_dim else _HELD_PACKS):
+        if held <= limit:
             break
-    rounds = [min(rounds, 2) if threads == _TEAMS[-1] else rounds for rounds in (q_rounds, k_rounds, v_rounds)]
+    most_rounds = 1 if alone else 2
+    rounds = [
+        min(rounds, most_rounds) if threads == _TEAMS[-1] else rounds for rounds in (q_rounds, k_rounds, v_rounds)
+    ]
     return AppendKVSpec(
         shape.dtype,
         stored,
@@ -152,6 +167,7 @@ def spec_for(shape: AppendShape) -> AppendKVSpec:
         shape.rotary_dim,
         PAIRS.get(shape.pairs, 0),
         shape.table,
+        min(shape.angle_vector, 4 * (count & -count)) if shape.table else 4,
         threads,
         *rounds,
     )
@@ -177,6 +193,8 @@ def _shape(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | No
         k.shape[1],
         vector_bytes(*inputs, multiple_of=together),
         vector_bytes(kv.k, kv.v, multiple_of=together),
+        16 if rope is None or rope.cos_sin is None else vector_bytes(rope.cos_sin, multiple_of=rotary_dim // 2),
+        k.shape[0] <= _FEW_TOKENS,
     )
 
 

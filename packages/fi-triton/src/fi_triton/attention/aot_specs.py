@@ -79,7 +79,7 @@ def _attention(name: str, spec: AttentionSpec, max_q_len: int, mask: int = 0, sc
         tuning.num_warps,
         tuning.num_stages,
         max_stack_bytes=_MANY_FEATURES_STACK if spec.features else _STACK,
-        min_arch=89 if spec.kv_format == "fp8_e4m3" else 80,
+        min_arch=89 if spec.kv_is_fp8 else 80,
     )
 
 

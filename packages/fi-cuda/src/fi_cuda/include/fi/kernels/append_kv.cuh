@@ -34,17 +34,17 @@ __device__ __forceinline__ Destination destination_of(int64 token, const Params&
   if constexpr (kUsesSlots && Config::kRotaryDim == 0) {
     found.live = token < q_indptr[params.num_requests];
   } else {
-    const int request = request_of(token, q_indptr, params.num_requests);
-    if (request == params.num_requests) return found;
+    const PageTable table = {static_cast<const int*>(params.table), static_cast<const int*>(params.table_row),
+                             static_cast<const int*>(params.indptr), params.table_stride};
+    const RequestOfToken row = request_of<Config::kAddressing>(
+        token, q_indptr, static_cast<const int*>(params.kv_lens), table, params.num_requests);
+    if (row.request == params.num_requests) return found;
     // Row `token` is so many rows before the request's end as its position is before the request's last one.
-    const int end = q_indptr[request + 1];
-    found.position = static_cast<int>(token - end) + static_cast<const int*>(params.kv_lens)[request];
+    found.position = static_cast<int>(token - row.end) + row.kv_len;
     found.live = found.position >= 0;
     if constexpr (!kUsesSlots) {
       if (!found.live) return found;
-      const PageTable table = {static_cast<const int*>(params.table), static_cast<const int*>(params.table_row),
-                               static_cast<const int*>(params.indptr), params.table_stride};
-      found.place = place_of_position<Config::kAddressing, Config::kPageSize>(table, request, found.position);
+      found.place = place_of_position<Config::kAddressing, Config::kPageSize>(table, row.origin, found.position);
     }
   }
   if constexpr (kUsesSlots) {
@@ -76,13 +76,17 @@ __device__ __forceinline__ void append_kv(const Params& params) {
   const HeadShare k_share = KSplit::share(thread, slice, params.num_kv_heads);
   const HeadShare v_share = VSplit::share(thread, slice, params.num_kv_heads);
 
+  int64 k_source = token * params.k_strides.outer + k_share.offset(params.k_strides.inner);
+  int64 v_source = token * params.v_strides.outer + v_share.offset(params.v_strides.inner);
+  int64 q_source = token * params.q_strides.outer + q_share.offset(params.q_strides.inner);
+  // Keeps the compiler from moving the arithmetic behind the wait.
+  asm volatile("" : "+l"(k_source), "+l"(v_source));
+  if constexpr (Config::kQRounds > 0) asm volatile("" : "+l"(q_source));
+  if (token >= params.num_tokens) return;
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
-  if (token >= params.num_tokens) return;
 
-  const T* k = static_cast<const T*>(params.k) + token * params.k_strides.outer;
-  const T* v = static_cast<const T*>(params.v) + token * params.v_strides.outer;
-  T* q = static_cast<T*>(params.q) + token * params.q_strides.outer;
+  T* q = static_cast<T*>(params.q) + q_source;
   HeldHeads<QSplit> q_held;
   HeldHeads<KSplit> k_held;
   HeldHeads<VSplit> v_held;
@@ -90,8 +94,8 @@ __device__ __forceinline__ void append_kv(const Params& params) {
   HeadScales<KSplit, Stored> k_scales;
   HeadScales<VSplit, Stored> v_scales;
   q_held.load(q, params.q_strides.inner, q_share);
-  k_held.load(k, params.k_strides.inner, k_share);
-  v_held.load(v, params.v_strides.inner, v_share);
+  k_held.load(static_cast<const T*>(params.k) + k_source, params.k_strides.inner, k_share);
+  v_held.load(static_cast<const T*>(params.v) + v_source, params.v_strides.inner, v_share);
   q_scales.load(nullptr, 0, 1.0f, q_share);
   k_scales.load(params.k_scales, params.k_scale_stride, params.k_scale, k_share);
   v_scales.load(params.v_scales, params.v_scale_stride, params.v_scale, v_share);
@@ -105,18 +109,20 @@ __device__ __forceinline__ void append_kv(const Params& params) {
       const float* rope = static_cast<const float*>(params.rope);
       if constexpr (Config::kTable) {
         const float* row = rope + found.position * params.rope_stride;
-        rotation = rotation_from_table<Config::kCount>(row, kRotaryDim / 2, first_pair);
+        rotation = rotation_from_table<Config::kCount, Config::kAngleBytes>(row, kRotaryDim / 2, first_pair);
       } else {
         rotation = rotation_at<Config::kCount>(found.position, rope, first_pair, params.factor);
       }
     }
   }
   q_held.store(q, params.q_strides.inner, q_share, rotation, q_scales);
-  if (!found.placed) return;
-  Stored* k_cache = static_cast<Stored*>(params.k_cache) + place_offset(found.place, params.k_cache_strides);
-  Stored* v_cache = static_cast<Stored*>(params.v_cache) + place_offset(found.place, params.v_cache_strides);
-  k_held.store(k_cache, params.k_head_stride, k_share, rotation, k_scales);
-  v_held.store(v_cache, params.v_head_stride, v_share, rotation, v_scales);
+  if constexpr (Config::kAddressing == kSlots) {  // elsewhere all that lives has a place
+    if (!found.placed) return;
+  }
+  const int64 k_target = place_offset(found.place, params.k_cache_strides) + k_share.offset(params.k_head_stride);
+  const int64 v_target = place_offset(found.place, params.v_cache_strides) + v_share.offset(params.v_head_stride);
+  k_held.store(static_cast<Stored*>(params.k_cache) + k_target, params.k_head_stride, k_share, rotation, k_scales);
+  v_held.store(static_cast<Stored*>(params.v_cache) + v_target, params.v_head_stride, v_share, rotation, v_scales);
 }
 
 }  // namespace fi

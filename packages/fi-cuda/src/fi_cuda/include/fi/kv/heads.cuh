@@ -14,6 +14,9 @@ struct HeadShare {
   bool rotated;  // a unit of pairs (fi/rope/rotate.cuh): a second pack besides the one at `dim`
   int first_head;
   int num_heads;
+
+  // Elements before its part of first_head in a row of heads.
+  __device__ __forceinline__ int64 offset(int64 head_stride) const { return first_head * head_stride + dim; }
 };
 
 // How kThreads threads share heads of kDim dims, of which the first kRotaryDim rotate (0: none): kUnits threads take a head,
@@ -70,13 +73,13 @@ struct HeldHeads {
   Pack<T, kBytes> first[Split::kHeld];
   Pack<T, kBytes> second[Split::kRotaryDim > 0 ? Split::kHeld : 1];
 
-  // `row` holds a token's heads, head_stride elements apart.
-  __device__ __forceinline__ void load(const T* row, int64 head_stride, const HeadShare& share) {
+  // `first_source` is a thread's part of its first head in a token's row of heads, head_stride elements apart.
+  __device__ __forceinline__ void load(const T* first_source, int64 head_stride, const HeadShare& share) {
 #pragma unroll
     for (int round = 0; round < Split::kRounds; ++round) {
       const int head = share.first_head + round * Split::kLanes;
       if (head < share.num_heads) {
-        const T* source = row + head * head_stride + share.dim;
+        const T* source = first_source + round * Split::kLanes * head_stride;
         first[round] = load_pack<kBytes>(source);
         if constexpr (Split::kRotaryDim > 0) {
           if (share.rotated) second[round] = load_pack<kBytes>(source + Split::kSecond);
@@ -85,22 +88,23 @@ struct HeldHeads {
     }
   }
 
-  // Rotates what rotates, converts (fi/kv/stored.cuh) and stores.
+  // Rotates what rotates, converts (fi/kv/stored.cuh) and stores from first_target on.
   template <class Stored>
-  __device__ __forceinline__ void store(Stored* row, int64 head_stride, const HeadShare& share,
+  __device__ __forceinline__ void store(Stored* first_target, int64 head_stride, const HeadShare& share,
                                         const Rotation<Split::kCount>& rotation, const HeadScales<Split, Stored>& scales) {
 #pragma unroll
     for (int round = 0; round < Split::kRounds; ++round) {
       const int head = share.first_head + round * Split::kLanes;
       if (head < share.num_heads) {
-        Stored* target = row + head * head_stride + share.dim;
+        Stored* target = first_target + round * Split::kLanes * head_stride;
+        const Divisor divisor = divisor_of(scales.data[round]);
         if constexpr (Split::kRotaryDim > 0) {
           if (share.rotated) {
             rotate<Split::kPairs>(first[round], second[round], rotation);
-            store_pack(target + Split::kSecond, stored_as<Stored>(second[round], scales.data[round]));
+            store_pack(target + Split::kSecond, stored_as<Stored>(second[round], divisor));
           }
         }
-        store_pack(target, stored_as<Stored>(first[round], scales.data[round]));
+        store_pack(target, stored_as<Stored>(first[round], divisor));
       }
     }
   }

@@ -22,18 +22,26 @@ struct Place {
   int64 token;
 };
 
-// kAddressing: dense, indptr or ragged; `position` is 0 or more and within the request.
-template <int kAddressing, int kPageSize>
-__device__ __forceinline__ Place place_of_position(const PageTable& table, int request, int position) {
-  if constexpr (kAddressing == kRagged) {
-    return {0, static_cast<int64>(table.indptr[request]) + position};
+// What place_of_position needs to know of a request: its row of the table, its first entry, or its first cache row. With slots
+// nothing.
+template <int kAddressing>
+__device__ __forceinline__ int origin_of(const PageTable& table, int request) {
+  if constexpr (kAddressing == kSlots) {
+    return 0;
+  } else if constexpr (kAddressing == kDense) {
+    return table.rows == nullptr ? request : table.rows[request];
   } else {
-    int64 first;
-    if constexpr (kAddressing == kDense) {
-      first = table.stride * (table.rows == nullptr ? request : table.rows[request]);
-    } else {
-      first = table.indptr[request];
-    }
+    return table.indptr[request];
+  }
+}
+
+// kAddressing: dense, indptr or ragged; `origin` is the request's, `position` 0 or more and within the request.
+template <int kAddressing, int kPageSize>
+__device__ __forceinline__ Place place_of_position(const PageTable& table, int origin, int position) {
+  if constexpr (kAddressing == kRagged) {
+    return {0, static_cast<int64>(origin) + position};
+  } else {
+    const int64 first = kAddressing == kDense ? table.stride * origin : origin;
     return {table.entries[first + position / kPageSize], position % kPageSize};
   }
 }

@@ -11,9 +11,9 @@ struct StoredAs {
   static constexpr int kCount = Pack<T, kBytes>::kCount;
   using Result = Pack<Stored, kCount * static_cast<int>(sizeof(Stored))>;
 
-  static __device__ __forceinline__ Result from(const Pack<T, kBytes>& x, float scale) {
+  static __device__ __forceinline__ Result from(const Pack<T, kBytes>& x, const Divisor& divisor) {
     if constexpr (kIsFp8<Stored>) {
-      return quantise<Stored>(x, scale);
+      return quantise<Stored>(x, divisor);
     } else {
       Result result;
 #pragma unroll
@@ -26,13 +26,13 @@ struct StoredAs {
 // What is stored as it is keeps its bits.
 template <class T, int kBytes>
 struct StoredAs<T, T, kBytes> {
-  static __device__ __forceinline__ Pack<T, kBytes> from(const Pack<T, kBytes>& x, float) { return x; }
+  static __device__ __forceinline__ Pack<T, kBytes> from(const Pack<T, kBytes>& x, const Divisor&) { return x; }
 };
 
-// FP8: x / scale, rounded and saturated (fi/tile/fp8.cuh); others: rounded to nearest even, `scale` is not used.
+// FP8: x / divisor, rounded and saturated (fi/tile/fp8.cuh); others: rounded to nearest even, `divisor` is not used.
 template <class Stored, class T, int kBytes>
-__device__ __forceinline__ auto stored_as(const Pack<T, kBytes>& x, float scale) {
-  return StoredAs<Stored, T, kBytes>::from(x, scale);
+__device__ __forceinline__ auto stored_as(const Pack<T, kBytes>& x, const Divisor& divisor) {
+  return StoredAs<Stored, T, kBytes>::from(x, divisor);
 }
 
 }  // namespace fi

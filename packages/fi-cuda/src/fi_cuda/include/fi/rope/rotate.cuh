@@ -17,14 +17,21 @@ struct Rotation {
   float sin[kCount];
 };
 
-// From a table row holding rotary_dim / 2 cosines, then as many sines.
-template <int kCount>
+// From a table row holding rotary_dim / 2 cosines, then as many sines. kBytes (4 to 16) divides the address of every unit.
+template <int kCount, int kBytes = 4>
 __device__ __forceinline__ Rotation<kCount> rotation_from_table(const float* row, int num_pairs, int first_pair) {
+  constexpr int kFloats = kBytes / 4;
+  static_assert(kCount % kFloats == 0, "loads tile the unit");
   Rotation<kCount> rotation;
 #pragma unroll
-  for (int pair = 0; pair < kCount; ++pair) {
-    rotation.cos[pair] = __ldg(row + first_pair + pair);
-    rotation.sin[pair] = __ldg(row + num_pairs + first_pair + pair);
+  for (int pair = 0; pair < kCount; pair += kFloats) {
+    const auto cos = load_pack<kBytes>(row + first_pair + pair);
+    const auto sin = load_pack<kBytes>(row + num_pairs + first_pair + pair);
+#pragma unroll
+    for (int e = 0; e < kFloats; ++e) {
+      rotation.cos[pair + e] = cos.data[e];
+      rotation.sin[pair + e] = sin.data[e];
+    }
   }
   return rotation;
 }
