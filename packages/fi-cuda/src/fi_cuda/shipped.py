@@ -91,6 +91,7 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
             stored_vector=VECTOR_BYTES,
         )
         yield spec_for(plain)
+        yield spec_for(plain._replace(few_tokens=True))
         rotated = plain._replace(
             addressing="dense", rotary_dim=model.head_dim, pairs="half", num_q_heads=model.num_q_heads
         )

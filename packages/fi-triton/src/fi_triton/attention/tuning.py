@@ -85,7 +85,8 @@ def shared_bytes(device: torch.device) -> int:
     """Shared memory a block of a CUDA device may have."""
     if device.type != "cuda":
         return HOPPER_SHARED_BYTES
-    properties: Mapping[str, int] = driver.active.utils.get_device_properties(device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties: Mapping[str, int] = driver.active.utils.get_device_properties(index)
     return properties["max_shared_mem"]
 
 
