@@ -107,7 +107,7 @@ def prepare(session: nox.Session, *packages: str, tools: tuple[str, ...] = ()) -
     if not PYTHON.exists():
         session.run(sys.executable, "-m", "virtualenv", "--quiet", "--pip", "bundle", str(ENVIRONMENT), external=True)
     if packages:
-        install(session, "torch", "torch>=2.9", "numpy")
+        install(session, "torch", "torch>=2.11,<2.14", "numpy")
         install(session, "build-tools", *BUILD_TOOLS)
         editable = [argument for folder in packages for argument in ("-e", str(ROOT / folder))]
         install(session, f"packages-{len(packages)}", "--no-build-isolation", *editable)
