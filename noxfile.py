@@ -36,7 +36,15 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 MODELS = ROOT / ".models"
 
 BUILD_TOOLS = ("hatchling", "editables", "pybind11", "ninja")
-TEST_TOOLS = ("pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "transformers>=4.57", *BUILD_TOOLS)
+TEST_TOOLS = (
+    "pytest",
+    "pytest-xdist",
+    "pytest-timeout",
+    "hypothesis",
+    "matplotlib",
+    "transformers>=4.57",
+    *BUILD_TOOLS,
+)
 
 SPIN_COUNT = "3000"
 """How often an OpenMP thread of torch looks for work before it sleeps. By default it spins for milliseconds, which on a
@@ -46,7 +54,7 @@ SERVING = ("packages/fi-core", "packages/fi-scheduler", "packages/fi-sampling", 
 EVERYTHING = (*SERVING, "packages/fi-triton", "packages/fi-cuda")
 
 TEST_FOLDERS = {
-    "reference": (*(f"{folder}/tests" for folder in SERVING), "tests"),
+    "reference": (*(f"{folder}/tests" for folder in SERVING), "benchmarks/tests", "tests"),
     "triton": ("packages/fi-triton/tests",),
     "cuda": ("packages/fi-cuda/tests",),
 }
@@ -83,8 +91,9 @@ def torch_source(session: nox.Session) -> list[str]:
     return []
 
 
-def install(session: nox.Session, name: str, *arguments: str) -> None:
-    """Run ``pip install`` with ``arguments`` in the shared environment, once for each state of the metadata."""
+def install(session: nox.Session, name: str, *arguments: str, **variables: str) -> None:
+    """Run ``pip install`` with ``arguments`` and the environment ``variables`` in the shared environment, once for each
+    state of the metadata."""
     metadata = [
         CONSTRAINTS,
         *sorted(ROOT.glob("packages/*/pyproject.toml")),
@@ -97,7 +106,7 @@ def install(session: nox.Session, name: str, *arguments: str) -> None:
     # A CUDA build of torch brings the Triton and NVRTC that it was built with: constraints.txt is for the CPU build.
     options = [] if has_nvidia_driver() else ["-c", str(CONSTRAINTS)]
     options += torch_source(session) if name == "torch" else []
-    session.run(str(PYTHON), "-m", "pip", "install", "--quiet", *options, *arguments, external=True)
+    session.run(str(PYTHON), "-m", "pip", "install", "--quiet", *options, *arguments, env=variables, external=True)
     stamp.parent.mkdir(exist_ok=True)
     stamp.write_text(state)
 
@@ -110,7 +119,8 @@ def prepare(session: nox.Session, *packages: str, tools: tuple[str, ...] = ()) -
         install(session, "torch", "torch>=2.11,<2.14", "numpy")
         install(session, "build-tools", *BUILD_TOOLS)
         editable = [argument for folder in packages for argument in ("-e", str(ROOT / folder))]
-        install(session, f"packages-{len(packages)}", "--no-build-isolation", *editable)
+        # Each by its name, without a path: pip takes a sibling's folder and the same folder editable for two packages.
+        install(session, f"packages-{len(packages)}", "--no-build-isolation", *editable, FI_SIBLINGS="")
     if tools:
         install(session, f"tools-{hashlib.sha256(repr(tools).encode()).hexdigest()[:8]}", *tools)
 
@@ -222,22 +232,22 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def gpu(session: nox.Session) -> None:
-    """The tests marked gpu, and the conformance suite of every backend on the GPU."""
+    """All of benchmarks/gpu_check.py: the tests marked gpu, conformance, the examples, the sanitizer, and short timings
+    (its options may follow: --sections, --jobs)."""
     if not has_nvidia_driver():
         session.error("this session needs an NVIDIA GPU, and nvidia-smi lists none; `nox -s tests` needs no GPU")
     prepare(session, *EVERYTHING, tools=TEST_TOOLS)
     model = str(model_file(session))
-    folders = [folder for part in TEST_FOLDERS.values() for folder in part]
-    run(session, "-m", "pytest", "-m", "gpu", *folders, FI_TEST_MODEL=model)
     run(session, "benchmarks/gpu_check.py", "--model", model, "--out", ".nox/gpu", *session.posargs)
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """What can be measured here: the cost of the partition on any machine, the operations where there is a GPU."""
-    prepare(session, *EVERYTHING)
+    """What can be measured here: the cost of the partition on any machine; where there is a GPU, every case of
+    benchmarks/run.py with the peers that are installed (its options may follow: --op, --case, --peers, --quick)."""
+    prepare(session, *EVERYTHING, tools=("matplotlib",))
     run(session, "benchmarks/bench_partition.py")
     if has_nvidia_driver():
-        run(session, "-m", "fi_core.cli", "bench", *session.posargs)
+        run(session, "benchmarks/run.py", "--plots", *session.posargs)
     else:
         session.log("no NVIDIA GPU: the operations are not timed")

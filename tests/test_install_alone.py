@@ -1,4 +1,4 @@
-"""A backend installed alone works: only it and what it needs are there, in an environment of its own."""
+"""A package installed alone works: pip brings what it needs of ours out of the checkout, and nothing else of ours."""
 
 import json
 import os
@@ -8,9 +8,19 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "fi-"
+
+NEEDS = {
+    "packages/fi-core": [],
+    "packages/fi-scheduler": ["fi-core"],
+    "packages/fi-sampling": ["fi-core"],
+    "packages/fi-triton": ["fi-core", "fi-scheduler"],
+    "packages/fi-cuda": ["fi-core", "fi-scheduler"],
+    "integrations/engine": ["fi-core", "fi-sampling", "fi-scheduler"],
+}
+"""What each package needs of ours."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,30 +42,26 @@ print(json.dumps({"ours": ours, "from": fi_core.__file__, "backends": backends})
 """
 
 
-def install(folder: Path, *packages: str) -> Path:
-    """A virtual environment that holds wheels of ``packages`` and sees third-party ones (torch, triton) of this one.
+def install(folder: Path, package: str) -> Path:
+    """A virtual environment into which pip installed ``package`` from the checkout, with neither an index nor wheels.
 
-    Sharing goes through a .pth file with the folder's third-party entries, since ours are installed editable here.
+    Third-party packages (torch, triton, pip, hatchling) are this environment's, linked, so that pip finds them installed.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=100)
     python = folder / "bin" / "python"
-    purelib = subprocess.run(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    wheels = folder / "wheels"
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    sources = [str(ROOT / "packages" / name) for name in packages]
-    subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), *sources], check=True, timeout=400
-    )
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--target", purelib, *map(str, wheels.glob("*.whl"))], check=True, timeout=200
-    )
-    share_third_party(Path(purelib))
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    share_third_party(Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()))
+    options = ["--isolated", "--no-index", "--no-build-isolation", "--no-cache-dir"]
+    command = [str(python), "-m", "pip", "install", *options, package]
+    done = subprocess.run(command, env=plain(), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return python
+
+
+def plain(**variables: str) -> dict[str, str]:
+    """The environment without what would change the packages that are found or built, and with ``variables``."""
+    unwanted = ("PYTHONPATH", "TRITON_INTERPRET", "FI_SIBLINGS")
+    return {**{name: value for name, value in os.environ.items() if name not in unwanted}, **variables}
 
 
 def share_third_party(purelib: Path) -> None:
@@ -67,10 +73,9 @@ def share_third_party(purelib: Path) -> None:
 
 
 def use(python: Path, backend: str, **variables: str) -> dict:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     done = subprocess.run(
         [str(python), "-c", USE, backend],
-        env={**environment, **variables},
+        env=plain(**variables),
         cwd=python.parent,
         capture_output=True,
         text=True,
@@ -81,27 +86,45 @@ def use(python: Path, backend: str, **variables: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def requirements_of_ours(package: str) -> set[str]:
-    """What pip would install of ours for ``package``, by the metadata of the package sources."""
-    import tomllib
+def requirements(folder: str, **variables: str) -> list[Requirement]:
+    """What the metadata of the package in ``folder`` requires when it is built with ``variables``."""
+    command = [sys.executable, "-m", "hatchling", "metadata"]
+    done = subprocess.run(
+        command, env=plain(**variables), cwd=ROOT / folder, capture_output=True, text=True, timeout=100, check=True
+    )
+    return [Requirement(text) for text in json.loads(done.stdout)["dependencies"]]
 
-    project = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"]
-    direct = {item.split("=")[0].split(">")[0].strip() for item in project["dependencies"] if item.startswith(OURS)}
-    return direct.union(*(requirements_of_ours(name) for name in direct))
+
+@pytest.mark.parametrize("folder", NEEDS)
+def test_requirements_lie_in_the_checkout(folder):
+    found = {item.name: item.url for item in requirements(folder) if item.name.startswith("fi-")}
+    assert found == {name: (ROOT / "packages" / name).as_uri() for name in NEEDS[folder]}
+
+
+@pytest.mark.parametrize("folder", NEEDS)
+@pytest.mark.parametrize("text", ["", "==0.1.0"], ids=["editable", "published"])
+def test_requirements_without_a_path(folder, text):
+    found = requirements(folder, FI_SIBLINGS=text)
+    assert [item for item in found if item.url] == []
+    assert sorted(str(item) for item in found if item.name.startswith("fi-")) == [name + text for name in NEEDS[folder]]
+
+
+def test_every_package_is_listed():
+    folders = [
+        path.parent for pattern in ("packages", "integrations") for path in ROOT.glob(f"{pattern}/*/pyproject.toml")
+    ]
+    assert sorted(str(folder.relative_to(ROOT)) for folder in folders) == sorted(NEEDS)
 
 
 def test_reference_alone(tmp_path):
-    assert requirements_of_ours("fi-core") == set()
-    found = use(install(tmp_path / "venv", "fi-core"), "reference")
+    found = use(install(tmp_path / "venv", "packages/fi-core"), "reference")
     assert found["ours"] == ["fi-core"]
     assert found["backends"] == ["reference"]
     assert str(tmp_path) in found["from"]
 
 
 def test_triton_alone(tmp_path):
-    assert requirements_of_ours("fi-triton") == {"fi-core", "fi-scheduler"}
-    python = install(tmp_path / "venv", "fi-core", "fi-scheduler", "fi-triton")
-    found = use(python, "triton", TRITON_INTERPRET="1")
+    found = use(install(tmp_path / "venv", "packages/fi-triton"), "triton", TRITON_INTERPRET="1")
     assert found["ours"] == ["fi-core", "fi-scheduler", "fi-triton"]
     assert sorted(found["backends"]) == ["reference", "triton"]
     assert str(tmp_path) in found["from"]

@@ -17,7 +17,15 @@ ALLOWED = {
 """What each package's sources may import of ours, besides themselves. What is not listed here is on top: it may import
 every package, and no package may import it."""
 
-ABOVE = {"fi_engine", "benchmarks", "examples", "integrations", "fi_example_plugin", "fi_example_cuda_plugin"}
+ABOVE = {
+    "fi_engine",
+    "benchmarks",
+    "fi_benchmarks",
+    "examples",
+    "integrations",
+    "fi_example_plugin",
+    "fi_example_cuda_plugin",
+}
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 NATIVE = {".h", ".hpp", ".cuh", ".cu", ".cpp"}

@@ -11,7 +11,7 @@ DOCUMENTS = sorted(
     path
     for pattern in (
         "*.md",
-        "docs/*.md",
+        "docs/**/*.md",
         "packages/*/*.md",
         "integrations/*/*.md",
         "examples/**/*.md",

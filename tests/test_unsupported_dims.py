@@ -19,7 +19,8 @@ def test_attention_names_the_dims_that_triton_does_not_serve():
 
 
 def test_a_refused_call_names_the_size():
-    request = fi.Request.of("rmsnorm", fi.Target("cuda", (9, 0)), dtype=torch.bfloat16, hidden_size=2**24)
+    values = {"dtype": torch.bfloat16, "hidden_size": 2**24, "out_format": "same"}
+    request = fi.Request.of("rmsnorm", fi.Target("cuda", (9, 0)), **values)
     with pytest.raises(fi.UnsupportedError, match=r"hidden_size: 16777216 is not "):
         with fi.use(backend="triton"):
             fi.explain(request)

@@ -15,8 +15,6 @@ from fi_engine.config import EngineConfig
 from fi_engine.engine import Engine
 from fi_engine.model import Model, load_model
 from fi_engine.tokenizer import TextCodec
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from torch import Tensor
 
 Logits = Callable[[Sequence[int]], Tensor]
@@ -56,6 +54,10 @@ class PlainLlama:
     """The llama architecture straight from a GGUF file: no cache, float32, RoPE on neighbouring pairs as stored."""
 
     def __init__(self, path: Path) -> None:
+        # Here, so that tests that read no file run where nothing that reads one is installed.
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+
         reader = GGUFReader(path)
         self._weights = {
             tensor.name: torch.tensor(dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors

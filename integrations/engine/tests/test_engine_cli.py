@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fi_engine import RequestError
 from fi_engine.bench import DecodeSpeed, decode_speed
 from fi_engine.cli import main
 from fi_engine.demo import MAX_TOKENS, QUESTIONS, Screen, run_demo
@@ -19,6 +20,37 @@ def test_errors_are_one_line_without_a_traceback(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err.splitlines() == [f"fi-engine: {tmp_path / 'absent.gguf'}: file: does not exist"]
     assert main(["bench", "--model", "m.gguf", "--num-tokens", "16"]) == 1
     assert capsys.readouterr().err.splitlines() == ["fi-engine: num_tokens: expected more than 16, got 16"]
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("gpu", "cuda:99", "cpu:1", "cuda:-1", "mps", ""):
+        assert main(["generate", "--model", str(tmp_path), "--device", device, "hello"]) == 1
+        assert "fi-engine: device: expected one of cpu" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fi_engine.cli.Engine.from_path", interrupted)
+    assert main(["chat", "--model", "m.gguf"]) == 130
+    assert capsys.readouterr().err.splitlines() == ["fi-engine: interrupted"]
+
+
+def test_a_chat_whose_answer_fails_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing:
+        error = RequestError(3, "the logits are NaN")
+
+        def submit(self, *arguments: Any) -> Any:
+            return self
+
+        def stream(self, handles: Any) -> list[Any]:
+            return []
+
+    monkeypatch.setattr("fi_engine.cli.Engine.from_path", lambda *arguments, **options: Failing())
+    monkeypatch.setattr("builtins.input", lambda prompt: "hello")
+    assert main(["chat", "--model", "m.gguf"]) == 1
+    assert capsys.readouterr().err.splitlines() == ["fi-engine: request 3: the logits are NaN"]
 
 
 def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:

@@ -50,17 +50,17 @@ def _write_gguf(path: Path, architecture: str = "llama", without: Sequence[str] 
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(WIDTH)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    writer.add_head_count(changes.pop("heads", HEADS))
+    writer.add_head_count_kv(changes.pop("kv_heads", KV_HEADS))
     if "epsilon" not in without:
-        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_layer_norm_rms_eps(changes.pop("epsilon", 1e-5))
     writer.add_tokenizer_model(changes.pop("tokenizer", "gpt2"))
     writer.add_tokenizer_pre(changes.pop("pre", "smollm"))
     writer.add_token_list(["a", "b", "ab", "<s>", "</s>"])
     writer.add_token_types([1, 1, 1, 3, 3])
     writer.add_token_merges(changes.pop("merges", ["a b"]))
     writer.add_bos_token_id(3)
-    writer.add_eos_token_id(4)
+    writer.add_eos_token_id(changes.pop("eos", 4))
     add_bos = changes.pop("add_bos", True)
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
@@ -142,10 +142,14 @@ def test_gguf_cut_anywhere_names_file_and_place(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"architecture": "mamba"}, "field general.architecture: 'mamba' is not one of llama, qwen2, qwen3"),
-        ({"without": ["epsilon"]}, "field {arch}.attention.layer_norm_rms_epsilon: missing"),
+        ({"without": ["epsilon"]}, "field llama.attention.layer_norm_rms_epsilon: missing"),
         ({"without": ["token_embd.weight"]}, "tensor token_embd.weight: missing"),
         ({"tokenizer": "llama"}, "field tokenizer.ggml.model: 'llama' is not served"),
         ({"pre": "falcon"}, "field tokenizer.ggml.pre: 'falcon' is not one of"),
+        ({"heads": 0}, "field llama.attention.head_count: 0 is not a positive int"),
+        ({"kv_heads": [2, 2]}, "field llama.attention.head_count_kv: [2, 2] is not a positive int"),
+        ({"epsilon": -1.0}, "field llama.attention.layer_norm_rms_epsilon: -1.0 is not a positive number"),
+        ({"eos": 2**32 - 1}, "field tokenizer.ggml.eos_token_id: 4294967295 is not a token from 0 to 4"),
         ({"merges": ["b a"]}, "field tokenizer.ggml.merges: ('b', 'a') does not merge"),
     ],
 )
@@ -183,6 +187,11 @@ Change = Callable[[dict[str, Any]], None]
     [
         (lambda raw: raw.update(model_type="mamba"), "field model_type: 'mamba'"),
         (lambda raw: raw.pop("hidden_size"), "field hidden_size: missing"),
+        (lambda raw: raw.update(num_attention_heads=0), "field num_attention_heads: 0 is not a positive int"),
+        (lambda raw: raw.update(vocab_size="320"), "field vocab_size: '320' is not a positive int"),
+        (lambda raw: raw.update(rms_norm_eps=None), "field rms_norm_eps: missing"),
+        (lambda raw: raw.update(rms_norm_eps=0.0), "field rms_norm_eps: 0.0 is not a positive number"),
+        (lambda raw: raw.update(eos_token_id=[2, 320]), "field eos_token_id: 320 is not a token from 0 to 319"),
         (lambda raw: raw.update(hidden_act="gelu"), "field hidden_act: 'gelu' is not served"),
         (lambda raw: raw.update(use_sliding_window=True), "field use_sliding_window: True"),
         (lambda raw: raw.update(rope_parameters={"rope_type": "dynamic"}), "field rope_type: 'dynamic'"),

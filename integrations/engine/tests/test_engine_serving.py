@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from fi_core.errors import ArgumentError, CapacityError
-from fi_engine import Engine, RequestError
-from fi_sampling import ProcessorError, SamplingParams
+from fi_engine import Engine, EngineConfig, RequestError, StepError
+from fi_sampling import DEFAULT_OPS, LogitsOp, ProcessorError, SamplingParams, Step, logits_op, pipeline_of
 
 NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
@@ -237,3 +237,108 @@ def test_a_step_that_raises_ends_its_requests_and_leaves_those_that_wait(
 def test_a_model_longer_than_trained_is_refused(tiny_loaded: Any) -> None:
     with pytest.raises(ArgumentError, match="config.max_model_len: expected at most the model's 512"):
         tiny_loaded.engine(max_model_len=513)
+
+
+def test_a_step_that_is_cut_short_ends_its_requests_alone(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (expected,) = engines().generate([PROMPTS[2]], GREEDY)
+    engine = engines(max_batch=2)
+    waiting = engine.submit(PROMPTS[2], GREEDY, priority=-1)
+    run = engine._runner.run
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._runner, "run", interrupted)
+    handles = [engine.submit(prompt, GREEDY) for prompt in PROMPTS[4:6]]
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert [handle.finish_reason for handle in (*handles, waiting)] == ["error", "error", None]
+    assert isinstance(handles[0].error, StepError) and "cut short by KeyboardInterrupt" in str(handles[0].error)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS[4:6], GREEDY)
+    assert engine.num_unfinished == 1
+    engine.check_integrity()
+    engine._runner.run = run
+    list(engine.stream([waiting]))
+    assert tuple(waiting.token_ids) == expected.token_ids
+
+
+def test_tables_that_cannot_be_made_end_the_step_only(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engines()
+    add = engine._runner.sampling.add
+
+    def full(*arguments: Any, **options: Any) -> int:
+        raise torch.OutOfMemoryError("no memory for the histories")
+
+    monkeypatch.setattr(engine._runner.sampling, "add", full)
+    handle = engine.submit(PROMPTS[0], GREEDY)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step()
+    assert handle.finish_reason == "error" and "no memory" in str(handle.error)
+    engine._runner.sampling.add = add
+    assert [output.finish_reason for output in engine.generate(PROMPTS, GREEDY)] == ["length"] * len(PROMPTS)
+
+
+def test_handles_and_prompts_of_a_wrong_kind_are_refused(engines: Any) -> None:
+    engine, other = engines(), engines()
+    foreign = other.submit([1], SamplingParams(max_tokens=1))
+    with pytest.raises(ArgumentError, match="another"):
+        next(engine.stream([foreign]))
+    list(other.stream([foreign]))
+    assert list(engine.stream([foreign])) == []
+    with pytest.raises(ArgumentError, match="prompts: expected a sequence of prompts"):
+        engine.generate("text", GREEDY)
+    for prompt in (None, 5, {"role": "user", "content": "a"}, b"ab"):
+        with pytest.raises(ArgumentError, match="prompt: expected text, token ids or the messages of a chat"):
+            engine.submit(prompt, GREEDY)
+    for priority in (None, "high", 0.5):
+        with pytest.raises(ArgumentError, match="priority: expected an int"):
+            engine.submit([1], GREEDY, priority=priority)
+
+
+def test_graphs_of_few_kinds_of_batches_are_kept(engines: Any) -> None:
+    engine = engines()
+    for number in range(12):
+        (output,) = engine.generate([PROMPTS[4]], replace(GREEDY, logprobs=number))
+        assert [len(entry.top) for entry in output.logprobs] == [number] * NUM_TOKENS
+    kept = list(engine._runner._graphs)
+    assert len(kept) == 8
+    engine.generate([PROMPTS[4]], replace(GREEDY, logprobs=4))
+    assert list(engine._runner._graphs) == [*kept[1:], kept[0]]
+
+
+def test_tokens_that_a_request_computed_itself_do_not_count_as_cached(tiny: Any, engines: Any) -> None:
+    engine = engines(max_batch=2, max_step_tokens=8, num_pages=4)
+    short = replace(GREEDY, max_tokens=4)
+    low = engine.submit(PROMPTS[0], short)
+    for _ in range(3):
+        engine.step()
+    others = [engine.submit(prompt, short, priority=1) for prompt in (list(range(200, 217)), list(range(100, 105)))]
+    list(engine.stream([low, *others]))
+    assert (engine.stats.num_preemptions, engine.stats.num_cached_tokens) == (1, 16)
+    assert low.num_cached_tokens == 0 and low.token_ids == _greedy(tiny[1], PROMPTS[0], low.token_ids)
+
+
+def test_operations_of_ones_own_run_in_the_engine(tiny_loaded: Any) -> None:
+    @logits_op("no_even_tokens")
+    def no_even_tokens(logits: torch.Tensor, step: Step) -> torch.Tensor:
+        even = torch.arange(logits.shape[1], device=logits.device) % 2 == 0
+        return logits.masked_fill(even, float("-inf"))
+
+    @logits_op("picky")
+    def picky(logits: torch.Tensor, step: Step) -> torch.Tensor:
+        if logits.shape[0] > 1:
+            raise KeyError("one at a time")
+        return logits
+
+    def engine(op: LogitsOp) -> Engine:
+        config = EngineConfig(max_batch=2, max_model_len=128, num_pages=40)
+        return Engine(tiny_loaded.model, None, config, pipeline_of((op, *DEFAULT_OPS)))
+
+    outputs = engine(no_even_tokens).generate(PROMPTS[:4], replace(GREEDY, repetition_penalty=1.2))
+    assert all(token % 2 for output in outputs for token in output.token_ids)
+    careful = engine(picky)
+    failed = careful.generate(PROMPTS[4:6], GREEDY)
+    assert [output.finish_reason for output in failed] == ["error", "error"]
+    assert isinstance(failed[0].error, ProcessorError) and "'picky' raised KeyError" in str(failed[0].error)
+    assert [careful.generate([prompt], GREEDY)[0].finish_reason for prompt in PROMPTS[4:6]] == ["length", "length"]

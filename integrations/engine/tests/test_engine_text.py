@@ -83,10 +83,21 @@ def test_chat_template_runs_in_a_sandbox() -> None:
     for template in ("{{ messages.__class__.__mro__ }}", "{{ raise_exception('no system role') }}"):
         with pytest.raises(ArgumentError, match="messages"):
             _codec(template=template).encode_chat([{"role": "user", "content": "x"}])
+    with pytest.raises(ArgumentError, match="chat_template: expected a Jinja template"):
+        _codec(template="{% for m in messages %}")
     with pytest.raises(ArgumentError, match="chat template"):
         _codec().encode_chat([{"role": "user", "content": "x"}])
     with pytest.raises(ArgumentError, match="role and content"):
         codec.encode_chat([{"role": "user", "text": "x"}])
+    for message, problem in (
+        ("user", "mappings"),
+        ({"role": "user", "content": None}, "content: expected a string"),
+        ({"role": "user", "content": "\ud800"}, "surrogates"),
+    ):
+        with pytest.raises(ArgumentError, match=problem):
+            codec.encode_chat([message])
+    with pytest.raises(ArgumentError, match="prompt: expected text without lone surrogates"):
+        codec.encode("a\udfffb")
 
 
 def _pushed(text: str, cut: int = 0) -> tuple[list[str], TextStream]:

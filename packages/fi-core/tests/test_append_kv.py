@@ -155,6 +155,9 @@ def test_quantisation_keeps_nan_and_takes_scales_by_head():
         ("q.dtype", {"q": torch.zeros(9, 4, 8).half(), "rope": RopeTable.make(RopeConfig(8), "cpu")}),
         ("rope.config.rotary_dim", {"rope": RopeTable.make(RopeConfig(10), "cpu")}),
         ("rope.inv_freq", {"rope": RopeTable(RopeConfig(8), torch.zeros(4, device="meta"))}),
+        ("rope.cos_sin", {"rope": RopeTable(RopeConfig(8), torch.zeros(4), torch.zeros(40, 4))}),
+        ("kv.v", {"kv": KVCache(torch.zeros(8, 4, 2, 8), torch.zeros(1, 4, 2, 8).expand(8, -1, -1, -1))}),
+        ("q", {"q": torch.zeros(1, 4, 8).expand(9, -1, -1), "rope": RopeTable.make(RopeConfig(8), "cpu")}),
         ("batch.slot_mapping", {"batch": batch_of(slot_mapping=torch.zeros(8, dtype=torch.int64))}),
         ("batch", {"batch": batch_of(table=None, kv_indptr=ints(0, 6, 9, 14, 16))}),
         ("batch.q_indptr", {"batch": batch_of(q_indptr=ints(0, 4, 1, 4, 9))}),
@@ -177,6 +180,7 @@ def test_wrong_arguments_are_named(argument, changes):
             {"slot_mapping": torch.tensor([0, 1, 2, 3, 99, 5, 6, 7, 8])},
         ),
         (r"table\[0, 1\]: 8 is outside its limit 7", {"table": torch.full_like(TABLE, 8)}),
+        (r"table_row\[3\]: -1 is outside its limit 3", {"table_row": ints(0, 1, 2, -1)}),
         (r"table\[0, 1\]: -1 is outside its limit 7", {"table": torch.full_like(TABLE, -1)}),
     ],
 )
@@ -188,8 +192,14 @@ def test_indices_out_of_range_are_named_on_a_cpu(text, changes):
 
 def test_cost_and_cases():
     kv = KVCache(torch.zeros(8, 4, 2, 8).to(torch.float8_e4m3fn), torch.zeros(8, 4, 2, 8).to(torch.float8_e4m3fn))
-    k, q = torch.zeros(3, 2, 8, dtype=torch.bfloat16), torch.zeros(3, 4, 8, dtype=torch.bfloat16)
-    assert append_kv_cost(k, k, kv).num_bytes == 2 * 48 * 3
-    assert append_kv_cost(k, k, kv, q).num_bytes == 2 * 48 * 3 + 2 * 96 * 2
+    k, q = torch.zeros(4, 2, 8, dtype=torch.bfloat16), torch.zeros(4, 4, 8, dtype=torch.bfloat16)
+    # Positions 2 to 3 and 3 to 4: two of k's four tokens share one.
+    batch = Batch(ints(0, 2, 4), ints(4, 5), TABLE[:2])
+    assert append_kv_cost(k, k, kv, batch).num_bytes == 2 * 64 * 3
+    assert append_kv_cost(k, k, kv, batch, rope=RopeTable.make(RopeConfig(4), "cpu", None)).num_bytes == 2 * 64 * 3
+    table = RopeTable.make(RopeConfig(4), "cpu", 16)
+    assert append_kv_cost(k, k, kv, batch, rope=table, q=q).num_bytes == 2 * 64 * 3 + 2 * 128 * 2 + 3 * 16
+    # Of two tokens that end at position 0 one has none.
+    assert append_kv_cost(k, k, kv, Batch(ints(0, 2), ints(1), TABLE[:1]), rope=table).num_bytes == 2 * 64 * 3 + 16
     names = [case.name for case in cases()]
     assert len(names) == len(set(names))

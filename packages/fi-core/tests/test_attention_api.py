@@ -61,6 +61,12 @@ def test_attention_equals_the_oracle_and_leaves_the_rest():
     assert torch.equal(new[:6], out[:6]) and new.shape == (9, 4, 16)
 
 
+def test_base_2_logarithms_of_a_sum():
+    lse = torch.tensor([[math.log(8.0), 0.0, -math.inf]])
+    assert fi.lse_base2(lse).tolist() == [[pytest.approx(3.0), 0.0, -math.inf]]
+    assert fi.lse_base2(lse).dtype == torch.float32
+
+
 def test_layers_are_told_apart_by_value_and_tensors_by_identity():
     plan = ready(features={"sinks"})
     q, kv = torch.randn(6, 4, 16), cache_of()
@@ -108,9 +114,6 @@ def test_no_update_is_an_error():
         ("q", {"q": torch.zeros(5, 4, 16)}),
         ("q", {"q": torch.zeros(6, 4, 16, dtype=torch.bfloat16)}),
         ("q", {"q": torch.zeros(6, 4, 16, device="meta")}),
-        ("q", {"q": torch.zeros(6, 4, 32)[..., ::2]}),
-        ("q", {"q": torch.zeros(6, 4, 17)[..., :16]}),
-        ("q", {"q": torch.zeros(6 * 4 * 16 + 1)[1:].view(6, 4, 16)}),
         ("out", {"out": torch.zeros(6, 4, 8)}),
         ("out", {"out": torch.zeros(5, 4, 16)}),
         ("out", {"out": torch.zeros(6, 4, 16, dtype=torch.float16)}),
@@ -120,13 +123,13 @@ def test_no_update_is_an_error():
         ("kv.k", {"kv": cache_of(k=torch.zeros(12, 16, 4, 16), v=torch.zeros(12, 16, 4, 16))}),
         ("kv.v", {"kv": cache_of(v=torch.zeros(12, 16, 2, 8))}),
         ("kv.v", {"kv": cache_of(v=torch.zeros(11, 16, 2, 16))}),
-        ("kv.k", {"kv": cache_of(k=torch.zeros(12, 16, 2, 17)[..., :16])}),
         ("kv.layout", {"kv": cache_of(layout="HND")}),
         ("kv.format", {"kv": cache_of(k=torch.zeros(12, 16, 2, 16).half(), v=torch.zeros(12, 16, 2, 16).half())}),
         ("layer.window", {"layer": LayerArgs(window=3)}),
         ("layer.soft_cap", {"layer": LayerArgs(soft_cap=3.0)}),
         ("layer.sinks", {"layer": LayerArgs(sinks=torch.zeros(4))}),
         ("layer.scale", {"layer": LayerArgs(scale=math.inf)}),
+        ("out", {"out": torch.zeros(1, 4, 16).expand(6, 4, 16)}),
     ],
 )
 def test_wrong_arguments_are_named(argument, changes):
@@ -138,10 +141,49 @@ def test_wrong_arguments_are_named(argument, changes):
         assert caught.value.argument == argument
 
 
-@pytest.mark.parametrize("shape", [(5, 4), (6, 3)])
-def test_wrong_lse_is_named(shape):
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("q", {"q": torch.zeros(6, 4, 32)[..., ::2]}),
+        ("q", {"q": torch.zeros(6, 4, 17)[..., :16]}),
+        ("q", {"q": torch.zeros(6 * 4 * 16 + 1)[1:].view(6, 4, 16)}),
+        ("out", {"out": torch.zeros(6, 4, 17)[..., :16]}),
+        ("lse", {"lse": torch.zeros(4, 6).t()}),
+        ("kv.k", {"kv": cache_of(k=torch.zeros(12, 16, 2, 17)[..., :16])}),
+    ],
+)
+def test_layouts_that_no_kernel_serves_are_unsupported(argument, changes):
+    call = {"q": torch.randn(6, 4, 16), "kv": cache_of(), "plan": ready(features={"lse"}), **changes}
+    with pytest.raises(fi.UnsupportedError) as caught:
+        fi.attention(**call)
+    assert caught.value.argument == argument
+    with pytest.raises(fi.UnsupportedError, match=r"^kv\.v: expected a contiguous last dim"):
+        cache_of(v=torch.zeros(12, 16, 2, 32)[..., ::2])
+
+
+def test_out_may_not_be_q():
+    q = torch.randn(6, 4, 16)
+    with pytest.raises(ArgumentError, match=r"^out: expected memory apart from q's"):
+        fi.attention(q, cache_of(), ready(), out=q)
+    empty = fi.plan(spec_of(), **CAPACITY)
+    empty.update(Batch(ints(0), ints(), torch.zeros(0, 4, dtype=torch.int32)))
+    assert fi.attention(q[:0], cache_of(), empty, out=q[:0]).shape == (0, 4, 16)
+
+
+@pytest.mark.parametrize("lse", [torch.zeros(5, 4), torch.zeros(6, 3), torch.zeros(1, 4).expand(6, 4)])
+def test_wrong_lse_is_named(lse):
     with pytest.raises(ArgumentError, match="^lse"):
-        fi.attention(torch.randn(6, 4, 16), cache_of(), ready(features={"lse"}), lse=torch.zeros(shape))
+        fi.attention(torch.randn(6, 4, 16), cache_of(), ready(features={"lse"}), lse=lse)
+
+
+def test_lse_of_one_head_may_have_any_stride():
+    plan = fi.plan(spec_of(num_qo_heads=1, num_kv_heads=1, features={"lse"}), **CAPACITY)
+    plan.update(batch_of())
+    kv = KVCache(torch.randn(12, 16, 1, 16), torch.randn(12, 16, 1, 16))
+    q, column, row = torch.randn(6, 1, 16), torch.full((6, 1), math.nan), torch.full((1, 6), math.nan)
+    fi.attention(q, kv, plan, lse=column)
+    fi.attention(q, kv, plan, lse=row.t())
+    assert torch.equal(column, row.t())
 
 
 @pytest.mark.parametrize("page", [12, -1])
@@ -154,7 +196,25 @@ def test_pages_out_of_range_are_named_on_a_cpu(page):
         fi.attention(torch.zeros(6, 4, 16), cache_of(), plan)
 
 
-@pytest.mark.parametrize("device", ["potato", "cuda:99"])
+def test_other_indices_out_of_range_are_named_on_a_cpu():
+    def error_of(batch: Batch, kv: KVCache, **options) -> str:
+        plan = fi.plan(spec_of(**options), **CAPACITY)
+        plan.update(batch)
+        with pytest.raises(IndexCheckError) as caught:
+            fi.attention(torch.zeros(6, 4, 16), kv, plan)
+        return str(caught.value)
+
+    assert error_of(batch_of(table_row=ints(0, -1, 2)), cache_of()).startswith("batch.table_row[1]: -1")
+    assert error_of(batch_of(table_row=ints(0, 1, 3)), cache_of()).startswith("batch.table_row[2]: 3")
+    nothing = torch.zeros(0, 16, 2, 16)
+    assert error_of(batch_of(), KVCache(nothing, nothing)).startswith("batch.table[0, 0]: 0")
+    bits = torch.zeros(50, dtype=torch.uint8)
+    for starts, place in (((0, 4, 48, 51), "[2]: 48"), ((-1, 4, 8, 46), "[0]: -1")):
+        mask = fi.PackedMask(bits, torch.tensor(starts))
+        assert error_of(batch_of(mask=mask), cache_of(), features={"mask"}).startswith(f"batch.mask.indptr{place}")
+
+
+@pytest.mark.parametrize("device", ["potato", "cuda:99", None])
 def test_devices_that_are_not_there_are_named(device):
     for call in (fi.plan, workspace_bytes):
         with pytest.raises(ArgumentError, match=f"^device: .*{device}"):
@@ -166,6 +226,19 @@ def test_devices_that_are_not_there_are_named(device):
     [
         ("windows", lambda: spec_of(windows=(3.5,))),
         ("windows", lambda: spec_of(windows=(0,))),
+        ("windows", lambda: spec_of(windows=5)),
+        ("features", lambda: spec_of(features=[["lse"]])),
+        ("causal", lambda: spec_of(causal="no")),
+        ("batch_invariant", lambda: spec_of(batch_invariant=None)),
+        ("dtype", lambda: spec_of(dtype="bf16")),
+        ("kv_format", lambda: spec_of(kv_format=["bf16"])),
+        ("kv.k", lambda: cache_of(k=[1.0])),
+        ("layer.scale", lambda: LayerArgs(scale="1.0")),
+        ("layer.scale", lambda: LayerArgs(scale=torch.ones(()))),
+        ("layer.soft_cap", lambda: LayerArgs(soft_cap=True)),
+        ("layer.window", lambda: LayerArgs(window=[3])),
+        ("layer.window", lambda: LayerArgs(window=torch.tensor(3))),
+        ("layer.sinks", lambda: LayerArgs(sinks=[0.0] * 4)),
         ("features", lambda: spec_of(features={"soft_caps"})),
         ("num_qo_heads", lambda: spec_of(num_qo_heads=3)),
         ("page_size", lambda: spec_of(page_size=257)),
@@ -203,12 +276,15 @@ def test_wrong_scale_is_named():
         ("batch.q_indptr", {"q_indptr": torch.tensor([0, 1, 5, 6])}),
         ("batch.q_indptr", {"q_indptr": torch.zeros(8, dtype=torch.int32)[::2]}),
         ("batch.kv_lens", {"kv_lens": ints(30, -1, 17)}),
+        ("batch.kv_lens", {"kv_lens": [30, 4, 17]}),
+        ("batch.kv_lens", {"kv_lens": torch.tensor([30, 4, 17])}),
         ("batch.kv_lens", {"kv_lens": ints(30, 4, 17).view(3, 1)}),
         ("batch.table", {"table": torch.zeros(2, 4, dtype=torch.int32)}),
         ("batch.table", {"table": torch.zeros(3, 4, dtype=torch.int64)}),
         ("batch.table", {"table": None, "kv_indptr": ints(0, 30, 34, 51)}),
         ("batch.table", {"table": ints(0, 1, 2, 3), "table_indptr": ints(0, 2, 3, 4)}),
         ("batch.table_row", {"table_row": ints(0, 1)}),
+        ("batch.table", {"table": torch.zeros(0, 4, dtype=torch.int32), "table_row": ints(0, 0, 0)}),
         ("batch.table_row", {"table": ints(0, 1), "table_indptr": ints(0, 2, 3, 5), "table_row": ints(0, 1, 2)}),
         ("batch.kv_indptr", {"kv_indptr": ints(0, 30, 34, 51)}),
         ("batch.slot_mapping", {"slot_mapping": ints(0, 1, 2, 3, 4, 5)}),

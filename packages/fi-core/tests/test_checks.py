@@ -105,6 +105,13 @@ def test_attention_names_the_first_bad_element(text, changes):
     attend(batch_of())
 
 
+def test_what_a_huge_table_holds_is_counted_in_64_bits():
+    table = torch.zeros(1, dtype=torch.int32).expand(1, 2**24)
+    batch = Batch(ints(0, 1), ints(300), table)
+    kv = KVCache(torch.zeros(1, 256, 1, 8), torch.zeros(1, 256, 1, 8))
+    checks.check_append(torch.zeros(1, 1, 8), kv, batch, None)
+
+
 def test_attention_checks_ragged_rows():
     ragged = KVCache(torch.zeros(20, 2, 8), torch.zeros(20, 2, 8))
     with pytest.raises(IndexCheckError, match=r"kv_indptr\[2\]: 21 is outside its limit 20"):

@@ -24,7 +24,9 @@ Captured = pytest.CaptureFixture[str]
 
 
 def _plugin(name: str, **hooks: object) -> types.SimpleNamespace:
-    def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float, bias: float, out: torch.Tensor) -> None:
+    def wrong(
+        x: torch.Tensor, weight: torch.Tensor, eps: float, bias: float, scale: float | None, out: torch.Tensor
+    ) -> None:
         out.zero_()
 
     @hookimpl
@@ -33,7 +35,7 @@ def _plugin(name: str, **hooks: object) -> types.SimpleNamespace:
 
     @hookimpl
     def fi_register_kernels(registry: KernelRegistry) -> None:
-        rules = {"dtype": OneOf(torch.float32), "hidden_size": OneOf(576)}
+        rules = {"dtype": OneOf(torch.float32), "hidden_size": OneOf(576), "out_format": OneOf("same")}
         registry.add(KernelEntry("rmsnorm", "wrong", name, rules, lambda: wrong, ("cpu",)))
 
     marked = {key: hookimpl(hook) for key, hook in hooks.items()}
@@ -140,6 +142,9 @@ def test_explain_of_what_nobody_serves(current: KernelRegistry, capsys: Captured
         (["explain", "rmsnorm", "--backend", "nope"], "unknown backend 'nope'"),
         (["conformance", "--backend", "nope"], "unknown backend 'nope'"),
         (["conformance", "--backend", "reference", "--op", "nope"], "ops: expected"),
+        (["conformance", "--backend", "reference", "--device", "toaster"], "device: expected"),
+        (["conformance", "--backend", "reference", "--device", "cuda:99"], "device: expected"),
+        (["matrix", "--write", "no/such/file"], "FileNotFoundError"),
         (["bench", "--op", "nope", "--device", "cpu"], "ops: expected"),
         (["bench", "--device", "meta"], "device: expected"),
     ],
@@ -185,6 +190,9 @@ def test_conformance_command(current: KernelRegistry, capsys: Captured, tmp_path
     assert main([*command, "--json", str(path)]) == 0
     assert "4 passed, 0 failed" in capsys.readouterr().out
     assert json.loads(path.read_text())["counts"]["passed"] == 4
+    assert main([*command, "--json", str(tmp_path / "no" / "folder")]) == 1
+    shown = capsys.readouterr()
+    assert "4 passed" in shown.out and "FileNotFoundError" in shown.err
     assert main([*command, "--list"]) == 0
     assert "rmsnorm/plain_fp32[reference.rmsnorm]" in capsys.readouterr().out
     assert main(["conformance", "--backend", "reference", "--case", "no such case"]) == 1
@@ -237,8 +245,8 @@ def test_bench_gives_no_time_to_wrong_results(
 
     @hookimpl
     def fi_register_kernels(registry: KernelRegistry) -> None:
-        rules = {"dtype": OneOf(torch.float32), "hidden_size": OneOf(1024)}
-        wrong = lambda x, weight, eps, bias, out: out.zero_()  # noqa: E731
+        rules = {"dtype": OneOf(torch.float32), "hidden_size": OneOf(1024), "out_format": OneOf("same")}
+        wrong = lambda x, weight, eps, bias, scale, out: out.zero_()  # noqa: E731
         registry.add(KernelEntry("rmsnorm", "wrong", "extra", rules, lambda: wrong, ("cpu",)))
 
     plugin.fi_register_kernels = fi_register_kernels

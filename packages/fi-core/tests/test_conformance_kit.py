@@ -225,6 +225,8 @@ def test_unknown_names_are_refused(current: KernelRegistry) -> None:
         conformance.run("nope")
     with pytest.raises(fi.ArgumentError, match="nope"):
         conformance.run("good", ["nope"])
+    with pytest.raises(fi.ArgumentError, match="^device:.*toaster"):
+        conformance.run("good", device="toaster")
 
 
 def test_a_case_whose_outputs_do_not_agree_fails(current: KernelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,11 @@ def test_checked_mode_names_the_first_bad_pair(checked, text, sources, targets, 
     fi.copy_pages(source, target, ids(0), ids(1))
 
 
+def test_ids_out_of_range_are_named_on_a_cpu():
+    with pytest.raises(IndexCheckError, match=r"source_pages\[1\]: 9 is outside its limit 4"):
+        fi.copy_pages(cache_of(), cache_of(), ids(1, 9), ids(2, 3))
+
+
 def test_checked_mode_lets_skipped_pairs_and_chains_between_two_caches_pass(checked):
     kv = cache_of()
     fi.copy_pages(kv, kv, ids(-1, 99, 1, -1), ids(99, -1, 3, 3))
@@ -133,13 +138,14 @@ def broken(name: str) -> tuple[str, dict]:
         "another device": ("source_pages", {"source_pages": torch.zeros(2, dtype=torch.int64, device="meta")}),
         "a cache elsewhere": ("target", {"target": KVCache(zeros.to("meta"), zeros.to("meta"))}),
         "v elsewhere": ("source.v", {"source": KVCache(zeros, zeros.to("meta"))}),
+        "an expanded target": ("target.k", {"target": KVCache(zeros[:1].expand(shape), zeros)}),
     }[name]
 
 
 @pytest.mark.parametrize(
     "name",
     "layout,format,page size,heads,k dim,v dim,v pages,ragged,scale,ids of another length,ids of another dtype,float ids,"
-    "ids of two dims,ids with gaps,another device,a cache elsewhere,v elsewhere".split(","),
+    "ids of two dims,ids with gaps,another device,a cache elsewhere,v elsewhere,an expanded target".split(","),
 )
 def test_wrong_arguments_are_named(name):
     argument, wrong = broken(name)

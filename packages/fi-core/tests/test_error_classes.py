@@ -15,6 +15,7 @@ ERRORS = [
     fi.UnsupportedError("attention(...)", []),
     fi.UnknownBackendError("unknown backend 'x'"),
     fi.IndexCheckError("positions[1]: 9"),
+    fi.LayoutError("q", "a contiguous last dim", "strides (4, 2)"),
 ]
 
 
@@ -31,6 +32,13 @@ def test_argument_errors_are_value_errors_with_parts() -> None:
         raise fi.ArgumentError("q", "3 dims", 2)
     assert isinstance(caught.value, fi.FiError)
     assert (caught.value.argument, caught.value.expected, caught.value.actual) == ("q", "3 dims", "2")
+
+
+def test_layout_errors_are_of_both_kinds() -> None:
+    with pytest.raises(fi.UnsupportedError, match=r"^q: expected a contiguous last dim, got strides") as caught:
+        raise fi.LayoutError("q", "a contiguous last dim", "strides (4, 2)")
+    assert isinstance(caught.value, fi.ArgumentError)
+    assert (caught.value.argument, caught.value.rejections) == ("q", ())
 
 
 def test_unsupported_errors_say_why() -> None:

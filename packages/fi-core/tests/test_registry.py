@@ -19,7 +19,7 @@ from fi_core.settings import settings
 
 TOY = Operation("toy", "a toy", {"dtype": "d"}, {"dtype": torch.float32}, lambda: iter(()))
 CPU = Target("cpu")
-RMSNORM_RULES = {"dtype": OneOf(torch.float32), "hidden_size": OneOf(8)}
+RMSNORM_RULES = {"dtype": OneOf(torch.float32), "hidden_size": OneOf(8), "out_format": OneOf("same")}
 
 
 def make_entry(backend: str, name: str = "kernel", **changes: object) -> KernelEntry:

@@ -2,6 +2,8 @@
 
 import cmath
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import fi_core as fi
 import pytest
@@ -157,10 +159,10 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("position", [10, -1])
-def test_position_outside_the_table_does_not_pass_unnoticed(position: int) -> None:
+def test_position_outside_the_table_is_named_on_a_cpu(position: int) -> None:
     q, k, positions, table = _inputs()
     positions[2] = position
-    with pytest.raises(IndexError):
+    with pytest.raises(fi.IndexCheckError, match=rf"positions\[2\]: {position} is outside its limit"):
         fi.rope(q, k, positions, table)
 
 
@@ -196,6 +198,8 @@ def test_bad_arguments_are_named() -> None:
         "q_out": lambda: fi.rope(q, k, positions, table, q_out=k),
         "k_out": lambda: fi.rope(q, None, positions, table, k_out=k),
         "k_out.dtype": lambda: fi.rope(q, k, positions, table, k_out=k.double()),
+        "table.inv_freq": lambda: fi.rope(q, k, positions, replace(table, inv_freq=table.inv_freq.double())),
+        "table.cos_sin": lambda: fi.rope(q, k, positions, replace(table, cos_sin=table.cos_sin[:, :-2])),
         "positions.device": lambda: fi.rope(q, k, positions.to("meta"), table),
     }.items():
         with pytest.raises(fi.ArgumentError) as caught:
@@ -206,11 +210,34 @@ def test_bad_arguments_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"rotary_dim": 7}, {"rotary_dim": 8, "pairs": "both"}, {"rotary_dim": 8, "base": 0.0}]
+    ("argument", "make"),
+    [
+        ("rope.rotary_dim", lambda: RopeConfig(7)),
+        ("rope.rotary_dim", lambda: RopeConfig(8.0)),
+        ("rope.pairs", lambda: RopeConfig(8, pairs="both")),
+        ("rope.base", lambda: RopeConfig(8, base=0.0)),
+        ("rope.base", lambda: RopeConfig(8, base=1.0)),
+        ("rope.base", lambda: RopeConfig(8, base=math.inf)),
+        ("rope.base", lambda: RopeConfig(8, base=math.nan)),
+        ("rope.scaling", lambda: RopeConfig(8, scaling={"factor": 2.0})),
+        ("rope.scaling.factor", lambda: fi.LinearScaling(0.5)),
+        ("rope.scaling.factor", lambda: fi.LinearScaling(math.inf)),
+        ("rope.scaling.factor", lambda: fi.Llama3Scaling(math.nan)),
+        ("rope.scaling.original_max_position", lambda: fi.Llama3Scaling(original_max_position=0)),
+        ("rope.scaling.low_freq_factor, high_freq_factor", lambda: fi.Llama3Scaling(low_freq_factor=4.0)),
+        ("rope.scaling.factor", lambda: YarnScaling(0.9, 100)),
+        ("rope.scaling.original_max_position", lambda: YarnScaling(2.0, 0)),
+        ("rope.scaling.beta_slow, beta_fast", lambda: YarnScaling(2.0, 100, beta_slow=0.0)),
+        ("rope.scaling.beta_slow, beta_fast", lambda: YarnScaling(2.0, 100, beta_fast=0.5)),
+        ("rope.scaling.attention_factor", lambda: YarnScaling(2.0, 100, attention_factor=math.nan)),
+        ("max_position", lambda: RopeTable.make(RopeConfig(8), "cpu", 0)),
+        ("max_position", lambda: RopeTable.make(RopeConfig(8), "cpu", 2.5)),
+    ],
 )
-def test_bad_configurations_raise(fields: dict[str, object]) -> None:
-    with pytest.raises(fi.ArgumentError):
-        RopeConfig(**fields)
+def test_bad_configurations_are_named(argument: str, make: Callable[[], object]) -> None:
+    with pytest.raises(fi.ArgumentError) as caught:
+        make()
+    assert caught.value.argument == argument
 
 
 def test_cost_counts_every_byte_once() -> None:

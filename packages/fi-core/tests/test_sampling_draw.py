@@ -227,6 +227,13 @@ def test_other_dtypes_are_read_as_float32_and_rows_may_be_strided(dtype):
     assert torch.equal(fi.sample(padded[::2, 10:74], filters, keys), expected)
 
 
+@pytest.mark.parametrize("row", [4, -1])
+def test_rows_out_of_range_are_named_on_a_cpu(row):
+    rows = torch.tensor([0, 1, row, 2])
+    with pytest.raises(fi.IndexCheckError, match=rf"^rows\[2\]: {row} is outside its limit 3"):
+        fi.sample(torch.zeros(4, 6), fi.FilterParams(), make_keys(4), rows=rows)
+
+
 def test_empty_batch():
     assert fi.sample(torch.zeros(0, 5), fi.FilterParams(), make_keys(0)).shape == (0,)
     assert fi.sample(
@@ -247,6 +254,15 @@ def test_empty_batch():
         ("filters.order", lambda logits, keys: fi.sample(logits, fi.FilterParams(order="both"), keys)),
         ("keys.seed", lambda logits, keys: fi.sample(logits, fi.FilterParams(), make_keys(5))),
         ("rows.dtype", lambda logits, keys: fi.sample(logits, fi.FilterParams(), keys, rows=torch.zeros(4))),
+        (
+            "rows",
+            lambda logits, keys: fi.sample(logits[:0], fi.FilterParams(), keys, rows=torch.zeros(4, dtype=torch.int64)),
+        ),
+        ("filters.top_p", lambda logits, keys: fi.sample(logits, fi.FilterParams(top_p=0.5), keys)),
+        (
+            "out",
+            lambda logits, keys: fi.filter_logits(logits, fi.FilterParams(), out=torch.zeros(1, 6).expand(4, 6)),
+        ),
         ("out.dtype", lambda logits, keys: fi.sample(logits, fi.FilterParams(), keys, out=torch.zeros(4))),
         ("kind", lambda logits, keys: fi.filter_logits(logits, fi.FilterParams(), "mass")),
     ],

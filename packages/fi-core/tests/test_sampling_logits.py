@@ -29,10 +29,13 @@ def test_top_k_is_exact_with_ties(k, dtype):
 
 
 def test_top_k_rejects_bad_k():
-    for k in (0, 6):
+    for k in (0, 6, 2.0):
         with pytest.raises(fi.ArgumentError, match=r"^k:"):
             fi.top_k(torch.zeros(2, 5), k)
     assert fi.top_k(torch.zeros(0, 5), 2)[1].shape == (0, 2)
+    for top_n in (-1, 6, 2.0):
+        with pytest.raises(fi.ArgumentError, match=r"^top_n:"):
+            fi.logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), top_n)
 
 
 @pytest.mark.parametrize("top_n", [0, 1, 5, 33])
@@ -153,6 +156,14 @@ def test_penalties_with_a_row_map_and_bfloat16():
         ("penalties.allowed", {"allowed": torch.zeros(3, 1, dtype=torch.int32)}),
         ("penalties.allowed.dtype", {"allowed": torch.zeros(3, 2)}),
         ("penalties.bias_indptr, bias_tokens, bias_values", {"bias_tokens": torch.zeros(2, dtype=torch.int32)}),
+        (
+            "penalties.bias_tokens",
+            {
+                "bias_indptr": torch.zeros(4, dtype=torch.int32),
+                "bias_tokens": torch.tensor(1, dtype=torch.int32),
+                "bias_values": torch.tensor(1.0),
+            },
+        ),
         ("penalties.output_counts", {"frequency": torch.zeros(3)}),
         ("penalties.output_counts", {"repetition": torch.ones(3)}),
         ("penalties.output_counts", {"output_counts": torch.zeros(3, 40, dtype=torch.int32)}),
@@ -171,3 +182,11 @@ def test_bad_penalties_are_named(argument, changes):
     with pytest.raises(fi.ArgumentError) as caught:
         fi.penalize_logits(torch.zeros(3, 40), fi.PenaltyParams(**changes))
     assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize("row", [2, -1])
+def test_rows_of_penalties_out_of_range_are_named_on_a_cpu(row):
+    counts, rows = torch.zeros(2, 40, dtype=torch.int32), torch.tensor([0, 1, row], dtype=torch.int32)
+    with pytest.raises(fi.IndexCheckError, match=rf"^penalties\.rows\[2\]: {row} is outside its limit 1"):
+        penalties = fi.PenaltyParams(presence=torch.ones(3), output_counts=counts, rows=rows)
+        fi.penalize_logits(torch.zeros(3, 40), penalties)

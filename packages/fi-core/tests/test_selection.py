@@ -80,6 +80,8 @@ def test_a_forced_backend_is_the_only_candidate(current: KernelRegistry) -> None
         current.select(_request(4), backend="middle")
     with pytest.raises(fi.UnknownBackendError, match="nope"):
         current.select(_request(4), backend="nope")
+    with pytest.raises(fi.UnknownBackendError, match="unknown backend ''"):
+        current.select(_request(4), backend="")
     assert current.select(_request(4)).entry.full_name == "fast.k"
 
 
@@ -202,13 +204,15 @@ def test_explain_of_a_spec_and_of_a_request() -> None:
     assert "max_q_len=1" in text.splitlines()[0]
     assert "chosen: " in text
     assert "max_q_len=77" in fi.explain(spec, device="cuda:sm_90", max_q_len=77)
-    request = registry().operations["rmsnorm"].request(CPU, dtype=torch.float32, hidden_size=8)
+    request = registry().operations["rmsnorm"].request(CPU, dtype=torch.float32, hidden_size=8, out_format="same")
     with fi.use(backend="reference"):
         assert "chosen: reference.rmsnorm (backend 'reference' was asked for)" in fi.explain(request)
     with pytest.raises(fi.ArgumentError, match="device"):
         fi.explain(request, device="cpu")
     with pytest.raises(fi.ArgumentError, match="device"):
         fi.explain(spec, device="toaster")
-    refused = registry().operations["rmsnorm"].request(CPU, dtype=torch.int8, hidden_size=8)
+    with pytest.raises(fi.ArgumentError, match="^what: expected an AttentionSpec or a Request, got str"):
+        fi.explain("attention")
+    refused = registry().operations["rmsnorm"].request(CPU, dtype=torch.int8, hidden_size=8, out_format="same")
     with pytest.raises(fi.UnsupportedError, match="dtype: int8 is not one of"):
         fi.explain(refused)

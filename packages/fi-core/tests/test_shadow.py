@@ -222,8 +222,8 @@ def test_outliers_may_be_one_step_of_their_dtype_off(shadowing):
     shadowing("1")
     right = reference_plugin.load("rmsnorm")
 
-    def nudged(x, weight, eps, weight_bias, out) -> None:
-        right(x, weight, eps, weight_bias, out)
+    def nudged(x, weight, eps, weight_bias, scale, out) -> None:
+        right(x, weight, eps, weight_bias, scale, out)
         out[0, 0] *= factor
 
     kernel = shadow.shadowed("rmsnorm", nudged)
@@ -231,10 +231,28 @@ def test_outliers_may_be_one_step_of_their_dtype_off(shadowing):
     x[0, 0] = 20000.0
     out = torch.empty_like(x)
     factor = 1.0 + 2.0**-7
-    kernel(x, torch.full((4096,), 20.0, dtype=torch.bfloat16), 1e-6, 0.0, out)
+    kernel(x, torch.full((4096,), 20.0, dtype=torch.bfloat16), 1e-6, 0.0, None, out)
     factor = 1.0 + 2.0**-5
     with pytest.raises(ShadowMismatchError, match="rmsnorm"):
-        kernel(x, torch.full((4096,), 20.0, dtype=torch.bfloat16), 1e-6, 0.0, out)
+        kernel(x, torch.full((4096,), 20.0, dtype=torch.bfloat16), 1e-6, 0.0, None, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_norms_with_fp8_output_are_compared(shadowing, monkeypatch, dtype):
+    shadowing("1")
+    x, out = torch.randn(8, 256).bfloat16(), torch.zeros(8, 256, dtype=dtype)
+    weight, scale = torch.randn(256).bfloat16(), torch.tensor([0.01])
+    with fi.use(backend="reference"):
+        fi.rmsnorm(x, weight, scale=scale, out=out)
+        fi.add_rmsnorm(x, x.clone(), weight, scale=0.01, out=out)
+    assert shadow.statistics() == shadow.ShadowStatistics(calls=2, compared=2)
+    right = reference_plugin.load("rmsnorm")
+
+    def without_scale(x, weight, eps, weight_bias, scale, out) -> None:
+        right(x, weight, eps, weight_bias, scale * 2, out)
+
+    with pytest.raises(ShadowMismatchError, match="rmsnorm"):
+        shadow.shadowed("rmsnorm", without_scale)(x, weight, 1e-6, 0.0, scale, out)
 
 
 def test_one_bad_element_is_judged_among_all_the_others():

@@ -5,12 +5,15 @@ import csv
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import zipfile
 
 import pytest
 import torch
+from fi_cuda import aot_edge, aot_steps
 from fi_cuda.aot import AotFolder, build_folder, write_ninja
 from fi_cuda.aot_steps import BUILT, INDEX, KERNELS, RECIPES, AotError, compile_recipe, write_index
 from fi_cuda.cache import CUBIN
@@ -76,6 +79,64 @@ def test_ninja_builds_what_changed_and_nothing_else(include, tmp_path):
     assert [name.partition("-")[0] for name in changed] == ["scale"]
     folders = [path.name for path in (out / KERNELS).iterdir() if path.is_dir()]
     assert sorted(name.partition("-")[0] for name in folders) == ["half", "scale"]
+
+
+def edge(folder, *step):
+    command = [sys.executable, "-I", "-S", aot_edge.__file__, *step]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_process_that_starts_ninja_compiles_for_its_edges(include, tmp_path, monkeypatch):
+    compiled = []
+
+    def recorded(recipe):
+        compiled.append(recipe.name)
+        compile_recipe(recipe)
+
+    monkeypatch.setattr(aot_steps, "compile_recipe", recorded)
+    out = tmp_path / ("a folder whose path is longer than the address of a socket can be " * 3)
+    sources = [kernel(include, "scale", "factor()"), kernel(include, "half", "0.5f")]
+    found = build_folder(out, sources, TARGET, num_jobs=2)
+    assert sorted(name.partition("-")[0] for name in compiled) == ["half", "scale"]
+    for source in sources:
+        assert found.fi_find_artifact(content_key(source, TARGET)) is not None
+    assert not (out / aot_edge.SERVER).exists()
+
+
+def test_edge_compiles_by_itself_where_a_killed_build_left_its_socket(include, tmp_path):
+    write_ninja(tmp_path, [kernel(include, "half", "0.5f")], TARGET)
+    (recipe,) = (tmp_path / RECIPES).iterdir()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / aot_edge.SERVER))
+    done = edge(tmp_path, "compile", f"{RECIPES}/{recipe.name}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / BUILT / recipe.name).is_file()
+
+
+def test_edge_fails_when_its_server_dies(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / aot_edge.SERVER))
+        listener.listen()
+
+        def die():
+            connection, _ = listener.accept()
+            with connection:
+                while connection.recv(4096):
+                    pass
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        done = edge(tmp_path, "compile", f"{RECIPES}/absent.json")
+        thread.join()
+    assert done.returncode == 1
+    assert done.stderr == "fi_cuda: the server of the build died\n"
+
+
+def test_edge_needs_nothing_but_the_standard_library(tmp_path):
+    script = "import json, runpy, sys; runpy.run_path(sys.argv[1]); print(json.dumps(list(sys.modules)))"
+    command = [sys.executable, "-I", "-S", "-c", script, aot_edge.__file__]
+    loaded = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert not {"torch", "numpy", "cuda", "fi_core", "fi_cuda"} & {name.split(".")[0] for name in json.loads(loaded)}
 
 
 def test_source_that_does_not_compile_fails_the_build(include, tmp_path, capfd):
@@ -175,13 +236,13 @@ except ToolchainError:
 else:
     raise SystemExit("NVRTC was found")
 
-artifact = build(RmsNormSpec(torch.bfloat16, 64, 16, True).source(), CompileTarget("sm_80"), default_cache())
+artifact = build(RmsNormSpec(torch.bfloat16, torch.bfloat16, 64, 16, True).source(), CompileTarget("sm_80"), default_cache())
 assert artifact.cubin == Path(sys.argv[1]).read_bytes()
 assert not default_cache().root.exists()
 (status,) = [status for status in registry().statuses if "kernels" in status.entry_point]
 assert status.error is None and status.distribution.startswith("fi-cuda-kernels-sm80 "), status
 try:
-    build(RmsNormSpec(torch.bfloat16, 72, 16, True).source(), CompileTarget("sm_80"), default_cache())
+    build(RmsNormSpec(torch.bfloat16, torch.bfloat16, 72, 16, True).source(), CompileTarget("sm_80"), default_cache())
 except ToolchainError as error:
     assert "libnvrtc was not found" in str(error), error
 else:
@@ -190,7 +251,7 @@ else:
 
 
 def test_wheel_serves_a_machine_without_a_compiler_or_a_writable_cache(tmp_path):
-    source = RmsNormSpec(torch.bfloat16, 64, 16, True).source()
+    source = RmsNormSpec(torch.bfloat16, torch.bfloat16, 64, 16, True).source()
     kernels = compiled_into(tmp_path / "out", source).folder
     with zipfile.ZipFile(pack_wheel(kernels, TARGET.arch, tmp_path / "dist")) as archive:
         archive.extractall(tmp_path / "site")

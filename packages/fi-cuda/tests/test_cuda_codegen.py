@@ -11,14 +11,18 @@ from fi_cuda.source import CompileTarget
 pytestmark = pytest.mark.timeout(180)
 
 MAX_REGISTERS = {
-    "rmsnorm": 64,
+    "rmsnorm": 112,
     "gated_activation": 48,
     "rope": 96,
-    "append_kv": 104,
+    "append_kv": 128,
     "merge_states": 80,
     "copy_pages": 64,
+    "attention_plan": 80,
+    "attention_decode": 255,
 }
 """A thread; more would cost the resident warps that hide the latency of memory."""
+
+HOPPER_ONLY = {"attention_decode"}
 
 SPECS = shipped_specs()
 
@@ -61,7 +65,7 @@ def test_a_block_fits_on_a_multiprocessor(artifacts):
 
 def test_specs_compile_for_other_architectures_too():
     # Half of the headers branch on the architecture: FP8 rounding in software, no dependent launch.
-    first = {spec.stem: spec for spec in reversed(SPECS)}
+    first = {spec.stem: spec for spec in reversed(SPECS) if spec.stem not in HOPPER_ONLY}
     quantising = next(spec for spec in SPECS if spec.stem == "append_kv" and "__nv_fp8_e4m3" in spec.source().text)
     for spec in (*first.values(), quantising):
         resources = compile_source(spec.source(), CompileTarget("sm_80")).resources

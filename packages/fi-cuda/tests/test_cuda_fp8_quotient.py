@@ -1,4 +1,4 @@
-"""The FP8 quotient of ``fi/tile/fp8.cuh``, step by step in numpy, against IEEE division."""
+"""The FP8 quotients of ``fi/tile/fp8.cuh``, step by step in numpy, against IEEE division."""
 
 import numpy as np
 import pytest
@@ -20,30 +20,47 @@ def fma(a, b, c):
     return np.where(is_inexact_even, bits + step, bits).view(np.float64).astype(np.float32)
 
 
-def quotient(x, scale, num_steps):
+def next_bits(x, step):
+    return (np.float32(x).view(np.int32) + np.int32(step)).view(np.float32)
+
+
+def quotient(x, scale, is_short):
+    """`is_short`: of 11 significant bits or less."""
     size = np.abs(scale)
     lift = np.float32(2.0**80 if size < 2.0**-60 else 2.0**-80 if size > 2.0**60 else 1.0)
-    divisor = size * lift
+    divisor, lifted = np.float32(size * lift), x * np.copysign(lift, scale)
     inverse = np.float32(1) / divisor
-    lifted = x * np.copysign(lift, scale)
+    if is_short:
+        one = np.ones(1, np.float32)
+        near = next_bits(inverse, -1) if fma(one * inverse, divisor, -one)[0] > 0 else inverse
+        rest = next_bits(np.fmax(fma(-one * near, divisor, one)[0] * near, np.float32(2.0**-126)), 1)
+        return fma(lifted, near, lifted * rest)
     result = lifted * inverse
-    for _ in range(num_steps):
+    for _ in range(2):
         remainder = fma(result, divisor, -lifted)
         result = np.where(np.abs(remainder) < INFINITY, fma(remainder, -inverse, result), result)
     return result
 
 
-def expect_ieee(x, scale, num_steps):
+def fp8(x, largest, mantissa_bits, min_exponent):
+    """float32 as an FP8 format holds it: saturated, to nearest even."""
+    x = np.clip(x.astype(np.float64), -largest, largest)
+    exponent = np.maximum(np.frexp(x)[1] - 1, min_exponent)
+    step = np.exp2(exponent.astype(np.float64) - mantissa_bits)
+    return np.copysign(np.rint(x / step) * step, x)
+
+
+FORMATS = {"e4m3": (448.0, 3, -6), "e5m2": (57344.0, 2, -14)}
+
+
+def expect_ieee(x, scale, is_short):
     with np.errstate(all="ignore"):
-        actual, expected = quotient(x, scale, num_steps), x / scale
-    size = np.abs(expected)
-    # Below, every FP8 value is the zero of that sign; above, saturated.
-    tiny, huge = size < 2.0**-18, size > 2.0**40
-    exact = ~(tiny | huge)
-    np.testing.assert_array_equal(actual[exact], expected[exact])
-    np.testing.assert_array_equal(np.signbit(actual[tiny | huge]), np.signbit(expected[tiny | huge]))
-    assert (np.abs(actual[tiny]) <= 2.0**-17).all()
-    assert (np.abs(actual[huge]) > 65536).all()
+        actual, expected = quotient(x, scale, is_short), x / scale
+    for name, form in FORMATS.items():
+        found, wanted = fp8(actual, *form), fp8(expected, *form)
+        np.testing.assert_array_equal(found, wanted, err_msg=f"{name}, scale {scale}")
+        number = ~np.isnan(wanted)
+        np.testing.assert_array_equal(np.signbit(found[number]), np.signbit(wanted[number]))
 
 
 SCALES = np.array(
@@ -65,7 +82,7 @@ def test_every_16_bit_value_over_many_scales(dtype):
     generator = np.random.default_rng(1)
     random = np.exp2(generator.uniform(-20, 20, 40)).astype(np.float32)
     for scale in (*SCALES, *random):
-        expect_ieee(x, scale, 1)
+        expect_ieee(x, scale, True)
 
 
 def test_floats_take_two_steps():
@@ -75,10 +92,38 @@ def test_floats_take_two_steps():
     x = np.concatenate([significands * np.float32(2.0**-23), special])
     divisors = (generator.integers(2**23, 2**24, 30) * 2.0**-23).astype(np.float32)
     for scale in (*SCALES, *divisors, np.float32(2) - np.float32(2.0**-23), np.float32(1) + np.float32(2.0**-23)):
-        expect_ieee(x, scale, 2)
+        expect_ieee(x, scale, False)
+
+
+def test_the_short_way_of_floats_meets_ties_and_their_neighbours():
+    # As norms take it. Quotients that are ties, and 1 to 3 units in the last place beside them, of 24-bit divisors.
+    generator = np.random.default_rng(3)
+    ties = (np.arange(17, 32, 2) * 2.0**-4).astype(np.float32)
+    significands = generator.integers(2**23, 2**24, 100_000).astype(np.float32)
+    for scale in (generator.integers(2**23, 2**24, 100) * 2.0**-23).astype(np.float32):
+        products = ties * scale
+        near = np.concatenate([next_bits(products, step) for step in range(-3, 4)])
+        expect_ieee(np.concatenate([near, significands * np.float32(2.0**-23)]), scale, True)
+
+
+@pytest.mark.parametrize("size", [2 - 2.0**-23, 2 - 2.0**-22, 1 + 2.0**-23, 1.0, 1.5])
+def test_ties_of_short_numbers_and_what_is_next_to_them(size):
+    # Quotients as close to a tie as they come: multiples of such scales by ties, and the neighbours in 11 bits.
+    scale = np.float32(size)
+    ties = np.concatenate([(np.arange(1, 64, 2) * 2.0**power) for power in range(-20, 9)])
+    near = (ties * scale).astype(np.float16).astype(np.float32)
+    x = np.concatenate([next_bits(near, step * 2**13) for step in (-1, 0, 1)])
+    for factor in (1.0, 2.0**-40, 2.0**40, 2.0**-100, 2.0**70):
+        with np.errstate(over="ignore", invalid="ignore"):
+            moved = x * np.float32(factor)
+        expect_ieee(moved, scale * np.float32(factor), True)
+        expect_ieee(-moved, scale * np.float32(factor), True)
 
 
 def test_product_with_the_inverse_alone_is_not_exact():
-    x = np.arange(128, 256).astype(np.float32)
-    with pytest.raises(AssertionError):
-        expect_ieee(x, np.float32(0.0123), 0)
+    # Multiples of 7 of which a seventh is a tie, where the product with the rounded seventh is not.
+    x = np.float32(7) * np.arange(1, 64, 2).astype(np.float32)
+    scale = np.float32(7)
+    expect_ieee(x, scale, True)
+    found = fp8(x * np.float32(np.float32(1) / scale), *FORMATS["e4m3"])
+    assert (found != fp8(x / scale, *FORMATS["e4m3"])).any()

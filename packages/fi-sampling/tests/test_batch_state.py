@@ -262,3 +262,22 @@ def test_bad_arguments_are_named(argument, call):
         call(state)
     assert caught.value.argument == argument
     assert state.active == frozenset()
+
+
+def test_a_request_that_never_reaches_min_tokens_draws_no_stop_token():
+    state = SamplingState(1, 8)
+    state.add(0, SamplingParams(temperature=0.0, min_tokens=2**40, max_tokens=None, stop_token_ids=(3,)), ())
+    logits = torch.zeros(1, 8)
+    logits[0, 3] = 9.0
+    assert state.sample(logits, torch.tensor([0]), torch.tensor([5])).tokens.tolist() == [0]
+
+
+def test_the_signature_says_what_a_graph_depends_on():
+    state = SamplingState(3, 8)
+    assert state.signature == (frozenset(), 0)
+    state.add(0, SamplingParams(top_k=2, logprobs=4), ())
+    state.add(1, SamplingParams(logprobs=6), ())
+    assert state.signature == ({"top_k", "logprobs"}, 6)
+    state.remove(1)
+    state.add(1, SamplingParams(temperature=1.0, seed=3), ())
+    assert state.signature == ({"top_k", "logprobs"}, 4)

@@ -124,6 +124,7 @@ def test_trees_agree_with_the_operation(seed):
         [torch.randint(-1, max(i, 1), (num_requests,), generator=generator) for i in range(num_draft)], 1
     )
     parents[:, 0] = torch.where(torch.arange(num_requests) % 3 == 0, num_draft - 1, -1)  # some are cycles
+    parents[::4, 3], parents[1::4, 4] = num_draft + 3, -2  # and some are no nodes
     drafts = torch.randint(-1, vocab_size, (num_requests, num_draft), generator=generator)
     logits = torch.randn(num_requests, num_draft + 1, vocab_size, generator=generator)
     slots, positions = torch.arange(num_requests), torch.full((num_requests,), 4)

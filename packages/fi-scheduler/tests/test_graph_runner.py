@@ -75,7 +75,7 @@ def test_describe_says_what_a_cpu_does() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    for buckets in ((), (0, 1), (4, 2), (2, 2)):
+    for buckets in ((), (0, 1), (4, 2), (2, 2), (1.5, 2)):
         with pytest.raises(ArgumentError, match="buckets"):
             GraphRunner(step, buckets, make_inputs("cpu"))
     runner = GraphRunner(step, (2, 4), make_inputs("cpu"))
@@ -88,6 +88,14 @@ def test_bad_arguments_are_named() -> None:
     mixed = GraphRunner(step, (2,), lambda bucket: {"a": torch.zeros(1), "b": torch.zeros(1, device="meta")})
     with pytest.raises(ArgumentError, match="one device"):
         mixed.capture()
+
+
+def test_buffers_cannot_be_replaced() -> None:
+    def replacing(inputs: Inputs, batch_size: int) -> None:
+        inputs["x"] = torch.ones(batch_size)
+
+    with pytest.raises(TypeError, match="item assignment"):
+        GraphRunner(step, (2,), make_inputs("cpu")).run(1, replacing)
 
 
 @pytest.mark.gpu

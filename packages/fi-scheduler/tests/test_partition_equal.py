@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import replace
 from types import ModuleType
@@ -17,6 +18,7 @@ from fi_scheduler.partition import (
     PartitionParams,
     TileKind,
     WorkList,
+    include_folder,
     oracle_partition,
     partition,
 )
@@ -122,6 +124,24 @@ def test_total_cost_beyond_64_bits_is_refused(native: ModuleType | None) -> None
         assert not native.measure(q_indptr, kv_lens, params.packed)[0]
 
 
+@pytest.mark.parametrize(
+    ("q_len", "num_kv_heads", "max_splits"), [(2**25, 64, 0), (2**15, 1, 2**16), (1, 2**15, 2**16)]
+)
+def test_more_items_or_slots_than_int32_counts_are_refused(
+    native: ModuleType | None, q_len: int, num_kv_heads: int, max_splits: int
+) -> None:
+    params = PartitionParams(
+        4, num_kv_heads, 1, (TileKind(1, 64, UNLIMITED_ROWS, 1, 1),), False, None, False, max_splits
+    )
+    q_indptr, kv_lens = np.array([0, q_len], dtype=np.int32), np.array([100], dtype=np.int32)
+    with pytest.raises(ArgumentError, match="q_indptr: expected a batch of at most 2147483647 items and slots"):
+        partition(q_indptr, kv_lens, params)
+    if native is not None:
+        assert not native.measure(q_indptr, kv_lens, params.packed)[0]
+        fewer = replace(params, max_splits=max(0, max_splits - 1)) if max_splits else replace(params, num_kv_heads=63)
+        assert native.measure(q_indptr, kv_lens, fewer.packed)[0]
+
+
 @pytest.fixture(params=["numpy", "native"])
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, native: ModuleType | None) -> str:
     """Makes ``partition`` use one implementation (the native one where a compiler can make it)."""
@@ -201,10 +221,12 @@ def test_stale_and_broken_modules_are_named(monkeypatch: pytest.MonkeyPatch) -> 
         assert module is None and chosen.name == "numpy" and text in chosen.reason
 
 
-def test_header_needs_no_header() -> None:
-    header = build_native.SOURCES[0]
-    assert "#include" not in header.read_text() and "std::" not in header.read_text()
-    compiler = build_native.find_compiler()
-    if compiler is not None:
-        command = [compiler, "-x", "c++", "-std=c++17", "-nostdinc", "-Wall", "-fsyntax-only", str(header)]
-        subprocess.run(command, check=True)
+def test_headers_need_only_each_other() -> None:
+    for header in build_native.HEADERS:
+        text = header.read_text()
+        includes = re.findall(r"#\s*include\s*(\S+)", text)
+        assert all(name.startswith('"fi/scheduler/') for name in includes) and "std::" not in text
+        compiler = build_native.find_compiler()
+        if compiler is not None:
+            flags = ["-x", "c++", "-std=c++17", "-nostdinc", f"-I{include_folder()}", "-Wall", "-fsyntax-only"]
+            subprocess.run([compiler, *flags, str(header)], check=True)

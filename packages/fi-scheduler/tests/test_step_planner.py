@@ -237,6 +237,35 @@ def test_fork_copies_a_page_only_when_it_is_written() -> None:
     check_all_pages_return(engine)
 
 
+def test_copies_are_done_in_rounds_that_do_not_touch_each_other() -> None:
+    def rounds(*copies: tuple[int, int]) -> list[list[tuple[int, int]]]:
+        return StepPlan(0, (), copies).copy_rounds()
+
+    assert rounds() == []
+    assert rounds((1, 2), (1, 3), (4, 5)) == [[(1, 2), (1, 3), (4, 5)]]
+    assert rounds((1, 2), (3, 1)) == [[(1, 2)], [(3, 1)]]
+    assert rounds((1, 2), (2, 3)) == [[(1, 2)], [(2, 3)]]
+    assert rounds((1, 2), (3, 2), (4, 5)) == [[(1, 2)], [(3, 2), (4, 5)]]
+
+
+def test_a_dropped_step_ends_its_requests_and_no_others() -> None:
+    engine = make_engine(num_pages=20, page_size=4, max_batch=2)
+    for name in "abc":
+        engine.planner.submit(name, (1, 2, 3, 4, 0, ord(name) % 5), 4)
+    engine.step()
+    plan = engine.planner.plan()
+    assert plan is not None and {entry.request_id for entry in plan.entries} == {"a", "b"}
+    engine.planner.abort("b")
+    engine.planner.drop(plan)
+    engine.planner.check_integrity()
+    with pytest.raises(StepOrderError):
+        engine.planner.drop(plan)
+    assert engine.planner.request_ids == ("c",)
+    engine.drain(10)
+    assert set(engine.finished) == {"c"}
+    check_all_pages_return(engine)
+
+
 def test_over_long_requests_are_refused_by_name() -> None:
     engine = make_engine(num_pages=4, page_size=4)
     with pytest.raises(CapacityError, match=r"request 'big': expected at most 4 pages .* got 5 pages \(10 prompt \+ 8"):
@@ -254,6 +283,8 @@ def test_bad_calls_are_named_and_change_nothing() -> None:
         (lambda: planner.submit("a", (1,), 1), "'a', which is in use"),
         (lambda: planner.submit("b", (), 1), "request 'b': prompt: expected at least one token"),
         (lambda: planner.submit("b", (1,), 0), "request 'b': max_new_tokens"),
+        (lambda: planner.submit("b", (1,), 1.5), "request 'b': max_new_tokens"),
+        (lambda: planner.submit("b", (1,), 1, priority=None), "request 'b': priority: expected an int"),
         (lambda: planner.abort("x"), "request_id: .* got 'x'"),
         (lambda: planner.fork("x", "y"), "request_id: .* got 'x'"),
         (lambda: planner.fork("a", "a"), "'a', which is in use"),

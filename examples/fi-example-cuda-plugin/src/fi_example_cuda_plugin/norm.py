@@ -41,8 +41,9 @@ class WarpRmsNormSpec(KernelSpec):
         return 32 * ROWS_PER_BLOCK
 
 
-def rmsnorm(x, weight, eps, weight_bias, out):
-    """The ``RMSNorm`` protocol of fi-core: x [rows, D] or [outer, inner, D]; out may be x."""
+def rmsnorm(x, weight, eps, weight_bias, scale, out):
+    """The ``RMSNorm`` protocol of fi-core: x [rows, D] or [outer, inner, D]; out may be x. The rules admit no FP8 output, so
+    ``scale`` is None."""
     kernel = kernel_for(WarpRmsNormSpec(x.dtype, x.shape[-1]), x.device)
     pointers = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
     grid = (-(-num_rows(x) // ROWS_PER_BLOCK), 1)

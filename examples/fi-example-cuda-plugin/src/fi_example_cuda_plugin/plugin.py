@@ -9,6 +9,7 @@ from fi_core.hookspecs import BackendInfo, hookimpl
 RULES = {
     "dtype": OneOf(torch.bfloat16, torch.float16, torch.float32),
     "hidden_size": Between(32, 512, multiple_of=32),
+    "out_format": OneOf("same"),
 }
 
 

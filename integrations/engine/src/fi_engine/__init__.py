@@ -2,7 +2,7 @@
 
 from .config import EngineConfig, ModelConfig
 from .engine import Engine, EngineStats, Prompt
-from .errors import ModelFileError, RequestError
+from .errors import ModelFileError, RequestError, StepError
 from .request import Chunk, RequestHandle, RequestOutput, TokenLogprobs
 
 __version__ = "0.1.0"
@@ -18,5 +18,6 @@ __all__ = [
     "RequestError",
     "RequestHandle",
     "RequestOutput",
+    "StepError",
     "TokenLogprobs",
 ]

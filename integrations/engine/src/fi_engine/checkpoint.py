@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,27 @@ class Checkpoint:
         if tuple(found.shape) != shape:
             raise ModelFileError(self.path, f"tensor {name}", f"shape {tuple(found.shape)}, expected {shape}")
         return found
+
+
+def positive_int(path: Path, field: str, value: object) -> int:
+    """``value`` of a field of the file; raises ModelFileError unless it is a positive int."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelFileError(path, f"field {field}", f"{value!r} is not a positive int")
+    return value
+
+
+def positive_number(path: Path, field: str, value: object) -> float:
+    """``value`` of a field of the file; raises ModelFileError unless it is a positive finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ModelFileError(path, f"field {field}", f"{value!r} is not a positive number")
+    return float(value)
+
+
+def token_id(path: Path, field: str, value: object, vocab_size: int) -> int:
+    """``value`` of a field of the file; raises ModelFileError unless it is a token of the vocabulary."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        raise ModelFileError(path, f"field {field}", f"{value!r} is not a token from 0 to {vocab_size - 1}")
+    return value
 
 
 def open_checkpoint(path: str | Path, progress: Progress) -> Checkpoint:

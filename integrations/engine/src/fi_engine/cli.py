@@ -71,6 +71,8 @@ def _chat(options: argparse.Namespace) -> None:
         for chunk in engine.stream([handle]):
             print(chunk.text, end="", flush=True)
         print()
+        if handle.error is not None:
+            raise handle.error
         messages.append({"role": "assistant", "content": handle.text})
 
 
@@ -82,7 +84,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Errors of fi are printed without a traceback."""
+    """Run the command; returns the exit status. Errors of fi and an interrupt are printed without a traceback."""
     options = _parser().parse_args(arguments)
     try:
         if options.command == "demo":
@@ -96,4 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FiError as error:
         print(f"fi-engine: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("fi-engine: interrupted", file=sys.stderr)
+        return 130
     return 0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from fi_core.errors import ArgumentError, CapacityError, FiError
-from fi_sampling import SampleResult, SamplingParams, SamplingState, StopChecker
+from fi_sampling import Pipeline, SampleResult, SamplingParams, SamplingState, StopChecker
 from fi_scheduler.hookspecs import hookimpl, plugin_manager
 from fi_scheduler.pages import PagePool
 from fi_scheduler.requests import PlannerConfig, StepEntry, StepPlan, StepStats
@@ -17,14 +17,17 @@ from fi_scheduler.steps import StepPlanner
 
 from .checkpoint import Progress, open_checkpoint
 from .config import EngineConfig
-from .errors import RequestError
+from .errors import RequestError, StepError
 from .model import Model, load_model
 from .request import Chunk, RequestHandle, RequestOutput, TokenLogprobs
 from .runner import Runner, Sizes, StepInput, page_bytes
+from .slots import SlotHolders
 from .tokenizer import Message, TextCodec, TextStream
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or the messages of a chat."""
+
+_LogprobRows = tuple[list[float], list[list[int]], list[list[float]]]
 
 _LONGEST_DEFAULT = 8192
 _CPU_CACHE_BYTES = 512 << 20
@@ -46,33 +49,6 @@ class EngineStats:
         self.num_cached_tokens += stats.num_cached_tokens
 
 
-class _SlotHolders:
-    """Which request holds which slot. A slot is a place for what the device must know of a request: losing it costs a
-    request nothing but writing it anew, so slots of requests that sit a step out are taken when none is free."""
-
-    def __init__(self, num_slots: int) -> None:
-        self._free = list(range(num_slots))[::-1]
-        self.slot_of: dict[int, int] = {}
-        self.pages: dict[int, tuple[int, ...]] = {}
-
-    def release(self, request_id: int) -> int | None:
-        """Free the request's slot; returns it, or None if it holds none."""
-        slot = self.slot_of.pop(request_id, None)
-        if slot is not None:
-            self.pages.pop(slot, None)
-            self._free.append(slot)
-        return slot
-
-    def take(self, request_id: int) -> int:
-        slot = self._free.pop()
-        self.slot_of[request_id] = slot
-        return slot
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-
 class Engine:
     """Serves one model: ``submit`` requests and call ``step`` until they are done, or let ``generate`` and ``stream`` do
     both. Not thread-safe.
@@ -81,7 +57,15 @@ class Engine:
     floating sums; sampled ones depend on the seed alone, in the same sense.
     """
 
-    def __init__(self, model: Model, codec: TextCodec | None, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        codec: TextCodec | None,
+        config: EngineConfig | None = None,
+        pipeline: Pipeline | None = None,
+    ) -> None:
+        """``codec``: None if the model has no tokeniser. ``pipeline``: logits to tokens, with operations of one's own
+        (None: the built-in operations); where decode steps are CUDA graphs it must not synchronise with the host."""
         config = EngineConfig() if config is None else config
         longest = min(model.config.max_position, model.rope.cos_sin.shape[0] if model.rope.cos_sin is not None else 0)
         self.max_model_len = config.max_model_len or min(longest, _LONGEST_DEFAULT)
@@ -109,9 +93,9 @@ class Engine:
             wait_for_shared_prefix=config.prefix_cache,
         )
         self._planner = StepPlanner(self._pool, limits, hooks)
-        self._runner = Runner(model, sizes, config.cuda_graphs)
+        self._runner = Runner(model, sizes, config.cuda_graphs, pipeline)
         self._trial = SamplingState(1, model.config.vocab_size, eos_token_ids=model.config.eos_ids)
-        self._holders = _SlotHolders(config.max_batch)
+        self._holders = SlotHolders(config.max_batch)
         self._handles: dict[int, RequestHandle] = {}
         self._num_submitted = 0
 
@@ -123,21 +107,22 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         config: EngineConfig | None = None,
+        pipeline: Pipeline | None = None,
         progress: Progress = lambda line: None,
     ) -> Engine:
         """An engine for a .gguf file or a safetensors folder; raises ModelFileError naming what is wrong with it.
 
         ``device``: CUDA where there is one, else the CPU. ``dtype``: bfloat16 on CUDA, float32 on a CPU. ``progress``
-        receives a line for each part of the loading.
+        receives a line for each part of the loading. Raises ArgumentError for a device that is not there.
         """
-        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+        where = _device(device)
         chosen = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
         config = EngineConfig() if config is None else config
         checkpoint = open_checkpoint(path, progress)
         longest = config.max_model_len or _LONGEST_DEFAULT
         model = load_model(checkpoint, where, chosen, min(longest, checkpoint.config.max_position), progress)
         progress("ready")
-        return cls(model, checkpoint.codec, config)
+        return cls(model, checkpoint.codec, config, pipeline)
 
     @property
     def device(self) -> torch.device:
@@ -161,17 +146,37 @@ class Engine:
         params = SamplingParams() if params is None else params
         ids = self.encode(prompt)
         params = self._checked(ids, params, sample)
+        assert params.max_tokens is not None, "filled in by _checked"
         checker = StopChecker(params, self.model.config.eos_ids)
         stream = None if self.codec is None else TextStream(self.codec)
         handle = RequestHandle(self._num_submitted, tuple(ids), params, sample, checker, stream)
-        assert params.max_tokens is not None, "filled in by _checked"
         self._planner.submit(str(handle.request_id), ids, params.max_tokens, priority)
         self._handles[handle.request_id] = handle
         self._num_submitted += 1
         return handle
 
+    def fork(self, handle: RequestHandle, *, seed: int | None = None) -> RequestHandle:
+        """A second request that goes on from where ``handle`` stands, between steps. It begins with its tokens and text,
+        and shares its pages: a page is copied when one of the two writes to it. ``seed``: what the fork draws with from
+        here on (None: a random one); where nothing is random both go the same way.
+
+        Raises ArgumentError for a finished request, or one of another engine.
+        """
+        self._check_own(handle)
+        if handle.finished:
+            raise ArgumentError("handle", "a request that is not finished", f"request {handle.request_id}")
+        params = replace(handle.params, seed=seed)
+        params = replace(params, seed=self._tried(handle.prompt_ids, params, handle.sample))
+        child = handle.fork(self._num_submitted, params)
+        self._planner.fork(str(handle.request_id), str(child.request_id))
+        self._handles[child.request_id] = child
+        self._num_submitted += 1
+        return child
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; raises ArgumentError."""
+        if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
+            raise ArgumentError("prompt", "text, token ids or the messages of a chat", type(prompt).__name__)
         if not isinstance(prompt, str) and all(isinstance(item, (int, np.integer)) for item in prompt):
             return [int(item) for item in prompt]  # type: ignore[arg-type]
         if self.codec is None:
@@ -189,11 +194,19 @@ class Engine:
             raise CapacityError("prompt", expected, f"{len(ids)} tokens")
         if params.stop and self.codec is None:
             raise ArgumentError("params.stop", "none, as the model has no tokeniser", params.stop)
-        # A trial on a state of its own, so that nothing is refused once the request has a place in a batch.
+        room = self.max_model_len - len(ids)
+        seed = self._tried(ids, params, sample)
+        return replace(params, seed=seed, max_tokens=min(params.max_tokens or room, room))
+
+    def _tried(self, ids: Sequence[int], params: SamplingParams, sample: int) -> int:
+        """The request's seed, from a state of its own: nothing is refused once the request has a place in a batch."""
         seed = self._trial.add(0, params, ids, sample=sample)
         self._trial.remove(0)
-        room = self.max_model_len - len(ids)
-        return replace(params, seed=seed, max_tokens=min(params.max_tokens or room, room))
+        return seed
+
+    def _check_own(self, handle: RequestHandle) -> None:
+        if not handle.finished and self._handles.get(handle.request_id) is not handle:
+            raise ArgumentError("handle", "a request of this engine", f"request {handle.request_id} of another")
 
     @torch.inference_mode()
     def step(self) -> list[Chunk]:
@@ -202,18 +215,25 @@ class Engine:
         plan = self._planner.plan()
         if plan is None:
             return []
-        assert not plan.copies, "the engine forks no request"
-        self._place(plan)
-        drawing = [entry for entry in plan.entries if entry.samples]
         try:
-            result = self._run(plan.entries)
+            return self._run(plan)
         except FiError as error:
             # A plugin's logits operation, a check or a capture: these requests end, those that wait go on.
-            failed = [self._fail(self._handles[int(entry.request_id)], error) for entry in plan.entries]
-            self._planner.commit(plan, {})
-            return failed
+            return self._drop(plan, error)
+        except BaseException as error:
+            # Also an interrupt: the caller may go on with the requests that are left.
+            self._drop(plan, StepError(plan.step_idx, error))
+            raise
+
+    def _run(self, plan: StepPlan) -> list[Chunk]:
+        self._place(plan)
+        for pairs in plan.copy_rounds():
+            self._runner.copy_pages(pairs)
+        drawing = [entry for entry in plan.entries if entry.samples]
+        result = self._runner.run(self._step_input(plan.entries))
         tokens = [] if result is None else self._runner.fetch(result, len(drawing))
-        chunks = [self._take(entry, row, tokens[row], result) for row, entry in enumerate(drawing)]
+        logprobs = None if result is None else _rows(result)
+        chunks = [self._take(entry, tokens[row], logprobs, row) for row, entry in enumerate(drawing)]
         drawn = {
             entry.request_id: token
             for entry, token, chunk in zip(drawing, tokens, chunks, strict=True)
@@ -222,22 +242,31 @@ class Engine:
         self._planner.commit(plan, drawn)
         return chunks
 
+    def _drop(self, plan: StepPlan, error: FiError) -> list[Chunk]:
+        """End all requests of a step that failed, save those that had their last token."""
+        handles = [self._handles.get(int(entry.request_id)) for entry in plan.entries]
+        self._planner.drop(plan)
+        return [self._fail(handle, error) for handle in handles if handle is not None]
+
     def _place(self, plan: StepPlan) -> None:
         """Give every request of the step a slot; those that sit it out lose theirs if need be."""
-        present = {int(entry.request_id) for entry in plan.entries}
-        missing = [entry for entry in plan.entries if int(entry.request_id) not in self._holders.slot_of]
-        absent = [request_id for request_id in self._holders.slot_of if request_id not in present]
-        for request_id in absent[: max(0, len(missing) - self._holders.num_free)]:
-            self._release(request_id)
+        holders = self._holders
+        missing = [entry for entry in plan.entries if int(entry.request_id) not in holders.slot_of]
+        if len(missing) > holders.num_free:
+            present = {int(entry.request_id) for entry in plan.entries}
+            absent = [request_id for request_id in holders.slot_of if request_id not in present]
+            for request_id in absent[: len(missing) - holders.num_free]:
+                self._release(request_id)
         for entry in missing:
             handle = self._handles[int(entry.request_id)]
-            slot = self._holders.take(handle.request_id)
-            if not handle.token_ids:
-                handle.num_cached_tokens = max(handle.num_cached_tokens, entry.start)
+            if not handle.started:
+                handle.started, handle.num_cached_tokens = True, entry.start
             ids, made = handle.prompt_ids, handle.token_ids
-            self._runner.sampling.add(slot, handle.params, ids, sample=handle.sample, output_ids=made)
+            self._runner.sampling.add(holders.next_free, handle.params, ids, sample=handle.sample, output_ids=made)
+            holders.take(handle.request_id)
 
-    def _run(self, entries: Sequence[StepEntry]) -> SampleResult | None:
+    def _step_input(self, entries: Sequence[StepEntry]) -> StepInput:
+        """Columns of the step; page tables that changed are written on the way."""
         holders = self._holders
         slots = [holders.slot_of[int(entry.request_id)] for entry in entries]
         for slot, entry in zip(slots, entries, strict=True):
@@ -252,19 +281,20 @@ class Engine:
             np.array([entry.samples for entry in entries]),
         )
         self.stats.num_decode_steps += step.is_decode
-        wanted = (self._handles[request_id].params.logprobs for request_id in holders.slot_of)
-        return self._runner.run(step, max((number or 0 for number in wanted), default=0))
+        return step
 
-    def _take(self, entry: StepEntry, row: int, token: int, result: SampleResult | None) -> Chunk:
+    def _take(self, entry: StepEntry, token: int, logprobs: _LogprobRows | None, row: int) -> Chunk:
         """Give a request its drawn token."""
         handle = self._handles[int(entry.request_id)]
         if token < 0:
             problem = f"the logits at position {entry.start + len(entry.tokens) - 1} are NaN or have no finite value"
+            self._planner.abort(entry.request_id)
             return self._fail(handle, RequestError(handle.request_id, problem))
-        if handle.params.logprobs is not None and result is not None and result.logprobs is not None:
-            found, wanted = result.logprobs, handle.params.logprobs
-            tops = zip(found.indices[row, :wanted].tolist(), found.values[row, :wanted].tolist(), strict=True)
-            handle.logprobs.append(TokenLogprobs(float(found.chosen[row]), tuple(tops)))
+        if handle.params.logprobs is not None and logprobs is not None:
+            chosen, indices, values = logprobs
+            wanted = slice(handle.params.logprobs)
+            tops = zip(indices[row][wanted], values[row][wanted], strict=True)
+            handle.logprobs.append(TokenLogprobs(chosen[row], tuple(tops)))
         text = handle.take(token)
         if handle.finish_reason is not None:
             if handle.finish_reason != "length":
@@ -273,7 +303,7 @@ class Engine:
         return Chunk(handle, text, (token,), handle.finish_reason)
 
     def _fail(self, handle: RequestHandle, error: FiError) -> Chunk:
-        self._planner.abort(str(handle.request_id))
+        """End a request that the planner has ended."""
         self._forget(handle)
         return Chunk(handle, handle.end("error", error), (), "error")
 
@@ -288,15 +318,17 @@ class Engine:
 
     def abort(self, handle: RequestHandle) -> None:
         """End a request between steps, keeping what it generated; nothing happens to one that is finished."""
+        self._check_own(handle)
         if not handle.finished:
-            if self._handles.get(handle.request_id) is not handle:
-                raise ArgumentError("handle", "a request of this engine", f"request {handle.request_id} of another")
             self._planner.abort(str(handle.request_id))
             self._forget(handle)
             handle.end("abort")
 
     def stream(self, handles: Sequence[RequestHandle]) -> Iterator[Chunk]:
-        """Step until ``handles`` are finished, yielding their chunks as they come; others advance as well."""
+        """Step until ``handles`` are finished, yielding their chunks as they come; others advance as well. Raises
+        ArgumentError for a handle of another engine."""
+        for handle in handles:
+            self._check_own(handle)
         wanted = set(map(id, handles))
         while not all(handle.finished for handle in handles):
             for chunk in self.step():
@@ -305,11 +337,17 @@ class Engine:
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[RequestOutput]:
         """Run all prompts at once; outputs in their order, ``params.n`` of each. A prompt that is refused gives an output
-        with ``error`` set and does not hold up the others."""
+        with ``error`` set and does not hold up the others. If a step raises, or is interrupted, none of them goes on."""
+        if isinstance(prompts, str):
+            raise ArgumentError("prompts", "a sequence of prompts", "one string")
         samples = range(1 if params is None else params.n)
         handles = [self._submit_or_fail(prompt, params, sample) for prompt in prompts for sample in samples]
-        for _ in self.stream(handles):
-            pass
+        try:
+            for _ in self.stream(handles):
+                pass
+        finally:
+            for handle in handles:
+                self.abort(handle)
         return [handle.output() for handle in handles]
 
     def _submit_or_fail(self, prompt: Prompt, params: SamplingParams | None, sample: int) -> RequestHandle:
@@ -325,6 +363,23 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise PoolIntegrityError unless every page belongs to exactly those that should hold it."""
         self._planner.check_integrity()
+
+
+def _rows(result: SampleResult) -> _LogprobRows | None:
+    """The log-probabilities of a step on the host: one transfer a column, however many requests want them."""
+    found = result.logprobs
+    return None if found is None else (found.chosen.tolist(), found.indices.tolist(), found.values.tolist())
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    if given is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = str(given).partition(":")
+    present = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    if (index and not index.isdecimal()) or int(index or 0) >= present.get(kind, 0):
+        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(present["cuda"]))])
+        raise ArgumentError("device", f"one of {known}", given)
+    return torch.device(given)
 
 
 def _default_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:

@@ -27,3 +27,12 @@ class RequestError(FiError):
         self.request_id = request_id
         self.problem = problem
         super().__init__(f"request {request_id}: {problem}")
+
+
+class StepError(FiError):
+    """A step was cut short by an exception that is not one of fi's, which the call of ``step`` raised; the requests that
+    took part in it have ended."""
+
+    def __init__(self, step_idx: int, cause: BaseException) -> None:
+        self.step_idx = step_idx
+        super().__init__(f"step {step_idx} was cut short by {type(cause).__name__}: {cause}")

@@ -13,7 +13,7 @@ from gguf import GGUFReader, ReaderField
 from gguf.quants import dequantize
 from torch import Tensor
 
-from .checkpoint import Checkpoint, Progress
+from .checkpoint import Checkpoint, Progress, positive_int, positive_number, token_id
 from .config import ARCHITECTURES, ModelConfig
 from .errors import ModelFileError
 from .tokenizer import TextCodec
@@ -73,16 +73,34 @@ class _Fields:
         self.architecture = ""
         self.architecture = str(self.get("general.architecture"))
 
+    def name(self, key: str) -> str:
+        """``key`` with the architecture in the place of "{arch}"."""
+        return key.replace("{arch}", self.architecture)
+
     def find(self, key: str, default: Any = None) -> Any:
-        """The value of ``key`` ("{arch}" stands for the architecture), or ``default``."""
-        found = self._values.get(key.replace("{arch}", self.architecture))
+        """The value of ``key``, or ``default``."""
+        found = self._values.get(self.name(key))
         return default if found is None else found.contents()
 
     def get(self, key: str) -> Any:
         value = self.find(key)
         if value is None:
-            raise ModelFileError(self._path, f"field {key}", "missing")
+            raise ModelFileError(self._path, f"field {self.name(key)}", "missing")
         return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.get(key) if default is None else self.find(key, default)
+        return positive_int(self._path, self.name(key), value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key) if default is None else self.find(key, default)
+        return positive_number(self._path, self.name(key), value)
+
+    def token_id(self, name: str, vocab_size: int) -> int | None:
+        """The token called ``name`` (bos, eos ...), or None if the file does not say."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = self.find(key)
+        return None if value is None else token_id(self._path, key, value, vocab_size)
 
 
 def open_gguf(path: Path, progress: Progress) -> Checkpoint:
@@ -106,9 +124,9 @@ def open_gguf(path: Path, progress: Progress) -> Checkpoint:
 
 
 def _config(path: Path, fields: _Fields, tensors: Mapping[str, Any]) -> ModelConfig:
-    num_heads = int(fields.get("{arch}.attention.head_count"))
-    hidden_size = int(fields.get("{arch}.embedding_length"))
-    head_dim = int(fields.find("{arch}.attention.key_length", hidden_size // num_heads))
+    num_heads = fields.count("{arch}.attention.head_count")
+    hidden_size = fields.count("{arch}.embedding_length")
+    head_dim = fields.count("{arch}.attention.key_length", hidden_size // num_heads)
     if "token_embd.weight" not in tensors:
         raise ModelFileError(path, "tensor token_embd.weight", "missing")
     rope = _rope(path, fields, head_dim)
@@ -116,36 +134,37 @@ def _config(path: Path, fields: _Fields, tensors: Mapping[str, Any]) -> ModelCon
         # The rows of q and k are stored permuted over whole heads, which undoes only if whole heads rotate.
         problem = f"{rope.rotary_dim} is not the head dim {head_dim}"
         raise ModelFileError(path, "field llama.rope.dimension_count", problem)
-    eos = [fields.find(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    vocab_size = int(tensors["token_embd.weight"].shape[1])
+    eos = [fields.token_id(name, vocab_size) for name in ("eos", "eot", "eom")]
     return ModelConfig(
         architecture=fields.architecture,  # type: ignore[arg-type]
-        num_layers=int(fields.get("{arch}.block_count")),
+        num_layers=fields.count("{arch}.block_count"),
         hidden_size=hidden_size,
-        intermediate_size=int(fields.get("{arch}.feed_forward_length")),
+        intermediate_size=fields.count("{arch}.feed_forward_length"),
         num_qo_heads=num_heads,
-        num_kv_heads=int(fields.find("{arch}.attention.head_count_kv", num_heads)),
+        num_kv_heads=fields.count("{arch}.attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        max_position=int(fields.get("{arch}.context_length")),
-        norm_eps=float(fields.get("{arch}.attention.layer_norm_rms_epsilon")),
+        vocab_size=vocab_size,
+        max_position=fields.count("{arch}.context_length"),
+        norm_eps=fields.number("{arch}.attention.layer_norm_rms_epsilon"),
         rope=rope,
         tied_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        eos_ids=frozenset(int(item) for item in eos if item is not None),
+        eos_ids=frozenset(item for item in eos if item is not None),
     )
 
 
 def _rope(path: Path, fields: _Fields, head_dim: int) -> RopeConfig:
-    rotary_dim = int(fields.find("{arch}.rope.dimension_count", head_dim))
-    base = float(fields.find("{arch}.rope.freq_base", 10000.0))
+    rotary_dim = fields.count("{arch}.rope.dimension_count", head_dim)
+    base = fields.number("{arch}.rope.freq_base", 10000.0)
     kind = fields.find("{arch}.rope.scaling.type", "none")
     scaling: LinearScaling | YarnScaling | None = None
     if kind == "linear":
-        scaling = LinearScaling(float(fields.get("{arch}.rope.scaling.factor")))
+        scaling = LinearScaling(fields.number("{arch}.rope.scaling.factor"))
     elif kind == "yarn":
-        original = int(fields.get("{arch}.rope.scaling.original_context_length"))
-        scaling = YarnScaling(float(fields.get("{arch}.rope.scaling.factor")), original)
+        original = fields.count("{arch}.rope.scaling.original_context_length")
+        scaling = YarnScaling(fields.number("{arch}.rope.scaling.factor"), original)
     elif kind != "none":
         raise ModelFileError(path, "field rope.scaling.type", f"{kind!r} is not one of none, linear, yarn")
     return RopeConfig(rotary_dim, base, "half", scaling)
@@ -165,18 +184,15 @@ def _codec(path: Path, fields: _Fields, config: ModelConfig) -> TextCodec:
         fields.find("tokenizer.ggml.token_type", []),
         pre_tokenizer,
     )
-    bos = fields.find("tokenizer.ggml.bos_token_id")
+    bos, eos = (fields.token_id(name, len(tokens)) for name in ("bos", "eos"))
     # Files of Llama 3 begin prompts with BOS without saying so.
-    with_bos = bos is not None and fields.find("tokenizer.ggml.add_bos_token", pre_tokenizer == "llama-bpe")
-    eos = fields.find("tokenizer.ggml.eos_token_id")
+    with_bos = fields.find("tokenizer.ggml.add_bos_token", pre_tokenizer == "llama-bpe")
     return TextCodec(
         tokenizer,
-        prefix_ids=(int(bos),) if with_bos else (),
+        prefix_ids=(bos,) if bos is not None and with_bos else (),
         chat_template=fields.find("tokenizer.chat_template"),
         special_texts={
-            name: tokens[int(token_id)]
-            for name, token_id in (("bos_token", bos), ("eos_token", eos))
-            if token_id is not None
+            name: tokens[special] for name, special in (("bos_token", bos), ("eos_token", eos)) if special is not None
         },
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fi_core.errors import FiError
@@ -52,7 +53,8 @@ class RequestHandle:
     """A request on its way through an engine; read it between steps, write it never.
 
     ``params`` has the seed and the number of tokens filled in; ``sample`` is which of the prompt's ``params.n`` samples this is.
-    ``text`` is what may be shown so far. ``stream`` is None when the model has no tokeniser.
+    ``text`` is what may be shown so far. ``stream`` is None when the model has no tokeniser. ``started``: a step has run some
+    of its tokens.
     """
 
     request_id: int
@@ -65,12 +67,25 @@ class RequestHandle:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: str = ""
     num_cached_tokens: int = 0
+    started: bool = False
     finish_reason: FinishReason | None = None
     error: FiError | None = None
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def fork(self, request_id: int, params: SamplingParams) -> RequestHandle:
+        """A handle that has what this one has so far and goes on by itself."""
+        return replace(
+            self,
+            request_id=request_id,
+            params=params,
+            checker=copy(self.checker),
+            stream=None if self.stream is None else self.stream.fork(),
+            token_ids=list(self.token_ids),
+            logprobs=list(self.logprobs),
+        )
 
     def take(self, token: int) -> str:
         """Add a drawn token; returns the text that may be shown now and sets ``finish_reason`` if it was the last."""

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from fi_core import AttentionSpec, Batch, KVCache, Plan
-from fi_sampling import SampleResult, SamplingState
+from fi_sampling import Pipeline, SampleResult, SamplingState
 from fi_scheduler.graphs import GraphRunner, Inputs
 from torch import Tensor
 
 from .buffers import StepBlock
 from .model import Model
+
+_MAX_GRAPH_SETS = 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Runner:
     to a bucket and on a GPU replayed as one CUDA graph from the lengths to the drawn tokens; others run directly.
     """
 
-    def __init__(self, model: Model, sizes: Sizes, cuda_graphs: bool) -> None:
+    def __init__(self, model: Model, sizes: Sizes, cuda_graphs: bool, pipeline: Pipeline | None = None) -> None:
         self.model = model
         self.sizes = sizes
         config, device = model.config, model.device
@@ -80,8 +82,11 @@ class Runner:
         )
         self.mixed_plan = self._plan(sizes.max_step_tokens, min(sizes.max_step_tokens, sizes.max_model_len))
         self.decode_plan = self._plan(sizes.max_batch, 1)
-        self.sampling = SamplingState(sizes.max_batch, config.vocab_size, device=device, eos_token_ids=config.eos_ids)
+        self.sampling = SamplingState(
+            sizes.max_batch, config.vocab_size, device=device, eos_token_ids=config.eos_ids, pipeline=pipeline
+        )
         self._use_graphs = cuda_graphs
+        # By the signature of the sampling state, the one used last at the end.
         self._graphs: dict[tuple[frozenset[str], int], GraphRunner[SampleResult]] = {}
         batch, entries = sizes.max_batch, sizes.table_entries
         columns = {
@@ -117,6 +122,12 @@ class Runner:
         self._host_table[slot, : len(pages)] = pages
         self._table_changed = True
 
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages (source, destination) in every layer; the pairs may be done in any order."""
+        sources, destinations = torch.tensor(pairs, dtype=torch.int64).T.contiguous().to(self.model.device)
+        for cache in self.caches:
+            fi.copy_pages(cache, cache, sources, destinations)
+
     def stage(self, step: StepInput, padded_to: int) -> None:
         """Bring the inputs of ``step`` to the device, followed by empty requests up to ``padded_to``."""
         self._block.wait()
@@ -144,19 +155,16 @@ class Runner:
         num, num_draws = len(step.counts), int(step.draws.sum())
         inputs = self._inputs(num)
         batch = self._batch(inputs)
-        self.mixed_plan.update(batch)
+        plan = self.decode_plan if step.is_decode else self.mixed_plan
+        plan.update(batch)
         columns = self._block.device
         tokens, rows = columns["tokens"][: len(step.tokens)], columns["rows"][:num_draws]
-        return self.model.forward(tokens, batch, self.caches, self.mixed_plan, rows)
+        return self.model.forward(tokens, batch, self.caches, plan, rows)
 
-    def run(self, step: StepInput, top_n: int) -> SampleResult | None:
-        """Run ``step`` and draw; None if nothing draws. Results stay valid until the next run. ``top_n``: most
-        log-probabilities that a slot reports."""
+    def run(self, step: StepInput) -> SampleResult | None:
+        """Run ``step`` and draw; None if nothing draws. Results stay valid until the next run."""
         if step.is_decode and self._use_graphs:
-            key = (self.sampling.active, top_n)
-            if key not in self._graphs:
-                self._graphs[key] = GraphRunner(self._decode, self._buckets(), self._empty_inputs)
-            runner = self._graphs[key]
+            runner = self._graph_runner()
             num = len(step.counts)
             return runner.run(num, lambda inputs, size: self.stage(step, runner.bucket_for(size)))
         self.stage(step, len(step.counts))
@@ -173,6 +181,16 @@ class Runner:
             torch.cuda.current_stream(self.model.device).synchronize()
         found: list[int] = self._drawn[:num].tolist()
         return found
+
+    def _graph_runner(self) -> GraphRunner[SampleResult]:
+        """The graphs of what the sampling state is to run now. Only the last few are kept: each set takes memory, and
+        requests could ask for any number of combinations."""
+        key = self.sampling.signature
+        runner = self._graphs.pop(key, None) or GraphRunner(self._decode, self._buckets(), self._empty_inputs)
+        self._graphs[key] = runner
+        if len(self._graphs) > _MAX_GRAPH_SETS:
+            del self._graphs[next(iter(self._graphs))]
+        return runner
 
     def _buckets(self) -> list[int]:
         """Batch sizes of decode steps: on a CPU all, as padding costs time and nothing is captured."""

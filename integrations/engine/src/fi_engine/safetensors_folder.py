@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .checkpoint import Checkpoint, Progress
+from .checkpoint import Checkpoint, Progress, positive_int, positive_number, token_id
 from .config import ARCHITECTURES, ModelConfig
 from .errors import ModelFileError
 from .tokenizer import TextCodec
@@ -49,6 +49,16 @@ class _RawConfig:
             raise ModelFileError(self.path, f"field {name}", "missing")
         return self.values[name]
 
+    def count(self, name: str, default: int | None = None) -> int:
+        return positive_int(self.path, name, self._given(name, default))
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return positive_number(self.path, name, self._given(name, default))
+
+    def _given(self, name: str, default: object) -> object:
+        """The value, or ``default`` where it is absent or null."""
+        return self.get(name) if default is None or self.values.get(name) is not None else default
+
     def require(self, name: str, expected: object) -> None:
         """Raise unless the field is absent or ``expected``: other values change the model in ways not served."""
         actual = self.values.get(name, expected)
@@ -66,34 +76,37 @@ def _config(path: Path, values: Mapping[str, Any]) -> ModelConfig:
     raw.require("attention_bias", False)
     raw.require("mlp_bias", False)
     raw.require("use_sliding_window", False)
-    num_heads, hidden_size = int(raw.get("num_attention_heads")), int(raw.get("hidden_size"))
-    head_dim = int(values.get("head_dim") or hidden_size // num_heads)
+    num_heads, hidden_size = raw.count("num_attention_heads"), raw.count("hidden_size")
+    head_dim = raw.count("head_dim", hidden_size // num_heads)
+    vocab_size = raw.count("vocab_size")
     return ModelConfig(
         architecture=architecture,
-        num_layers=int(raw.get("num_hidden_layers")),
+        num_layers=raw.count("num_hidden_layers"),
         hidden_size=hidden_size,
-        intermediate_size=int(raw.get("intermediate_size")),
+        intermediate_size=raw.count("intermediate_size"),
         num_qo_heads=num_heads,
-        num_kv_heads=int(values.get("num_key_value_heads") or num_heads),
+        num_kv_heads=raw.count("num_key_value_heads", num_heads),
         head_dim=head_dim,
-        vocab_size=int(raw.get("vocab_size")),
-        max_position=int(raw.get("max_position_embeddings")),
-        norm_eps=float(raw.get("rms_norm_eps")),
+        vocab_size=vocab_size,
+        max_position=raw.count("max_position_embeddings"),
+        norm_eps=raw.number("rms_norm_eps"),
         rope=_rope(raw, head_dim),
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
-        eos_ids=_eos_ids(path, values),
+        eos_ids=_eos_ids(path, values, vocab_size),
     )
 
 
-def _eos_ids(path: Path, values: Mapping[str, Any]) -> frozenset[int]:
-    generation = path / "generation_config.json"
-    found = _json(generation).get("eos_token_id") if generation.exists() else None
-    found = values.get("eos_token_id") if found is None else found
+def _eos_ids(path: Path, values: Mapping[str, Any], vocab_size: int) -> frozenset[int]:
+    source, generation = path / "config.json", path / "generation_config.json"
+    found = values.get("eos_token_id")
+    if generation.exists() and (stated := _json(generation).get("eos_token_id")) is not None:
+        source, found = generation, stated
     if found is None:
         return frozenset()
-    return frozenset(map(int, found)) if isinstance(found, list) else frozenset([int(found)])
+    listed = found if isinstance(found, list) else [found]
+    return frozenset(token_id(source, "eos_token_id", item, vocab_size) for item in listed)
 
 
 def _rope(raw: _RawConfig, head_dim: int) -> RopeConfig:
@@ -107,7 +120,7 @@ def _rope(raw: _RawConfig, head_dim: int) -> RopeConfig:
     rotary_dim = int(head_dim * float(rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0))
     base = float(rope.get("rope_theta") or 10000.0)
     try:
-        scaling = _scaling(kind, rope, int(raw.get("max_position_embeddings")))
+        scaling = _scaling(kind, rope, raw.count("max_position_embeddings"))
     except KeyError as error:
         raise ModelFileError(raw.path, f"field rope scaling {error}", f"missing for type {kind!r}") from None
     if scaling is None and kind != "default":

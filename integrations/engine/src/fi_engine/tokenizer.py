@@ -20,11 +20,20 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+def _check_text(argument: str, text: object) -> None:
+    """Raise ArgumentError unless ``text`` is a string that has an encoding."""
+    if not isinstance(text, str):
+        raise ArgumentError(argument, "a string", repr(text))
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ArgumentError(argument, "text without lone surrogates", ascii(text))
+
+
 class TextCodec:
     """A tokeniser with its chat template.
 
     ``prefix_ids`` are put before an encoded prompt (a BOS token); None leaves that to the tokeniser's own rules.
-    ``special_texts`` (``bos_token``, ``eos_token``) are variables of the chat template.
+    ``special_texts`` (``bos_token``, ``eos_token``) are variables of the chat template. Raises ArgumentError for a
+    ``chat_template`` that is none.
     """
 
     def __init__(
@@ -43,10 +52,14 @@ class TextCodec:
                 trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
             )
             environment.globals["raise_exception"] = _raise
-            self._template = environment.from_string(chat_template)
+            try:
+                self._template = environment.from_string(chat_template)
+            except jinja2.TemplateError as error:
+                raise ArgumentError("chat_template", "a Jinja template", error) from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt; special tokens written in the text count as such."""
+        _check_text("prompt", text)
         if self._prefix_ids is None:
             return list(self.tokenizer.encode(text).ids)
         return [*self._prefix_ids, *self.tokenizer.encode(text, add_special_tokens=False).ids]
@@ -56,8 +69,12 @@ class TextCodec:
         if self._template is None:
             raise ArgumentError("messages", "a model with a chat template", "a model without one")
         for message in messages:
+            if not isinstance(message, Mapping):
+                raise ArgumentError("messages", "mappings with the keys role and content", repr(message))
             if set(message) != {"role", "content"}:
                 raise ArgumentError("messages", "the keys role and content in each", sorted(message))
+            for name, text in message.items():
+                _check_text(f"messages: {name}", text)
         values: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": True, **self._special_texts}
         try:
             text = self._template.render(values)
@@ -78,6 +95,12 @@ class TextStream:
         self._ids: list[int] = []
         self._context = 0
         self._done = 0
+
+    def fork(self) -> TextStream:
+        """A stream that stands where this one does and goes on by itself."""
+        other = TextStream(self._codec)
+        other._ids, other._context, other._done = list(self._ids), self._context, self._done
+        return other
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes, perhaps none."""

@@ -26,6 +26,7 @@ from .errors import (
     CapacityError,
     FiError,
     IndexCheckError,
+    LayoutError,
     PluginError,
     SettingsError,
     ShadowMismatchError,
@@ -36,7 +37,7 @@ from .explain import backends, explain
 from .hookspecs import BackendInfo, hookimpl
 from .ops.add_rmsnorm import add_rmsnorm
 from .ops.append_kv import append_kv
-from .ops.attention import attention
+from .ops.attention import attention, lse_base2
 from .ops.copy_pages import copy_pages
 from .ops.filter_logits import filter_logits
 from .ops.gelu_mul import gelu_mul
@@ -80,6 +81,7 @@ __all__ = [
     "KernelEntry",
     "KernelRegistry",
     "LayerArgs",
+    "LayoutError",
     "LinearScaling",
     "Llama3Scaling",
     "LogprobsOut",
@@ -115,6 +117,7 @@ __all__ = [
     "gelu_mul",
     "hookimpl",
     "logprobs",
+    "lse_base2",
     "merge_states",
     "penalize_logits",
     "plan",

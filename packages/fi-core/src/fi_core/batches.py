@@ -25,6 +25,9 @@ def _absent(batch: Batch, names: tuple[str, ...], why: str) -> None:
 
 def check_batch(batch: Batch) -> None:
     """Raise ArgumentError unless the batch's tensors agree with each other; reads metadata only."""
+    for name, tensor in batch_tensors(batch):
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(f"batch.{name}", "a tensor", type(tensor).__name__)
     size = batch.kv_lens.shape[0] if batch.kv_lens.dim() == 1 else -1
     if size < 0:
         raise ArgumentError("batch.kv_lens", "int32 [B]", f"{batch.kv_lens.dtype} {list(batch.kv_lens.shape)}")
@@ -61,6 +64,8 @@ def _check_table(batch: Batch, table: torch.Tensor, size: int) -> None:
         raise ArgumentError("batch.table", "a contiguous last dim", f"strides {table.stride()}")
     if batch.table_row is not None:
         _vector("table_row", batch.table_row, torch.int32, size)
+        if size and not table.shape[0]:
+            raise ArgumentError("batch.table", "at least a row, which table_row picks", "0 rows")
     elif table.shape[0] < size:
         raise ArgumentError("batch.table", f"at least {size} rows (no table_row)", f"{table.shape[0]} rows")
 

@@ -238,12 +238,12 @@ def _check_lengths(record: _Record, batch: Batch, kv: KVCache, max_kv_len: int |
         record.note("batch.kv_lens", kv_lens > max_kv_len, kv_lens, max_kv_len)
     if batch.table_indptr is not None and batch.table is not None:
         _check_indptr(record, "batch.table_indptr", batch.table_indptr, batch.table.shape[0])
-        held = (batch.table_indptr[1:] - batch.table_indptr[:-1]) * page_size
+        held = (batch.table_indptr[1:] - batch.table_indptr[:-1]).long() * page_size
     elif batch.kv_indptr is not None:
         _check_indptr(record, "batch.kv_indptr", batch.kv_indptr, kv.as_nhd()[0].shape[0])
         held = batch.kv_indptr[1:] - batch.kv_indptr[:-1]
     elif batch.table is not None:
-        held = torch.full_like(kv_lens, batch.table.shape[1] * page_size)
+        held = torch.full_like(kv_lens, batch.table.shape[1] * page_size, dtype=torch.int64)
     else:
         return
     record.note("batch.kv_lens", kv_lens > held, kv_lens, held)

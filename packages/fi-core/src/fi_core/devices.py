@@ -11,7 +11,7 @@ def normal_device(device: torch.device | str) -> torch.device:
     """``device`` with its index filled in: what a tensor made there reports. ArgumentError unless this machine has it."""
     try:
         device = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ArgumentError("device", "a torch device, such as 'cpu' or 'cuda:0'", repr(device)) from error
     if device.type != "cuda":
         return device

@@ -54,6 +54,16 @@ class UnsupportedError(FiError):
         super().__init__("\n".join(lines))
 
 
+class LayoutError(UnsupportedError, ArgumentError):
+    """A tensor's strides or address are those of no kernel: an ArgumentError in its text and attributes; ``request`` is
+    that text and ``rejections`` is empty, because no kernel was asked."""
+
+    def __init__(self, argument: str, expected: str, actual: object) -> None:
+        ArgumentError.__init__(self, argument, expected, actual)
+        self.request = str(self)
+        self.rejections = ()
+
+
 class UnknownBackendError(FiError):
     """A backend name that no installed plugin answers to."""
 

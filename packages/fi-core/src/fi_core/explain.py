@@ -40,6 +40,8 @@ def explain(what: AttentionSpec | Request, *, device: str | None = None, max_q_l
             if given is not None:
                 raise ArgumentError(name, "None with a Request, which holds it", given)
         return str(registry().select(what))
+    if not isinstance(what, AttentionSpec):
+        raise ArgumentError("what", "an AttentionSpec or a Request", type(what).__name__)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     values = attention_values(what, 1 if max_q_len is None else max_q_len)

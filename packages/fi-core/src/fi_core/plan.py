@@ -88,9 +88,11 @@ class Plan:
         The plan keeps references to the batch's tensors. Contents may change between steps, but a change of lengths
         takes effect with the next update only. Raises ArgumentError, or CapacityError naming the capacity exceeded.
         """
-        check_planned(batch, self.spec, self.capacity, self.device)
+        # Records are frozen, so a batch on the device whose form was checked keeps it.
+        if batch is not self.batch or batch.q_indptr.is_cpu:
+            check_planned(batch, self.spec, self.capacity, self.device)
         self.state.update(batch)
-        self.num_q_tokens = int(batch.q_indptr[-1]) if batch.q_indptr.device.type == "cpu" else 0
+        self.num_q_tokens = int(batch.q_indptr[-1]) if batch.q_indptr.is_cpu else 0
         self.batch = batch
 
     def explain(self) -> str:

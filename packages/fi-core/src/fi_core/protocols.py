@@ -89,16 +89,30 @@ class Rope(Protocol):
 
 
 class RMSNorm(Protocol):
-    """Protocol of ``rmsnorm``: out = x / sqrt(mean(x^2) + eps) * (weight + weight_bias) over the last dim; out may alias x."""
+    """Protocol of ``rmsnorm``: out = x / sqrt(mean(x^2) + eps) * (weight + weight_bias) over the last dim; out may alias x.
 
-    def __call__(self, x: Tensor, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None: ...
+    ``scale`` None: out has x's dtype. Else (a float, or a float32 tensor of one element on x's device) out is
+    float8_e4m3fn or float8_e5m2 and holds the norm, in the arithmetic dtype, divided by the scale as IEEE division rounds
+    it, saturated to the largest finite value, and rounded to nearest even; NaN stays NaN."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, eps: float, weight_bias: float, scale: float | Tensor | None, out: Tensor
+    ) -> None: ...
 
 
 class AddRMSNorm(Protocol):
-    """Protocol of ``add_rmsnorm``: residual += x in place, then out = rmsnorm(residual); out may alias x."""
+    """Protocol of ``add_rmsnorm``: residual += x in place, then out = rmsnorm(residual), also with its ``scale``; out
+    may alias x."""
 
     def __call__(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float, out: Tensor
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        weight_bias: float,
+        scale: float | Tensor | None,
+        out: Tensor,
     ) -> None: ...
 
 

@@ -7,12 +7,14 @@ D ``head_dim`` (Q and K), Dv ``head_dim_vo`` (V and the output).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from types import NoneType
+from typing import Literal, TypeVar
 
 import torch
 
-from .errors import ArgumentError
+from .errors import ArgumentError, LayoutError
 
 KVFormat = Literal["fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2"]
 KVLayout = Literal["NHD", "HND"]
@@ -34,6 +36,17 @@ ATTENTION_FEATURES = frozenset({"soft_cap", "sinks", "alibi", "mask", "lse"})
 def _require(condition: bool, argument: str, expected: str, actual: object) -> None:
     if not condition:
         raise ArgumentError(argument, expected, actual)
+
+
+Collection = TypeVar("Collection")
+
+
+def _collected(argument: str, items: Iterable[object], kind: Callable[[Iterable[object]], Collection]) -> Collection:
+    """``items`` as a tuple or frozenset; ArgumentError when they cannot be iterated or hashed."""
+    try:
+        return kind(items)
+    except TypeError as error:
+        raise ArgumentError(argument, f"values for a {kind.__name__}", repr(items)) from error
 
 
 def format_of(dtype: torch.dtype) -> KVFormat:
@@ -70,10 +83,12 @@ class AttentionSpec:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
+        allowed = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+        _require(self.dtype in allowed, "dtype", "float32, float16, bfloat16 or float64", self.dtype)
         object.__setattr__(self, "head_dim_vo", self.head_dim if self.head_dim_vo is None else self.head_dim_vo)
         object.__setattr__(self, "kv_format", format_of(self.dtype) if self.kv_format is None else self.kv_format)
-        object.__setattr__(self, "features", frozenset(self.features))
-        object.__setattr__(self, "windows", tuple(self.windows))
+        object.__setattr__(self, "features", _collected("features", self.features, frozenset))
+        object.__setattr__(self, "windows", _collected("windows", self.windows, tuple))
         for name in ("num_qo_heads", "num_kv_heads", "head_dim", "head_dim_vo"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value > 0, name, "a positive int", value)
@@ -83,13 +98,9 @@ class AttentionSpec:
             f"a multiple of num_kv_heads={self.num_kv_heads}",
             self.num_qo_heads,
         )
-        _require(
-            self.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64),
-            "dtype",
-            "float32, float16, bfloat16 or float64",
-            self.dtype,
-        )
-        _require(self.kv_format in KV_FORMATS, "kv_format", f"one of {sorted(KV_FORMATS)}", self.kv_format)
+        for name in ("causal", "batch_invariant"):
+            _require(isinstance(getattr(self, name), bool), name, "a bool", repr(getattr(self, name)))
+        _require(self.kv_format in tuple(KV_FORMATS), "kv_format", f"one of {sorted(KV_FORMATS)}", self.kv_format)
         _require(self.kv_layout in ("NHD", "HND"), "kv_layout", "'NHD' or 'HND'", self.kv_layout)
         _require(self.table in ("dense", "indptr", "ragged"), "table", "'dense', 'indptr' or 'ragged'", self.table)
         if self.table == "ragged":
@@ -209,6 +220,9 @@ class KVCache:
     v_scale: float | torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("k", "v"):
+            tensor = getattr(self, name)
+            _require(isinstance(tensor, torch.Tensor), f"kv.{name}", "a tensor", type(tensor).__name__)
         if self.format is None:
             object.__setattr__(self, "format", format_of(self.k.dtype))
         _require(self.layout in ("NHD", "HND"), "kv.layout", "'NHD' or 'HND'", self.layout)
@@ -219,7 +233,8 @@ class KVCache:
             allowed = {KV_FORMATS[self.format or ""]} | ({torch.uint8} if is_fp8 else set())
             _require(tensor.dtype in allowed, f"kv.{name}.dtype", f"{self.format} storage", tensor.dtype)
             _require(tensor.dim() in (3, 4), f"kv.{name}", "3 (ragged) or 4 (paged) dims", tuple(tensor.shape))
-            _require(tensor.stride(-1) == 1, f"kv.{name}", "a contiguous last dim", tensor.stride())
+            if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+                raise LayoutError(f"kv.{name}", "a contiguous last dim", f"strides {tensor.stride()}")
             scale = getattr(self, f"{name}_scale")
             _require(is_fp8 or scale is None, f"kv.{name}_scale", f"None with format {self.format}", scale)
             if scale is not None and not isinstance(scale, torch.Tensor):
@@ -270,6 +285,18 @@ class LayerArgs:
     window: int | None | Literal["spec"] = "spec"
     sinks: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # Made anew for each call by some callers: no text is put together unless something is wrong.
+        for name, number in (("scale", self.scale), ("soft_cap", self.soft_cap)):
+            if not isinstance(number, (int, float, NoneType)) or isinstance(number, bool):
+                raise ArgumentError(f"layer.{name}", "a number or None", repr(number))
+        window = self.window
+        if window != "spec" and (not isinstance(window, (int, NoneType)) or isinstance(window, bool)):
+            raise ArgumentError("layer.window", "an int, None or 'spec'", repr(window))
+        for name, tensor in (("sinks", self.sinks), ("alibi_slopes", self.alibi_slopes)):
+            if not isinstance(tensor, (torch.Tensor, NoneType)):
+                raise ArgumentError(f"layer.{name}", "a tensor or None", repr(tensor))
 
     def resolve(self, spec: AttentionSpec) -> ResolvedLayer:
         """Check against ``spec`` and fill in defaults; raises ArgumentError naming the field."""

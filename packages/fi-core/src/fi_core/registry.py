@@ -167,7 +167,7 @@ class KernelRegistry:
 
         Raises UnknownBackendError, or UnsupportedError holding every kernel's reasons.
         """
-        key = (request, backend or forced_backend())
+        key = (request, forced_backend() if backend is None else backend)
         with self._lock:
             found = self._selections.get(key)
             if found is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal
 
 import torch
@@ -17,11 +18,24 @@ from .errors import ArgumentError
 RopePairs = Literal["half", "interleaved"]
 
 
+def _require_factor(factor: float) -> None:
+    if not 1 <= factor < math.inf:
+        raise ArgumentError("rope.scaling.factor", "at least 1 and finite", factor)
+
+
+def _require_position(original_max_position: int) -> None:
+    if original_max_position < 1:
+        raise ArgumentError("rope.scaling.original_max_position", "a positive int", original_max_position)
+
+
 @dataclass(frozen=True)
 class LinearScaling:
     """Position interpolation: all frequencies divided by ``factor``."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        _require_factor(self.factor)
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,13 @@ class Llama3Scaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        _require_factor(self.factor)
+        _require_position(self.original_max_position)
+        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            factors = f"{self.low_freq_factor}, {self.high_freq_factor}"
+            raise ArgumentError("rope.scaling.low_freq_factor, high_freq_factor", "0 < low < high, finite", factors)
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,15 @@ class YarnScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
 
+    def __post_init__(self) -> None:
+        _require_factor(self.factor)
+        _require_position(self.original_max_position)
+        if not 0 < self.beta_slow <= self.beta_fast < math.inf:
+            betas = f"{self.beta_slow}, {self.beta_fast}"
+            raise ArgumentError("rope.scaling.beta_slow, beta_fast", "0 < slow <= fast, finite", betas)
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise ArgumentError("rope.scaling.attention_factor", "positive and finite", self.attention_factor)
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -57,14 +87,15 @@ class RopeConfig:
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
     def __post_init__(self) -> None:
-        if self.rotary_dim <= 0 or self.rotary_dim % 2:
+        if not isinstance(self.rotary_dim, int) or self.rotary_dim <= 0 or self.rotary_dim % 2:
             raise ArgumentError("rope.rotary_dim", "a positive even int", self.rotary_dim)
         if self.pairs not in ("half", "interleaved"):
             raise ArgumentError("rope.pairs", "'half' or 'interleaved'", self.pairs)
-        if not self.base > 0:
-            raise ArgumentError("rope.base", "a positive number", self.base)
-        if self.scaling is not None and not self.scaling.factor >= 1:
-            raise ArgumentError("rope.scaling.factor", "at least 1", self.scaling.factor)
+        if not 1 < self.base < math.inf:
+            raise ArgumentError("rope.base", "a finite number above 1", self.base)
+        if not isinstance(self.scaling, (LinearScaling, Llama3Scaling, YarnScaling, NoneType)):
+            expected = "LinearScaling, Llama3Scaling, YarnScaling or None"
+            raise ArgumentError("rope.scaling", expected, type(self.scaling).__name__)
 
     @property
     def attention_factor(self) -> float:
@@ -109,16 +140,35 @@ def _yarn(plain: torch.Tensor, scaling: YarnScaling, base: float, rotary_dim: in
 class RopeTable:
     """A configuration made ready on a device: ``inv_freq`` float32 [rotary_dim / 2], and optionally a table ``cos_sin``
     float32 [max_position, rotary_dim] holding cos then sin (attention factor included). With a table kernels read it
-    (positions beyond it are an error in checked mode); without one they compute the angles."""
+    (positions beyond it are an error in checked mode); without one they compute the angles. Both are contiguous."""
 
     config: RopeConfig
     inv_freq: torch.Tensor
     cos_sin: torch.Tensor | None = None
 
+    def check(self, argument: str, device: torch.device) -> None:
+        """Raise ArgumentError, naming the field of ``argument``, unless both tensors are as documented, on ``device``."""
+        rotary_dim = self.config.rotary_dim
+        for name, tensor, num_dims, width in (
+            ("inv_freq", self.inv_freq, 1, rotary_dim // 2),
+            ("cos_sin", self.cos_sin, 2, rotary_dim),
+        ):
+            if tensor is None:
+                continue
+            if tensor.device != device:
+                raise ArgumentError(f"{argument}.{name}", f"a tensor on {device}", tensor.device)
+            fits = tensor.dtype == torch.float32 and tensor.dim() == num_dims and tensor.shape[-1] == width
+            if not (fits and tensor.is_contiguous()):
+                shape = f"[{width}]" if num_dims == 1 else f"[max_position, {width}]"
+                actual = f"{tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}"
+                raise ArgumentError(f"{argument}.{name}", f"contiguous float32 {shape}", actual)
+
     @classmethod
     def make(cls, config: RopeConfig, device: torch.device | str, max_position: int | None = None) -> RopeTable:
         """Prepare ``config`` on ``device``; with ``max_position`` also tabulate positions 0 .. max_position - 1 (the
         angles are computed in float64)."""
+        if max_position is not None and (not isinstance(max_position, int) or max_position < 1):
+            raise ArgumentError("max_position", "a positive int or None", max_position)
         frequencies = config.inv_freq()
         table = None
         if max_position is not None:

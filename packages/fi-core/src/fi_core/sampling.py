@@ -20,7 +20,8 @@ class FilterParams:
     ``temperature`` float32 [N] (0: greedy, the first index of the largest logit; None: 1). ``top_k`` int32 [N] (0 or
     below, or >= V: off), ``top_p`` float32 [N] (>= 1: off), ``min_p`` float32 [N] (<= 0: off), ``typical_p`` float32 [N]
     (>= 1: off). ``order``: "sequential" applies each filter to what the previous ones left, renormalised, in the order of
-    FILTERS; "joint" computes each on the whole distribution and intersects.
+    FILTERS; "joint" computes each on the whole distribution and intersects. What NaN in a filter's tensor keeps is not
+    defined; a row whose temperature is NaN is unusable.
     """
 
     temperature: Tensor | None = None

@@ -49,6 +49,8 @@ ROWS: Mapping[str, Mapping[str, Changes]] = {
     },
     "copy_pages": {"on one device": {}, "pinned host memory": {"placement": "from_host"}},
     "rope": {"table": {}, "computed angles": {"source": "computed"}, "interleaved pairs": {"pairs": "interleaved"}},
+    "rmsnorm": {"": {}, "FP8 e4m3 output": {"out_format": "fp8_e4m3"}},
+    "add_rmsnorm": {"": {}, "FP8 e4m3 output": {"out_format": "fp8_e4m3"}},
     "sample": {
         "top-k, top-p": {},
         "min-p": {"filters": frozenset({"min_p"})},

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from fi_core.hookspecs import hookimpl
 
+from . import aot_edge
+from .aot_server import serving
 from .aot_steps import BUILT, INDEX, KERNELS, RECIPES, AotError, recipe_name, recipe_text
 from .cache import Artifact, read_artifact
 from .command_line import exit_code, parse_arch, parse_jobs
@@ -28,12 +30,12 @@ from .wheel import pack_wheel
 
 _NINJA_FILE = """\
 rule compile
-  command = {python} -m fi_cuda.aot_steps compile $in
+  command = {edge} compile $in
   depfile = $out_base.d
   deps = gcc
   description = compile $in
 rule index
-  command = {python} -m fi_cuda.aot_steps index $in
+  command = {edge} index $in
   description = index
 
 """
@@ -80,7 +82,9 @@ def write_ninja(folder: Path, sources: Iterable[KernelSource], target: CompileTa
     for path in (*(folder / RECIPES).glob("*.json"), *(folder / BUILT).glob("*.json")):
         if path.stem not in recipes:
             path.unlink()
-    text = _NINJA_FILE.format(python=shlex.quote(sys.executable).replace("$", "$$"))
+    # -I and -S: an edge needs the standard library only, and starts in half the time.
+    edge = shlex.join([sys.executable, "-I", "-S", aot_edge.__file__]).replace("$", "$$")
+    text = _NINJA_FILE.format(edge=edge)
     for name, recipe in sorted(recipes.items()):
         _write_if_changed(folder / RECIPES / f"{name}.json", recipe)
         text += f"build {BUILT}/{name}.json: compile {RECIPES}/{name}.json\n  out_base = {BUILT}/{name}\n"
@@ -99,7 +103,8 @@ def build_folder(folder: Path, sources: Iterable[KernelSource], target: CompileT
     if importlib.util.find_spec("ninja") is None:
         raise AotError("ninja was not found; install it: pip install ninja")
     write_ninja(folder, sources, target)
-    done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(num_jobs)], check=False)
+    with serving(folder):
+        done = subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(num_jobs)], check=False)
     if done.returncode != 0:
         raise AotError(f"ninja failed in {folder} with exit code {done.returncode}")
     return AotFolder(folder / KERNELS)

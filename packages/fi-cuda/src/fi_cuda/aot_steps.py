@@ -1,4 +1,4 @@
-"""The two steps that the ninja file of ``fi_cuda.aot`` runs in its folder: compile one recipe, and write the index.
+"""The two steps of the ninja file of ``fi_cuda.aot`` in its folder: compile one recipe, and write the index.
 
 A recipe (``recipes/<id>.json``) is a source, a target and the compiler's version; ``<id>`` names the spec, whatever its
 headers say, so that an edge keeps its name when a header is edited. Compiling one puts the artifact into ``kernels/``
@@ -94,19 +94,25 @@ def write_index(built: Sequence[Path]) -> None:
     (kernels / INDEX).write_text(json.dumps(names, indent=1, sort_keys=True) + "\n")
 
 
+def run_step(step: str, paths: Sequence[Path]) -> None:
+    """``compile`` one recipe, or write the ``index`` of what was built; raises as these do."""
+    if step == "compile":
+        (recipe,) = paths
+        compile_recipe(recipe)
+    else:
+        write_index(paths)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """``compile RECIPE`` or ``index BUILT...``; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fi_cuda.aot_steps", description=__doc__.partition("\n")[0])
     steps = parser.add_subparsers(dest="step", required=True)
-    steps.add_parser("compile", help="compile one recipe").add_argument("recipe", type=Path)
-    steps.add_parser("index", help="write the index").add_argument("built", type=Path, nargs="+")
+    steps.add_parser("compile", help="compile one recipe").add_argument("paths", metavar="RECIPE", type=Path, nargs=1)
+    steps.add_parser("index", help="write the index").add_argument("paths", metavar="BUILT", type=Path, nargs="+")
     parsed = parser.parse_args(arguments)
 
     def run() -> int:
-        if parsed.step == "compile":
-            compile_recipe(parsed.recipe)
-        else:
-            write_index(parsed.built)
+        run_step(parsed.step, parsed.paths)
         return 0
 
     return exit_code(run)

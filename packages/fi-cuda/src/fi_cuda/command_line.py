@@ -32,9 +32,14 @@ def shortened(text: str, max_lines: int = 20, max_columns: int = 300) -> str:
     return "\n".join(head + more)
 
 
+def error_text(error: Exception) -> str:
+    """What a command says of an error: its kind and the head of its text."""
+    return f"fi_cuda: {type(error).__name__}: {shortened(str(error))}"
+
+
 def complain(error: Exception) -> None:
-    """Print an error on stderr: its kind and the head of its text."""
-    print(f"fi_cuda: {type(error).__name__}: {shortened(str(error))}", file=sys.stderr)
+    """Print an error on stderr."""
+    print(error_text(error), file=sys.stderr)
 
 
 def exit_code(run: Callable[[], int]) -> int:

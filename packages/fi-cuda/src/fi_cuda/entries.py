@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from fi_core.contract import Anything, Between, KernelEntry, OneOf, Rule
-from fi_core.records import KV_FORMATS
+from fi_core.contract import Anything, Between, Condition, KernelEntry, OneOf, Request, Rule, SubsetOf
+from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, format_of
 
 BACKEND = "cuda"
 MIN_CAPABILITY = (8, 0)
+BARRIER_CAPABILITY = (9, 0)  # of barriers in shared memory that copies complete
 
 _MAX_NORM_WIDTH = 16384  # a row stays in the registers of one block
 _MAX_ROPE_DIM = 1024  # a head's units are threads of one block
@@ -20,10 +21,15 @@ _MAX_COPY_DIM = 1024  # blocks of a page are the rows of a grid, of which there 
 _MAX_WIDTH = 2**26
 
 _FLOATS: Mapping[str, Rule] = {"dtype": OneOf(torch.float32, torch.float16, torch.bfloat16)}
+_NORM: Mapping[str, Rule] = {
+    **_FLOATS,
+    "hidden_size": Between(1, _MAX_NORM_WIDTH),
+    "out_format": OneOf("same", "fp8_e4m3", "fp8_e5m2"),
+}
 
 _RULES: Mapping[str, Mapping[str, Rule]] = {
-    "rmsnorm": {**_FLOATS, "hidden_size": Between(1, _MAX_NORM_WIDTH)},
-    "add_rmsnorm": {**_FLOATS, "hidden_size": Between(1, _MAX_NORM_WIDTH)},
+    "rmsnorm": _NORM,
+    "add_rmsnorm": _NORM,
     "silu_mul": {**_FLOATS, "width": Between(1, _MAX_WIDTH)},
     "gelu_mul": {**_FLOATS, "width": Between(1, _MAX_WIDTH), "approximate": OneOf("none", "tanh")},
     "rope": {
@@ -70,3 +76,58 @@ ENTRIES: list[KernelEntry] = [
     for op, rules in _RULES.items()
 ]
 """One kernel for each operation."""
+
+_MAX_GROUP = 1024  # the scheduler's own limit
+_MAX_SHORT_QUERY = 16
+_MAX_PACKED_ROWS = (
+    64  # a request with more has so many tiles that reading K and V once for each costs more than Triton's
+)
+_HEAD_DIM = Between(
+    16, 256, multiple_of=16
+)  # rows are moved in units of 16 bytes and multiplied in units of 16 elements
+
+_SHORT_QUERIES: Mapping[str, Rule] = {
+    "dtype": OneOf(torch.float16, torch.bfloat16),
+    "kv_format": OneOf("fp16", "bf16", "fp8_e4m3", "fp8_e5m2"),
+    "head_dim": _HEAD_DIM,
+    "head_dim_vo": _HEAD_DIM,
+    "group_size": Between(1, _MAX_GROUP),
+    "page_size": Anything(),
+    "kv_layout": OneOf("NHD", "HND"),
+    "table": OneOf("dense", "indptr", "ragged"),
+    "causal": Anything(),
+    "windowed": Anything(),
+    "features": SubsetOf(*ATTENTION_FEATURES),
+    "batch_invariant": Anything(),
+    "max_q_len": Between(1, _MAX_SHORT_QUERY),
+}
+
+
+def _same_or_fp8(request: Request) -> bool:
+    return request["kv_format"] in (format_of(request["dtype"]), "fp8_e4m3", "fp8_e5m2")
+
+
+def _few_rows(request: Request) -> bool:
+    return int(request["max_q_len"]) * int(request["group_size"]) <= _MAX_PACKED_ROWS
+
+
+def _load_attention_decode() -> Any:
+    return importlib.import_module("fi_cuda.kernels.attention.state").attention_decode
+
+
+ATTENTION_ENTRIES: list[KernelEntry] = [
+    KernelEntry(
+        "attention",
+        "attention_decode",
+        BACKEND,
+        _SHORT_QUERIES,
+        _load_attention_decode,
+        devices=("cuda",),
+        min_capability=BARRIER_CAPABILITY,
+        conditions=(
+            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+            Condition(f"at most {_MAX_PACKED_ROWS} rows of q for a KV head of a request", _few_rows),
+        ),
+    )
+]
+"""Kernels of attention, each for some lengths of queries."""

@@ -18,9 +18,12 @@ def explanations(name: str, shipped: Sequence[KernelSource], target: CompileTarg
     artifacts = [item for item in map(cache.find, cache.names()) if item is not None]
     wanted = [(source, target) for source in shipped]
     texts = {(source.text, target) for source in shipped}
+    folders = tuple(
+        dict.fromkeys((INCLUDE_FOLDER, *(folder for source in shipped for folder in source.include_folders)))
+    )
     for artifact in artifacts:
-        # The cache does not know where a plugin keeps its headers; those of other packages are reported as not found.
-        source = KernelSource(artifact.stem, artifact.symbol, artifact.text, (INCLUDE_FOLDER,))
+        # The cache does not know where a plugin keeps its headers; those are reported as not found.
+        source = KernelSource(artifact.stem, artifact.symbol, artifact.text, folders)
         if (artifact.text, target_of(artifact)) not in texts:
             texts.add((artifact.text, target_of(artifact)))
             wanted.append((source, target_of(artifact)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from cuda.core import ObjectCode
 from fi_core.errors import FiError
 
 from .cache import Artifact
-from .params import ParamsLayout
+from .params import ParamsLayout, TensorMap
 
 _DEFAULT_DYNAMIC_SHARED_BYTES = 48 * 1024
+_MAX_CLUSTER_SIZE = 8
 
 
 class LaunchError(FiError):
@@ -28,52 +30,71 @@ def check(status: Any, what: str) -> None:
         raise LaunchError(f"{what}: {text.decode() if text else status}")
 
 
-class _Arguments(threading.local):
-    """A thread's packed struct and the argument array that points at it; the driver copies it while it launches."""
+@dataclass(frozen=True)
+class LaunchShape:
+    """What every launch of a kernel has in common: threads a block, bytes of dynamic shared memory a block, blocks a
+    cluster; ``overlapping`` lets it start before the previous kernel of the stream has ended (programmatic dependent
+    launch: its code waits where it first needs that kernel's results). ``cooperative``: its blocks wait for one another, so
+    it starts only where all of them fit, whatever other streams run."""
 
-    def __init__(self, num_bytes: int) -> None:
+    num_threads: int
+    shared_bytes: int = 0
+    overlapping: bool = False
+    cluster_size: int = 1
+    cooperative: bool = False
+
+    def attributes(self) -> list[Any]:
+        """The driver's attributes of a launch."""
+        attributes = []
+        if self.overlapping:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        if self.cluster_size > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dims = attribute.value.clusterDim
+            dims.x, dims.y, dims.z = self.cluster_size, 1, 1
+            attributes.append(attribute)
+        if self.cooperative:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attribute.value.cooperative = 1
+            attributes.append(attribute)
+        return attributes
+
+
+class _Arguments(threading.local):
+    """A thread's packed struct and the argument array that points at it and at tensor maps; the driver copies what they
+    point at while it launches."""
+
+    def __init__(self, num_bytes: int, num_maps: int) -> None:
         self.packed = ctypes.create_string_buffer(num_bytes)
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.packed))
+        self.pointers = (ctypes.c_void_p * (1 + num_maps))(ctypes.addressof(self.packed))
         self.address = ctypes.addressof(self.pointers)
 
 
 class LaunchableKernel:
-    """A kernel in the driver. ``num_threads`` a block, ``shared_bytes`` of dynamic shared memory; ``overlapping`` lets
-    it start before the previous kernel of the stream has ended (programmatic dependent launch: its code waits where it
-    first needs that kernel's results).
+    """A kernel in the driver. Needs a driver and a device that runs the artifact's arch. Launching is thread-safe."""
 
-    Needs a driver and a device that runs the artifact's arch. Launching is thread-safe.
-    """
-
-    def __init__(
-        self,
-        artifact: Artifact,
-        layout: ParamsLayout,
-        num_threads: int,
-        shared_bytes: int = 0,
-        overlapping: bool = False,
-    ) -> None:
+    def __init__(self, artifact: Artifact, layout: ParamsLayout, shape: LaunchShape, num_maps: int = 0) -> None:
+        if not 1 <= shape.cluster_size <= _MAX_CLUSTER_SIZE:
+            raise LaunchError(f"{artifact.stem}: clusters of {shape.cluster_size} blocks, of 1 to {_MAX_CLUSTER_SIZE}")
         self.artifact = artifact
         self.layout = layout
-        self.num_threads = num_threads
-        self.shared_bytes = shared_bytes
-        self.overlapping = overlapping
+        self.shape = shape
         torch.cuda.current_stream()  # makes the device's primary context current
         # The object code owns the library, so it must live as long as the kernel.
         self._code = ObjectCode.from_cubin(artifact.cubin, name=artifact.stem)
         self._function = driver.CUfunction(int(self._code.get_kernel(artifact.symbol).handle))
-        if shared_bytes > _DEFAULT_DYNAMIC_SHARED_BYTES:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            (status,) = driver.cuKernelSetAttribute(
-                attribute, shared_bytes, driver.CUkernel(int(self._function)), torch.cuda.current_device()
-            )
-            check(status, f"{artifact.stem}: {shared_bytes} bytes of shared memory")
         self._pack_into = layout.packer.pack_into
-        self._arguments = _Arguments(layout.packer.size)
-        self._configs: dict[tuple[int, int, int], Any] = {}
+        self._arguments = _Arguments(layout.packer.size, num_maps)
+        self._configs: dict[tuple[int, int, int, int], Any] = {}
 
-    def launch(self, device: torch.device, grid_x: int, grid_y: int, *values: int | float) -> None:
-        """Launch grid_x x grid_y blocks on ``device``'s current stream with the struct's field values, in order.
+    def launch(self, device: torch.device, grid_x: int, grid_y: int, *values: Any) -> None:
+        """Launch grid_x x grid_y blocks on ``device``'s current stream with the struct's field values, in order
+        (int or float).
 
         An empty grid launches nothing. Raises LaunchError, struct.error for values that do not fit the layout.
         """
@@ -82,31 +103,57 @@ class LaunchableKernel:
         device_idx = device.index
         if device_idx != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                self.launch(device, grid_x, grid_y, *values)
+                LaunchableKernel.launch(self, device, grid_x, grid_y, *values)
             return
         arguments = self._arguments
         self._pack_into(arguments.packed, 0, *values)
         stream = torch._C._cuda_getCurrentRawStream(device_idx)
-        config = self._configs.get((stream, grid_x, grid_y))
+        config = self._configs.get((device_idx, stream, grid_x, grid_y))
         if config is None:
-            config = self._remember((stream, grid_x, grid_y))
+            config = self._remember((device_idx, stream, grid_x, grid_y))
         (status,) = driver.cuLaunchKernelEx(config, self._function, arguments.address, 0)
         if status:
             check(status, f"launch of {self.artifact.name} with grid ({grid_x}, {grid_y})")
 
-    def _remember(self, key: tuple[int, int, int]) -> Any:
+    def _remember(self, key: tuple[int, int, int, int]) -> Any:
+        shape = self.shape
+        device_idx, stream, grid_x, grid_y = key
+        if grid_x % shape.cluster_size:
+            raise LaunchError(f"{self.artifact.name}: {grid_x} blocks in x, in clusters of {shape.cluster_size}")
+        if shape.shared_bytes > _DEFAULT_DYNAMIC_SHARED_BYTES:  # a device's own setting, so not made at loading
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            kernel = driver.CUkernel(int(self._function))
+            (status,) = driver.cuKernelSetAttribute(attribute, shape.shared_bytes, kernel, device_idx)
+            check(status, f"{self.artifact.stem}: {shape.shared_bytes} bytes of shared memory")
         config = driver.CUlaunchConfig()
-        config.hStream, config.gridDimX, config.gridDimY = key
+        config.hStream, config.gridDimX, config.gridDimY = stream, grid_x, grid_y
         config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        config.blockDimX = self.num_threads
-        config.sharedMemBytes = self.shared_bytes
-        if self.overlapping:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
+        config.blockDimX = shape.num_threads
+        config.sharedMemBytes = shape.shared_bytes
+        attributes = shape.attributes()
+        if attributes:
+            config.attrs = attributes
+            config.numAttrs = len(attributes)
         if len(self._configs) >= 1024:  # streams come and go; grids are few
             self._configs.clear()
         self._configs[key] = config
         return config
+
+
+class TensorMapKernel(LaunchableKernel):
+    """A kernel whose parameters are the struct and tensor maps."""
+
+    def __init__(self, artifact: Artifact, layout: ParamsLayout, shape: LaunchShape, names: tuple[str, ...]) -> None:
+        super().__init__(artifact, layout, shape, len(names))
+        self.names = names
+
+    def launch(self, device: torch.device, grid_x: int, grid_y: int, *values: Any) -> None:
+        """The same with the struct's values followed by one TensorMap a name."""
+        first = len(values) - len(self.names)
+        pointers = self._arguments.pointers
+        for idx, name in enumerate(self.names):
+            tensor_map = values[first + idx] if first >= 0 else None
+            if type(tensor_map) is not TensorMap:
+                raise LaunchError(f"launch of {self.artifact.name}: {name} is {tensor_map!r}, not a TensorMap")
+            pointers[1 + idx] = tensor_map.address
+        super().launch(device, grid_x, grid_y, *values[:first])

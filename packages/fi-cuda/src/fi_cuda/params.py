@@ -1,7 +1,9 @@
-"""A kernel's parameters: one field list gives the C++ struct of the generated glue and packs it from Python."""
+"""A kernel's parameters: one field list gives the C++ struct of the generated glue and packs it from Python; beside it,
+tensor maps."""
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ KINDS = {
 }
 """C++ type and struct codes of each kind of field; "rows" (``fi/tile/rows.cuh``) takes two values, outer and inner.
 Every scalar is aligned to its own size, on both sides."""
+
+_MAP_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,15 @@ class ParamsLayout:
             previous = kind
         size = f"static_assert(sizeof(Params) == {self.packer.size});"
         return ["struct Params {", *lines, "};", size]
+
+
+class TensorMap:
+    """A tensor map on the host (``tensor_map.py`` makes and keeps them): a kernel parameter by value. The driver writes
+    its 128 bytes at ``address`` when it encodes and copies them when it launches."""
+
+    __slots__ = ("_storage", "address")
+
+    def __init__(self) -> None:
+        # The driver wants the address a multiple of 128, which objects of cuda.bindings are not.
+        self._storage = ctypes.create_string_buffer(2 * _MAP_BYTES)
+        self.address = -(-ctypes.addressof(self._storage) // _MAP_BYTES) * _MAP_BYTES

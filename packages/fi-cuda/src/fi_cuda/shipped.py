@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from fi_core.records import AttentionSpec, Capacity
 
 from .kernels.append_kv import AppendShape, spec_for
+from .kernels.attention.decode import CallForm, decode_spec
+from .kernels.attention.plan import plan_spec
+from .kernels.attention.tuning import built_in_tuning, partition_params
 from .kernels.copy_pages import CopyPagesSpec
 from .kernels.gated_activation import SILU, GatedActivationSpec
 from .kernels.merge_states import MergeStatesSpec
@@ -22,6 +26,10 @@ VECTOR_BYTES = 16
 """What base addresses and strides of these models' tensors align to."""
 
 PAGE_SIZE = 16
+
+_HOPPER_PROCESSORS = 132
+_DECODE = Capacity(max_batch=256, max_q_tokens=256, max_q_len=1, max_kv_len=2**17)
+_SPECULATIVE = Capacity(max_batch=64, max_q_tokens=256, max_q_len=4, max_kv_len=2**17)
 
 
 @dataclass(frozen=True)
@@ -59,15 +67,17 @@ def shipped_specs() -> list[KernelSpec]:
             found.update(dict.fromkeys(_specs_of(model, dtype)))
     # Pages of every model are copied by the same kernels.
     found.update(dict.fromkeys(CopyPagesSpec(index, VECTOR_BYTES) for index in (torch.int32, torch.int64)))
+    found.update(dict.fromkeys(_attention_specs()))
     return list(found)
 
 
 def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
     """Append: K and V alone through slots, as for engines that rotate by themselves; and with RoPE through a table."""
-    yield RmsNormSpec(dtype, model.hidden_size, VECTOR_BYTES, add=False)
-    yield RmsNormSpec(dtype, model.hidden_size, VECTOR_BYTES, add=True)
+    for out_dtype in (dtype, torch.float8_e4m3fn):
+        for add in (False, True):
+            yield RmsNormSpec(dtype, out_dtype, model.hidden_size, VECTOR_BYTES, add)
     if model.head_norm:
-        yield RmsNormSpec(dtype, model.head_dim, VECTOR_BYTES, add=False)
+        yield RmsNormSpec(dtype, dtype, model.head_dim, VECTOR_BYTES, add=False)
     yield GatedActivationSpec(dtype, model.intermediate_size, VECTOR_BYTES, SILU)
     yield MergeStatesSpec(dtype, model.head_dim, VECTOR_BYTES)
     for table in (False, True):
@@ -89,6 +99,7 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
             num_kv_heads=model.num_kv_heads,
             vector=VECTOR_BYTES,
             stored_vector=VECTOR_BYTES,
+            packed=True,
         )
         yield spec_for(plain)
         yield spec_for(plain._replace(few_tokens=True))
@@ -97,3 +108,35 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
         )
         yield spec_for(rotated)
         yield spec_for(rotated._replace(table=True))
+
+
+def _attention_specs() -> Iterator[KernelSpec]:
+    """Decode of these models on a Hopper GPU, and of models with other head dims and features: sinks and windows,
+    soft caps; a step of speculative decoding with a tree's mask."""
+    eight = AttentionSpec(32, 8, 128)
+    # For K and V that no tensor map describes.
+    yield decode_spec(eight, built_in_tuning(eight, _DECODE), CallForm())
+    for model in MODELS.values():
+        heads = (model.num_q_heads, model.num_kv_heads, model.head_dim)
+        # With rows of the table in any order, as engines pass them that keep a row for each of their slots.
+        for in_any_order in (False, True):
+            yield from _decode_specs(AttentionSpec(*heads), _DECODE, CallForm(table_row=in_any_order))
+    yield from _decode_specs(replace(eight, dtype=torch.float16, kv_format="fp16"), _DECODE, CallForm())
+    yield from _decode_specs(replace(eight, kv_format="fp8_e4m3"), _DECODE, CallForm(k_scales=True, v_scales=True))
+    yield from _decode_specs(replace(eight, batch_invariant=True), _DECODE, CallForm())
+    yield from _decode_specs(replace(eight, features=frozenset({"mask"})), _SPECULATIVE, CallForm(mask_columns="new"))
+    sinks = AttentionSpec(64, 8, 64, windows=(None, 128), features=frozenset({"sinks"}))
+    for window in sinks.windows:
+        yield from _decode_specs(sinks, _DECODE, CallForm(windowed=window is not None), window)
+    capped = AttentionSpec(16, 8, 256, windows=(None, 4096), features=frozenset({"soft_cap"}))
+    for window in capped.windows:
+        yield from _decode_specs(capped, _DECODE, CallForm(windowed=window is not None), window)
+
+
+def _decode_specs(
+    spec: AttentionSpec, capacity: Capacity, form: CallForm, window: int | None = None
+) -> Iterator[KernelSpec]:
+    """What a plan launches: the planning kernel and the kernel of its calls."""
+    tuning = built_in_tuning(spec, capacity)
+    yield plan_spec(partition_params(spec, capacity, tuning, window, _HOPPER_PROCESSORS), capacity)
+    yield decode_spec(spec, tuning, form._replace(boxes=True))

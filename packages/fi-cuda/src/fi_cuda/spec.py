@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
+from .cache import Artifact
 from .compile import INCLUDE_FOLDER, build, default_cache
-from .launch import LaunchableKernel
+from .launch import LaunchableKernel, LaunchShape, TensorMapKernel
 from .params import ParamsLayout
 from .source import CompileTarget, KernelSource
 
@@ -33,13 +34,18 @@ class KernelSpec:
     - ``stem``: header ``fi/kernels/<stem>.cuh``, which defines ``template <class Config, class Params> __device__ void
       fi::<stem>(const Params&)``;
     - ``layout``: the fields of ``Params``;
-    - ``include_folders``: where its own headers are (default: this package's).
+    - ``include_folders``: where its own headers are (default: this package's);
+    - ``tensor_maps``: names of tensor maps (``tensor_map.py``), which follow ``params`` in the function's parameters as
+      ``const fi::ptx::TensorMap&`` and the struct's values in ``launch``;
+    - ``overlapping``, ``cooperative``: how it is launched (``LaunchShape``).
     """
 
     stem: ClassVar[str]
     layout: ClassVar[ParamsLayout]
     include_folders: ClassVar[tuple[Path, ...]] = (INCLUDE_FOLDER,)
     overlapping: ClassVar[bool] = False
+    cooperative: ClassVar[bool] = False
+    tensor_maps: ClassVar[tuple[str, ...]] = ()
 
     @property
     def num_threads(self) -> int:
@@ -50,6 +56,17 @@ class KernelSpec:
     def shared_bytes(self) -> int:
         """Dynamic shared memory a block."""
         return 0
+
+    @property
+    def cluster_size(self) -> int:
+        """Blocks a cluster, consecutive in x: 1 to 8. Grids are multiples of it."""
+        return 1
+
+    @property
+    def blocks_per_multiprocessor(self) -> int | None:
+        """The second launch bound, which caps a thread's registers so that as many blocks fit; None: the compiler
+        decides. A kernel that moves registers between its warpgroups needs one."""
+        return None
 
     def config_lines(self) -> list[str]:
         """The members of ``Config``."""
@@ -68,8 +85,12 @@ class KernelSpec:
     def source(self) -> KernelSource:
         """The generated translation unit: an include, the config, the layout's assertions, one entry."""
         symbol = f"fi_{self.stem}"
+        blocks = self.blocks_per_multiprocessor
+        bounds = f"{self.num_threads}" if blocks is None else f"{self.num_threads}, {blocks}"
+        maps = "".join(f",\n    const __grid_constant__ fi::ptx::TensorMap {name}" for name in self.tensor_maps)
         lines = [
             f'#include "fi/kernels/{self.stem}.cuh"',
+            *(['#include "fi/ptx/tma.cuh"'] if self.tensor_maps else []),
             "",
             "struct Config {",
             *(f"  {line}" for line in self.config_lines()),
@@ -77,9 +98,9 @@ class KernelSpec:
             "",
             *self.layout.declaration(),
             "",
-            f'extern "C" __global__ void __launch_bounds__({self.num_threads})',
-            f"    {symbol}(const __grid_constant__ Params params) {{",
-            f"  fi::{self.stem}<Config>(params);",
+            f'extern "C" __global__ void __launch_bounds__({bounds})',
+            f"    {symbol}(const __grid_constant__ Params params{maps}) {{",
+            f"  fi::{self.stem}<Config>({', '.join(('params', *self.tensor_maps))});",
             "}",
             "",
         ]
@@ -105,7 +126,13 @@ def kernel_for(spec: KernelSpec, device: torch.device) -> LaunchableKernel:
             found = _kernels.get(key)
             if found is None:
                 artifact = build(spec.source(), CompileTarget(key[1]), default_cache())
-                overlapping = spec.overlapping and torch.cuda.get_device_capability(device) >= (9, 0)
-                found = LaunchableKernel(artifact, spec.layout, spec.num_threads, spec.shared_bytes, overlapping)
-                _kernels[key] = found
+                found = _kernels[key] = _load(spec, artifact, device)
     return found
+
+
+def _load(spec: KernelSpec, artifact: Artifact, device: torch.device) -> LaunchableKernel:
+    overlapping = spec.overlapping and torch.cuda.get_device_capability(device) >= (9, 0)
+    shape = LaunchShape(spec.num_threads, spec.shared_bytes, overlapping, spec.cluster_size, spec.cooperative)
+    if spec.tensor_maps:
+        return TensorMapKernel(artifact, spec.layout, shape, spec.tensor_maps)
+    return LaunchableKernel(artifact, spec.layout, shape)

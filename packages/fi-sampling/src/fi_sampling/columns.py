@@ -61,7 +61,8 @@ class Columns:
         """Fill the columns that always exist."""
         self.floats[:, slot] = torch.tensor(_float_values(params), dtype=torch.float32)
         top_k = min(max(params.top_k, 0), self.vocab_size)
-        self.ints[:, slot] = torch.tensor([top_k, sample, params.min_tokens, num_output], dtype=torch.int32)
+        min_tokens = min(params.min_tokens, 2**31 - 1)
+        self.ints[:, slot] = torch.tensor([top_k, sample, min_tokens, num_output], dtype=torch.int32)
         self.seeds[:, slot] = seed
 
     def write_allowed(self, slot: int, tokens: Sequence[int] | None) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 from fi_core import ArgumentError
 
 _PENALTY_LIMIT = 2.0
+_LARGEST_FLOAT = 3.4028234663852886e38
+"""Of float32, as which parameters reach the device."""
+_SMALLEST_FLOAT = 1.1754943508222875e-38
+_LARGEST_INT = 2**31 - 1
 _BIAS_LIMIT = 100.0
 
 
@@ -56,6 +62,8 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -_PENALTY_LIMIT, _PENALTY_LIMIT)
         _number("frequency_penalty", self.frequency_penalty, -_PENALTY_LIMIT, _PENALTY_LIMIT)
         self._check_tokens()
+        if not isinstance(self.stop, (str, Sequence)) or isinstance(self.stop, bytes):
+            raise ArgumentError("stop", "a string or a sequence of strings", repr(self.stop))
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         for text in stop:
             if not isinstance(text, str) or not text:
@@ -63,7 +71,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**63 - 1)
-        _integer("n", self.n, 1)
+        _integer("n", self.n, 1, _LARGEST_INT)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1)
         _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
@@ -83,7 +91,7 @@ class SamplingParams:
             tokens = getattr(self, name)
             if tokens is None and name == "allowed_token_ids":
                 continue
-            if not isinstance(tokens, Collection) or isinstance(tokens, str):
+            if not isinstance(tokens, Collection) or isinstance(tokens, (str, bytes, Mapping)):
                 raise ArgumentError(name, "a collection of token ids", repr(tokens))
             for token in tokens:
                 _integer(name, token, 0)
@@ -91,17 +99,23 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ArgumentError("allowed_token_ids", "at least one token, or None for all", "none")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only view of a dict can be neither copied nor sent to another process, so the dict is.
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return partial(SamplingParams, **{**values, "logit_bias": dict(self.logit_bias)}), ()
+
     def stop_tokens(self, eos_token_ids: Collection[int] = ()) -> frozenset[int]:
         """The tokens that end this request, given the model's end tokens."""
         return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_token_ids))
 
 
 def _number(name: str, value: object, low: float, high: float, above: bool = False) -> None:
-    """Raise ArgumentError unless ``value`` is a finite number from ``low`` (exclusive if ``above``) to ``high``."""
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+    """Raise ArgumentError unless ``value`` is a number from ``low`` to ``high`` that float32 has (``above``: and not 0)."""
+    least, most = max(low, _SMALLEST_FLOAT) if above else low, min(high, _LARGEST_FLOAT)
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not valid or not least <= value <= most:  # type: ignore[operator]
         lowest = f"above {low:g}" if above else f"at least {low:g}"
-        highest = "" if high == math.inf else f" and at most {high:g}"
+        highest = " in float32" if high == math.inf else f" and at most {high:g}"
         raise ArgumentError(name, f"a number {lowest}{highest}", repr(value))
 
 

@@ -71,11 +71,14 @@ def verify_tree(
 ) -> TreeVerdict:
     """Verify trees of draft_tokens int64 [N, n] (pad with -1) with parents int32 [N, n] (-1: child of the root) and the
     target's logits [N, n + 1, V] (row 0 after the root, row i + 1 after node i); positions int64 [N] of the root's
-    children. Gives what ``fi_core.verify_tree`` gives on the filtered distributions. Device work only."""
+    children. Nodes that do not descend from the root, or whose parent is none, are never reached. Gives what
+    ``fi_core.verify_tree`` gives on the filtered distributions. Device work only."""
     _check_shapes(state, logits, slots, draft_tokens)
     if parents.dtype != torch.int32 or parents.shape != draft_tokens.shape:
         raise ArgumentError("parents", f"int32 {tuple(draft_tokens.shape)}", f"{parents.dtype} {tuple(parents.shape)}")
-    parents = parents.to(torch.int64)
+    # A parent that does not exist becomes the node itself, from where there is no way to the root.
+    nodes = torch.arange(parents.shape[1], device=parents.device)
+    parents = torch.where((parents < -1) | (parents >= nodes.shape[0]), nodes, parents.to(torch.int64))
     ancestry = _ancestry(parents)
     step = _step(state, slots, positions, draft_tokens, ancestry)
     draws = state.pipeline(logits.flatten(0, 1), step).view(logits.shape[:2])
@@ -130,7 +133,7 @@ def _match(draws: Tensor, draft_tokens: Tensor, parents: Tensor, ancestry: Tenso
     """Walk from the root along draws int64 [N, n + 1] without a loop: a node is accepted when it and all nodes above it
     hold their parent's draw, each as the first of its siblings to do so, and the topmost is a child of the root."""
     num_draft = draft_tokens.shape[1]
-    wanted = draws.gather(1, parents.clamp(min=-1) + 1)
+    wanted = draws.gather(1, parents + 1)
     holds = (draft_tokens == wanted) & (draft_tokens >= 0)
     same_parent = parents.unsqueeze(2) == parents.unsqueeze(1)
     earlier = torch.ones((num_draft, num_draft), dtype=torch.bool, device=draws.device).tril(-1)

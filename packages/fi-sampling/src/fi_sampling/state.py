@@ -47,8 +47,8 @@ class SamplingState:
     """Sampling parameters of up to ``capacity`` requests in flight, by slot.
 
     ``sample`` costs a gather of the columns, one ``fi_core.sample``, and one ``fi_core.penalize_logits`` only while a
-    request in flight needs it; nothing waits for the device. What it runs depends on ``active`` alone, so a CUDA graph
-    captured with one value of ``active`` serves as long as ``active`` is the same. Padding rows of a batch use slot -1.
+    request in flight needs it; nothing waits for the device. What it runs depends on ``signature`` alone, so a CUDA graph
+    captured with one signature serves as long as the signature is the same. Padding rows of a batch use slot -1.
     A token depends on its request's parameters, history, seed, sample and position, not on slot or batch.
 
     ``max_bias``: most biased (and, with min_tokens, stop) tokens of a request. ``order``: how filters combine.
@@ -82,6 +82,7 @@ class SamplingState:
         self.columns = Columns(capacity, vocab_size, max_bias, torch.device(device))
         self.order = order
         self.active: frozenset[str] = frozenset()
+        self._top_n = 0
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed_source = seed_source
         self._requests: dict[int, tuple[SamplingParams, int, frozenset[str]]] = {}
@@ -140,6 +141,11 @@ class SamplingState:
             raise ArgumentError("slot", "a slot that holds a request", slot)
         del self._requests[slot]
         self._refresh()
+
+    @property
+    def signature(self) -> tuple[frozenset[str], int]:
+        """``active``, and the most log-probabilities that a request in flight reports."""
+        return self.active, self._top_n
 
     def _refresh(self) -> None:
         held = self._requests.values()

@@ -41,14 +41,15 @@ class StopChecker:
         if checked and token in self._stop_tokens:
             return StopEvent(self.flush(), "stop", token)
         self._held += text
-        found = self._first_stop() if checked else None
+        looked_for = checked and params.stop
+        found = self._first_stop() if looked_for else None
         if found is not None:
             start, matched = found
             shown, self._held = self._held[:start], ""
             return StopEvent(shown, "stop", matched)
         if params.max_tokens is not None and self.num_tokens >= params.max_tokens:
             return StopEvent(self.flush(), "length")
-        keep = self._undecided() if checked else 0
+        keep = self._undecided() if looked_for else 0
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return StopEvent(shown)
 
@@ -65,7 +66,7 @@ class StopChecker:
 
     def _undecided(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
-        longest = max((len(text) for text in self._params.stop), default=1) - 1
+        longest = max(len(text) for text in self._params.stop) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(text.startswith(self._held[-length:]) for text in self._params.stop):
                 return length

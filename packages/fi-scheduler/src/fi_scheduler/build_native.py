@@ -17,7 +17,9 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-SOURCES = (PACKAGE / "include/fi/scheduler/partition.cuh", PACKAGE / "native/module.cpp")
+HEADERS = tuple(PACKAGE / "include/fi/scheduler" / name for name in ("partition.cuh", "integers.cuh"))
+MODULE_SOURCE = PACKAGE / "native/module.cpp"
+SOURCES = (*HEADERS, MODULE_SOURCE)
 MODULE_NAME = "_partition"
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
 
@@ -66,7 +68,7 @@ def _ninja_text(compiler: str, output: Path) -> str:
   depfile = $out.d
   deps = gcc
   description = compile $out
-build {_escaped(str(output))}: module {_escaped(str(SOURCES[1]))} | {_escaped(str(SOURCES[0]))}
+build {_escaped(str(output))}: module {_escaped(str(MODULE_SOURCE))} | {" ".join(_escaped(str(path)) for path in HEADERS)}
 """
 
 

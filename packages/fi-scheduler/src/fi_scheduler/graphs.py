@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -51,7 +52,7 @@ class GraphRunner(Generic[Result]):
     ) -> None:
         """``buckets``: the batch sizes to pad to, positive and ascending."""
         ascending = all(low < high for low, high in zip(buckets, buckets[1:], strict=False))
-        if not buckets or buckets[0] < 1 or not ascending:
+        if not buckets or not all(isinstance(size, int) for size in buckets) or buckets[0] < 1 or not ascending:
             raise ArgumentError("buckets", "positive ascending ints", list(buckets))
         self._step_fn = step_fn
         self._sizes = list(buckets)
@@ -79,7 +80,7 @@ class GraphRunner(Generic[Result]):
         """Run a batch: ``fill(inputs, batch_size)`` writes the buffers, then the step runs on all rows of the bucket.
 
         ``fill`` writes real rows to [0, batch_size) and padding (kv_len 0, slot -1) to all rows after, as a
-        bucket keeps what its last run left. It must not replace a buffer. The result has the bucket's rows;
+        bucket keeps what its last run left. It cannot replace a buffer (a TypeError). The result has the bucket's rows;
         those past ``batch_size`` are padding. On a GPU the run is enqueued on the current stream and not waited
         for.
         """
@@ -105,7 +106,8 @@ class GraphRunner(Generic[Result]):
 
     def _bucket(self, size: int) -> _Bucket[Result]:
         if size not in self._buckets:
-            inputs = self._make_inputs(size)
+            # Read-only: a graph goes on reading the buffer it was captured with, whatever replaces it here.
+            inputs = MappingProxyType(dict(self._make_inputs(size)))
             devices = {tensor.device for tensor in inputs.values()}
             if len(devices) != 1:
                 raise ArgumentError("make_inputs", "buffers on one device", sorted(map(str, devices)))

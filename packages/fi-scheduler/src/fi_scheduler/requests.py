@@ -61,7 +61,6 @@ class Request:
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     node: PrefixNode | None = None
-    is_running: bool = False
     is_aborted: bool = False
 
     @property
@@ -105,6 +104,23 @@ class StepPlan:
     step_idx: int
     entries: tuple[StepEntry, ...]
     copies: tuple[tuple[int, int], ...]
+
+    def copy_rounds(self) -> list[list[tuple[int, int]]]:
+        """``copies`` in rounds that follow each other; the copies of a round may be done in any order, or at once.
+
+        There is more than one round only when a preemption freed a page that was just copied from or to.
+        """
+        rounds: list[list[tuple[int, int]]] = []
+        used: set[int] = set()
+        written: set[int] = set()
+        for source, destination in self.copies:
+            if not rounds or destination in used or source in written:
+                rounds.append([])
+                used, written = set(), set()
+            rounds[-1].append((source, destination))
+            used |= {source, destination}
+            written.add(destination)
+        return rounds
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ paged memory and preemption by recompute (Kwon et al., vLLM, SOSP 2023).
 
 from __future__ import annotations
 
-import heapq
+from bisect import insort
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -60,6 +60,10 @@ class StepPlanner:
         self._policy: SchedulingPolicy = policy
         self._cache: PrefixCache = cache
         self._requests: dict[str, Request] = {}
+        # _requests in two parts, so that a step does not cost more the longer the queue is: those that were admitted, and
+        # the others in the policy's order.
+        self._running: dict[str, Request] = {}
+        self._waiting: list[Request] = []
         self._num_arrivals = 0
         self._num_steps = 0
         self._in_flight: StepPlan | None = None
@@ -85,8 +89,10 @@ class StepPlanner:
         """Add a request; raises CapacityError naming it when the whole pool could not hold it."""
         if len(prompt) == 0:
             raise ArgumentError(f"request {request_id!r}: prompt", "at least one token", "none")
-        if max_new_tokens < 1:
-            raise ArgumentError(f"request {request_id!r}: max_new_tokens", "a positive int", max_new_tokens)
+        for name, value, lowest in (("max_new_tokens", max_new_tokens, 1), ("priority", priority, None)):
+            if not isinstance(value, int) or (lowest is not None and value < lowest):
+                expected = "an int" if lowest is None else "a positive int"
+                raise ArgumentError(f"request {request_id!r}: {name}", expected, value)
         request = Request(
             request_id, list(prompt), len(prompt), max_new_tokens, priority, self._num_arrivals, frozenset(stop_tokens)
         )
@@ -110,13 +116,14 @@ class StepPlanner:
             self._num_arrivals, parent.stop_tokens,
         )  # fmt: skip
         self._add(child)
-        if parent.is_running and len(self._running()) < self._config.max_batch:
+        if parent.request_id in self._running and len(self._running) < self._config.max_batch:
             # Pages the parent has in reserve stay its own: it will write them.
             shared = parent.pages[: self._pool.pages_for(parent.num_computed)]
             self._pool.fork(shared)
             self._cache.lock(parent.node)
             child.pages, child.node = shared, parent.node
-            child.num_computed, child.is_running = parent.num_computed, True
+            child.num_computed = parent.num_computed
+            self._start(child)
 
     def abort(self, request_id: str) -> None:
         """End a request now; if it takes part in the step in flight, its pages are freed by that step's ``commit``,
@@ -134,19 +141,18 @@ class StepPlanner:
         if not self._requests:
             return None
         draft = _Draft(self._config.max_tokens_per_step)
-        for request in sorted(self._running(), key=lambda r: (r.num_remaining > 1, self._policy.key(r))):
-            if request.is_running:
+        for request in sorted(self._running.values(), key=lambda r: (r.num_remaining > 1, self._policy.key(r))):
+            if request.request_id in self._running:
                 self._schedule(request, draft)
         self._admit_waiting(draft)
         assert draft.entries, "the request ordered first can always run"
         plan = StepPlan(self._num_steps, tuple(draft.entries.values()), tuple(draft.copies))
         self._num_steps += 1
         self._in_flight = plan
-        num_running = len(self._running())
         stats = StepStats(
-            num_running=num_running,
-            num_waiting=len(self._requests) - num_running,
-            num_tokens=sum(entry.num_new_tokens for entry in plan.entries),
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_tokens=self._config.max_tokens_per_step - draft.budget,
             num_free_pages=self._pool.num_free,
             num_admitted=len(draft.admitted),
             num_preempted=draft.num_preempted,
@@ -185,6 +191,15 @@ class StepPlanner:
                 self._remember(request)
         return finished
 
+    def drop(self, plan: StepPlan) -> None:
+        """End every request of ``plan``, which could not be run or not to its end; called instead of ``commit``. What it was
+        to compute is not remembered."""
+        if plan is not self._in_flight:
+            raise StepOrderError(f"drop() of step {plan.step_idx}, which is not in flight")
+        for entry in plan.entries:
+            self._requests[entry.request_id].is_aborted = True
+        self.commit(plan, {})
+
     def check_integrity(self) -> None:
         """Compare the pool with what requests and cache hold; raises PoolIntegrityError at the first bad page."""
         owners = {f"request {request.request_id!r}": request.pages for request in self._requests.values()}
@@ -194,16 +209,18 @@ class StepPlanner:
         if request.request_id in self._requests:
             raise ArgumentError("request_id", "a new id", f"{request.request_id!r}, which is in use")
         self._requests[request.request_id] = request
+        insort(self._waiting, request, key=self._policy.key)
         self._num_arrivals += 1
+
+    def _start(self, request: Request) -> None:
+        self._waiting.remove(request)
+        self._running[request.request_id] = request
 
     def _find(self, request_id: str) -> Request:
         request = self._requests.get(request_id)
         if request is None or request.is_aborted:
             raise ArgumentError("request_id", "a request that is waiting or running", repr(request_id))
         return request
-
-    def _running(self) -> list[Request]:
-        return [request for request in self._requests.values() if request.is_running]
 
     @staticmethod
     def _finish_reason(request: Request) -> Literal["length", "stop"] | None:
@@ -216,7 +233,6 @@ class StepPlanner:
         count = min(request.num_remaining, self._config.prefill_chunk, draft.budget)
         if count == 0 or not self._reserve(request, request.num_computed + count, draft):
             return
-        self._make_writable(request, draft)
         start, end = request.num_computed, request.num_computed + count
         pages = tuple(request.pages[: self._pool.pages_for(end)])
         tokens = tuple(request.tokens[start:end])
@@ -224,9 +240,9 @@ class StepPlanner:
             request.request_id, start, tokens, pages, end == len(request.tokens)
         )
         draft.budget -= count
-        fills_page = start % self._pool.page_size + count >= self._pool.page_size
-        if request.node is not None and fills_page and start < request.prompt_len:
-            draft.filling.add(self._next_page(request, start))
+        if start < request.prompt_len and request.node is not None:
+            if start % self._pool.page_size + count >= self._pool.page_size:
+                draft.filling.add(self._next_page(request, start))
 
     def _next_page(self, request: Request, start: int) -> tuple[int, tuple[int, ...]]:
         """Identifies the whole page of tokens that follows what the prefix tree holds of a request."""
@@ -239,22 +255,25 @@ class StepPlanner:
 
     def _make_writable(self, request: Request, draft: _Draft) -> None:
         """Copy on write: only forks share a page that is not whole."""
-        if self._shares_page_to_write(request):
-            page_idx = request.num_computed // self._pool.page_size
-            page, source = self._pool.make_writable(request.pages[page_idx])
-            assert source is not None
-            request.pages[page_idx] = page
-            draft.copies.append((source, page))
+        page_idx = request.num_computed // self._pool.page_size
+        page, source = self._pool.make_writable(request.pages[page_idx])
+        assert source is not None
+        request.pages[page_idx] = page
+        draft.copies.append((source, page))
 
     def _reserve(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
-        """Give a running request pages for ``num_tokens`` and leave one for copy on write; False: it was preempted."""
+        """Give a running request pages for ``num_tokens`` that it may write; False: it was preempted."""
         while True:
             missing = max(0, self._pool.pages_for(num_tokens) - len(request.pages))
-            spare = int(self._shares_page_to_write(request))
-            if self._make_room(missing + spare):
+            shares = self._shares_page_to_write(request)
+            if not missing and not shares:
+                return True
+            if self._make_room(missing + shares):
+                if shares:
+                    self._make_writable(request, draft)
                 request.pages += self._pool.allocate(missing)
                 return True
-            victim = max(self._running(), key=self._policy.key)
+            victim = max(self._running.values(), key=self._policy.key)
             self._preempt(victim, draft)
             if victim is request:
                 return False
@@ -266,14 +285,17 @@ class StepPlanner:
         return num_pages <= self._pool.num_free
 
     def _admit_waiting(self, draft: _Draft) -> None:
-        waiting = [request for request in self._requests.values() if not request.is_running]
-        heap = [(self._policy.key(request), request) for request in waiting]
-        heapq.heapify(heap)
-        while heap and draft.budget > 0 and len(self._running()) < self._config.max_batch:
-            _, request = heapq.heappop(heap)
+        if not self._has_place(draft):
+            return
+        # A copy: admitting takes requests out, and those it preempts wait for the next step.
+        for request in tuple(self._waiting):
             # None overtakes a request that lacks pages: it would wait for ever behind shorter ones.
-            if not self._admit(request, draft):
+            if not self._admit(request, draft) or not self._has_place(draft):
                 return
+
+    def _has_place(self, draft: _Draft) -> bool:
+        """Whether the step can take one more request."""
+        return draft.budget > 0 and len(self._running) < self._config.max_batch
 
     def _admit(self, request: Request, draft: _Draft) -> bool:
         """Take pages for all known tokens of a waiting request and schedule it; False: there are not enough.
@@ -294,14 +316,14 @@ class StepPlanner:
         known = min(len(request.tokens) + 1, request.max_kv_tokens)
         missing = self._pool.pages_for(known) - len(request.pages)
         while not self._make_room(missing):
-            victim = max(self._running(), key=self._policy.key, default=None)
+            victim = max(self._running.values(), key=self._policy.key, default=None)
             if victim is None or self._policy.key(victim) < self._policy.key(request):
                 self._release(request)
                 return False
             self._preempt(victim, draft)
         request.pages += self._pool.allocate(missing)
         request.num_computed = num_cached
-        request.is_running = True
+        self._start(request)
         draft.admitted.add(request.request_id)
         draft.num_cached_tokens += num_cached
         self._schedule(request, draft)
@@ -314,6 +336,8 @@ class StepPlanner:
         draft.num_preempted += 1
         draft.admitted.discard(request.request_id)
         self._release(request)
+        del self._running[request.request_id]
+        insort(self._waiting, request, key=self._policy.key)
 
     def _remember(self, request: Request) -> None:
         """Share the whole computed pages of a request through the prefix cache; where it had them, use the cache's."""
@@ -335,9 +359,11 @@ class StepPlanner:
         request.node = None
         request.pages = []
         request.num_computed = 0
-        request.is_running = False
 
     def _remove(self, request: Request) -> None:
-        if request.is_running:
+        if request.request_id in self._running:
             self._release(request)
+            del self._running[request.request_id]
+        else:
+            self._waiting.remove(request)
         del self._requests[request.request_id]

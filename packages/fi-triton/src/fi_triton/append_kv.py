@@ -14,6 +14,7 @@ from fi_core.rope import RopeTable
 from torch import Tensor
 
 from .launch import on_device
+from .quantise_device import quantise
 from .rope_device import load_pairs, rope_cos_sin, rotate_pairs, store_pairs
 
 RAGGED = tl.constexpr(0)
@@ -72,16 +73,6 @@ def find_slot(
             first = tl.load(kv_indptr_ptr + request)
             page = tl.load(table_ptr + first + page, mask=placed, other=0).to(tl.int64)
     return page, offset, placed
-
-
-@triton.jit
-def quantise(x, scale, LIMIT: tl.constexpr):
-    """Float32 ``x`` as an FP8 format holds it before rounding: divided by the scale, saturated at ``LIMIT``, NaN kept.
-    LIMIT 0: not quantised."""
-    if LIMIT > 0:
-        x = tl.math.div_rn(x, tl.broadcast_to(scale, x.shape))
-        x = tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    return x
 
 
 @triton.jit

@@ -10,21 +10,17 @@ import torch
 from fi_core.contract import Anything, Between, Condition, KernelEntry, OneOf, Request, Rule, SubsetOf
 from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, format_of
 
+from .entries import converts_fp8
 from .interpreter import kernel_devices, prepare_interpreter
-from .names import BACKEND, FP8_CAPABILITY, MIN_CAPABILITY
+from .names import BACKEND, MIN_CAPABILITY
 
 _FLOATS = OneOf(torch.float32, torch.float16, torch.bfloat16)
 _HEAD_DIM = Between(1, 256)
 _MAX_GROUP = 1024  # the scheduler's own limit
 
 
-def _converts_fp8(request: Request) -> bool:
-    capability = request.target.capability
-    return capability is None or capability >= FP8_CAPABILITY
-
-
 def _format_served(request: Request) -> bool:
-    return not request["kv_format"].startswith("fp8") or _converts_fp8(request)
+    return not request["kv_format"].startswith("fp8") or converts_fp8(request)
 
 
 def _same_or_fp8(request: Request) -> bool:

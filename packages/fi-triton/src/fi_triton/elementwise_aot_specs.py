@@ -22,13 +22,16 @@ def _rope(dtype: str, interleaved: bool, use_table: bool) -> AotSpec:
     return AotSpec(name, "fi_triton.rope:rope_kernel", tensors | others | sizes | counts, constants)
 
 
-def _norm(dtype: str, rows: int, width: int, add: bool, num_warps: int) -> AotSpec:
-    arguments = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr"), f"*{dtype}")
+def _norm(dtype: str, rows: int, width: int, add: bool, num_warps: int, fp8_limit: float = 0.0) -> AotSpec:
+    """``fp8_limit``: of an e4m3 output with its scale in memory; 0 for an output of ``dtype``."""
+    arguments = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr"), f"*{dtype}")
+    arguments |= {"out_ptr": "*fp8e4nv" if fp8_limit else f"*{dtype}", "scale_ptr": "*fp32", "scale_value": "fp32"}
     arguments |= {"eps": "fp32", "weight_bias": "fp32", "num_rows": "i32", "width": "i32:16", "inner_size": "i32"}
     arguments |= dict.fromkeys(_NORM_STRIDES, "i32:16")
-    name = f"{'add_' if add else ''}rmsnorm_{dtype}_{width}"
-    constants = {"ROWS": rows, "WIDTH": width, "ADD": add}
-    return AotSpec(name, "fi_triton.norms:rmsnorm_kernel", arguments, constants, num_warps)
+    name = f"{'add_' if add else ''}rmsnorm_{dtype}_{width}{'_fp8_e4m3' if fp8_limit else ''}"
+    constants = {"ROWS": rows, "WIDTH": width, "ADD": add, "SCALE_IN_MEMORY": fp8_limit > 0, "LIMIT": fp8_limit}
+    min_arch = 89 if fp8_limit else 80
+    return AotSpec(name, "fi_triton.norms:rmsnorm_kernel", arguments, constants, num_warps, min_arch=min_arch)
 
 
 def _gated(dtype: str, activation: str) -> AotSpec:
@@ -46,6 +49,7 @@ def _specs() -> Iterator[AotSpec]:
             yield _norm(dtype, 8, 128, add, 4)
             yield _norm(dtype, 1, 4096, add, 8)
             yield _norm(dtype, 1, 16384, add, 16)
+            yield _norm(dtype, 1, 4096, add, 8, 448.0)
         for activation in ("silu", "gelu", "gelu_tanh"):
             yield _gated(dtype, activation)
     yield _rope("bf16", False, use_table=False)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from fi_core.contract import Between, OneOf, Rule
+from fi_core.contract import Between, Condition, OneOf, Request, Rule
 
-from .entries import entries_of
+from .entries import converts_fp8, entries_of
 
 _MAX_NORM_WIDTH = 16384  # a row stays in the registers of one program
 
 _FLOATS: Mapping[str, Rule] = {"dtype": OneOf(torch.float32, torch.float16, torch.bfloat16)}
+_NORM: Mapping[str, Rule] = {
+    **_FLOATS,
+    "hidden_size": Between(1, _MAX_NORM_WIDTH),
+    "out_format": OneOf("same", "fp8_e4m3", "fp8_e5m2"),
+}
 
 _RULES: Mapping[str, Mapping[str, Rule]] = {
     "rope": {
@@ -21,8 +26,8 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "pairs": OneOf("half", "interleaved"),
         "source": OneOf("table", "computed"),
     },
-    "rmsnorm": {**_FLOATS, "hidden_size": Between(1, _MAX_NORM_WIDTH)},
-    "add_rmsnorm": {**_FLOATS, "hidden_size": Between(1, _MAX_NORM_WIDTH)},
+    "rmsnorm": _NORM,
+    "add_rmsnorm": _NORM,
     "silu_mul": {**_FLOATS, "width": Between(1, 2**25)},
     "gelu_mul": {**_FLOATS, "width": Between(1, 2**25), "approximate": OneOf("none", "tanh")},
 }
@@ -34,5 +39,15 @@ _MODULES = {
     "gelu_mul": "activations",
 }
 
-ENTRIES = entries_of(_RULES, _MODULES)
+
+def _output_served(request: Request) -> bool:
+    return request["out_format"] == "same" or converts_fp8(request)
+
+
+_CONDITIONS = dict.fromkeys(
+    ("rmsnorm", "add_rmsnorm"),
+    (Condition("compute capability 8.9 for an FP8 output (rounding in hardware)", _output_served),),
+)
+
+ENTRIES = entries_of(_RULES, _MODULES, _CONDITIONS)
 """Kernels of this module's operations."""

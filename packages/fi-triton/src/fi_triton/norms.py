@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device
+from .quantise_device import quantise
 from .row_views import num_rows, row_layout, row_offset
 
 MAX_WIDTH = 16384
@@ -21,6 +23,8 @@ def rmsnorm_kernel(
     residual_ptr,  # updated in place; unread unless ADD
     weight_ptr,
     out_ptr,
+    scale_ptr,  # what FP8 is divided by, if SCALE_IN_MEMORY
+    scale_value,  # what it is divided by if not
     eps,
     weight_bias,
     num_rows,
@@ -35,6 +39,8 @@ def rmsnorm_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,  # power of 2, at least width
     ADD: tl.constexpr,
+    SCALE_IN_MEMORY: tl.constexpr,
+    LIMIT: tl.constexpr,  # largest value of an FP8 output, 0 for others
 ):
     """Program: ROWS rows; each row is loaded whole before it is stored, so out may be x."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -47,13 +53,24 @@ def rmsnorm_kernel(
         rounded = (tl.load(place, mask=mask, other=0.0).to(tl.float32) + x).to(residual_ptr.dtype.element_ty)
         tl.store(place, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / width + eps)
+    mean = tl.sum(x * x, axis=1, keep_dims=True) / width
+    factor = tl.math.div_rn(tl.full((ROWS, 1), 1.0, tl.float32), tl.sqrt_rn(mean + eps))
     weight = tl.load(weight_ptr + dim, mask=dim < width, other=0.0).to(tl.float32) + weight_bias
     out = out_ptr + row_offset(row, inner_size, out_outer_stride, out_inner_stride) + dim
-    tl.store(out, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    scale = tl.full((1, 1), 1.0, tl.float32) * scale_value
+    if SCALE_IN_MEMORY:
+        scale = tl.load(scale_ptr + tl.zeros((1, 1), tl.int32))
+    tl.store(out, quantise(x * factor * weight, scale, LIMIT).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, scalars: tuple[float, float], out: Tensor) -> None:
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    scalars: tuple[float, float],
+    scale: float | Tensor | None,
+    out: Tensor,
+) -> None:
     rows, width = num_rows(x), x.shape[-1]
     block_width = triton.next_power_of_2(width)
     block_rows = max(1, min(_TILE_ELEMENTS // block_width, triton.next_power_of_2(rows)))
@@ -65,6 +82,8 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, scalars: tuple[f
             other,
             weight,
             out,
+            scale if isinstance(scale, Tensor) else weight,
+            scale if isinstance(scale, (int, float)) else 1.0,
             *scalars,
             rows,
             width,
@@ -76,15 +95,27 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, scalars: tuple[f
             ROWS=block_rows,
             WIDTH=block_width,
             ADD=residual is not None,
+            SCALE_IN_MEMORY=isinstance(scale, Tensor),
+            LIMIT=0.0 if scale is None else torch.finfo(out.dtype).max,
             num_warps=min(16, max(4, block_width // 512)),
         )
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None:
+def rmsnorm(
+    x: Tensor, weight: Tensor, eps: float, weight_bias: float, scale: float | Tensor | None, out: Tensor
+) -> None:
     """The ``RMSNorm`` protocol, x [rows, D] or [outer, inner, D]: float32 arithmetic, rounded once."""
-    _launch(x, None, weight, (eps, weight_bias), out)
+    _launch(x, None, weight, (eps, weight_bias), scale, out)
 
 
-def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None:
+def add_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_bias: float,
+    scale: float | Tensor | None,
+    out: Tensor,
+) -> None:
     """The ``AddRMSNorm`` protocol: the sum is rounded to the residual's dtype, and that value is normalised."""
-    _launch(x, residual, weight, (eps, weight_bias), out)
+    _launch(x, residual, weight, (eps, weight_bias), scale, out)

@@ -10,6 +10,7 @@ import torch
 from ..contract import EXACT, Tolerance
 from ..ops import add_rmsnorm, append_kv, attention, copy_pages, gelu_mul, merge_states, rmsnorm, rope, silu_mul
 from ..ops.cases import normal
+from ..ops.quantised_output import OUT_FORMATS
 from ..plan import attention_values, plan
 from ..records import AttentionSpec, Batch, KVCache
 from ..rope import RopeConfig, RopeTable
@@ -28,26 +29,30 @@ def _norm(device: torch.device, scale: Scale) -> Workload:
     generator, size = _generator(), scale.hidden_size
     x = normal((scale.num_tokens, size), scale.dtype, device, generator)
     weight, out = normal((size,), scale.dtype, device, generator), torch.empty_like(x)
-    values = {"dtype": scale.dtype, "hidden_size": size}
+    values = {"dtype": scale.dtype, "hidden_size": size, "out_format": "same"}
     cost = rmsnorm.cost(scale.num_tokens, size, scale.dtype)
     case = f"tokens={scale.num_tokens} hidden={size}"
     tolerance = {"out": ROUNDED[scale.dtype]}
     return Workload(case, values, lambda: {"out": rmsnorm.rmsnorm(x, weight, out=out)}, cost, tolerance)
 
 
-def _add_norm(device: torch.device, scale: Scale) -> Workload:
+def _add_norm(device: torch.device, scale: Scale, out_format: str) -> Workload:
     generator, size = _generator(), scale.hidden_size
     x = normal((scale.num_tokens, size), scale.dtype, device, generator)
     residual = normal((scale.num_tokens, size), scale.dtype, device, generator)
-    weight, out = normal((size,), scale.dtype, device, generator), torch.empty_like(x)
-    values = {"dtype": scale.dtype, "hidden_size": size}
-    cost = add_rmsnorm.cost(scale.num_tokens, size, scale.dtype)
+    out_dtype = OUT_FORMATS[out_format] or scale.dtype
+    weight = normal((size,), scale.dtype, device, generator)
+    out = torch.empty(x.shape, dtype=out_dtype, device=device)
+    values = {"dtype": scale.dtype, "hidden_size": size, "out_format": out_format}
+    cost = add_rmsnorm.cost(scale.num_tokens, size, scale.dtype, out_dtype)
+    divisor = None if out_format == "same" else torch.full((1,), 0.02, device=device)
 
     def call() -> Outputs:
-        return {"out": add_rmsnorm.add_rmsnorm(x, residual, weight, out=out), "residual": residual}
+        return {"out": add_rmsnorm.add_rmsnorm(x, residual, weight, scale=divisor, out=out), "residual": residual}
 
-    tolerance = {"out": ROUNDED[scale.dtype], "residual": EXACT}
-    return Workload(f"tokens={scale.num_tokens} hidden={size}", values, call, cost, tolerance)
+    tolerance = {"out": ROUNDED[out_dtype], "residual": EXACT}
+    case = f"tokens={scale.num_tokens} hidden={size}" + ("" if out_format == "same" else f" out={out_format}")
+    return Workload(case, values, call, cost, tolerance)
 
 
 def _gate(device: torch.device, scale: Scale, gelu: bool) -> Workload:
@@ -133,7 +138,7 @@ def _append(device: torch.device, scale: Scale) -> Workload:
         return {"k": cache.k, "v": cache.v}
 
     values = dict(append_kv.OPERATION.typical) | {"dtype": scale.dtype, "kv_format": cache.format}
-    cost = append_kv.append_kv_cost(k, v, cache)
+    cost = append_kv.append_kv_cost(k, v, cache, batch)
     return Workload(f"tokens={sum(q_lens)} kv_heads={_KV_HEADS}", values, call, cost, {"k": EXACT, "v": EXACT})
 
 
@@ -175,7 +180,7 @@ MODEL_WORKLOADS: dict[str, tuple[Builder, ...]] = {
     "merge_states": (_merge,),
     "rope": (_rope,),
     "rmsnorm": (_norm,),
-    "add_rmsnorm": (_add_norm,),
+    "add_rmsnorm": (partial(_add_norm, out_format="same"), partial(_add_norm, out_format="fp8_e4m3")),
     "silu_mul": (partial(_gate, gelu=False),),
     "gelu_mul": (partial(_gate, gelu=True),),
 }

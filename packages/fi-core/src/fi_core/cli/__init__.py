@@ -1,4 +1,4 @@
-"""The ``fi`` command. Exit codes: 0 success, 1 a negative finding or an error (on stderr), 2 wrong usage."""
+"""The ``fi`` command. Exit codes: 0 success, 1 a negative finding or an error (on stderr: of fi, or of a file), 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     try:
         code: int = parsed.run(parsed)
-    except FiError as error:
+    except (FiError, OSError) as error:
         print(f"fi: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return code

@@ -34,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"run          {item.name}" if isinstance(item, BoundCase) else item)
         return 0 if found and all(isinstance(item, BoundCase) or item.outcome != "failed" for item in found) else 1
     report = run(*selection, jobs=arguments.jobs)
+    print(report)
     if arguments.json is not None:
         arguments.json.write_text(report.to_json() + "\n")
-    print(report)
     return 0 if report.ok else 1

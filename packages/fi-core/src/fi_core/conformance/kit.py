@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..contract import Case, KernelEntry, Operation, Trial, target_of
+from ..devices import normal_device
 from ..errors import ArgumentError, FiError
 from ..registry import registry
 from .compare import Comparison, compare
@@ -85,7 +86,7 @@ def bound_cases(
     need several GB: they are left out unless ``include_large`` is set and the device is CUDA.
     """
     registry().require_backend(backend)
-    device = torch.device(device)
+    device = normal_device(device)
     for operation in _operations(ops):
         found, failure = _cases_of(operation)
         for case in found:
@@ -152,7 +153,7 @@ def run(
     ``cases`` keeps those whose "operation/case" contains it; ``seed`` feeds every case's random inputs;
     ``include_large`` adds cases that need several GB (CUDA only); ``jobs`` processes share the cases, whose results stay
     in order (see ``results_of_processes``). A kernel that raises fails its case. A report in which nothing was executed
-    is not ok. Raises UnknownBackendError, and ArgumentError for an unknown operation.
+    is not ok. Raises UnknownBackendError, and ArgumentError for an unknown operation or device.
     """
     if jobs < 1:
         raise ArgumentError("jobs", "at least 1", jobs)

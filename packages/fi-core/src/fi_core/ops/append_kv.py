@@ -20,7 +20,7 @@ from ..errors import ArgumentError
 from ..records import Batch, KVCache
 from ..rope import RopeConfig, RopeTable, YarnScaling
 from ..settings import settings
-from .arguments import check_float, check_like
+from .arguments import call_checked, check_float, check_like, check_writable
 from .caches import check_cache, check_strides
 
 
@@ -87,7 +87,8 @@ def append_kv(
     float64) and rounded to k's dtype; ``q`` [T, Hq, D], which needs ``rope``, is rotated in place, also where the slot
     is below 0. FP8 formats store x / scale, an IEEE float32 division, saturated to the largest finite value and rounded
     to nearest even (infinities saturate, NaN stays NaN). All tensors are on one device; the last
-    dims are contiguous, other strides multiples of 16 bytes. Stream-ordered, no synchronisation. Raises ArgumentError.
+    dims are contiguous, other strides multiples of 16 bytes. Stream-ordered, no synchronisation. Raises ArgumentError
+    (LayoutError, an UnsupportedError too, for other strides) and UnsupportedError.
     """
     check_batch(batch)
     _check_tokens(k, v, kv, batch)
@@ -98,6 +99,9 @@ def append_kv(
     for name, tensor in (("k", k), ("v", v), ("q", q)):
         if tensor is not None:
             check_strides(name, tensor)
+    for name, tensor in (("q", q), ("kv.k", kv.k), ("kv.v", kv.v)):
+        if tensor is not None:
+            check_writable(name, tensor)
     check_cache(kv, k.shape[1], k.shape[2], v.shape[2], k.device)
     if k.device.type == "cpu":
         check_lengths(batch, kv.page_size, None)
@@ -106,14 +110,7 @@ def append_kv(
     if settings().check or settings().shadow > 0:
         _observed(k, v, kv, batch, rope, q)
         return
-    try:
-        _run(k, v, kv, batch, rope, q)
-    except IndexError:
-        # Torch found an index out of range on a CPU: name it.
-        from .. import checks
-
-        checks.check_append(k, kv, batch, rope)
-        raise
+    call_checked(_run, (k, v, kv, batch, rope, q), lambda: _check_indices(k, kv, batch, rope))
 
 
 def _run(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None) -> None:
@@ -125,12 +122,18 @@ def _run(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None
     kernel(k, v, kv, batch, rope, q)
 
 
+def _check_indices(k: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None) -> None:
+    from .. import checks
+
+    checks.check_append(k, kv, batch, rope)
+
+
 def _observed(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None) -> None:
     """The call in checked or shadow mode."""
-    from .. import checks, shadow
+    from .. import shadow
 
     if settings().check:
-        checks.check_append(k, kv, batch, rope)
+        _check_indices(k, kv, batch, rope)
     compare = shadow.prepare_append(k, v, kv, batch, rope, q)
     _run(k, v, kv, batch, rope, q)
     compare()
@@ -163,9 +166,7 @@ def _check_rope(k: Tensor, q: Tensor | None, rope: RopeTable | None) -> None:
         return
     if rope.config.rotary_dim > k.shape[2]:
         raise ArgumentError("rope.config.rotary_dim", f"at most head_dim={k.shape[2]}", rope.config.rotary_dim)
-    for name, tensor in (("inv_freq", rope.inv_freq), ("cos_sin", rope.cos_sin)):
-        if tensor is not None and tensor.device != k.device:
-            raise ArgumentError(f"rope.{name}", f"a tensor on {k.device} like k", tensor.device)
+    rope.check("rope", k.device)
     if q is not None:
         if q.dim() != 3:
             raise ArgumentError("q", "[T, Hq, D]", list(q.shape))
@@ -207,10 +208,18 @@ _OP = library.register(
 )
 
 
-def append_kv_cost(k: Tensor, v: Tensor, kv: KVCache, q: Tensor | None = None) -> Cost:
-    """Fewest bytes (k and v read, the cache written, q read and written) and no FLOPs: those of RoPE and rounding hide behind
-    the bytes."""
+def append_kv_cost(
+    k: Tensor, v: Tensor, kv: KVCache, batch: Batch, *, rope: RopeTable | None = None, q: Tensor | None = None
+) -> Cost:
+    """Fewest bytes (k and v read, the cache written, q read and written, a row of the RoPE table read for each position
+    that occurs) and no FLOPs: those of RoPE and rounding hide behind the bytes. Reads the batch's lengths."""
     num_bytes = k.numel() * (k.element_size() + kv.k.element_size()) + v.numel() * (
         v.element_size() + kv.v.element_size()
     )
-    return Cost(num_bytes + (2 * q.numel() * q.element_size() if q is not None else 0), 0)
+    if q is not None:
+        num_bytes += 2 * q.numel() * q.element_size()
+    if rope is not None and rope.cos_sin is not None:
+        lengths = zip(batch.q_indptr.diff().tolist(), batch.kv_lens.tolist(), strict=True)
+        positions = {at for q_len, kv_len in lengths for at in range(max(kv_len - q_len, 0), kv_len)}
+        num_bytes += len(positions) * rope.cos_sin.shape[1] * rope.cos_sin.element_size()
+    return Cost(num_bytes, 0)

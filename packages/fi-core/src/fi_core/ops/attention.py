@@ -6,6 +6,7 @@ Source of the algorithm: attention with an online softmax over KV tiles (Milakov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from ..errors import ArgumentError
 from ..plan import Plan, plan_of
 from ..records import AttentionSpec, KVCache, LayerArgs, ResolvedLayer
 from ..settings import settings
+from .arguments import check_last_dim, check_writable
 from .caches import check_cache, check_strides
 
 
@@ -82,7 +84,8 @@ def attention(
     natural-log sum of exponentials of the logits and needs the spec's feature "lse". A query that sees no key gets
     out = 0 and lse = -inf (with sinks: lse = sink).
 
-    Stream-ordered, no synchronisation, legal in CUDA-graph capture. Raises ArgumentError naming the argument.
+    Stream-ordered, no synchronisation, legal in CUDA-graph capture. Raises ArgumentError naming the argument; where its
+    strides or address are at fault, that is a LayoutError, an UnsupportedError too.
     """
     if torch.compiler.is_compiling():
         return _compiled(q, kv, plan, layer, out, lse)
@@ -100,6 +103,8 @@ def attention(
         out = torch.empty((shape[0], spec.num_qo_heads, spec.head_dim_vo or 0), dtype=spec.dtype, device=q.device)
     else:
         _check_output(out, (shape[0], spec.num_qo_heads, spec.head_dim_vo or 0), plan)
+        if out.data_ptr() == q.data_ptr() and out.numel():
+            raise ArgumentError("out", "memory apart from q's", "a tensor that begins where q does")
     if lse is not None:
         _check_lse(lse, (shape[0], spec.num_qo_heads), plan)
     resolved = plan.resolve(layer)
@@ -128,14 +133,17 @@ def _check_output(out: Tensor, shape: tuple[int, ...], plan: Plan) -> None:
     if out.shape != shape:
         raise ArgumentError("out", str(list(shape)), list(out.shape))
     _check_tensor("out", out, plan.spec.dtype, plan)
+    check_writable("out", out)
 
 
 def _check_lse(lse: Tensor, shape: tuple[int, int], plan: Plan) -> None:
     if "lse" not in plan.spec.features:
         raise ArgumentError("lse", "None (spec.features has no 'lse')", "a tensor")
-    if lse.shape != shape or lse.dtype != torch.float32 or lse.device != plan.device or lse.stride(1) != 1:
-        expected = f"float32 {list(shape)} on {plan.device} with a contiguous last dim"
-        raise ArgumentError("lse", expected, f"{lse.dtype} {list(lse.shape)} on {lse.device}, strides {lse.stride()}")
+    if lse.shape != shape or lse.dtype != torch.float32 or lse.device != plan.device:
+        expected = f"float32 {list(shape)} on {plan.device}"
+        raise ArgumentError("lse", expected, f"{lse.dtype} {list(lse.shape)} on {lse.device}")
+    check_last_dim("lse", lse)
+    check_writable("lse", lse)
 
 
 def _check_cache(kv: KVCache, plan: Plan) -> None:
@@ -212,6 +220,12 @@ _OP = library.register(
     "Tensor? alibi_slopes, Tensor(b!) out, Tensor(c!)? lse) -> ()",
     _run,
 )
+
+
+def lse_base2(lse: Tensor) -> Tensor:
+    """A natural-log ``lse`` of any shape as base-2 logarithms, which some libraries expect: lse / ln(2), a new tensor of
+    the same dtype. -inf stays -inf."""
+    return lse * math.log2(math.e)
 
 
 def visible_pairs(q_len: int, kv_len: int, causal: bool, window: int | None) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, LayoutError
 from ..records import KVCache
 
 
 def check_strides(name: str, tensor: Tensor) -> None:
-    """Raise ArgumentError unless the last dim is contiguous and rows start at multiples of 16 bytes, so that kernels may
+    """Raise LayoutError unless the last dim is contiguous and rows start at multiples of 16 bytes, so that kernels may
     read 16 bytes at a time. Strides of dims of size 1 do not matter."""
     strides = tensor.stride()
     size = tensor.element_size()
@@ -20,11 +20,12 @@ def check_strides(name: str, tensor: Tensor) -> None:
             aligned = False
     if not aligned or (strides[-1] != 1 and tensor.shape[-1] > 1):
         expected = "a contiguous last dim, other strides and the address multiples of 16 bytes"
-        raise ArgumentError(name, expected, f"strides {strides} of {size} bytes at {tensor.data_ptr() % 16} mod 16")
+        raise LayoutError(name, expected, f"strides {strides} of {size} bytes at {tensor.data_ptr() % 16} mod 16")
 
 
 def check_cache(kv: KVCache, num_heads: int, head_dim: int, head_dim_vo: int, device: torch.device) -> None:
-    """Raise ArgumentError unless K, V and their scales have these heads and dims, agree, and are on ``device``."""
+    """Raise ArgumentError unless K, V and their scales have these heads and dims, agree, and are on ``device``, and
+    LayoutError for strides that no kernel reads."""
     nhd = kv.layout == "NHD"
     for name, tensor, dim in (("k", kv.k, head_dim), ("v", kv.v, head_dim_vo)):
         heads, tokens = (tensor.shape[-2], tensor.shape[-3]) if nhd else (tensor.shape[-3], tensor.shape[-2])

@@ -18,6 +18,7 @@ from ..dispatch import Dispatcher
 from ..errors import ArgumentError
 from ..records import KVCache
 from ..settings import settings
+from .arguments import call_checked, check_writable
 
 
 def _cases() -> Iterator[Case]:
@@ -75,14 +76,21 @@ def copy_pages(source: KVCache, target: KVCache, source_pages: Tensor, target_pa
         details = (layout, kv_format, *scales, *library.cache_details(target)[2:])
         _OP(source.k, source.v, target.k, target.v, *details, source_pages, target_pages)
         return
+    check_writable("target.k", target.k)
+    check_writable("target.v", target.v)
     if settings().check:
-        from .. import checks
-
-        checks.check_copy(source, target, source_pages, target_pages)
+        _check_indices(source, target, source_pages, target_pages)
     placement = "device" if source.k.device == target.k.device else "to_host" if source.k.is_cuda else "from_host"
     dims = (source.k.shape[3], source.v.shape[3])
     kernel = _dispatch(device, source.format, *dims, source.page_size, source.layout, placement)
-    kernel(source, target, source_pages, target_pages)
+    arguments = (source, target, source_pages, target_pages)
+    call_checked(kernel, arguments, lambda: _check_indices(*arguments))
+
+
+def _check_indices(source: KVCache, target: KVCache, source_pages: Tensor, target_pages: Tensor) -> None:
+    from .. import checks
+
+    checks.check_copy(source, target, source_pages, target_pages)
 
 
 def _check_devices(source: KVCache, target: KVCache) -> torch.device:

@@ -47,8 +47,8 @@ def logprobs(logits: Tensor, tokens: Tensor, top_n: int = 0) -> LogprobsOut:
     check_logits("logits", logits)
     num_rows, vocab_size = logits.shape
     check_tensor("tokens", tokens, torch.int64, (num_rows,), logits.device)
-    if not 0 <= top_n <= vocab_size:
-        raise ArgumentError("top_n", f"from 0 to the vocabulary's {vocab_size}", top_n)
+    if not isinstance(top_n, int) or not 0 <= top_n <= vocab_size:
+        raise ArgumentError("top_n", f"an int from 0 to the vocabulary's {vocab_size}", top_n)
     out = LogprobsOut(
         chosen=torch.empty(num_rows, dtype=torch.float32, device=logits.device),
         values=torch.empty((num_rows, top_n), dtype=torch.float32, device=logits.device),

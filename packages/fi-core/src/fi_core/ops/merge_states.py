@@ -15,7 +15,7 @@ from .. import library
 from ..contract import Case, Cost, Operation
 from ..dispatch import Dispatcher
 from ..errors import ArgumentError
-from .arguments import check_float
+from .arguments import check_float, check_last_dim
 from .caches import check_strides
 
 
@@ -56,8 +56,7 @@ def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     if lse.dtype != torch.float32 or lse.shape != o.shape[:3] or lse.device != o.device:
         expected = f"float32 {list(o.shape[:3])} on {o.device}"
         raise ArgumentError("lse", expected, f"{lse.dtype} {list(lse.shape)} on {lse.device}")
-    if lse.stride(-1) != 1 and lse.shape[-1] > 1:
-        raise ArgumentError("lse", "a contiguous last dim", f"strides {lse.stride()}")
+    check_last_dim("lse", lse)
     compiling = torch.compiler.is_compiling()
     if not compiling:
         check_strides("o", o)

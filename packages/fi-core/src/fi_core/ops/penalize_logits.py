@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..library import register
 from ..sampling import PenaltyParams
 from ..settings import settings
-from .arguments import output_like
+from .arguments import call_checked, output_like
 from .sampling_arguments import check_logits, check_tensor
 
 
@@ -98,9 +98,11 @@ def _check_bias(penalties: PenaltyParams, num_rows: int, device: torch.device) -
         missing = [name for name in _NAMES[1:4] if getattr(penalties, name) is None]
         raise ArgumentError("penalties.bias_indptr, bias_tokens, bias_values", "all or none", f"without {missing}")
     entries = penalties.bias_tokens.shape
+    if len(entries) != 1:
+        raise ArgumentError("penalties.bias_tokens", "shape [entries]", tuple(entries))
     check_tensor("penalties.bias_indptr", penalties.bias_indptr, torch.int32, (num_rows + 1,), device)
-    check_tensor("penalties.bias_tokens", penalties.bias_tokens, torch.int32, entries[:1], device)
-    check_tensor("penalties.bias_values", penalties.bias_values, torch.float32, entries[:1], device)
+    check_tensor("penalties.bias_tokens", penalties.bias_tokens, torch.int32, entries, device)
+    check_tensor("penalties.bias_values", penalties.bias_values, torch.float32, entries, device)
 
 
 def _check_counts(penalties: PenaltyParams, num_rows: int, vocab_size: int, device: torch.device) -> None:
@@ -128,12 +130,16 @@ def _check_counts(penalties: PenaltyParams, num_rows: int, vocab_size: int, devi
 
 def _run(logits: Tensor, penalties: PenaltyParams, out: Tensor) -> None:
     if settings().check:
-        from .. import checks
-
-        checks.check_penalties(penalties)
+        _check_indices(penalties)
     kernel = _dispatch(logits.device, logits.dtype, logits.shape[1], penalties.active)
     if logits.shape[0]:
-        kernel(logits, penalties, out)
+        call_checked(kernel, (logits, penalties, out), lambda: _check_indices(penalties))
+
+
+def _check_indices(penalties: PenaltyParams) -> None:
+    from .. import checks
+
+    checks.check_penalties(penalties)
 
 
 def _run_flat(logits: Tensor, *flat: Any) -> None:

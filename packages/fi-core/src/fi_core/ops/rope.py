@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..library import register
 from ..rope import RopeConfig, RopeTable, YarnScaling
 from ..settings import settings
-from .arguments import check_float, check_like, output_like
+from .arguments import call_checked, check_float, check_like, output_like
 
 
 def _cases() -> Iterator[Case]:
@@ -61,9 +61,9 @@ def check_rope(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable)
         raise ArgumentError("positions", f"shape ({num_tokens},)", tuple(positions.shape))
     if not positions.is_contiguous():
         raise ArgumentError("positions", "a contiguous tensor", f"strides {positions.stride()}")
-    for name, tensor in (("positions", positions), ("table", table.inv_freq), ("table", table.cos_sin)):
-        if tensor is not None and tensor.device != q.device:
-            raise ArgumentError(f"{name}.device", str(q.device), tensor.device)
+    if positions.device != q.device:
+        raise ArgumentError("positions.device", str(q.device), positions.device)
+    table.check("table", q.device)
     if table.config.rotary_dim > head_dim:
         raise ArgumentError("table.config.rotary_dim", f"at most head_dim={head_dim}", table.config.rotary_dim)
 
@@ -103,13 +103,17 @@ def rope(
 
 def _run(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable, q_out: Tensor, k_out: Tensor | None) -> None:
     if settings().check:
-        from .. import checks
-
-        checks.check_rope(positions, table)
+        _check_positions(positions, table)
     config = table.config
     kernel = _dispatch(q.device, q.dtype, q.shape[2], config.rotary_dim, config.pairs, source_of(table))
     if q.numel() or (k is not None and k.numel()):
-        kernel(q, k, positions, table, q_out, k_out)
+        call_checked(kernel, (q, k, positions, table, q_out, k_out), lambda: _check_positions(positions, table))
+
+
+def _check_positions(positions: Tensor, table: RopeTable) -> None:
+    from .. import checks
+
+    checks.check_rope(positions, table)
 
 
 def _run_flat(*flat: Any) -> None:

@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..library import register
 from ..sampling import DrawKeys, FilterParams
 from ..settings import settings
+from .arguments import call_checked
 from .sampling_arguments import (
     FILTER_SCHEMA,
     KEY_SCHEMA,
@@ -94,6 +95,8 @@ def sample(
         if rows.dtype not in (torch.int32, torch.int64):
             raise ArgumentError("rows.dtype", "int32 or int64", rows.dtype)
         check_tensor("rows", rows, rows.dtype, (num_outputs,), logits.device)
+        if num_outputs and not logits.shape[0]:
+            raise ArgumentError("rows", "no rows, as logits has none", f"{num_outputs} rows")
     elif num_outputs != logits.shape[0]:
         raise ArgumentError("keys.seed", f"shape ({logits.shape[0]},), a key for each row of logits", (num_outputs,))
     tokens = tensor_or_new("out", out, torch.int64, (num_outputs,), logits.device)
@@ -105,13 +108,19 @@ def sample(
 
 
 def _run(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor) -> None:
-    if rows is not None and settings().check:
-        from .. import checks
-
-        checks.check_rows("rows", rows, logits.shape[0])
+    if settings().check:
+        _check_rows(rows, logits.shape[0])
     kernel = _dispatch(logits.device, logits.dtype, logits.shape[1], filters.active, filters.order)
     if tokens.shape[0]:
-        kernel(logits, filters, keys, rows, tokens)
+        arguments = (logits, filters, keys, rows, tokens)
+        call_checked(kernel, arguments, lambda: _check_rows(rows, logits.shape[0]))
+
+
+def _check_rows(rows: Tensor | None, num_rows: int) -> None:
+    if rows is not None:
+        from .. import checks
+
+        checks.check_rows("rows", rows, num_rows)
 
 
 def _run_flat(logits: Tensor, *flat: Any) -> None:

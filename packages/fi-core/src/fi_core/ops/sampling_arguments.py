@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..sampling import DrawKeys, FilterParams
-from .arguments import check_float
+from .arguments import check_float, check_last_dim, check_writable
 
 MAX_VOCAB = 2**19
 """Most tokens of a vocabulary: each has at most 2^32 of mass, and products with the total must fit 62 bits."""
@@ -42,23 +42,25 @@ def check_logits(argument: str, logits: Tensor) -> None:
 
 def check_tensor(argument: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> None:
     """Raise ArgumentError unless ``tensor`` has exactly this dtype, shape and device and a contiguous last dim."""
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(argument, f"a tensor of {dtype}", type(tensor).__name__)
     if tensor.dtype != dtype:
         raise ArgumentError(f"{argument}.dtype", str(dtype), tensor.dtype)
     if tensor.device != device:
         raise ArgumentError(f"{argument}.device", str(device), tensor.device)
     if tuple(tensor.shape) != tuple(shape):
         raise ArgumentError(argument, f"shape {tuple(shape)}", tuple(tensor.shape))
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ArgumentError(argument, "a contiguous last dim", f"strides {tensor.stride()}")
+    check_last_dim(argument, tensor)
 
 
 def tensor_or_new(
     argument: str, given: Tensor | None, dtype: torch.dtype, shape: Sequence[int], device: torch.device
 ) -> Tensor:
-    """``given`` after ``check_tensor``, or a new tensor when it is None."""
+    """``given`` after ``check_tensor`` and ``check_writable``, or a new tensor when it is None."""
     if given is None:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     check_tensor(argument, given, dtype, shape, device)
+    check_writable(argument, given)
     return given
 
 

@@ -43,8 +43,8 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     check_logits("logits", logits)
     num_rows, vocab_size = logits.shape
-    if not 1 <= k <= vocab_size:
-        raise ArgumentError("k", f"from 1 to the row length {vocab_size}", k)
+    if not isinstance(k, int) or not 1 <= k <= vocab_size:
+        raise ArgumentError("k", f"an int from 1 to the row length {vocab_size}", k)
     values = torch.empty((num_rows, k), dtype=torch.float32, device=logits.device)
     indices = torch.empty((num_rows, k), dtype=torch.int64, device=logits.device)
     (_OP if torch.compiler.is_compiling() else _run)(logits, values, indices)

@@ -11,6 +11,7 @@ from ..records import KV_FORMATS, Batch, KVCache
 from ..rope import RopeTable
 from . import serving_dtype
 from .paging import locate, token_positions
+from .quantised import quantised
 from .rope import apply_rope
 
 
@@ -36,13 +37,8 @@ def quantise(x: Tensor, kv_format: str, scale: float | Tensor | None, compute_dt
     dtype = KV_FORMATS[kv_format]
     if not kv_format.startswith("fp8"):
         return x.to(dtype)
-    x = x.to(compute_dtype)
-    if isinstance(scale, Tensor):
-        x = x / scale.to(x.dtype).view(-1, 1)
-    elif scale is not None:
-        x = x / torch.tensor(scale, dtype=torch.float32).to(x)
-    limit = torch.finfo(dtype).max
-    return x.clamp(-limit, limit).to(dtype)
+    heads = scale.view(-1, 1) if isinstance(scale, Tensor) else scale
+    return quantised(x.to(compute_dtype), heads, dtype)
 
 
 def appended(

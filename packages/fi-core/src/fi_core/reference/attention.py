@@ -52,6 +52,8 @@ class _Group:
 
     def gather(self, cache: Tensor, num_heads: int) -> Tensor:
         """Keys or values [n, H, L, D] of ``cache``, [P, S, H, D] or [tokens, H, D] with any strides."""
+        if cache.shape[0] == 0:
+            raise IndexError("the cache holds nothing")
         *outer, head_stride, _ = cache.stride()
         block_stride, token_stride = (outer[0], outer[1]) if len(outer) == 2 else (outer[0], 0)
         strides = (block_stride, token_stride, head_stride, num_heads)
@@ -178,6 +180,8 @@ class ReferenceState:
         kv_len, q_len = self._kv_lens[chunk.request], row_end - first_row
         width = (kv_len if mask.columns == "kv" else q_len) + 7 >> 3
         begin = int(mask.indptr[chunk.request]) + (chunk.row - first_row) * width
+        if begin < 0 or begin + chunk.num_tokens * width > mask.bits.shape[0]:
+            raise IndexError("a request's mask lies outside the bits")
         packed = mask.bits.to(self.device)[begin : begin + chunk.num_tokens * width].view(chunk.num_tokens, width)
         bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=self.device)) & 1
         column = torch.arange(chunk.start, chunk.stop, device=self.device)

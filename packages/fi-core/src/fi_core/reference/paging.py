@@ -24,6 +24,9 @@ def locate(batch: Batch, request: Tensor, position: Tensor, page_size: int | Non
     entry = torch.div(position, page_size, rounding_mode="floor")
     if batch.table_indptr is None:
         row = request if batch.table_row is None else at(batch.table_row, request)
+        if batch.table_row is not None and row.device.type == "cpu" and (row < 0).any():
+            # As an index it would count from the end.
+            raise IndexError("a table row is negative")
         page = at(batch.table, row, entry)
     else:
         page = at(batch.table, at(batch.table_indptr, request) + entry)

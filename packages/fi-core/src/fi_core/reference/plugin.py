@@ -10,6 +10,7 @@ from typing import Any
 from ..contract import Anything, Between, KernelEntry, OneOf, Rule, SubsetOf
 from ..hookspecs import BackendInfo, hookimpl
 from ..ops.arguments import FLOAT_DTYPES
+from ..ops.quantised_output import OUT_FORMATS
 from ..ops.sampling_arguments import MAX_VOCAB
 from ..records import ATTENTION_FEATURES, KV_FORMATS
 from ..registry import KernelRegistry
@@ -60,8 +61,8 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         "pairs": OneOf("half", "interleaved"),
         "source": OneOf("table", "computed"),
     },
-    "rmsnorm": {"dtype": _FLOATS, "hidden_size": _SIZE},
-    "add_rmsnorm": {"dtype": _FLOATS, "hidden_size": _SIZE},
+    "rmsnorm": {"dtype": _FLOATS, "hidden_size": _SIZE, "out_format": OneOf(*OUT_FORMATS)},
+    "add_rmsnorm": {"dtype": _FLOATS, "hidden_size": _SIZE, "out_format": OneOf(*OUT_FORMATS)},
     "silu_mul": {"dtype": _FLOATS, "width": _SIZE},
     "gelu_mul": {"dtype": _FLOATS, "width": _SIZE, "approximate": OneOf("none", "tanh")},
     "sample": _FILTERED,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
@@ -18,17 +18,18 @@ from .rows import vector_bytes
 
 ADDRESSING = {"dense": 0, "indptr": 1, "ragged": 2, "slots": 3}
 _TEAMS = (32, 64, 128, 256, 512)
-_HELD_PACKS = 4
-_HELD_PACKS_WITH_ROPE = 7
 _FEW_TOKENS = 1024
-_SMALLEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class AppendKVSpec(KernelSpec):
-    """One cache form and head shape. ``count``: elements a pack; ``rotary_dim`` 0: no RoPE; ``angle_bytes``: a
-    load's from the table; ``q_rounds`` 0: no q; a block row serves ``lanes * rounds`` heads of each tensor, more heads take
-    more rows of blocks."""
+    """One cache form and head shape.
+
+    ``count``: elements a pack; ``rotary_dim`` 0: no RoPE; ``angle_bytes``: a load's from the table, 0: computed;
+    ``*_rounds``: heads that a thread takes after each other (``q_rounds`` 0: no q). More heads than a row of blocks serves
+    take more rows. ``whole``: bits 0 to 2 for q, K and V: the rows of blocks serve just the heads there are, and all threads
+    have work in each round; ``packed``: the stride of heads is their dim everywhere; ``scales_per_head``: FP8 scales of K or V
+    differ; ``streaming``: cached lines are the first that leave L2."""
 
     dtype: torch.dtype
     stored: torch.dtype
@@ -39,12 +40,16 @@ class AppendKVSpec(KernelSpec):
     count: int
     rotary_dim: int
     pairs: int
-    table: bool
     angle_bytes: int
     threads_per_token: int
+    tokens_per_block: int
     q_rounds: int
     k_rounds: int
     v_rounds: int
+    whole: int
+    packed: bool
+    scales_per_head: bool
+    streaming: bool
 
     stem: ClassVar = "append_kv"
     overlapping: ClassVar = True
@@ -87,20 +92,20 @@ class AppendKVSpec(KernelSpec):
 
     @property
     def num_threads(self) -> int:
-        return max(_SMALLEST_BLOCK, self.threads_per_token)
+        return self.tokens_per_block * self.threads_per_token
 
-    @property
-    def tokens_per_block(self) -> int:
-        return self.num_threads // self.threads_per_token
+    def served(self) -> tuple[int, int, int]:
+        """Heads of q, K and V that a row of blocks serves."""
+        qk_units = num_units(self.head_dim, self.rotary_dim, self.count)
+        units = (qk_units, qk_units, num_units(self.head_dim_vo, 0, self.count))
+        rounds = (self.q_rounds, self.k_rounds, self.v_rounds)
+        q, k, v = (self.threads_per_token // size * turns for size, turns in zip(units, rounds, strict=True))
+        return q, k, v
 
     def num_slices(self, num_q_heads: int, num_kv_heads: int) -> int:
         """Rows of blocks that together serve all heads."""
-        k_lanes = self.threads_per_token // num_units(self.head_dim, self.rotary_dim, self.count)
-        v_lanes = self.threads_per_token // num_units(self.head_dim_vo, 0, self.count)
-        parts = [(num_kv_heads, k_lanes * self.k_rounds), (num_kv_heads, v_lanes * self.v_rounds)]
-        if self.q_rounds:
-            parts.append((num_q_heads, k_lanes * self.q_rounds))
-        return max(-(-heads // served) for heads, served in parts)
+        heads = (num_q_heads, num_kv_heads, num_kv_heads)
+        return max(-(-count // served) for count, served in zip(heads, self.served(), strict=True) if served)
 
 
 def num_units(dim: int, rotary_dim: int, count: int) -> int:
@@ -112,7 +117,7 @@ class AppendShape(NamedTuple):
     """What a spec is chosen by. ``kv_format`` and ``pairs`` ("none" without RoPE) as in the request, ``num_q_heads`` 0
     without q, ``vector`` the bytes to which the elements of k, v and q are aligned, ``stored_vector`` the cache's,
     ``angle_vector`` those to which the halves of the table's rows are,
-    ``few_tokens``: too few of them to keep the device busy."""
+    ``few_tokens``: too few of them to keep the device busy; the others as in the spec."""
 
     dtype: torch.dtype
     kv_format: str
@@ -129,34 +134,70 @@ class AppendShape(NamedTuple):
     stored_vector: int
     angle_vector: int = 16
     few_tokens: bool = False
+    packed: bool = False
+    scales_per_head: bool = False
+
+
+class AppendTuning(NamedTuple):
+    """How threads share the work.
+
+    A token gets the fewest threads that hold at most ``held_packs`` packs each (``held_packs_with_rope`` with RoPE), and a
+    block as many tokens as ``block_threads`` are enough for, twice as many where K and V become FP8 without RoPE. Few tokens
+    get the fewest threads, but at most ``few_threads``, that serve all heads at once, and a thread takes at most
+    ``few_rounds`` heads of a tensor: the shortest way through the kernel; heads beyond that are other blocks'."""
+
+    held_packs: int = 8
+    held_packs_with_rope: int = 12
+    block_threads: int = 128
+    few_threads: int = 128
+    few_rounds: int = 2
+
+
+TUNING = AppendTuning()
+
+
+class _Team(NamedTuple):
+    """The threads of a token."""
+
+    threads: int
+    rounds: tuple[int, int, int]
+
+
+def _rounds(shape: AppendShape, units: tuple[int, int, int], threads: int) -> tuple[int, int, int]:
+    """Heads of q, K and V that each of so many threads takes, if they take all; ``units`` threads share a head."""
+    heads = (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)
+    q, k, v = (-(-count // (threads // size)) for count, size in zip(heads, units, strict=True))
+    return q, k, v
+
+
+def _team_of(shape: AppendShape, units: tuple[int, int, int], tuning: AppendTuning) -> _Team:
+    """The threads of a token as ``tuning`` says; two rounds of the most there can be where those are not enough."""
+    teams = [threads for threads in _TEAMS if threads >= max(units)]
+    limit = tuning.held_packs_with_rope if shape.rotary_dim else tuning.held_packs
+    num_packs = 2 if shape.rotary_dim else 1
+    for threads in teams:
+        q, k, v = rounds = _rounds(shape, units, threads)
+        if shape.few_tokens:
+            if max(rounds) <= 1 or threads >= tuning.few_threads:
+                q, k, v = (min(turns, tuning.few_rounds) for turns in rounds)
+                return _Team(threads, (q, k, v))
+        elif num_packs * (q + k) + v <= limit:
+            return _Team(threads, rounds)
+    q, k, v = (min(turns, 2) for turns in rounds)
+    return _Team(teams[-1], (q, k, v))
 
 
 @lru_cache(maxsize=1024)
-def spec_for(shape: AppendShape) -> AppendKVSpec:
-    """The spec of a shape: the widest pack, and the fewest threads a token whose packs fit into a few registers each; for few
-    tokens without q enough threads that each has one head of each tensor, the shortest way through the kernel."""
+def spec_for(shape: AppendShape, tuning: AppendTuning = TUNING) -> AppendKVSpec:
+    """The spec of a shape: the widest pack, and threads as ``tuning`` says."""
     stored = KV_FORMATS[shape.kv_format]
     count = min(shape.vector // shape.dtype.itemsize, shape.stored_vector // stored.itemsize)
     qk_units = num_units(shape.head_dim, shape.rotary_dim, count)
     v_units = num_units(shape.head_dim_vo, 0, count)
-    num_packs = 2 if shape.rotary_dim else 1
-    limit = _HELD_PACKS_WITH_ROPE if shape.rotary_dim else _HELD_PACKS
-    alone = shape.few_tokens and not shape.num_q_heads
-    if alone:
-        limit = num_packs + 1
-    for threads in _TEAMS:
-        if threads < max(qk_units, v_units):
-            continue
-        q_rounds, k_rounds = (-(-heads // (threads // qk_units)) for heads in (shape.num_q_heads, shape.num_kv_heads))
-        v_rounds = -(-shape.num_kv_heads // (threads // v_units))
-        held = num_packs * (q_rounds + k_rounds) + v_rounds
-        if held <= limit:
-            break
-    most_rounds = 1 if alone else 2
-    rounds = [
-        min(rounds, most_rounds) if threads == _TEAMS[-1] else rounds for rounds in (q_rounds, k_rounds, v_rounds)
-    ]
-    return AppendKVSpec(
+    units = (qk_units, qk_units, v_units)
+    team = _team_of(shape, units, tuning)
+    block_threads = tuning.block_threads * (2 if stored.itemsize == 1 and not shape.rotary_dim else 1)
+    spec = AppendKVSpec(
         shape.dtype,
         stored,
         shape.head_dim,
@@ -166,11 +207,23 @@ def spec_for(shape: AppendShape) -> AppendKVSpec:
         count,
         shape.rotary_dim,
         PAIRS.get(shape.pairs, 0),
-        shape.table,
-        min(shape.angle_vector, 4 * (count & -count)) if shape.table else 4,
-        threads,
-        *rounds,
+        min(shape.angle_vector, 4 * (count & -count)) if shape.table else 0,
+        team.threads,
+        1 if shape.few_tokens else max(1, block_threads // team.threads),
+        *team.rounds,
+        0,
+        shape.packed,
+        shape.scales_per_head,
+        # Stores of 16 bytes fill lines quickly; those of FP8 are half as wide, and lose what streaming gains.
+        not shape.few_tokens and stored.itemsize == 2 and count * stored.itemsize == 16,
     )
+    heads = (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)
+    whole, slices = 0, spec.num_slices(shape.num_q_heads, shape.num_kv_heads)
+    for bit, (num_heads, served, size) in enumerate(zip(heads, spec.served(), units, strict=True)):
+        # q is rotated in place, so that its other dims are no work.
+        all_work = bit > 0 or shape.rotary_dim == shape.head_dim
+        whole |= (num_heads > 0 and num_heads == served * slices and team.threads % size == 0 and all_work) << bit
+    return replace(spec, whole=whole)
 
 
 def _shape(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None) -> AppendShape:
@@ -195,6 +248,9 @@ def _shape(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | No
         vector_bytes(kv.k, kv.v, multiple_of=together),
         16 if rope is None or rope.cos_sin is None else vector_bytes(rope.cos_sin, multiple_of=rotary_dim // 2),
         k.shape[0] <= _FEW_TOKENS,
+        all(tensor.stride(1) == tensor.shape[2] for tensor in inputs)
+        and all(cache.stride(-2 if kv.layout == "NHD" else -3) == cache.shape[-1] for cache in (kv.k, kv.v)),
+        any(isinstance(scale, Tensor) and scale.numel() > 1 for scale in (kv.k_scale, kv.v_scale)),
     )
 
 

@@ -46,7 +46,7 @@ class GatedActivationSpec(KernelSpec):
     @property
     def num_threads(self) -> int:
         """A block takes a piece of one row."""
-        return min(256, (self.num_packs + 31) // 32 * 32)
+        return min(128, (self.num_packs + 31) // 32 * 32)
 
     @property
     def blocks_per_row(self) -> int:

@@ -15,13 +15,16 @@ from ..spec import KernelSpec, kernel_for
 from .rows import inner_size, num_rows, power_of_2_at_least, row_strides, vector_bytes
 
 MAX_WIDTH = 16384
+_BLOCK_THREADS = 128
 
 
 @dataclass(frozen=True)
 class RmsNormSpec(KernelSpec):
-    """One row width and element type; ``add`` fuses the residual add."""
+    """One row width, element type and element type of the output; ``add`` fuses the residual add. ``vector_bytes``: of the
+    inputs; the output is stored in as many elements."""
 
     dtype: torch.dtype
+    out_dtype: torch.dtype
     width: int
     vector_bytes: int
     add: bool
@@ -32,6 +35,7 @@ class RmsNormSpec(KernelSpec):
         (
             ("x", "pointer"),
             ("weight", "pointer"),
+            ("scale", "pointer"),
             ("residual", "output"),
             ("out", "output"),
             ("x_strides", "rows"),
@@ -41,18 +45,21 @@ class RmsNormSpec(KernelSpec):
             ("inner_size", "int32"),
             ("eps", "float"),
             ("weight_bias", "float"),
+            ("out_scale", "float"),
         )
     )
 
     @property
     def threads_per_row(self) -> int:
-        """Two packs a thread where a row has enough of them; short rows finish in one round."""
+        """Short rows finish in one round; others take two packs a thread. Without an add, rows for which that is more than
+        the smallest block take up to four: more of the smaller blocks, each at another stage, keep memory busy."""
         num_packs = self.width * self.dtype.itemsize // self.vector_bytes
-        return min(512, power_of_2_at_least((num_packs + 1) // 2 if num_packs > 32 else num_packs))
+        packs = 1 if num_packs <= 32 else 2 if self.add or num_packs <= 2 * _BLOCK_THREADS else 4
+        return min(512, power_of_2_at_least(-(-num_packs // packs)))
 
     @property
     def num_threads(self) -> int:
-        return max(128, self.threads_per_row)
+        return max(_BLOCK_THREADS, self.threads_per_row)
 
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), f"static constexpr int kThreadsPerRow = {self.threads_per_row};"]
@@ -60,24 +67,36 @@ class RmsNormSpec(KernelSpec):
 
 @lru_cache(maxsize=1024)
 def _bound(
-    device: torch.device, dtype: torch.dtype, width: int, vector: int, add: bool
+    device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype, width: int, vector: int, add: bool
 ) -> tuple[LaunchableKernel, int]:
     """The kernel, and its rows a block."""
-    spec = RmsNormSpec(dtype, width, vector, add)
+    spec = RmsNormSpec(dtype, out_dtype, width, vector, add)
     return kernel_for(spec, device), spec.num_threads // spec.threads_per_row
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None:
-    rows, width = num_rows(x), x.shape[-1]
-    tensors = (x, weight, out) if residual is None else (x, weight, out, residual)
-    device, vector = x.device, vector_bytes(*tensors, multiple_of=width)
-    kernel, rows_per_block = _bound(device, x.dtype, width, vector, residual is not None)
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    scalars: tuple[float, float],
+    scale: float | Tensor | None,
+    out: Tensor,
+) -> None:
+    rows, width, device = num_rows(x), x.shape[-1], x.device
+    inputs = (x, weight) if residual is None else (x, weight, residual)
+    if scale is None:
+        vector = vector_bytes(*inputs, out, multiple_of=width)
+    else:
+        vector = vector_bytes(*inputs, multiple_of=width)
+        vector = min(vector, vector_bytes(out, multiple_of=width) * x.element_size())
+    kernel, rows_per_block = _bound(device, x.dtype, out.dtype, width, vector, residual is not None)
     kernel.launch(
         device,
         (rows + rows_per_block - 1) // rows_per_block,
         1,
         x.data_ptr(),
         weight.data_ptr(),
+        scale.data_ptr() if isinstance(scale, Tensor) else 0,
         0 if residual is None else residual.data_ptr(),
         out.data_ptr(),
         *row_strides(x),
@@ -85,16 +104,26 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weig
         *row_strides(out),
         rows,
         inner_size(x),
-        eps,
-        weight_bias,
+        *scalars,
+        scale if isinstance(scale, (int, float)) else 1.0,
     )
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None:
+def rmsnorm(
+    x: Tensor, weight: Tensor, eps: float, weight_bias: float, scale: float | Tensor | None, out: Tensor
+) -> None:
     """The ``RMSNorm`` protocol of fi-core, x [rows, D] or [outer, inner, D]."""
-    _launch(x, None, weight, eps, weight_bias, out)
+    _launch(x, None, weight, (eps, weight_bias), scale, out)
 
 
-def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_bias: float, out: Tensor) -> None:
+def add_rmsnorm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    weight_bias: float,
+    scale: float | Tensor | None,
+    out: Tensor,
+) -> None:
     """The ``AddRMSNorm`` protocol of fi-core: the sum is rounded to its dtype, stored, and normalised."""
-    _launch(x, residual, weight, eps, weight_bias, out)
+    _launch(x, residual, weight, (eps, weight_bias), scale, out)

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kRecordWidth = 8;
 constexpr double kMaxTotalCost = 4611686018427387904.0;  // 2^62, MAX_TOTAL_COST of the Python records
+constexpr double kInt32Max = 2147483647.0;                // the largest index of an item or a slot
 
 using Int32Array = py::array_t<i32, py::array::c_style>;
 using Int64Array = py::array_t<i64, py::array::c_style>;
@@ -71,7 +72,7 @@ Measure measure(Line& line) {
   const i64 max_rows = params.kinds[params.num_kinds - 1].max_packed_rows;
   Measure result;
   i64 cost = 0, tiles = 0, items = 0, merges = 0;
-  double largest = 0.0;
+  double largest = 0.0, num_pieces = params.max_splits > 0 ? 0.0 : 2.0 * params.num_workers;
   result.valid = line.q_indptr[0] == 0;
   for (i64 index = 0; index < line.num_requests && result.valid; ++index) {
     if (line.q_indptr[index + 1] < line.q_indptr[index] || line.kv_lens[index] < 0) {
@@ -84,7 +85,9 @@ Measure measure(Line& line) {
     const i64 steps = ceil_div(request.kv_len, kind.kv_tokens);
     const double tile_cost = static_cast<double>(kind.item_cost + steps * kind.step_cost);
     largest += static_cast<double>(request.num_q_tiles) * tile_cost;
-    result.valid = request.packed_rows <= max_rows && largest * params.num_kv_heads <= kMaxTotalCost;
+    num_pieces += static_cast<double>(request.num_q_tiles) * params.num_kv_heads * std::max<i64>(params.max_splits, 1);
+    result.valid = request.packed_rows <= max_rows && largest * params.num_kv_heads <= kMaxTotalCost &&
+        num_pieces <= kInt32Max;
     if (!result.valid) break;
     cost += request_cost(params, request);
     tiles += request.num_q_tiles;

@@ -1,6 +1,7 @@
 """The work partition: equal shares of a batch's attention work for every worker."""
 
 from .entry import Implementation, implementation, partition
+from .header import include_folder
 from .oracle import oracle_partition
 from .records import (
     COL_HEAD_SLOT,
@@ -21,6 +22,7 @@ from .records import (
     TileKind,
     WorkList,
 )
+from .splits import invariant_splits
 
 __all__ = [
     "COL_HEAD_SLOT",
@@ -42,6 +44,8 @@ __all__ = [
     "TileKind",
     "WorkList",
     "implementation",
+    "include_folder",
+    "invariant_splits",
     "oracle_partition",
     "partition",
 ]

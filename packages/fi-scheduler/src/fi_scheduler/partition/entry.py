@@ -12,7 +12,7 @@ import torch
 from fi_core.errors import ArgumentError, CapacityError
 
 from .. import build_native
-from .records import MAX_TOTAL_COST, RECORD_WIDTH, Int32Array, PartitionParams, WorkList
+from .records import INT32_MAX, MAX_TOTAL_COST, RECORD_WIDTH, Int32Array, PartitionParams, WorkList
 from .vectorised import numpy_partition
 
 _REBUILD = "run: python -m fi_scheduler.build_native"
@@ -153,7 +153,13 @@ def check_lengths(q_indptr: Int32Array, kv_lens: Int32Array, params: PartitionPa
     limits = [kind.max_packed_rows for kind in params.kinds[:-1]]
     table = np.array([(k.q_rows, k.kv_tokens, k.item_cost, k.step_cost) for k in params.kinds], dtype=np.int64)
     q_rows, kv_tokens, item_cost, step_cost = table[np.searchsorted(limits, packed_rows)].T
+    num_tiles = -(-packed_rows // q_rows)
+    # As PartitionBounds counts them: tiles and two partial ones a worker, or the most pieces of every tile.
+    pieces, partial = (params.max_splits, 0) if params.max_splits else (1, 2 * params.num_workers)
+    num_pieces = int(num_tiles.sum()) * params.num_kv_heads * pieces + partial
+    if num_pieces > INT32_MAX:
+        raise ArgumentError("q_indptr", f"a batch of at most {INT32_MAX} items and slots", num_pieces)
     tile_cost = item_cost + -(-kv_lens.astype(np.int64) // kv_tokens) * step_cost
-    total = float(np.sum(-(-packed_rows // q_rows) * tile_cost.astype(np.float64))) * params.num_kv_heads
+    total = float(np.sum(num_tiles * tile_cost.astype(np.float64))) * params.num_kv_heads
     if total > MAX_TOTAL_COST:
         raise ArgumentError("kv_lens", f"a batch whose cost is at most {MAX_TOTAL_COST}", f"about {total:.3g}")

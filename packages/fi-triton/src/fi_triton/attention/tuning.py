@@ -11,17 +11,13 @@ from fi_core.contract import target_of
 from fi_core.errors import ArgumentError
 from fi_core.records import AttentionSpec, Capacity
 from fi_core.registry import registry
-from fi_scheduler.partition import UNLIMITED_ROWS, PartitionParams, TileKind
+from fi_scheduler.partition import UNLIMITED_ROWS, PartitionParams, TileKind, invariant_splits
 from triton.runtime import driver
 
 INTERPRETED_PROCESSORS = 2
 """Processors that a CPU under Triton's interpreter counts as: its programs run one after another."""
 
 HOPPER_SHARED_BYTES = 227 << 10
-
-_SPLIT_WORKSPACE_BYTES = 256 << 20
-_MAX_SPLITS = 16
-_MIN_SPLIT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -153,22 +149,11 @@ def built_in_tuning(spec: AttentionSpec, capacity: Capacity, shared_limit: int =
 def partition_params(
     spec: AttentionSpec, capacity: Capacity, tuning: Tuning, window: int | None, processors: int
 ) -> PartitionParams:
-    """The scheduler's parameters for one window of ``spec``.
-
-    Batch-invariant plans split a tile into pieces of at least 1024 tokens, at most 16, and fewer where the slots of their
-    partial results would take more than 256 MiB: a function of the capacity, not of the batch.
-    """
+    """The scheduler's parameters for one window of ``spec``."""
     kinds = tuning.kinds()
     max_splits, min_split_steps = 0, 1
     if spec.batch_invariant:
-        least_step = min(kind.kv_tokens for kind in kinds)
-        min_split_steps = max(1, _MIN_SPLIT_TOKENS // least_step)
-        slot_bytes = tuning.slot_rows * ((spec.head_dim_vo or 0) + 1) * 4
-        rows = capacity.max_q_tokens * spec.group_size
-        tiles = spec.num_kv_heads * (rows // min(kind.q_rows for kind in kinds) + capacity.max_batch)
-        affordable = _SPLIT_WORKSPACE_BYTES // (slot_bytes * tiles)
-        useful = -(-capacity.max_kv_len // _MIN_SPLIT_TOKENS)
-        max_splits = max(1, min(_MAX_SPLITS, affordable, useful))
+        max_splits, min_split_steps = invariant_splits(spec, capacity, kinds, tuning.slot_rows)
     return PartitionParams(
         num_workers=processors * tuning.workers_per_processor,
         num_kv_heads=spec.num_kv_heads,

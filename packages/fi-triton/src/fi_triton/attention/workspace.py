@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from fi_core.records import AttentionSpec, Capacity
 from fi_scheduler.partition import RECORD_WIDTH, PartitionBounds, PartitionParams
+from fi_scheduler.regions import Region, RegionBuilder
 
 from .tuning import Tuning, num_processors, partition_params, tuning_for
 
@@ -14,27 +15,6 @@ REQUEST_COLUMNS = 4
 """int64 columns of a request's totals for one KV head: cost, tiles, pieces, split tiles (the last two batch-invariant only)."""
 CUT_COLUMNS = 8
 """int64 columns of a worker's cut: tile, step or piece in it, request, q tile, KV head, items and merges before it, unused."""
-_ALIGNMENT = 256
-
-
-@dataclass(frozen=True)
-class Region:
-    """A typed part of the buffer, ``begin`` bytes from its start."""
-
-    begin: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def end(self) -> int:
-        size = self.dtype.itemsize
-        for extent in self.shape:
-            size *= extent
-        return self.begin + size
-
-    def of(self, buffer: torch.Tensor) -> torch.Tensor:
-        """This region of ``buffer`` (uint8), as a view."""
-        return buffer[self.begin : self.end].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -78,7 +58,7 @@ class Layout:
         params = {window: partition_params(spec, capacity, tuning, window, processors) for window in windows}
         some = next(iter(params.values()))
         bounds = PartitionBounds.from_capacity(some, capacity)  # a window changes no bound
-        build = _Builder()
+        build = RegionBuilder()
         workers = some.num_workers
         records = ((bounds.max_items, RECORD_WIDTH), (max(bounds.max_merges, 1), RECORD_WIDTH))
         lists = {
@@ -107,15 +87,3 @@ class Layout:
             partial_lses=build.add((bounds.num_slots, tuning.slot_rows), torch.float32),
             num_bytes=build.end,
         )
-
-
-class _Builder:
-    """Places regions one after another, each at a multiple of 256 bytes."""
-
-    def __init__(self) -> None:
-        self.end = 0
-
-    def add(self, shape: tuple[int, ...], dtype: torch.dtype) -> Region:
-        region = Region(self.end, shape, dtype)
-        self.end = -(-region.end // _ALIGNMENT) * _ALIGNMENT
-        return region

@@ -163,12 +163,23 @@ _HOSTILE = frozenset({"hostile"})
 
 
 def cases() -> Iterator[Case]:
-    """Cases cheap enough for a CPU, then one that needs a GPU with much memory."""
+    """Cases cheap enough for a CPU, then one that needs a GPU with much memory, and some of so many tokens that kernels
+    share the work in another way, which take long in an interpreter."""
     yield from _plain()
     yield from _rotated()
     yield from _quantised()
     far: Mapping[str, Any] = {"first_page": 1 << 17, "num_heads": 8, "head_dim": 128}
-    yield _case("far_pages_rope", tags=frozenset({"large"}), **far, rope=RopeConfig(128))
+    large = frozenset({"large"})
+    yield _case("far_pages_rope", tags=large, **far, rope=RopeConfig(128))
+    wide: Mapping[str, Any] = {"q_lens": (900, 0, 1200), "kv_lens": (907, 3, 1200), "tags": large, "head_dim": 128}
+    for kv_format in ("bf16", "fp8_e4m3"):
+        for num_heads in (8, 3):
+            many: Mapping[str, Any] = {**wide, "num_heads": num_heads, "kv_format": kv_format}
+            yield _case(f"many_tokens_{kv_format}_heads_{num_heads}", **many)
+            yield _case(f"many_tokens_{kv_format}_heads_{num_heads}_rope", **many, rope=RopeConfig(128))
+            yield _case(f"many_tokens_{kv_format}_heads_{num_heads}_rope_q", **many, rope=RopeConfig(128), rotate_q=32)
+    yield _case("many_tokens_fp8_e5m2_scale_of_heads", **{**wide, "num_heads": 8}, kv_format="fp8_e5m2", scale="heads")
+    yield _case("many_tokens_hnd_rope_partial", **wide, num_heads=8, kv_layout="HND", rope=RopeConfig(64), rotate_q=8)
 
 
 def _plain() -> Iterator[Case]:

@@ -1,21 +1,23 @@
 // RMSNorm, alone or fused with the residual add before it (Zhang and Sennrich, 2019).
 //
 // kThreadsPerRow threads hold a row in registers, so it is read once and the output may be the input.
-// Config: Dtype, kWidth, kVectorBytes, kThreadsPerRow, kAdd, kNumThreads.
+// Config: Dtype, OutDtype (Dtype or FP8), kWidth, kVectorBytes (of Dtype), kThreadsPerRow, kAdd, kNumThreads.
 // Params: x, out [rows, kWidth] and weight [kWidth]; residual [rows, kWidth], updated in place, unused unless kAdd;
-// *_strides; num_rows, inner_size; eps, weight_bias.
+// *_strides; num_rows, inner_size; eps, weight_bias; scale (null: out_scale), what an FP8 out is divided by.
 #pragma once
 
 #include "fi/ptx/dependent_launch.cuh"
 #include "fi/tile/pack.cuh"
 #include "fi/tile/reduce.cuh"
 #include "fi/tile/rows.cuh"
+#include "fi/tile/stored.cuh"
 
 namespace fi {
 
 template <class Config, class Params>
 __device__ __forceinline__ void rmsnorm(const Params& params) {
   using T = typename Config::Dtype;
+  using Out = typename Config::OutDtype;
   constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
   constexpr int kPacks = Config::kWidth / kCount;
   constexpr int kPacksPerThread = (kPacks + Config::kThreadsPerRow - 1) / Config::kThreadsPerRow;
@@ -47,6 +49,10 @@ __device__ __forceinline__ void rmsnorm(const Params& params) {
       weights[idx] = load_pack<Config::kVectorBytes>(weight + pack * kCount);
     }
   }
+  float out_scale = params.out_scale;
+  if constexpr (kIsFp8<Out>) {
+    if (params.scale != nullptr) out_scale = *static_cast<const float*>(params.scale);
+  }
 
   float squares = 0.0f;
 #pragma unroll
@@ -67,17 +73,19 @@ __device__ __forceinline__ void rmsnorm(const Params& params) {
   const float mean = sum_over_threads<Config::kThreadsPerRow>(squares, scratch) / Config::kWidth;
   const float scale = 1.0f / sqrtf(mean + params.eps);
 
-  T* out = static_cast<T*>(params.out) + row_offset(row, params.inner_size, params.out_strides);
+  const Divisor divisor = divisor_of(out_scale);
+  Out* out = static_cast<Out*>(params.out) + row_offset(row, params.inner_size, params.out_strides);
 #pragma unroll
   for (int idx = 0; idx < kPacksPerThread; ++idx) {
     const int pack = lane + idx * Config::kThreadsPerRow;
     if (live && pack < kPacks) {
+      Pack<float, kCount * 4> normalised;
 #pragma unroll
       for (int e = 0; e < kCount; ++e) {
         const float factor = to_float(weights[idx].data[e]) + params.weight_bias;
-        held[idx].data[e] = from_float<T>(to_float(held[idx].data[e]) * scale * factor);
+        normalised.data[e] = to_float(held[idx].data[e]) * scale * factor;
       }
-      store_pack(out + pack * kCount, held[idx]);
+      store_pack(out + pack * kCount, stored_as<Out, false>(normalised, divisor));
     }
   }
 }

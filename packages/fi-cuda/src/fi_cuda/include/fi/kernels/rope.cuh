@@ -1,6 +1,7 @@
 // RoPE of q and k in one launch, in place or out of place.
 //
 // A block takes kTokensPerBlock tokens; a thread keeps one unit's cosines and sines and walks over the heads of its token.
+// What no table gives is computed once a token: each pair by one thread, for all through shared memory.
 // Config: Dtype, PositionType, kHeadDim, kRotaryDim, kVectorBytes, kPairs, kTable, kTokensPerBlock, kHeadLanes, kNumThreads.
 // Params: q, k, positions, table (cos_sin or inv_freq), q_out, k_out; *_strides (outer: token, inner: head); num_tokens;
 // num_q_heads, num_k_heads; table_stride; factor.
@@ -51,20 +52,36 @@ __device__ __forceinline__ void rope(const Params& params) {
   const int place = static_cast<int>(threadIdx.x) / kThreadsPerToken;
   const int64 token = static_cast<int64>(blockIdx.x) * Config::kTokensPerBlock + place;
   const int unit = static_cast<int>(threadIdx.x) % kUnits;
-  const int first_head = static_cast<int>(threadIdx.x) % kThreadsPerToken / kUnits;
+  const int lane = static_cast<int>(threadIdx.x) % kThreadsPerToken;
+  const int first_head = lane / kUnits;
+  const bool live = place < Config::kTokensPerBlock && token < params.num_tokens;
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
-  if (place >= Config::kTokensPerBlock || token >= params.num_tokens) return;
 
   Rotation<kCount> rotation = {};
-  if (unit < kNumPairs / kCount) {
-    const int64 position = static_cast<const typename Config::PositionType*>(params.positions)[token];
-    const float* table = static_cast<const float*>(params.table);
-    if constexpr (Config::kTable) {
-      rotation = rotation_from_table<kCount>(table + position * params.table_stride, kNumPairs, unit * kCount);
-    } else {
-      rotation = rotation_at<kCount>(position, table, unit * kCount, params.factor);
+  const auto* positions = static_cast<const typename Config::PositionType*>(params.positions);
+  const float* table = static_cast<const float*>(params.table);
+  if constexpr (Config::kTable) {
+    if (!live) return;
+    if (unit < kNumPairs / kCount) {
+      const float* row = table + static_cast<int64>(positions[token]) * params.table_stride;
+      rotation = rotation_from_table<kCount>(row, kNumPairs, unit * kCount);
     }
+  } else {
+    // A row of a table for each token of the block.
+    alignas(16) __shared__ float rows[Config::kTokensPerBlock][2 * kNumPairs];
+    if (live) {
+      const int64 position = positions[token];
+      for (int pair = lane; pair < kNumPairs; pair += kThreadsPerToken) {
+        const Rotation<1> one = rotation_of_pair(position, table[pair], params.factor);
+        rows[place][pair] = one.cos[0];
+        rows[place][kNumPairs + pair] = one.sin[0];
+      }
+    }
+    __syncthreads();
+    if (!live) return;
+    constexpr int kBytes = kCount % 4 == 0 && kNumPairs % 4 == 0 ? 16 : 4;
+    if (unit < kNumPairs / kCount) rotation = rotation_from_table<kCount, kBytes>(rows[place], kNumPairs, unit * kCount);
   }
   const T* q = static_cast<const T*>(params.q) + token * params.q_strides.outer;
   T* q_out = static_cast<T*>(params.q_out) + token * params.q_out_strides.outer;

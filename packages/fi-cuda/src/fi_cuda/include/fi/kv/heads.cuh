@@ -1,7 +1,7 @@
 // A thread's share of one token's heads, held in registers between the load and the store.
 #pragma once
 
-#include "fi/kv/stored.cuh"
+#include "fi/tile/stored.cuh"
 #include "fi/rope/rotate.cuh"
 #include "fi/tile/pack.cuh"
 #include "fi/tile/rows.cuh"
@@ -20,26 +20,28 @@ struct HeadShare {
 };
 
 // How kThreads threads share heads of kDim dims, of which the first kRotaryDim rotate (0: none): kUnits threads take a head,
-// kLanes heads are in work at once, kRounds a thread.
-template <class T, int kCount_, int kDim, int kRotaryDim_, int kPairs_, int kThreads, int kRounds_>
+// kLanes heads are in work at once, kRounds a thread. kWhole: every thread has all its rounds, so that no head needs a check.
+template <class T, int kCount_, int kDim, int kRotaryDim_, int kPairs_, int kThreads, int kRounds_, bool kWhole_>
 struct HeadSplit {
   using Element = T;
   static constexpr int kCount = kCount_;
   static constexpr int kRotaryDim = kRotaryDim_;
   static constexpr int kPairs = kPairs_;
   static constexpr int kRounds = kRounds_;
+  static constexpr bool kWhole = kWhole_;
   static constexpr int kHeld = kRounds > 0 ? kRounds : 1;  // length of arrays, which cannot be 0
   static constexpr int kRotatedUnits = kRotaryDim / 2 / kCount;
   static constexpr int kUnits = kRotatedUnits + (kDim - kRotaryDim) / kCount;
   static constexpr int kLanes = kThreads / kUnits;
   static constexpr int kSecond = kPairs == kHalf ? kRotaryDim / 2 : kCount;
   static_assert(kLanes > 0, "a head has more units than there are threads");
+  static_assert(!kWhole || kThreads % kUnits == 0, "threads are left over");
   static_assert(kDim % kCount == 0 && kRotaryDim / 2 % kCount == 0, "packs do not tile the head");
 
   // The share of `thread` in the heads of slice `slice`; threads that are left over get no head.
-  static __device__ __forceinline__ HeadShare share(int thread, int slice, int num_heads) {
-    const int unit = thread % kUnits;
-    const int lane = thread / kUnits;
+  static __device__ __forceinline__ HeadShare share(unsigned thread, int slice, int num_heads) {
+    const int unit = static_cast<int>(thread % kUnits);
+    const int lane = static_cast<int>(thread / kUnits);
     HeadShare share;
     share.rotated = unit < kRotatedUnits;
     share.dim = share.rotated ? unit * kCount * (kPairs == kHalf ? 1 : 2) : kRotaryDim + (unit - kRotatedUnits) * kCount;
@@ -49,17 +51,17 @@ struct HeadSplit {
   }
 };
 
-// What a thread's heads are divided by when they are stored as FP8; 1 for other formats.
-template <class Split, class Stored>
+// What a thread's heads are divided by when they are stored as FP8; 1 for other formats. kPerHead: each by its own.
+template <class Split, class Stored, bool kPerHead>
 struct HeadScales {
-  float data[Split::kHeld];
+  float data[kPerHead ? Split::kHeld : 1];
 
-  // One float a head `stride` apart, 0 for one that all share; `scale` if there are none (null).
+  // One float a head `stride` apart, or one for all (0); `scale` if there are none (null).
   __device__ __forceinline__ void load(const void* scales, int stride, float scale, const HeadShare& share) {
 #pragma unroll
-    for (int round = 0; round < Split::kRounds; ++round) {
-      const int head = share.first_head + round * Split::kLanes;
-      const bool given = kIsFp8<Stored> && scales != nullptr && head < share.num_heads;
+    for (int round = 0; round < (kPerHead ? Split::kRounds : 1); ++round) {
+      const int head = kPerHead ? share.first_head + round * Split::kLanes : 0;
+      const bool given = kIsFp8<Stored> && scales != nullptr && (!kPerHead || Split::kWhole || head < share.num_heads);
       data[round] = given ? static_cast<const float*>(scales)[head * stride] : scale;
     }
   }
@@ -78,7 +80,7 @@ struct HeldHeads {
 #pragma unroll
     for (int round = 0; round < Split::kRounds; ++round) {
       const int head = share.first_head + round * Split::kLanes;
-      if (head < share.num_heads) {
+      if (Split::kWhole || head < share.num_heads) {
         const T* source = first_source + round * Split::kLanes * head_stride;
         first[round] = load_pack<kBytes>(source);
         if constexpr (Split::kRotaryDim > 0) {
@@ -88,24 +90,35 @@ struct HeldHeads {
     }
   }
 
-  // Rotates what rotates, converts (fi/kv/stored.cuh) and stores from first_target on.
-  template <class Stored>
+  // Rotates what rotates, converts (fi/tile/stored.cuh) and stores from first_target on. kStreaming: packs are 16 bytes.
+  template <bool kStreaming, class Stored, bool kPerHead>
   __device__ __forceinline__ void store(Stored* first_target, int64 head_stride, const HeadShare& share,
-                                        const Rotation<Split::kCount>& rotation, const HeadScales<Split, Stored>& scales) {
+                                        const Rotation<Split::kCount>& rotation,
+                                        const HeadScales<Split, Stored, kPerHead>& scales) {
+    Divisor divisor = divisor_of(scales.data[0]);
 #pragma unroll
     for (int round = 0; round < Split::kRounds; ++round) {
       const int head = share.first_head + round * Split::kLanes;
-      if (head < share.num_heads) {
+      if (Split::kWhole || head < share.num_heads) {
         Stored* target = first_target + round * Split::kLanes * head_stride;
-        const Divisor divisor = divisor_of(scales.data[round]);
+        if (kPerHead && round > 0) divisor = divisor_of(scales.data[round]);
         if constexpr (Split::kRotaryDim > 0) {
           if (share.rotated) {
             rotate<Split::kPairs>(first[round], second[round], rotation);
-            store_pack(target + Split::kSecond, stored_as<Stored>(second[round], divisor));
+            put<kStreaming>(target + Split::kSecond, stored_as<Stored>(second[round], divisor));
           }
         }
-        store_pack(target, stored_as<Stored>(first[round], divisor));
+        put<kStreaming>(target, stored_as<Stored>(first[round], divisor));
       }
+    }
+  }
+
+  template <bool kStreaming, class Packed, class Stored>
+  static __device__ __forceinline__ void put(Stored* target, const Packed& pack) {
+    if constexpr (kStreaming) {
+      stream_pack(target, pack);
+    } else {
+      store_pack(target, pack);
     }
   }
 };

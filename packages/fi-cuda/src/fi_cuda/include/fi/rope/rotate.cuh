@@ -36,22 +36,26 @@ __device__ __forceinline__ Rotation<kCount> rotation_from_table(const float* row
   return rotation;
 }
 
-// From frequencies in radians a position. The angle is reduced to a fraction of a turn in double, where position times
-// frequency is exact enough at any position, so the float functions see small arguments.
+// Of one pair, whose frequency is in radians a position. The angle is reduced to a fraction of a turn in double, where
+// position times frequency is exact enough at any position, so the float functions see small arguments.
+__device__ __forceinline__ Rotation<1> rotation_of_pair(long long position, float inv_freq, float factor) {
+  constexpr double kTurnsPerRadian = 0.15915494309189535;
+  const double turns = static_cast<double>(position) * static_cast<double>(inv_freq) * kTurnsPerRadian;
+  const float half_turns = static_cast<float>(2.0 * (turns - rint(turns)));
+  float sin, cos;
+  sincospif(half_turns, &sin, &cos);
+  return {{cos * factor}, {sin * factor}};
+}
+
 template <int kCount>
 __device__ __forceinline__ Rotation<kCount> rotation_at(
     long long position, const float* inv_freq, int first_pair, float factor) {
-  constexpr double kTurnsPerRadian = 0.15915494309189535;
   Rotation<kCount> rotation;
 #pragma unroll
   for (int pair = 0; pair < kCount; ++pair) {
-    double turns = static_cast<double>(position) * static_cast<double>(__ldg(inv_freq + first_pair + pair));
-    turns *= kTurnsPerRadian;
-    const float half_turns = static_cast<float>(2.0 * (turns - rint(turns)));
-    float sin, cos;
-    sincospif(half_turns, &sin, &cos);
-    rotation.cos[pair] = cos * factor;
-    rotation.sin[pair] = sin * factor;
+    const Rotation<1> one = rotation_of_pair(position, __ldg(inv_freq + first_pair + pair), factor);
+    rotation.cos[pair] = one.cos[0];
+    rotation.sin[pair] = one.sin[0];
   }
   return rotation;
 }
@@ -62,13 +66,16 @@ __device__ __forceinline__ void rotate(
     Pack<T, kBytes>& first, Pack<T, kBytes>& second, const Rotation<Pack<T, kBytes>::kCount>& rotation) {
   constexpr int kCount = Pack<T, kBytes>::kCount;
   if constexpr (kPairs == kHalf) {
+    float turned[2][kCount];
 #pragma unroll
     for (int pair = 0; pair < kCount; ++pair) {
       const float a = to_float(first.data[pair]);
       const float b = to_float(second.data[pair]);
-      first.data[pair] = from_float<T>(a * rotation.cos[pair] - b * rotation.sin[pair]);
-      second.data[pair] = from_float<T>(b * rotation.cos[pair] + a * rotation.sin[pair]);
+      turned[0][pair] = a * rotation.cos[pair] - b * rotation.sin[pair];
+      turned[1][pair] = b * rotation.cos[pair] + a * rotation.sin[pair];
     }
+    first = rounded_pack<T>(turned[0]);
+    second = rounded_pack<T>(turned[1]);
   } else {
     T both[2 * kCount];
 #pragma unroll

@@ -23,6 +23,12 @@ __device__ __forceinline__ void store_pack(T* address, const Pack<T, kBytes>& pa
   *reinterpret_cast<Pack<T, kBytes>*>(address) = pack;
 }
 
+// The line is among the first to leave L2, so that much that is written leaves it evenly.
+template <class T>
+__device__ __forceinline__ void stream_pack(T* address, const Pack<T, 16>& pack) {
+  __stcs(reinterpret_cast<uint4*>(address), *reinterpret_cast<const uint4*>(&pack));
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -36,5 +42,28 @@ template <>
 __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// To nearest even, at an address that 4 divides.
+__device__ __forceinline__ void round_two(__half* address, float first, float second) {
+  *reinterpret_cast<__half2*>(address) = __floats2half2_rn(first, second);
+}
+__device__ __forceinline__ void round_two(__nv_bfloat16* address, float first, float second) {
+  *reinterpret_cast<__nv_bfloat162*>(address) = __floats2bfloat162_rn(first, second);
+}
+
+
+// Rounded two at a time where an instruction does that: the compiler pairs what is used as a whole only.
+template <class T, int kCount>
+__device__ __forceinline__ Pack<T, kCount * static_cast<int>(sizeof(T))> rounded_pack(const float (&values)[kCount]) {
+  Pack<T, kCount * static_cast<int>(sizeof(T))> result;
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+#pragma unroll
+    for (int e = 0; e < kCount; e += 2) round_two(&result.data[e], values[e], values[e + 1]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) result.data[e] = from_float<T>(values[e]);
+  }
+  return result;
+}
 
 }  // namespace fi

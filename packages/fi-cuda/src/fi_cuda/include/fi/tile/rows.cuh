@@ -1,11 +1,10 @@
 // Tensors of 2 or 3 dims as rows: [rows, width] or [outer, inner, width] with any strides between rows.
 #pragma once
 
+#include "fi/tile/host_device.cuh"
 #include "fi/tile/pack.cuh"
 
 namespace fi {
-
-using int64 = long long;
 
 // Strides in elements between consecutive outer and inner indices; the last dim is contiguous.
 struct RowStrides {

@@ -1,0 +1,7 @@
+"""``python -m fi_benchmarks``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

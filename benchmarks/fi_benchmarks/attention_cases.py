@@ -1,0 +1,121 @@
+"""Attention at served shapes: decode, prefill from ragged and paged caches, append to long caches, mixed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+
+from .attention_inputs import Shape, attention_problem
+from .problem import Case
+
+LLAMA, LLAMA_TP8 = Shape(), Shape(num_qo_heads=8, num_kv_heads=1)
+GPT_OSS = Shape(num_qo_heads=64, head_dim=64)
+GEMMA = Shape(num_qo_heads=16, head_dim=256)
+PREFILL_LENGTHS = ((512, 32), (1024, 16), (4096, 4), (16384, 1))
+APPENDS = ((16, 128, 4096), (4, 128, 32768), (1, 512, 32768), (1, 2048, 32768))
+
+
+def zipf(count: int, longest: int, seed: int = 1, shortest: int = 64) -> list[int]:
+    """Lengths in proportion to 1 / rank, in random order."""
+    weights = 1 / torch.arange(1, count + 1).float()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return [max(shortest, int(longest * weight)) for weight in weights[order].tolist()]
+
+
+@cache
+def decode_lengths() -> dict[str, list[int]]:
+    """The batches of the peers' file, drawn in its order."""
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.randint(512, 16384, (16,), generator=generator).tolist()
+    return {
+        "B1 1k": [1024],
+        "B1 32k": [32768],
+        "B8 8k": [8192] * 8,
+        "B64 2k": [2048] * 64,
+        "B128 1k": [1024] * 128,
+        "B256 1k": [1024] * 256,
+        "B16 uniform 512-16k": wide,
+        "B64 zipf 64k": zipf(64, 65536),
+        "B128 uniform 128-2k": torch.randint(128, 2048, (128,), generator=generator).tolist(),
+    }
+
+
+def _heads(shape: Shape) -> str:
+    page = "" if shape.page_size is None else f" page{shape.page_size}"
+    return f"h{shape.num_qo_heads}/{shape.num_kv_heads} d{shape.head_dim}{page}"
+
+
+def _decode(batch: str, shape: Shape, suffix: str = "", variants: bool = False) -> Case:
+    lengths = decode_lengths()[batch]
+    build = partial(attention_problem, shape=shape, q_lens=[1] * len(lengths), kv_lens=lengths, variants=variants)
+    return Case("attention", "decode", f"decode {batch} {_heads(shape)}{suffix}", build)
+
+
+def decode_cases() -> Iterator[Case]:
+    """Every batch with 8 KV heads and with one, then formats, dims, pages and features on a few of them."""
+    for batch in decode_lengths():
+        for shape in (LLAMA, LLAMA_TP8):
+            yield _decode(batch, shape, variants=batch == "B64 2k" and shape is LLAMA)
+    for batch in ("B1 32k", "B8 8k", "B64 2k", "B256 1k", "B64 zipf 64k"):
+        yield _decode(batch, replace(LLAMA, kv_format="fp8_e4m3"), " fp8")
+    for batch in ("B8 8k", "B64 2k"):
+        for head_dim in (64, 256):
+            yield _decode(batch, replace(LLAMA, head_dim=head_dim))
+        for page_size in (1, 64):
+            yield _decode(batch, replace(LLAMA, page_size=page_size))
+        yield _decode(batch, GPT_OSS)
+        yield _decode(batch, replace(GPT_OSS, sinks=True), " sinks")
+        yield _decode(batch, replace(GPT_OSS, sinks=True, window=128), " sinks window128")
+        yield _decode(batch, GEMMA)
+        yield _decode(batch, replace(GEMMA, soft_cap=50.0), " softcap")
+        yield _decode(batch, replace(GEMMA, soft_cap=50.0, window=1024), " softcap window1024")
+
+
+def _prefill(name: str, shape: Shape, lengths: list[int]) -> Case:
+    return Case("attention", "prefill", name, partial(attention_problem, shape=shape, q_lens=lengths, kv_lens=lengths))
+
+
+def prefill_cases() -> Iterator[Case]:
+    """Whole prompts from ragged K and V (the peers' file's names) and from pages of 16 and 1."""
+    ragged = replace(LLAMA, page_size=None)
+    for length, count in PREFILL_LENGTHS:
+        for shape in (ragged, replace(LLAMA, page_size=16), replace(LLAMA, page_size=1)):
+            suffix = "" if shape.page_size is None else f" page{shape.page_size}"
+            name = f"prefill B{count} S{length} h32/8 d128 causal=1{suffix}"
+            yield _prefill(name, shape, [length] * count)
+    for length, count in PREFILL_LENGTHS:
+        yield _prefill(
+            f"prefill B{count} S{length} h32/8 d128 causal=0", replace(ragged, causal=False), [length] * count
+        )
+    for head_dim in (64, 256):
+        yield _prefill(f"prefill B1 S16384 h32/8 d{head_dim} causal=1", replace(ragged, head_dim=head_dim), [16384])
+    for count in (16, 64):
+        generator = torch.Generator().manual_seed(7)
+        uniform = torch.randint(512, 1537, (count,), generator=generator).tolist()
+        harmonic = sum(1 / rank for rank in range(1, count + 1))
+        skewed = zipf(count, int(1024 * count / harmonic), shortest=16)
+        yield _prefill(f"prefill B{count} uniform mean1024 h32/8 d128 causal=1", ragged, uniform)
+        yield _prefill(f"prefill B{count} zipf mean1024 h32/8 d128 causal=1", ragged, skewed)
+    for suffix, changes in (
+        ("sinks", {"sinks": True}),
+        ("window1024", {"window": 1024}),
+        ("softcap", {"soft_cap": 50.0}),
+    ):
+        yield _prefill(f"prefill B4 S4096 h32/8 d128 causal=1 {suffix}", replace(ragged, **changes), [4096] * 4)
+
+
+def append_cases() -> Iterator[Case]:
+    """New tokens of requests that have long caches, and batches of prefills beside decodes."""
+    for count, q_len, kv_len in APPENDS:
+        name = f"append B{count} q{q_len} kv{kv_len} {_heads(LLAMA)}"
+        build = partial(attention_problem, shape=LLAMA, q_lens=[q_len] * count, kv_lens=[kv_len] * count)
+        yield Case("attention", "append", name, build)
+    mixed = (
+        ("mixed mixed 1x4096 prefill+ 127x decode 2k", [4096] + [1] * 127, [4096] + [2048] * 127),
+        ("mixed chunked 512+255 decode 4k", [512] + [1] * 255, [8192] + [4096] * 255),
+    )
+    for name, q_lens, kv_lens in mixed:
+        yield Case("attention", "mixed", name, partial(attention_problem, shape=LLAMA, q_lens=q_lens, kv_lens=kv_lens))

@@ -1,0 +1,38 @@
+"""Every case, and the choice among them by operation, group or name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .attention_cases import append_cases, decode_cases, prefill_cases
+from .memory_cases import memory_cases
+from .problem import Case
+from .sampling_cases import sampling_cases
+
+GROUPS = ("memory", "decode", "prefill", "append", "mixed", "sampling")
+
+
+def all_cases() -> list[Case]:
+    """In the order they run."""
+    return [*memory_cases(), *decode_cases(), *prefill_cases(), *append_cases(), *sampling_cases()]
+
+
+def choose(ops: Sequence[str], names: Sequence[str]) -> list[Case]:
+    """Cases of the operations or groups ``ops`` (empty: all) that have one of ``names`` (empty: all), exactly or, where
+    no case is called so, as a part. Raises ValueError naming what matches nothing."""
+    cases = all_cases()
+    known = {case.op for case in cases} | set(GROUPS)
+    unknown = sorted(set(ops) - known)
+    if unknown:
+        raise ValueError(f"unknown operation or group {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    if ops:
+        cases = [case for case in cases if case.op in ops or case.group in ops]
+    if not names:
+        return cases
+    chosen: list[Case] = []
+    for name in names:
+        found = [case for case in cases if case.name == name] or [case for case in cases if name in case.name]
+        if not found:
+            raise ValueError(f"no case matches {name!r}; --list shows them")
+        chosen += [case for case in found if case not in chosen]
+    return chosen

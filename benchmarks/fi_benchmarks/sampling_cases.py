@@ -1,0 +1,156 @@
+"""Sampling from logits at the peers' batch sizes and vocabularies, a case for each thing that can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from fi_core.contract import EXACT, Cost, Tolerance
+from fi_core.ops import filter_logits, sample, top_k
+from fi_core.reference.sampling.draw import filter_logits as reference_filter
+from fi_core.reference.sampling.draw import sample as reference_sample
+from fi_core.sampling import DrawKeys, FilterParams
+from torch import Tensor
+
+from .ceilings import copies, reads
+from .numerics import Accuracy, checker
+from .problem import Case, Outputs, Problem, generator_on
+
+BATCHES, VOCABULARIES = (1, 16, 64, 256, 512), (128256, 32000)
+TOP_K, TOP_P, MIN_P = 50, 0.9, 0.1
+MAX_BOUNDARY_ROWS = 0.01
+"""Share of the rows whose draw may differ from the reference's, where a rounding of exp crossed a boundary."""
+_PROBS = Tolerance(5e-3, 1e-4)
+"""Admits a token more or less at a filter's limit; the conformance suite holds our kernels to the exact set."""
+
+
+@dataclass(frozen=True)
+class SamplingInputs:
+    """``task``, float32 logits [B, V], their softmax, and the filters and keys of each row."""
+
+    task: str
+    logits: Tensor
+    probs: Tensor
+    filters: FilterParams
+    keys: DrawKeys
+
+
+def _filters(task: str, num_rows: int, device: torch.device) -> FilterParams:
+    def column(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((num_rows,), value, dtype=dtype, device=device)
+
+    return FilterParams(
+        top_k=column(TOP_K, torch.int32) if "topk" in task else None,
+        top_p=column(TOP_P, torch.float32) if "topp" in task else None,
+        min_p=column(MIN_P, torch.float32) if "minp" in task else None,
+        order="joint" if "joint" in task else "sequential",
+    )
+
+
+def _inputs(device: torch.device, task: str, num_rows: int, vocab_size: int) -> SamplingInputs:
+    shape = (num_rows, vocab_size)
+    logits = torch.randn(shape, device=device, generator=generator_on(device)) * 3
+    seeds = torch.arange(num_rows, device=device)
+    keys = DrawKeys(seeds, torch.zeros_like(seeds, dtype=torch.int32), torch.full_like(seeds, 100))
+    return SamplingInputs(task, logits, logits.softmax(-1), _filters(task, num_rows, device), keys)
+
+
+def _draw_check(inputs: SamplingInputs) -> Callable[[Outputs], Accuracy]:
+    """Tokens as the reference draws them ("tokens"), or drawn from what the filters keep ("drawn", other generators)."""
+    kept = torch.empty_like(inputs.logits)
+    reference_filter(inputs.logits, inputs.filters, "probs", kept)
+    expected = torch.empty_like(inputs.keys.seed)
+    reference_sample(inputs.logits, inputs.filters, inputs.keys, None, expected)
+
+    def check(outputs: Outputs) -> Accuracy:
+        ((name, tokens),) = outputs.items()
+        tokens = tokens.flatten().long()
+        if tokens.shape != expected.shape or bool(((tokens < 0) | (tokens >= kept.shape[1])).any()):
+            return Accuracy(f"{name}: no token in the vocabulary for each row")
+        num_filtered = int((kept.gather(1, tokens.unsqueeze(1)) == 0).sum())
+        num_other = int((tokens != expected).sum()) if name == "tokens" else 0
+        allowed = MAX_BOUNDARY_ROWS * tokens.shape[0]
+        if num_filtered > allowed or num_other > allowed:
+            return Accuracy(f"{num_filtered} tokens that the filters drop, {num_other} other than the reference's")
+        return Accuracy(None)
+
+    return check
+
+
+def _sample(device: torch.device, task: str, num_rows: int, vocab_size: int) -> Problem:
+    inputs = _inputs(device, task, num_rows, vocab_size)
+    out = torch.empty_like(inputs.keys.seed)
+    request: dict[str, Hashable] = {"dtype": torch.float32, "vocab_size": vocab_size}
+    request |= {"filters": inputs.filters.active, "order": inputs.filters.order}
+    return Problem(
+        request,
+        inputs,
+        {"": lambda: lambda: {"tokens": sample.sample(inputs.logits, inputs.filters, inputs.keys, out=out)}},
+        _draw_check(inputs),
+        sample.cost(num_rows, vocab_size, torch.float32),
+        reads(inputs.logits),
+    )
+
+
+def _filter(device: torch.device, task: str, num_rows: int, vocab_size: int, kind: str) -> Problem:
+    inputs = _inputs(device, task, num_rows, vocab_size)
+    out = torch.empty_like(inputs.logits)
+    request: dict[str, Hashable] = {"dtype": torch.float32, "vocab_size": vocab_size, "kind": kind}
+    request |= {"filters": inputs.filters.active, "order": inputs.filters.order}
+    expected = torch.empty_like(inputs.logits)
+    reference_filter(inputs.logits, inputs.filters, kind, expected)
+    cost = filter_logits.cost(num_rows, vocab_size, torch.float32)
+    return Problem(
+        request,
+        inputs,
+        {"": lambda: lambda: {"out": filter_logits.filter_logits(inputs.logits, inputs.filters, kind, out=out)}},
+        _filter_check(expected, kind),
+        cost,
+        copies(cost, device),
+    )
+
+
+def _filter_check(expected: Tensor, kind: str) -> Callable[[Outputs], Accuracy]:
+    """Probabilities within the tolerance; masked logits, which hold infinities, bit for bit."""
+    return checker({"out": expected}, {"out": _PROBS if kind == "probs" else EXACT})
+
+
+def _top_k(device: torch.device, task: str, num_rows: int, vocab_size: int) -> Problem:
+    inputs = _inputs(device, task, num_rows, vocab_size)
+
+    def call() -> Outputs:
+        values, indices = top_k.top_k(inputs.logits, TOP_K)
+        return {"values": values, "indices": indices}
+
+    values, indices = inputs.logits.sort(dim=1, descending=True, stable=True)
+    expected = {"values": values[:, :TOP_K], "indices": indices[:, :TOP_K]}
+    request = {"dtype": torch.float32, "vocab_size": vocab_size, "k": TOP_K}
+    check = checker(expected, {"values": EXACT, "indices": EXACT})
+    cost: Cost = top_k.cost(num_rows, vocab_size, TOP_K, torch.float32)
+    return Problem(request, inputs, {"": lambda: call}, check, cost, reads(inputs.logits))
+
+
+TASKS: dict[str, tuple[str, Callable[..., Problem]]] = {
+    "plain": ("sample", _sample),
+    "topp.9": ("sample", _sample),
+    "topk50": ("sample", _sample),
+    "topk50 topp.9": ("sample", _sample),
+    "topk50 topp.9 joint": ("sample", _sample),
+    "minp.1": ("sample", _sample),
+    "topp.9 renorm": ("filter_logits", partial(_filter, kind="probs")),
+    "topk50 renorm": ("filter_logits", partial(_filter, kind="probs")),
+    "topk50 mask": ("filter_logits", partial(_filter, kind="logits")),
+    "topk50 select": ("top_k", _top_k),
+}
+"""What a case asks for -> its operation and builder."""
+
+
+def sampling_cases() -> Iterator[Case]:
+    """Every task at every batch size and vocabulary; "sampling B1 V128256" begins as the names of the peers' file."""
+    for vocab_size in VOCABULARIES:
+        for num_rows in BATCHES:
+            for task, (op, build) in TASKS.items():
+                made = partial(build, task=task, num_rows=num_rows, vocab_size=vocab_size)
+                yield Case(op, "sampling", f"sampling B{num_rows} V{vocab_size} {task}", made)

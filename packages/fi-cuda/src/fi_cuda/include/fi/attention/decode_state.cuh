@@ -1,0 +1,240 @@
+// What a warp holds of an item: its query rows, the online softmax over the chunks it has seen, and their weighted values.
+// Lane 4 g + t holds rows 8 n + 2 t and 8 n + 2 t + 1 of every row tile n.
+#pragma once
+
+#include "fi/attention/operands.cuh"
+#include "fi/attention/walk.cuh"
+#include "fi/softmax/columns.cuh"
+#include "fi/softmax/online.cuh"
+#include "fi/softmax/score.cuh"
+
+namespace fi {
+
+enum MaskForm { kNoMask, kMaskKv, kMaskNew };
+
+// A packed query row of an item's tile, as token and query head.
+template <class Config>
+struct TileRow {
+  int token, head;
+  bool live;
+
+  __device__ __forceinline__ TileRow(const AttentionItem& item, int row) {
+    const int packed_row = item.q_tile * Config::kRows + row;
+    token = packed_row / Config::kGroupSize;
+    head = item.kv_head * Config::kGroupSize + packed_row % Config::kGroupSize;
+    live = token < item.q_len;
+  }
+};
+
+template <class Config, class Params>
+struct DecodeState {
+  using Dtype = typename Config::Dtype;
+  using Ops = Operands<Config>;
+  using Factor = typename Ops::Factor;
+  using Row = TileRow<Config>;
+  static constexpr int kRowTiles = Config::kRows / 8;
+  static constexpr int kTokenTiles = Config::kChunkTokens / 16;
+  static constexpr int kScores = kRowTiles * kTokenTiles * 4;
+  static constexpr float kSlack = 5.0f;
+  static_assert(Config::kRows % 8 == 0, "rows come in tiles of 8");
+
+  unsigned query[Ops::kSteps][kRowTiles][2];
+  float scale[kRowTiles][2];
+  float slope[kRowTiles][2];
+  OnlineSoftmax<kRowTiles * 2, 8, 4> softmax;
+  float total[Ops::kDimTiles][kRowTiles][4];
+
+  __device__ __forceinline__ DecodeState(const Params& params, const AttentionItem& item, int lane) : softmax(1.0f) {
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      load_query(params, item, n, lane);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const Row row(item, n * 8 + lane % 4 * 2 + r);
+        if constexpr (Config::kAlibi) slope[n][r] = row.live ? static_cast<const float*>(params.slopes)[row.head] : 0.0f;
+      }
+#pragma unroll
+      for (int tile = 0; tile < Ops::kDimTiles; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) total[tile][n][e] = 0.0f;
+      }
+    }
+  }
+
+  // Element e of the accumulator of row tile n and token tile `tile` among a lane's scores, and the row it belongs to.
+  static __device__ __forceinline__ constexpr int score_idx(int n, int tile, int e) { return (n * kTokenTiles + tile) * 4 + e; }
+  struct ScoreRow {
+    static __device__ __forceinline__ constexpr int row(int idx) { return idx / (4 * kTokenTiles) * 2 + idx % 2; }
+  };
+
+  // Row 8 n + g of Q, and the scale of rows 8 n + 2 t and 8 n + 2 t + 1.
+  __device__ __forceinline__ void load_query(const Params& params, const AttentionItem& item, int n, int lane) {
+    const Row row(item, n * 8 + lane / 4);
+    const Dtype* q = static_cast<const Dtype*>(params.q);
+    if (row.live) q += (item.q_begin + row.token) * params.q_stride_token + row.head * params.q_stride_head;
+#pragma unroll
+    for (int step = 0; step < Ops::kSteps; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int dim = Ops::query_dim(step, half, lane % 4);
+        query[step][n][half] = row.live ? *reinterpret_cast<const unsigned*>(q + dim) : 0u;
+      }
+    }
+    float logit_scale = params.scale;
+    if constexpr (Config::kKScales) {
+      logit_scale *= static_cast<const float*>(params.k_scales)[item.kv_head * params.k_scale_stride];
+    }
+    scale[n][0] = scale[n][1] = logit_scale;
+    if constexpr (!Ops::template kSame<Dtype, Factor>) scale_query(n, lane);
+  }
+
+  // Turns bfloat16 rows into float16: a power of two brings the row's largest element into [1, 2), and what is then below
+  // float16's range does not show in a sum that holds that element.
+  __device__ __forceinline__ void scale_query(int n, int lane) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int step = 0; step < Ops::kSteps; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 both = Ops::template unpacked<Dtype>(query[step][n][half]);
+        largest = fmaxf(largest, fmaxf(fabsf(both.x), fabsf(both.y)));
+      }
+    }
+    largest = reduce_over_lanes<4, 1>(largest, LargestNumber());
+    // Exponents of 2^-126 to 2^126, so that the power and its inverse are finite and normal; rows of zeros stay.
+    const unsigned exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
+    const float down = __uint_as_float((254u - exponent) << 23);
+    const float up = __uint_as_float(exponent << 23);
+#pragma unroll
+    for (int step = 0; step < Ops::kSteps; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 both = Ops::template unpacked<Dtype>(query[step][n][half]);
+        query[step][n][half] = Ops::template packed<Factor>(both.x * down, both.y * down);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) scale[n][r] *= __shfl_sync(0xffffffffu, up, (lane % 4 * 2 + r) * 4);
+  }
+
+  // Attends to a stage's tokens, the first at `position`; `masked`: not all of them are visible to all rows.
+  __device__ __forceinline__ void attend(
+      const Params& params, const AttentionItem& item, const unsigned char* stage, int position, bool masked, int lane) {
+    float products[kRowTiles][kTokenTiles][4] = {};
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) {
+      Ops::for_keys(stage, tile, lane, [&](int step, const unsigned(&a)[4]) {
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) ptx::mma_m16n8k16<Factor>(products[n][tile], a, query[step][n]);
+      });
+    }
+    float scores[kScores];
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+      for (int tile = 0; tile < kTokenTiles; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          scores[score_idx(n, tile, e)] = score(params, item, n, e, products[n][tile][e], position + 16 * tile, lane);
+        }
+      }
+    }
+    if (masked) hide(params, item, scores, position, lane);
+    raise(scores);
+    softmax.template weigh<ScoreRow>(scores);
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) {
+      unsigned weights[kRowTiles][2];
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int first = score_idx(n, tile, 2 * half);
+          weights[n][half] = Ops::transposed(Ops::template packed<Factor>(scores[first], scores[first + 1]));
+        }
+      }
+      Ops::for_values(stage, tile, lane, [&](int dim_tile, const unsigned(&a)[4]) {
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) ptx::mma_m16n8k16<Factor>(total[dim_tile][n], a, weights[n]);
+      });
+    }
+  }
+
+  // Brings the rows' tops up to date only when a score is kSlack above: weights of up to e^kSlack, well within the range of
+  // what is multiplied, cost nothing, and a vote is quicker than a reduction and a rescaling.
+  __device__ __forceinline__ void raise(const float (&scores)[kScores]) {
+    bool exceeded = false;
+#pragma unroll
+    for (int idx = 0; idx < kScores; ++idx) exceeded |= scores[idx] > softmax.top[ScoreRow::row(idx)] + kSlack;
+    if (__any_sync(0xffffffffu, exceeded)) {
+      float tops[kRowTiles * 2], rescale[kRowTiles * 2];
+      softmax.template find_tops<ScoreRow>(scores, tops);
+      softmax.raise(tops, rescale);
+#pragma unroll
+      for (int tile = 0; tile < Ops::kDimTiles; ++tile) {
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) total[tile][n][e] *= rescale[2 * n + e % 2];
+        }
+      }
+    }
+  }
+
+  // The logit, in natural units, of accumulator element e of row tile n.
+  __device__ __forceinline__ float score(
+      const Params& params, const AttentionItem& item, int n, int e, float product, int position, int lane) const {
+    const int r = e % 2;
+    float result = product * scale[n][r];
+    if constexpr (Config::kSoftCap) {
+      const SoftCapScore capped(1.0f, params.soft_cap);
+      result = capped(result, 0.0f) * capped.unit();
+    }
+    if constexpr (Config::kAlibi) {
+      const Row row(item, n * 8 + lane % 4 * 2 + r);
+      const int distance = position + lane / 4 + e / 2 * 8 - query_position(row.token, item.q_len, item.kv_len);
+      result = fmaf(slope[n][r], static_cast<float>(distance), result);
+    }
+    return result;
+  }
+
+  // -inf in the place of the scores of tokens that their rows do not see.
+  __device__ __forceinline__ void hide(
+      const Params& params, const AttentionItem& item, float (&scores)[kScores], int position, int lane) const {
+#pragma unroll
+    for (int idx = 0; idx < kScores; ++idx) {
+      const int in_row = ScoreRow::row(idx);
+      const Row row(item, in_row / 2 * 8 + lane % 4 * 2 + in_row % 2);
+      const ColumnLimits seen = rule(params).limits(query_position(row.token, item.q_len, item.kv_len), item.kv_len);
+      const int key = position + idx / 4 % kTokenTiles * 16 + lane / 4 + idx % 4 / 2 * 8;
+      bool visible = key >= seen.low && key < min(seen.high, item.kv_end);
+      if constexpr (Config::kMask != kNoMask) {
+        if (visible && row.live) visible = mask_row(params, item, row.token).visible(key);
+      }
+      scores[idx] = fi::masked(scores[idx], visible);
+    }
+  }
+
+  // Tokens that every row of the tile sees: chunks inside need no mask.
+  static __device__ __forceinline__ ColumnLimits seen_by_all(const Params& params, const AttentionItem& item) {
+    const int first = Row(item, 0).token, last = min(Row(item, Config::kRows - 1).token, item.q_len - 1);
+    ColumnLimits seen = rule(params).seen_by_all(query_position(first, item.q_len, item.kv_len),
+                                                 query_position(last, item.q_len, item.kv_len), item.kv_len);
+    seen.high = min(seen.high, item.kv_end);
+    if constexpr (Config::kMask == kMaskNew) seen.high = min(seen.high, item.offset());
+    if constexpr (Config::kMask == kMaskKv) seen.high = 0;
+    return seen;
+  }
+
+  static __device__ __forceinline__ ColumnRule rule(const Params& params) {
+    return {Config::kCausal, Config::kWindowed ? params.window : kNoWindow};
+  }
+
+  static __device__ __forceinline__ PackedMaskRow mask_row(const Params& params, const AttentionItem& item, int token) {
+    const unsigned char* bits = static_cast<const unsigned char*>(params.mask_bits) +
+                                static_cast<const int64*>(params.mask_indptr)[item.request];
+    return packed_mask_row(bits, Config::kMask == kMaskNew, token, item.q_len, item.kv_len);
+  }
+};
+
+}  // namespace fi

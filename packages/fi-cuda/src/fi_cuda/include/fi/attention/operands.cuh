@@ -1,0 +1,117 @@
+// Operands of the products of short queries, with KV on the 16-row side of mma.m16n8k16: S^T [tokens, rows] = K Q^T and
+// O^T [dims, rows] += V^T P^T. A tile of 8 query rows wastes no row, and a token's exponentials are those of real rows.
+//
+// Lane l is written 4 g + t. 16-bit keys and values are multiplied as they are. FP8 ones become float16, which holds them
+// exactly, in registers: a 32-bit register of bytes then gives elements 4 t .. 4 t + 3 of the inner dim instead of 2 t, 2 t + 1
+// and 2 t + 8, 2 t + 9, so Q takes the same order; and the rows g and g + 8 of V^T are its dims 2 g and 2 g + 1.
+#pragma once
+
+#include "fi/attention/stage.cuh"
+#include "fi/ptx/ldmatrix.cuh"
+#include "fi/ptx/mma.cuh"
+#include "fi/tile/fp8.cuh"
+
+namespace fi {
+
+template <bool kFp8, class Dtype>
+struct FactorOf {
+  using Type = Dtype;
+};
+template <class Dtype>
+struct FactorOf<true, Dtype> {
+  using Type = __half;
+};
+
+template <class Config>
+struct Operands {
+  using Stored = typename Config::Stored;
+  using Stage = ChunkStage<Config>;
+  static constexpr bool kFp8 = kIsFp8<Stored>;
+  using Factor = typename FactorOf<kFp8, typename Config::Dtype>::Type;  // what is multiplied
+  template <class First, class Second>
+  static constexpr bool kSame = false;
+  template <class Both>
+  static constexpr bool kSame<Both, Both> = true;
+  static constexpr int kSteps = Config::kHeadDim / 16;       // of the inner dim of S^T
+  static constexpr int kDimTiles = Config::kHeadDimVo / 16;  // of the outer dim of O^T
+
+  // Two floats as T, rounded to nearest even, the first in the low half; and back.
+  template <class T>
+  static __device__ __forceinline__ unsigned packed(float low, float high) {
+    const Pack<T, 4> both = {{from_float<T>(low), from_float<T>(high)}};
+    return *reinterpret_cast<const unsigned*>(&both);
+  }
+  template <class T>
+  static __device__ __forceinline__ float2 unpacked(unsigned both) {
+    const Pack<T, 4> pack = *reinterpret_cast<const Pack<T, 4>*>(&both);
+    return {to_float(pack.data[0]), to_float(pack.data[1])};
+  }
+
+  // The transpose of an 8x8 matrix of 16-bit elements spread over a warp. PTX ISA, section "movmatrix".
+  static __device__ __forceinline__ unsigned transposed(unsigned fragment) {
+    unsigned result;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(fragment));
+    return result;
+  }
+
+  // Two stored 8-bit floats, in the low half of `pair`, as float16.
+  static __device__ __forceinline__ unsigned halves_of(unsigned pair) {
+    const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), kFp8Format<Stored>);
+    return static_cast<unsigned>(both.x) | static_cast<unsigned>(both.y) << 16;
+  }
+
+  // Calls use(step, a) for every 16 dims of K with the fragment of the stage's tokens 16 tile .. 16 tile + 15.
+  template <class Use>
+  static __device__ __forceinline__ void for_keys(const unsigned char* stage, int tile, int lane, Use&& use) {
+    const int row = tile * 16 + lane % 16;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if constexpr (!kFp8) {
+        unsigned a[4];
+        ptx::ldmatrix_x4(a, stage + Stage::Keys::place(row, step * 32 + lane / 16 * 16));
+        use(step, a);
+      } else {
+        unsigned bytes[2];
+        ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(row, step * 16));
+        const unsigned a[4] = {halves_of(bytes[0]), halves_of(bytes[1]), halves_of(bytes[0] >> 16), halves_of(bytes[1] >> 16)};
+        use(step, a);
+      }
+    }
+  }
+
+  // Calls use(dim_tile, a) for every 16 dims of V with the fragment of V^T over the same tokens.
+  template <class Use>
+  static __device__ __forceinline__ void for_values(const unsigned char* stage, int token_tile, int lane, Use&& use) {
+    const unsigned char* values = stage + Stage::kValueBegin;
+    const int row = token_tile * 16 + (kFp8 ? lane % 16 : lane % 8 + lane / 16 * 8);
+#pragma unroll
+    for (int tile = 0; tile < kDimTiles; ++tile) {
+      unsigned a[4];
+      if constexpr (!kFp8) {
+        ptx::ldmatrix_x4_trans(a, values + Stage::Values::place(row, tile * 32 + lane / 8 % 2 * 16));
+      } else {
+        unsigned bytes[2];
+        ptx::ldmatrix_x2_trans(bytes, values + Stage::Values::place(row, tile * 16));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const unsigned even = halves_of(bytes[half]), odd = halves_of(bytes[half] >> 16);
+          a[2 * half] = __byte_perm(even, odd, 0x5410);      // dim 2 g of tokens 2 t and 2 t + 1
+          a[2 * half + 1] = __byte_perm(even, odd, 0x7632);  // dim 2 g + 1
+        }
+      }
+      use(tile, a);
+    }
+  }
+
+  // First of the two neighbouring dims that register `half` of a step of Q holds in lane 4 g + t.
+  static __device__ __forceinline__ int query_dim(int step, int half, int t) {
+    return step * 16 + (kFp8 ? 4 * t + 2 * half : 2 * t + 8 * half);
+  }
+
+  // The dim of element `half` (row g or g + 8) of a dim tile's accumulator in lane 4 g + t.
+  static __device__ __forceinline__ int value_dim(int tile, int half, int g) {
+    return tile * 16 + (kFp8 ? 2 * g + half : g + 8 * half);
+  }
+};
+
+}  // namespace fi

@@ -1,0 +1,159 @@
+// Attention of requests with few query rows (decode, speculative verification), bound by reading K and V once.
+//
+// One block a multiprocessor works through its worker's items of the plan. The warps share an item's tokens in chunks;
+// each has a private ring of chunks that runs on into the next items, so that loads never wait for an item's end, and its own
+// online softmax; an item ends with the warps' shares added up in shared memory, and a split tile with a merge by its workers.
+// Sources: online softmax (Milakov and Gimelshein, 2018), split KV (Dao et al., 2023, Flash-Decoding), pages (Kwon et al.,
+// 2023, section 4), equal shares of the work ("stream-K", Osama et al., 2023).
+// Config: Dtype (q, out), Stored (K, V), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kRows
+// (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
+// kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps). Params: those of fi_cuda.kernels.attention.decode.
+#pragma once
+
+#include "fi/attention/load_boxes.cuh"
+#include "fi/attention/load_rows.cuh"
+#include "fi/attention/partials.cuh"
+#include "fi/ptx/dependent_launch.cuh"
+
+namespace fi {
+
+constexpr int kItemsAtOnce = 64;
+
+// Byte offsets into dynamic shared memory.
+template <class Config>
+struct DecodeShared {
+  static constexpr int kRingBytes = Config::kStages * ChunkStage<Config>::kBytes;
+  static constexpr int kShares = Config::kNumWarps * kRingBytes;
+  static constexpr int kItems = kShares + static_cast<int>(sizeof(Shares<Config>));
+  static constexpr int kFlag = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
+  static constexpr int kBarriers = kFlag + 16;
+  static constexpr int kBytes = kBarriers + Config::kNumWarps * Config::kStages * 8 + ChunkStage<Config>::kAlignment;
+};
+
+// The block's next `count` items into shared memory; the worker's first one lies beside its range.
+template <int kThreads>
+__device__ __forceinline__ void fetch_items(AttentionItem* items, const AttentionItem* list, const AttentionItem* first, int count) {
+  constexpr int kParts = sizeof(AttentionItem) / 16;
+#pragma unroll 1
+  for (int part = threadIdx.x; part < count * kParts; part += kThreads) {
+    const int4* from = reinterpret_cast<const int4*>(first != nullptr && part < kParts ? first : list);
+    reinterpret_cast<int4*>(items)[part] = from[part];
+  }
+}
+
+// Where a warp stands in its ring: the stage of its next chunk, and the parity of that stage's phase.
+struct RingPlace {
+  int stage;
+  unsigned parity;
+
+  template <int kStages>
+  __device__ __forceinline__ void advance() {
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    parity ^= stage == 0;
+  }
+};
+
+// Zeros in the place of values that are not readable: a weight of zero does not cancel a NaN.
+template <class Config>
+__device__ __forceinline__ void clear_unreadable(unsigned char* stage, int position, int lowest, int kv_end, int lane) {
+  using Stage = ChunkStage<Config>;
+  using Rows = typename Stage::Values;
+  const bool readable = position + lane >= lowest && position + lane < kv_end;
+  if (lane < Config::kChunkTokens && !readable) {
+#pragma unroll
+    for (int column = 0; column < Rows::kColumns; ++column) {
+#pragma unroll
+      for (int byte = 0; byte < Rows::kSwizzle; byte += 16) {
+        unsigned char* unit = stage + Stage::kValueBegin + column * Rows::kColumnBytes + lane * Rows::kSwizzle + byte;
+        *reinterpret_cast<int4*>(unit) = int4{};
+      }
+    }
+    ptx::fence_proxy_async_shared();  // the stage's next copies come after
+  }
+  __syncwarp();
+}
+
+template <class Config, class Params, class Loader>
+__device__ __forceinline__ void attend_items(
+    const Params& params, const Loader& loader, unsigned char* shared, int count, RingPlace& place) {
+  using Shared = DecodeShared<Config>;
+  using State = DecodeState<Config, Params>;
+  using Stage = ChunkStage<Config>;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  unsigned char* ring = shared + warp * Shared::kRingBytes;
+  unsigned long long* barriers = reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp * Config::kStages;
+  const AttentionItem* items = reinterpret_cast<const AttentionItem*>(shared + Shared::kItems);
+  ItemFinisher<Config, Params> finisher(params, *reinterpret_cast<Shares<Config>*>(shared + Shared::kShares),
+                                        reinterpret_cast<int*>(shared + Shared::kFlag));
+  ChunkWalk<Config, Params> walk(params, items, count);
+  int next_stage = place.stage;
+  const auto load_next = [&] {
+    if (walk.done()) return;
+    loader.load(walk, ring + next_stage * Stage::kBytes, barriers + next_stage);
+    next_stage = next_stage + 1 == Config::kStages ? 0 : next_stage + 1;
+    walk.advance();
+  };
+#pragma unroll 1  // once is code enough
+  for (int ahead = 0; ahead < Config::kStages - 1; ++ahead) load_next();
+
+  ChunkTurn<Config::kNumWarps> turn = {0};
+  for (int idx = 0; idx < count; ++idx) {
+    const AttentionItem item = items[idx];
+    State state(params, item, lane);
+    const ColumnLimits whole = State::seen_by_all(params, item);
+    const int lowest = lowest_position<Config>(item, params.window), num_chunks = num_chunks_of<Stage::kTokens>(item);
+    for (int chunk = turn.first_chunk(warp); chunk < num_chunks; chunk += Config::kNumWarps) {
+      const int position = item.kv_begin + chunk * Stage::kTokens;
+      const bool masked = position < whole.low || position + Stage::kTokens > whole.high;
+      unsigned char* stage = ring + place.stage * Stage::kBytes;
+      __syncwarp();  // all lanes are through with the stage that is filled next
+      load_next();
+      ptx::wait_barrier(barriers + place.stage, place.parity);
+      if (!Loader::kZeroesUnread && masked) clear_unreadable<Config>(stage, position, lowest, item.kv_end, lane);
+      state.attend(params, item, stage, position, masked, lane);
+      place.advance<Config::kStages>();
+    }
+    turn.pass(num_chunks);
+    finisher.finish(item, state);
+  }
+}
+
+// The loader that the kernel's parameters allow.
+template <class Config, class Params>
+__device__ __forceinline__ RowLoader<Config, Params> loader_of(const Params& params) {
+  return RowLoader<Config, Params>(params);
+}
+template <class Config, class Params>
+__device__ __forceinline__ BoxLoader<Config, Params> loader_of(
+    const Params& params, const ptx::TensorMap& keys, const ptx::TensorMap& values) {
+  return BoxLoader<Config, Params>(params, keys, values);
+}
+
+// `maps`: none, or those of K and V.
+template <class Config, class Params, class... Maps>
+__device__ __forceinline__ void attention_decode(const Params& params, const Maps&... maps) {
+  using Shared = DecodeShared<Config>;
+  extern __shared__ __align__(128) unsigned char unaligned[];
+  unsigned char* shared = unaligned + (-ptx::shared_address(unaligned) & (ChunkStage<Config>::kAlignment - 1));
+  const auto loader = loader_of<Config>(params, maps...);
+  AttentionItem* items = reinterpret_cast<AttentionItem*>(shared + Shared::kItems);
+  for (int idx = threadIdx.x; idx < Config::kNumWarps * Config::kStages; idx += Config::kNumThreads) {
+    ptx::init_barrier(reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + idx, loader.kArrivals);
+  }
+  ptx::fence_barrier_init();
+  ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
+  const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
+  const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
+  const int begin = start->begin, end = start->end;
+  RingPlace place = {0, 0};
+  for (int first = begin; first < end; first += kItemsAtOnce) {
+    const int count = min(end - first, kItemsAtOnce);
+    fetch_items<Config::kNumThreads>(items, list + first, first == begin ? &start->first : nullptr, count);
+    __syncthreads();
+    attend_items<Config>(params, loader, shared, count, place);
+    __syncthreads();
+  }
+}
+
+}  // namespace fi

@@ -1,0 +1,35 @@
+// A block's place in its cluster, and the shared memory of its neighbours. PTX ISA, sections "Special Registers:
+// %cluster_ctarank, %cluster_nctarank" and "Data Movement and Conversion Instructions: mapa, ld".
+#pragma once
+
+#include "fi/ptx/shared_address.cuh"
+
+namespace fi::ptx {
+
+__device__ __forceinline__ unsigned rank_in_cluster() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ unsigned num_blocks_in_cluster() {
+  unsigned count;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  return count;
+}
+
+// The address, in the cluster's shared memory, of what block `rank` has where this block has `pointer`.
+__device__ __forceinline__ unsigned address_in_cluster(const void* pointer, unsigned rank) {
+  unsigned address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+
+// Between a cluster barrier after the owner's write and one before the owner overwrites it or ends.
+__device__ __forceinline__ float load_from_cluster(unsigned address) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+}  // namespace fi::ptx

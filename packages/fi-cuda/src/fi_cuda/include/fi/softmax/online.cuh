@@ -1,0 +1,152 @@
+// Online softmax: a running maximum and sum for each row of scores, tile after tile (Milakov and Gimelshein, "Online
+// normalizer calculation for softmax", 2018), in base 2 as far as the log-sum-exp.
+//
+// Scores are in units that a positive factor turns into base-2 logits, so that an exponential costs one multiply-add
+// and one exp2. Masked scores are -inf; rows that see no key keep the sum 0. NaN reaches the result.
+#pragma once
+
+#include "fi/ptx/math.cuh"
+#include "fi/softmax/base2.cuh"
+#include "fi/tile/reduce.cuh"
+
+namespace fi {
+
+// The thread's row that element idx of its scores belongs to, if scores are accumulators of mma or wgmma: two rows,
+// pairs of columns. A row lies in 4 consecutive lanes.
+struct QueriesAsRows {
+  FI_HOST_DEVICE static constexpr int row(int idx) { return idx / 2 % 2; }
+};
+
+// The same accumulators where a row of the matrix is a key and a column is a query, a "row" here: it lies in 8 lanes
+// that are 4 apart.
+struct QueriesAsColumns {
+  FI_HOST_DEVICE static constexpr int row(int idx) { return idx / 4 * 2 + idx % 2; }
+};
+
+// What is known of a row over some of its keys, beside its unnormalised output: every weight is 2^(logit - base), so
+// `mass` is their sum. No key yet: base -inf, mass 0.
+struct PartialRow {
+  float base;
+  float mass;
+};
+
+__device__ __forceinline__ PartialRow empty_row() { return {minus_infinity(), 0.0f}; }
+
+// What stands in for a base in exponents: with 0 for -inf, a score of -inf has weight 0 rather than NaN.
+__device__ __forceinline__ float finite_base(float base) { return base == minus_infinity() ? 0.0f : base; }
+
+// What makes a row's result of its unnormalised output: output * scale, and the natural-log sum of exponentials.
+struct RowResult {
+  float scale;
+  float lse;
+};
+
+// A row without keys gives scale 0 and lse -inf. `sink` is a further logit, in natural units, that takes part in the
+// sum and has no value (-inf: none).
+__device__ __forceinline__ RowResult finish_row(PartialRow row, float sink = minus_infinity()) {
+  const float sink_base = sink * kLog2E;
+  // fmaxf would lose a NaN.
+  const float base = finite_base(Largest()(row.base, sink_base));
+  const float kept = ptx::exp2_approx(row.base - base);
+  const float total = row.mass * kept + ptx::exp2_approx(sink_base - base);
+  return {total == 0.0f ? 0.0f : kept / total, (base + log2f(total)) * kLn2};
+}
+
+// What two disjoint sets of keys together know of a row; adding states up in ascending order gives the same bits each
+// time. Their outputs become first * scale_first + second * scale_second.
+struct MergedRow {
+  PartialRow row;
+  float scale_first, scale_second;
+};
+
+__device__ __forceinline__ MergedRow merge_rows(PartialRow first, PartialRow second) {
+  const float base = Largest()(first.base, second.base);
+  const float scale_first = ptx::exp2_approx(first.base - finite_base(base));
+  const float scale_second = ptx::exp2_approx(second.base - finite_base(base));
+  return {{base, first.mass * scale_first + second.mass * scale_second}, scale_first, scale_second};
+}
+
+// Adds `second` with its unnormalised output to `first` and its own. What an output without keys holds has no effect.
+template <int kCount>
+__device__ __forceinline__ void merge_into(
+    PartialRow& first, float (&first_output)[kCount], PartialRow second, const float (&second_output)[kCount]) {
+  const MergedRow merged = merge_rows(first, second);
+#pragma unroll
+  for (int idx = 0; idx < kCount; ++idx) {
+    const float kept = merged.scale_first == 0.0f ? 0.0f : first_output[idx] * merged.scale_first;
+    first_output[idx] = merged.scale_second == 0.0f ? kept : kept + second_output[idx] * merged.scale_second;
+  }
+  first = merged.row;
+}
+
+// The rows of one thread. Each row's scores lie in kLanes lanes, kLaneStride apart, that call everything together; they
+// agree on its maximum, and each keeps the sum of its own weights until `row` adds them up.
+template <int kRows, int kLanes = 4, int kLaneStride = 1>
+struct OnlineSoftmax {
+  float top[kRows];   // largest score so far
+  float mass[kRows];  // this lane's weights
+  float factor;
+
+  // `unit` above 0: what a score of 1 is in natural units (score.cuh).
+  __device__ __forceinline__ explicit OnlineSoftmax(float unit) : factor(unit * kLog2E) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      top[row] = minus_infinity();
+      mass[row] = 0.0f;
+    }
+  }
+
+  // The largest of a tile's scores in each row, over the row's lanes. Warps that share rows exchange them before
+  // `raise`.
+  template <class Map, int kCount>
+  __device__ __forceinline__ void find_tops(const float (&scores)[kCount], float (&tops)[kRows]) const {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) tops[row] = minus_infinity();
+#pragma unroll
+    for (int idx = 0; idx < kCount; ++idx) tops[Map::row(idx)] = fmaxf(tops[Map::row(idx)], scores[idx]);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      tops[row] = reduce_over_lanes<kLanes, kLaneStride>(tops[row], LargestNumber());
+    }
+  }
+
+  // Takes a tile's largest scores into account; `rescale` is what the row's output so far has to be multiplied by.
+  __device__ __forceinline__ void raise(const float (&tops)[kRows], float (&rescale)[kRows]) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float before = top[row] * factor;
+      top[row] = fmaxf(top[row], tops[row]);
+      rescale[row] = ptx::exp2_approx(before - finite_base(top[row] * factor));
+      mass[row] *= rescale[row];
+    }
+  }
+
+  // Puts the weights 2^(factor * (score - top)) in the place of a tile's scores, none above top, and sums them up.
+  template <class Map, int kCount>
+  __device__ __forceinline__ void weigh(float (&scores)[kCount]) {
+    float base[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) base[row] = finite_base(top[row] * factor);
+#pragma unroll
+    for (int idx = 0; idx < kCount; ++idx) {
+      scores[idx] = ptx::exp2_approx(fmaf(scores[idx], factor, -base[Map::row(idx)]));
+      mass[Map::row(idx)] += scores[idx];
+    }
+  }
+
+  // All three, for rows that lie in one warp.
+  template <class Map, int kCount>
+  __device__ __forceinline__ void step(float (&scores)[kCount], float (&rescale)[kRows]) {
+    float tops[kRows];
+    find_tops<Map>(scores, tops);
+    raise(tops, rescale);
+    weigh<Map>(scores);
+  }
+
+  // The row over the keys so far, the same in all its lanes.
+  __device__ __forceinline__ PartialRow row(int idx) const {
+    return {top[idx] * factor, reduce_over_lanes<kLanes, kLaneStride>(mass[idx], Sum())};
+  }
+};
+
+}  // namespace fi

@@ -1,0 +1,167 @@
+"""The decode kernel: spec of ``fi/kernels/attention_decode.cuh``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from fi_core.records import AttentionSpec
+
+from ...params import ParamsLayout
+from ...spec import KernelSpec
+from .tuning import DecodeTuning, shared_bytes
+
+TABLE_FORMS = {"ragged": 0, "dense": 1, "indptr": 2}
+MASK_FORMS = {None: 0, "kv": 1, "new": 2}
+
+_CONSTANTS = ("static constexpr int ", "static constexpr bool ")
+_LINE_LENGTH = 90
+
+
+@dataclass(frozen=True)
+class DecodeSpec(KernelSpec):
+    """What is compiled into a decode kernel: element types, head shape, addressing (``page_size`` 0: ragged; ``table`` and
+    ``mask`` numbered as in TABLE_FORMS and MASK_FORMS), tile, and the features of the call. ``k_scales`` and
+    ``v_scales``: scales are in memory."""
+
+    dtype: torch.dtype
+    stored: torch.dtype
+    head_dim: int
+    head_dim_vo: int
+    group_size: int
+    page_size: int
+    table: int
+    table_row: bool
+    rows: int
+    chunk_tokens: int
+    num_warps: int
+    stages: int
+    causal: bool
+    windowed: bool
+    soft_cap: bool
+    alibi: bool
+    sinks: bool
+    mask: int
+    k_scales: bool
+    v_scales: bool
+    lse: bool
+    batch_invariant: bool
+
+    stem: ClassVar = "attention_decode"
+    overlapping: ClassVar = True
+    cooperative: ClassVar = True  # workers wait for the pieces of a tile that they merge
+    layout: ClassVar = ParamsLayout(
+        (
+            ("starts", "pointer"),
+            ("items", "pointer"),
+            ("arrivals", "output"),
+            ("partials", "output"),
+            ("partial_lses", "output"),
+            ("q", "pointer"),
+            ("k", "pointer"),
+            ("v", "pointer"),
+            ("out", "output"),
+            ("lse", "output"),
+            ("table", "pointer"),
+            ("table_row", "pointer"),
+            ("kv_indptr", "pointer"),
+            ("mask_bits", "pointer"),
+            ("mask_indptr", "pointer"),
+            ("sinks", "pointer"),
+            ("slopes", "pointer"),
+            ("k_scales", "pointer"),
+            ("v_scales", "pointer"),
+            ("q_stride_token", "int64"),
+            ("q_stride_head", "int64"),
+            ("k_stride_page", "int64"),
+            ("k_stride_token", "int64"),
+            ("k_stride_head", "int64"),
+            ("v_stride_page", "int64"),
+            ("v_stride_token", "int64"),
+            ("v_stride_head", "int64"),
+            ("out_stride_token", "int64"),
+            ("out_stride_head", "int64"),
+            ("lse_stride_token", "int64"),
+            ("table_stride", "int64"),
+            ("k_scale_stride", "int32"),
+            ("v_scale_stride", "int32"),
+            ("window", "int32"),
+            ("scale", "float"),
+            ("soft_cap", "float"),
+            ("v_scale", "float"),
+        )
+    )
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        """Shared memory holds one block, so a thread may have all the registers it wants."""
+        return 1
+
+    @property
+    def shared_bytes(self) -> int:
+        tuning = DecodeTuning(self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1)
+        return shared_bytes(tuning, self.head_dim, self.head_dim_vo, self.stored.itemsize)
+
+    def config_lines(self) -> list[str]:
+        """As ever, with neighbours of one type on one line."""
+        lines = [f"static constexpr bool kBoxes = {str(bool(self.tensor_maps)).lower()};"]
+        for line in super().config_lines():
+            prefix = next((text for text in _CONSTANTS if line.startswith(text)), None)
+            if prefix and lines and lines[-1].startswith(prefix) and len(lines[-1]) < _LINE_LENGTH:
+                lines[-1] = f"{lines[-1][:-1]}, {line[len(prefix) :]}"
+            else:
+                lines.append(line)
+        return lines
+
+
+@dataclass(frozen=True)
+class BoxDecodeSpec(DecodeSpec):
+    """The same with K and V copied as boxes of tensor maps."""
+
+    tensor_maps: ClassVar = ("keys", "values")
+
+
+class CallForm(NamedTuple):
+    """What the kernel of a call depends on besides its plan: whether a window is set, the LSE is wanted, scales are in
+    memory, the batch has ``table_row``; the columns of its mask; whether K and V have tensor maps."""
+
+    windowed: bool = False
+    lse: bool = False
+    k_scales: bool = False
+    v_scales: bool = False
+    table_row: bool = False
+    mask_columns: str | None = None
+    boxes: bool = False
+
+
+def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> DecodeSpec:
+    """The kernel of a call; soft cap, ALiBi and sinks are there exactly when ``spec`` has the feature."""
+    return (BoxDecodeSpec if form.boxes else DecodeSpec)(
+        dtype=spec.dtype,
+        stored=spec.kv_dtype,
+        head_dim=spec.head_dim,
+        head_dim_vo=spec.head_dim_vo or 0,
+        group_size=spec.group_size,
+        page_size=spec.page_size or 0,
+        table=TABLE_FORMS[spec.table],
+        table_row=form.table_row,
+        rows=tuning.rows,
+        chunk_tokens=tuning.chunk_tokens,
+        num_warps=tuning.num_warps,
+        stages=tuning.num_stages,
+        causal=spec.causal,
+        windowed=form.windowed,
+        soft_cap="soft_cap" in spec.features,
+        alibi="alibi" in spec.features,
+        sinks="sinks" in spec.features,
+        mask=MASK_FORMS[form.mask_columns],
+        k_scales=form.k_scales,
+        v_scales=form.v_scales,
+        lse=form.lse,
+        batch_invariant=spec.batch_invariant,
+    )

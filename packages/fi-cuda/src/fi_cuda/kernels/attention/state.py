@@ -1,0 +1,225 @@
+"""Attention of short queries as a plan's kernel: planning on the device or the host, and one launch a call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
+from torch import Tensor
+
+from ...params import TensorMap
+from ...spec import kernel_for
+from .boxes import maps_of, tokens_of_box
+from .decode import CallForm, decode_spec
+from .layout import Layout
+from .plan import DevicePlanner, fill_on_host
+
+_MAX_CALLS = 4096
+
+
+class DecodeAttention:
+    """The ``AttentionKernel`` protocol."""
+
+    def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
+        return Layout.of(spec, capacity, torch.device(device)).num_bytes
+
+    def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> DecodeState:
+        return DecodeState(spec, capacity, torch.device(device))
+
+
+class _Call(NamedTuple):
+    """What calls with the same cache and layer share: the launch, and the values that no call changes, between which go
+    those of q, out, lse and the batch."""
+
+    kv: weakref.ref[KVCache]
+    layer: ResolvedLayer  # kept, so that its id names it
+    launch: Callable[..., None]
+    workspace: tuple[int, ...]
+    cache: tuple[int, int]
+    layer_tensors: tuple[int, ...]
+    cache_strides: tuple[int, ...]
+    numbers: tuple[float, ...]
+    maps: tuple[TensorMap, ...]
+
+
+class _Addressing(NamedTuple):
+    """The batch's part of a call: table, table_row, indptr, mask bits and indptr by address, and the table's stride."""
+
+    addresses: tuple[int, ...]
+    table_stride: int
+    has_rows: bool
+    mask_columns: str | None
+    tensors: tuple[Tensor | None, ...]  # kept alive
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> _Addressing:
+        """That of a batch on ``device``, or on the CPU: then it is copied."""
+        mask = batch.mask
+        indptr = batch.table_indptr if batch.table_indptr is not None else batch.kv_indptr
+        masks = (None, None) if mask is None else (mask.bits, mask.indptr)
+        given = (batch.table, batch.table_row, indptr, *masks)
+        tensors = tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in given)
+        table = tensors[0]
+        stride = 0 if table is None or table.dim() == 1 else table.stride(0)
+        columns = None if mask is None else mask.columns
+        return cls(tuple(map(_address, tensors)), stride, batch.table_row is not None, columns, tensors)
+
+
+class DecodeState:
+    """The ``AttentionState`` protocol: one buffer with a work list for each distinct window of the spec."""
+
+    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
+        self._spec = spec
+        self._device = device
+        self._layout = layout = Layout.of(spec, capacity, device)
+        self._buffer = buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+        layout.arrivals.of(buffer).zero_()
+        self._lists = {window: regions.of(buffer) for window, regions in layout.lists.items()}
+        scratch, max_tiles = layout.scratch.of(buffer), layout.bounds.max_tiles
+        self._planners = [
+            DevicePlanner(layout.params[window], capacity, max_tiles, lists, scratch)
+            for window, lists in self._lists.items()
+        ]
+        for planner in self._planners:
+            planner.load()  # compiling and loading would not be legal in a capture
+        self._num_workers = layout.params[spec.windows[0]].num_workers
+        self._batch: Batch | None = None
+        self._addressing: _Addressing | None = None
+        self._calls: dict[tuple[int, int, bool], _Call] = {}
+        self._planner = "not yet updated"
+
+    @property
+    def workspace(self) -> Sequence[Tensor]:
+        return (self._buffer,)
+
+    def describe(self) -> Sequence[str]:
+        layout, tuning = self._layout, self._layout.tuning
+        params = layout.params[self._spec.windows[0]]
+        split = f"at most {params.max_splits} pieces a tile" if params.max_splits else "equal shares for the workers"
+        return (
+            f"tiles: {tuning.rows} rows x {tuning.chunk_tokens} KV tokens; {tuning.num_warps} warps, {tuning.num_stages} stages",
+            f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
+            f"planner: {self._planner}",
+            f"slots for partial results: {layout.bounds.num_slots}, of {tuning.rows} rows each",
+        )
+
+    def update(self, batch: Batch) -> None:
+        """Plan on the device where the lengths are there, one launch a window; else on the host with one copy of the lists
+        (and one of each other tensor of a CPU batch)."""
+        if batch.kv_lens.is_cpu:
+            self._planner = "host, fi_scheduler.partition"
+            self._plan_on_host(batch)
+        else:
+            self._planner = "device, one kernel a work list"
+            for planner in self._planners:
+                planner(batch.q_indptr, batch.kv_lens)
+            if self._batch is batch:
+                return  # its addresses are known
+        self._batch = batch
+        before, now = self._addressing, _Addressing.of(batch, self._device)
+        if before is None or (before.has_rows, before.mask_columns) != (now.has_rows, now.mask_columns):
+            self._calls.clear()
+        self._addressing = now
+
+    def _plan_on_host(self, batch: Batch) -> None:
+        layout = self._layout
+        # Pinned memory comes from torch's caching allocator, which reuses a block only after the copy that reads it.
+        pinned = self._device.type == "cuda"
+        staging = torch.empty(layout.host_bytes, dtype=torch.uint8, pin_memory=pinned)
+        for window, regions in layout.lists.items():
+            fill_on_host(batch.q_indptr, batch.kv_lens, layout.params[window], regions.of(staging))
+        self._buffer[: layout.host_bytes].copy_(staging, non_blocking=True)
+
+    def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
+        addressing = self._addressing
+        assert addressing is not None, "the plan calls update first"
+        call = self._calls.get((id(kv), id(layer), lse is None))
+        if call is None or call.kv() is not kv:
+            call = self._prepare(kv, layer, lse is not None)
+        q_token, q_head, _ = q.stride()
+        out_token, out_head, _ = out.stride()
+        call.launch(
+            self._device,
+            self._num_workers,
+            1,
+            *call.workspace,
+            q.data_ptr(),
+            *call.cache,
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            *addressing.addresses,
+            *call.layer_tensors,
+            q_token,
+            q_head,
+            *call.cache_strides,
+            out_token,
+            out_head,
+            0 if lse is None else lse.stride(0),
+            addressing.table_stride,
+            *call.numbers,
+            *call.maps,
+        )
+
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> _Call:
+        """Find the kernel for calls with this cache and layer, and remember it with what they share."""
+        lists, layout = self._lists[layer.window], self._layout
+        workspace = (layout.arrivals, layout.partials, layout.partial_lses)
+        k_scales, k_scale_stride, k_scale = _scale(kv.k_scale)
+        v_scales, v_scale_stride, v_scale = _scale(kv.v_scale)
+        addressing = self._addressing
+        assert addressing is not None
+        maps = self._maps_of(kv)
+        form = CallForm(
+            windowed=layer.window is not None,
+            lse=with_lse,
+            k_scales=k_scales != 0,
+            v_scales=v_scales != 0,
+            table_row=addressing.has_rows,
+            mask_columns=addressing.mask_columns,
+            boxes=maps is not None,
+        )
+        spec = decode_spec(self._spec, layout.tuning, form)
+        strides = []
+        for cache in kv.as_nhd():
+            strides += [cache.stride(0) if kv.is_paged else 0, cache.stride(-3), cache.stride(-2)]
+        call = _Call(
+            kv=weakref.ref(kv),
+            layer=layer,
+            launch=kernel_for(spec, self._device).launch,
+            workspace=(*map(_address, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
+            cache=(kv.k.data_ptr(), kv.v.data_ptr()),
+            layer_tensors=(_address(layer.sinks), _address(layer.alibi_slopes), k_scales, v_scales),
+            cache_strides=tuple(strides),
+            numbers=(
+                *(k_scale_stride, v_scale_stride, layer.window or 0),
+                *(layer.scale * k_scale, layer.soft_cap or 1.0, v_scale),
+            ),
+            maps=maps or (),
+        )
+        if len(self._calls) >= _MAX_CALLS:
+            self._calls.clear()
+        self._calls[id(kv), id(layer), not with_lse] = call
+        return call
+
+    def _maps_of(self, kv: KVCache) -> tuple[TensorMap, ...] | None:
+        """Tensor maps of K and V, if the copy engine can bring them."""
+        tokens = tokens_of_box(self._spec.page_size, self._layout.tuning.chunk_tokens)
+        return None if tokens is None else maps_of(kv, tokens)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _scale(scale: Any) -> tuple[int, int, float]:
+    """(address, stride, value) of a cache's scale."""
+    if isinstance(scale, Tensor):
+        return scale.data_ptr(), int(scale.numel() > 1), 1.0
+    return 0, 0, 1.0 if scale is None else float(scale)
+
+
+attention_decode = DecodeAttention()
+"""What the kernel entry loads."""

@@ -1,0 +1,168 @@
+"""Tile size, ring depth and costs of the decode kernel: built-in rules, which the hook ``fi_tuning`` may override."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from fi_core.contract import target_of
+from fi_core.errors import ArgumentError
+from fi_core.records import AttentionSpec, Capacity
+from fi_core.registry import registry
+from fi_scheduler.partition import UNLIMITED_ROWS, PartitionParams, TileKind, invariant_splits
+
+TUNED_OP = "attention_decode"
+"""What ``fi_tuning`` is asked for."""
+
+HOPPER_SHARED_BYTES = 227 << 10
+
+_ROW_CHOICES = (8, 16)
+_CHUNK_CHOICES = (16, 32)
+_WIDE_HEAD_DIM = 128
+_MAX_STAGES = 6
+_MIN_STAGES = 2
+_STAGE_ALIGNMENT = 1024
+_BARRIER_BYTES = 8
+_RESERVED_BYTES = 1024  # of shared memory, which the driver keeps for each block
+_PROCESSOR_REGISTERS = 65536
+_MAX_REGISTERS = 256
+_ITEM_ROWS_BYTES = 64 * 64
+_FLAG_BYTES = 16
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """``rows``: packed query rows a tile; ``chunk_tokens``: KV tokens that a warp loads and multiplies at once;
+    ``num_warps`` a block; ``num_stages``: chunks of a warp's ring; costs as in TileKind, in any common unit."""
+
+    rows: int
+    chunk_tokens: int
+    num_warps: int
+    num_stages: int
+    workers_per_processor: int
+    item_cost: int
+    step_cost: int
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("rows", _ROW_CHOICES),
+            ("chunk_tokens", _CHUNK_CHOICES),
+            ("num_warps", (1, 2, 4, 8, 16)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
+        for name, least in (("num_stages", _MIN_STAGES), ("workers_per_processor", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ArgumentError(f"tuning.{name}", f"an int of at least {least}", getattr(self, name))
+
+    def kind(self, spec: AttentionSpec, capacity: Capacity) -> TileKind:
+        """The only kind of q tile. Where no request of the capacity needs a second one, the kind says so, which makes
+        the planning kernel much smaller."""
+        fits = capacity.max_q_len * spec.group_size <= self.rows
+        limit = self.rows if fits else UNLIMITED_ROWS
+        return TileKind(self.rows, self.chunk_tokens, limit, self.item_cost, self.step_cost)
+
+
+def swizzle_of(row_bytes: int) -> int:
+    """Bytes of the widest swizzle whose boxes fill a row of K or V (``fi/attention/stage.cuh``)."""
+    return next(size for size in (128, 64, 32) if row_bytes % size == 0 or size == 32)
+
+
+def _stage_bytes(chunk_tokens: int, row_bytes: tuple[int, int]) -> int:
+    """Shared memory of one chunk of one warp: rows of K, then of V, in whole columns of the swizzle."""
+    total = 0
+    for size in row_bytes:
+        columns = -(-size // swizzle_of(size))
+        total += -(-columns * chunk_tokens * swizzle_of(size) // _STAGE_ALIGNMENT) * _STAGE_ALIGNMENT
+    return total
+
+
+def shared_bytes(tuning: DecodeTuning, head_dim: int, head_dim_vo: int, stored_bytes: int) -> int:
+    """Shared memory of a block: the warps' rings with a barrier a stage, the warps' shares of an item, item rows, a flag, and
+    what aligning them may take."""
+    stage = _stage_bytes(tuning.chunk_tokens, (head_dim * stored_bytes, head_dim_vo * stored_bytes))
+    rings = tuning.num_warps * tuning.num_stages * (stage + _BARRIER_BYTES)
+    shares = tuning.num_warps * tuning.rows * ((head_dim_vo + 4) * 4 + 8)
+    return rings + shares + _ITEM_ROWS_BYTES + _FLAG_BYTES + _STAGE_ALIGNMENT
+
+
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def shared_limit(device: torch.device) -> int:
+    """Shared memory a block of a CUDA device may have."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs leave the attribute out
+    return int(properties.shared_memory_per_block_optin)
+
+
+def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> DecodeTuning:
+    """The parameters for a plan, from capacities alone. Raises ArgumentError for unknown names or values in what
+    ``fi_tuning`` returns, and for more workers than a processor can hold: merging waits for workers that run."""
+    limit = shared_limit(device)
+    built_in = built_in_tuning(spec, capacity, limit)
+    given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
+    if not given:
+        return built_in
+    unknown = set(given) - {item.name for item in fields(DecodeTuning)}
+    if unknown:
+        expected = f"names among {[item.name for item in fields(DecodeTuning)]}"
+        raise ArgumentError("fi_tuning", expected, sorted(unknown))
+    tuning = replace(built_in, **given)
+    block_bytes = shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.kv_dtype.itemsize)
+    fitting = min(
+        (limit + _RESERVED_BYTES) // (block_bytes + _RESERVED_BYTES),
+        _PROCESSOR_REGISTERS // (32 * tuning.num_warps * _MAX_REGISTERS),
+    )
+    if tuning.workers_per_processor > max(fitting, 1):
+        raise ArgumentError("tuning.workers_per_processor", f"at most {max(fitting, 1)}", tuning.workers_per_processor)
+    return tuning
+
+
+def built_in_tuning(spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER_SHARED_BYTES) -> DecodeTuning:
+    """The smallest tile that holds a request's rows, of at most 16 (8 for wide heads: more accumulators would not fit the
+    registers); chunks of 32 tokens (16 for wide heads); and as many stages as fit into ``limit`` bytes of shared memory.
+    Measured on an H100 for head dims of 128 (docs/kernels/decode.md)."""
+    head_dim, head_dim_vo = spec.head_dim, spec.head_dim_vo or 0
+    wide = max(head_dim, head_dim_vo) > _WIDE_HEAD_DIM
+    tallest = _ROW_CHOICES[0 if wide else -1]
+    wanted = min(capacity.max_q_len * spec.group_size, tallest)
+    rows = next(choice for choice in _ROW_CHOICES if choice >= wanted)
+    best = DecodeTuning(
+        rows=rows,
+        chunk_tokens=_CHUNK_CHOICES[0 if wide else -1],
+        num_warps=4,
+        num_stages=_MAX_STAGES,
+        workers_per_processor=1,
+        item_cost=2,
+        step_cost=1,
+    )
+    while shared_bytes(best, head_dim, head_dim_vo, spec.kv_dtype.itemsize) > limit:
+        if best.num_stages > _MIN_STAGES:
+            best = replace(best, num_stages=best.num_stages - 1)
+        else:
+            best = replace(best, num_stages=_MAX_STAGES, num_warps=best.num_warps // 2)
+    return best
+
+
+def partition_params(
+    spec: AttentionSpec, capacity: Capacity, tuning: DecodeTuning, window: int | None, processors: int
+) -> PartitionParams:
+    """The scheduler's parameters for one window of ``spec``."""
+    kinds = (tuning.kind(spec, capacity),)
+    max_splits, min_split_steps = 0, 1
+    if spec.batch_invariant:
+        max_splits, min_split_steps = invariant_splits(spec, capacity, kinds, tuning.rows)
+    return PartitionParams(
+        num_workers=processors * tuning.workers_per_processor,
+        num_kv_heads=spec.num_kv_heads,
+        group_size=spec.group_size,
+        kinds=kinds,
+        causal=spec.causal,
+        window=window,
+        max_splits=max_splits,
+        min_split_steps=min_split_steps,
+    )

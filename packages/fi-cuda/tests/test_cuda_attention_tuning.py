@@ -1,0 +1,163 @@
+"""What the decode kernel is tuned to and what it serves."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from fi_core.contract import Target, check_entry
+from fi_core.errors import ArgumentError
+from fi_core.hookspecs import hookimpl
+from fi_core.ops import OPERATIONS
+from fi_core.records import AttentionSpec, Capacity, KVCache
+from fi_core.registry import registry
+from fi_cuda.entries import ATTENTION_ENTRIES
+from fi_cuda.kernels.attention import boxes, decode, tuning
+from fi_cuda.kernels.attention.decode import CallForm, decode_spec
+from fi_cuda.kernels.attention.state import attention_decode
+from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, built_in_tuning, tuning_for
+
+CPU = torch.device("cpu")
+SPEC = AttentionSpec(8, 2, 64)
+CAPACITY = Capacity(max_batch=5, max_q_tokens=10, max_q_len=2, max_kv_len=500)
+
+SHAPES = list(itertools.product((16, 64, 80, 128, 192, 256), (1, 3, 4, 8, 16, 128), (1, 4, 16), ("bf16", "fp8_e4m3")))
+
+
+@pytest.mark.parametrize("limit", [HOPPER_SHARED_BYTES, 163 << 10, 99 << 10])
+def test_every_served_shape_has_a_tile_and_two_stages(limit):
+    for head_dim, group, max_q_len, kv_format in SHAPES:
+        spec = AttentionSpec(group * 2, 2, head_dim, kv_format=kv_format)
+        capacity = Capacity(8, 8 * max_q_len, max_q_len, 4096)
+        found = built_in_tuning(spec, capacity, limit)
+        kernel = decode_spec(spec, found, CallForm())
+        rows = max_q_len * group
+        tallest = 16 if head_dim <= 128 else 8
+        assert found.rows in (8, 16) and found.rows <= tallest
+        assert found.rows >= min(rows, tallest) and (found.rows == 8 or found.rows < 2 * rows)
+        assert 2 <= found.num_stages <= 6
+        assert kernel.shared_bytes <= limit
+        if found.num_stages < 6:
+            assert replace(kernel, stages=found.num_stages + 1).shared_bytes > limit
+        kind = found.kind(spec, capacity)
+        assert (kind.max_packed_rows == found.rows) == (rows <= found.rows)
+
+
+def test_decode_of_an_8b_model_keeps_200_kib_in_flight():
+    assert built_in_tuning(AttentionSpec(32, 8, 128), CAPACITY) == DecodeTuning(8, 32, 4, 3, 1, 2, 1)
+    fp8 = built_in_tuning(AttentionSpec(32, 8, 128, kv_format="fp8_e5m2"), CAPACITY)
+    assert (fp8.num_warps, fp8.num_stages) == (4, 6)
+
+
+class Override:
+    def __init__(self, given):
+        self.given = given
+
+    @hookimpl
+    def fi_tuning(self, op):
+        return self.given if op == "attention_decode" else None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stages": 3}, "fi_tuning: expected names among"),
+        ({"rows": 64}, r"tuning.rows: expected one of \(8, 16\)"),
+        ({"chunk_tokens": 64}, "tuning.chunk_tokens"),
+        ({"num_stages": 1}, "tuning.num_stages: expected an int of at least 2"),
+        ({"workers_per_processor": 2}, "tuning.workers_per_processor: expected at most 1"),  # in shared memory
+        ({"num_stages": 2, "chunk_tokens": 16, "workers_per_processor": 3}, "expected at most 2"),  # in registers
+    ],
+)
+def test_bad_tuning_is_named(given, message, monkeypatch):
+    monkeypatch.setattr(tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
+    manager = registry().manager
+    plugin = Override(given)
+    manager.register(plugin)
+    try:
+        with pytest.raises(ArgumentError, match=message):
+            tuning_for(SPEC, CAPACITY, CPU)
+    finally:
+        manager.unregister(plugin)
+
+
+@pytest.fixture(scope="module")
+def attention():
+    return next(operation for operation in OPERATIONS if operation.name == "attention")
+
+
+def test_the_entry_is_complete_and_registered(attention):
+    (entry,) = ATTENTION_ENTRIES
+    check_entry(entry, {"attention": attention})
+    assert entry.load() is attention_decode
+    assert "cuda.attention_decode" in {item.full_name for item in registry().kernels("attention")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "served"),
+    [
+        ({}, True),
+        ({"max_q_len": 16, "group_size": 4}, True),
+        ({"max_q_len": 17, "group_size": 1}, False),
+        ({"dtype": torch.float16, "kv_format": "fp16"}, True),
+        ({"dtype": torch.float16, "kv_format": "fp8_e5m2"}, True),
+        ({"dtype": torch.float16}, False),
+        ({"dtype": torch.float32, "kv_format": "fp32"}, False),
+        ({"head_dim": 256, "head_dim_vo": 128}, True),
+        ({"head_dim": 272}, False),
+        ({"head_dim_vo": 72}, False),
+        ({"group_size": 64, "page_size": 1, "kv_layout": "HND", "table": "indptr"}, True),
+        ({"group_size": 65}, False),
+        ({"group_size": 8, "max_q_len": 9}, False),
+        ({"page_size": None, "table": "ragged", "causal": False, "windowed": True}, True),
+        ({"features": frozenset({"soft_cap", "sinks", "alibi", "mask", "lse"}), "batch_invariant": True}, True),
+    ],
+)
+def test_what_is_served(changes, served, attention):
+    (entry,) = ATTENTION_ENTRIES
+    request = attention.request(Target("cuda", (9, 0)), **{**attention.typical, **changes})
+    assert (not entry.reject(request)) == served
+    assert entry.reject(attention.request(Target("cpu"), **{**attention.typical, **changes}))
+    assert entry.reject(attention.request(Target("cuda", (8, 9)), **{**attention.typical, **changes}))
+
+
+def test_masks_and_tables_are_numbered_as_in_the_headers():
+    assert decode.TABLE_FORMS == {"ragged": 0, "dense": 1, "indptr": 2}
+    assert decode.MASK_FORMS == {None: 0, "kv": 1, "new": 2}
+
+
+# Boxes
+
+
+@pytest.mark.parametrize(
+    ("page_size", "chunk_tokens", "tokens"),
+    [(16, 16, 16), (64, 16, 16), (8, 16, 8), (4, 16, None), (1, 16, None), (48, 16, 16), (24, 16, None), (None, 32, 32),
+     (16, 32, 16), (48, 32, None)],
+)  # fmt: skip
+def test_boxes_fit_pages_and_chunks(page_size, chunk_tokens, tokens):
+    assert boxes.tokens_of_box(page_size, chunk_tokens) == tokens
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("paged", [True, False])
+def test_maps_have_the_dims_that_the_kernel_indexes(layout, paged, monkeypatch):
+    monkeypatch.setattr(
+        boxes, "tensor_map_of", lambda tensor, box: (tensor.shape, tensor.stride(), tensor.data_ptr(), box)
+    )
+    nhd = torch.zeros(*((7, 16) if paged else (50,)), 3, 160, dtype=torch.bfloat16)
+    wide = nhd if layout == "NHD" else nhd.transpose(-2, -3).contiguous()
+    kv = KVCache(wide[..., :128], wide[..., 128:], layout)
+    for found, tensor, columns in zip(boxes.maps_of(kv, 8), (kv.k, kv.v), (64, 32), strict=True):
+        shape, strides, address, box = found
+        pages, tokens = (7, 16) if paged else (1, 50)
+        assert shape == (pages, 3, tokens, tensor.shape[-1]) and address == tensor.data_ptr()
+        token, head = (480, 160) if layout == "NHD" else (160, tokens * 160)
+        assert strides[1:] == (head, token, 1) and (not paged or strides[0] == 16 * 3 * 160)
+        assert box.shape == (1, 1, 8, columns) and box.swizzle_bytes == columns * 2
+
+
+def test_no_map_describes_a_cache_without_pages():
+    empty = torch.zeros(0, 16, 2, 64, dtype=torch.bfloat16)
+    assert boxes.maps_of(KVCache(empty, empty), 16) is None
