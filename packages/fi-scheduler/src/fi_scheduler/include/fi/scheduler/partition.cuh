@@ -75,18 +75,18 @@ struct Cursor {
 };
 
 // Kind `kind_idx`. On the device by selection: an index known only at run time would keep Params in local memory.
-FI_HOST_DEVICE TileKind kind_at(const Params& params, Int kind_idx) {
 #if defined(__CUDA_ARCH__)
+FI_HOST_DEVICE TileKind kind_at(const Params& params, Int kind_idx) {
   TileKind found = params.kinds[0];
 #pragma unroll
   for (int idx = 1; idx < kMaxKinds; ++idx) {
     if (idx < params.num_kinds && idx == kind_idx) found = params.kinds[idx];
   }
   return found;
-#else
-  return params.kinds[kind_idx];
-#endif
 }
+#else
+FI_HOST_DEVICE const TileKind& kind_at(const Params& params, Int kind_idx) { return params.kinds[kind_idx]; }
+#endif
 
 // Whether no request has a second q tile. Decode: where Params are constants, most of this file then compiles to nothing.
 FI_HOST_DEVICE bool one_tile_each(const Params& params) {
@@ -123,7 +123,7 @@ FI_HOST_DEVICE Split split_of(const Params& params, Int steps) {
 
 // KV range, cost and split of q tile `q_tile` of a request.
 FI_HOST_DEVICE TileRange tile_range(const Params& params, const Request& request, Int q_tile) {
-  const TileKind kind = kind_at(params, request.kind);
+  const TileKind& kind = kind_at(params, request.kind);
   Int offset = request.kv_len - request.q_len;
   Int row_end = (q_tile + 1) * kind.q_rows;
   bool is_last = one_tile_each(params) || row_end >= request.packed_rows;
@@ -151,7 +151,7 @@ FI_HOST_DEVICE TileRange tile_range(const Params& params, const Request& request
 // into one. Both are sums of floors of a linear function once the tiles clamped to 0 are left out.
 FI_HOST_DEVICE Int leading_steps(const Params& params, const Request& request, Int count) {
   if (one_tile_each(params) || count == 0) return 0;
-  const TileKind kind = kind_at(params, request.kind);
+  const TileKind& kind = kind_at(params, request.kind);
   Int rows = kind.q_rows;
   Int unit = params.group_size * kind.kv_tokens;
   Int offset_rows = (request.kv_len - request.q_len) * params.group_size;
@@ -172,7 +172,7 @@ FI_HOST_DEVICE Int leading_steps(const Params& params, const Request& request, I
 
 // Cost of q tiles [0, q_tile) of a request, for one head; q_tile < num_q_tiles.
 FI_HOST_DEVICE Int leading_cost(const Params& params, const Request& request, Int q_tile) {
-  const TileKind kind = kind_at(params, request.kind);
+  const TileKind& kind = kind_at(params, request.kind);
   return q_tile * kind.item_cost + leading_steps(params, request, q_tile) * kind.step_cost;
 }
 
@@ -213,7 +213,7 @@ FI_HOST_DEVICE Int worker_begin(const Line& line, Int worker) {
 
 // The cut a position makes in the cursor's tile: a step in [0, steps); 0 is the tile's start.
 FI_HOST_DEVICE Int cut_step(const Line& line, const Cursor& cursor, Int position) {
-  const TileKind kind = kind_at(line.params, cursor.geometry.kind);
+  const TileKind& kind = kind_at(line.params, cursor.geometry.kind);
   Int inside = position - cursor.start - kind.item_cost;
   return inside <= 0 ? 0 : floor_div(inside, kind.step_cost);
 }
@@ -360,7 +360,7 @@ template <class Sink>
 FI_HOST_DEVICE void emit_invariant(const Line& line, Cursor& cursor, Int worker, Sink& sink) {
   Int begin = worker_begin(line, worker), end = worker_begin(line, worker + 1);
   for (; !at_end(line, cursor); advance(line, cursor, 1)) {
-    const TileKind kind = kind_at(line.params, cursor.geometry.kind);
+    const TileKind& kind = kind_at(line.params, cursor.geometry.kind);
     const Split split = cursor.range.split;
     Int chunk_cost = split.chunk * kind.step_cost;
     Int slot = cursor.tile_idx * line.params.max_splits;
