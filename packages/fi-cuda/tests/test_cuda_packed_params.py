@@ -79,6 +79,7 @@ class Recorder:
     def __init__(self, monkeypatch, stem):
         module = importlib.import_module(f"fi_cuda.kernels.{stem}")
         monkeypatch.setattr(module, "kernel_for", self.kernel_for)
+        monkeypatch.setattr(module, "_bound", module._bound.__wrapped__)  # no kernel of an earlier recorder
 
     def kernel_for(self, spec, device):
         self.spec = spec
@@ -170,6 +171,26 @@ def test_append_assumes_no_stride_that_one_tensor_breaks(monkeypatch, name):
     assert not recorder.spec.scales_per_head
 
 
+def test_append_takes_strides_of_the_cache_it_is_given(monkeypatch):
+    recorder = Recorder(monkeypatch, "append_kv")
+    k = torch.zeros(3, 2, 64)
+    memory = torch.zeros(2, 7, 16, 2, 64)
+    others = memory.transpose(2, 3).contiguous()
+    indptr, lens = torch.zeros(2, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    batch = Batch(indptr, lens, torch.zeros(1, 1, dtype=torch.int32))
+    addresses = set()
+    for _ in range(20):  # each cache dies before the next is made, often at its address
+        for tensors, layout, strides in ((memory, "NHD", (128, 64)), (others, "HND", (64, 1024))):
+            kv = KVCache(tensors[0], tensors[1], layout)
+            addresses.add(id(kv))
+            for _ in range(2):
+                run_append_kv(k, k, kv, batch, None, None)
+                recorder.expect({"k_cache_strides.inner": strides[0], "v_head_stride": strides[1]})
+                recorder.expect({"k_cache": tensors[0].data_ptr()})
+            del kv
+    assert len(addresses) < 40
+
+
 def test_append_of_a_ragged_cache_has_no_pages(monkeypatch):
     recorder = Recorder(monkeypatch, "append_kv")
     k = torch.zeros(3, 2, 64, dtype=torch.float16)
@@ -227,7 +248,6 @@ def test_merge_packs_each_value_under_its_name(monkeypatch):
 @pytest.mark.parametrize("add", [False, True])
 def test_fp8_norm_packs_each_value_under_its_name(monkeypatch, add, in_memory):
     recorder = Recorder(monkeypatch, "rmsnorm")
-    rmsnorm_module._bound.cache_clear()
     wide, residual = torch.zeros(5, 6, 128, dtype=torch.bfloat16), torch.zeros(5, 4, 128, dtype=torch.bfloat16)
     x, weight, out = (
         wide[:, 1:5],
@@ -239,7 +259,6 @@ def test_fp8_norm_packs_each_value_under_its_name(monkeypatch, add, in_memory):
         rmsnorm_module.add_rmsnorm(x, residual, weight, 1e-5, 0.25, scale, out)
     else:
         rmsnorm_module.rmsnorm(x, weight, 1e-5, 0.25, scale, out)
-    rmsnorm_module._bound.cache_clear()
     named = recorder.expect(
         {
             "x": x.data_ptr(),
@@ -270,7 +289,5 @@ def test_fp8_norm_takes_packs_that_loads_and_stores_align_to(monkeypatch):
     x, weight = torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
     wide = torch.zeros(3, 80, dtype=torch.float8_e4m3fn)
     for first, expected in ((0, 16), (4, 8), (2, 4), (1, 2)):
-        rmsnorm_module._bound.cache_clear()
         rmsnorm_module.rmsnorm(x, weight, 1e-5, 0.0, 1.0, wide[:, first : first + 64])
         assert recorder.spec.vector_bytes == expected
-    rmsnorm_module._bound.cache_clear()

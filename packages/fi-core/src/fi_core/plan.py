@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,10 +16,8 @@ from .errors import ArgumentError
 from .protocols import AttentionKernel, AttentionState
 from .records import AttentionSpec, Batch, Capacity, LayerArgs, ResolvedLayer
 from .registry import KernelRegistry, Selection, registry
+from .remembered import Remembered
 from .settings import settings
-
-if TYPE_CHECKING:
-    from .records import KVCache
 
 _handles = itertools.count(1)
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
@@ -58,8 +55,8 @@ class Plan:
     One thread and one stream at a time: ``update`` and the calls of a step use the same workspace. Attributes: ``spec``,
     ``capacity``, ``device``, ``selection`` (the kernel and why), ``state`` (the kernel's part), ``workspace_bytes``,
     ``batch`` (the last update's, None before), ``num_q_tokens`` (its tokens where its lengths are on the CPU, else 0: not
-    known here), ``observed`` (made in checked or shadow mode), ``handle`` (an
-    integer that names the plan in compiled graphs).
+    known here), ``observed`` (made in checked or shadow mode), ``checked_caches``
+    (that fit the plan), ``handle`` (an integer that names the plan in compiled graphs).
     """
 
     def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device, selection: Selection) -> None:
@@ -77,7 +74,7 @@ class Plan:
             checks.prepare(device)
         self.handle = next(_handles)
         self._layers: dict[tuple[Hashable, ...], ResolvedLayer] = {}
-        self._known_caches: dict[int, weakref.ref[KVCache]] = {}
+        self.checked_caches: Remembered[bool] = Remembered()
         _plans[self.handle] = self
 
     def update(self, batch: Batch) -> None:
@@ -115,17 +112,6 @@ class Plan:
             # The resolved record holds the tensors, so an id in a stored key cannot be given to another tensor.
             self._layers[key] = found
         return found
-
-    def knows(self, kv: KVCache) -> bool:
-        """Whether this very record was given to ``remember``."""
-        reference = self._known_caches.get(id(kv))
-        return reference is not None and reference() is kv
-
-    def remember(self, kv: KVCache) -> None:
-        """Note that ``kv`` passed the checks, which are then not repeated (records are frozen)."""
-        if len(self._known_caches) >= _MAX_REMEMBERED:
-            self._known_caches.clear()
-        self._known_caches[id(kv)] = weakref.ref(kv)
 
 
 def plan_of(handle: int) -> Plan:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from .errors import ArgumentError
+from .remembered import Remembered
 
 RopePairs = Literal["half", "interleaved"]
 
@@ -148,6 +149,9 @@ class RopeTable:
 
     def check(self, argument: str, device: torch.device) -> None:
         """Raise ArgumentError, naming the field of ``argument``, unless both tensors are as documented, on ``device``."""
+        remembering = not torch.compiler.is_compiling()
+        if remembering and _checked.get(self) == device:
+            return
         rotary_dim = self.config.rotary_dim
         for name, tensor, num_dims, width in (
             ("inv_freq", self.inv_freq, 1, rotary_dim // 2),
@@ -162,6 +166,8 @@ class RopeTable:
                 shape = f"[{width}]" if num_dims == 1 else f"[max_position, {width}]"
                 actual = f"{tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}"
                 raise ArgumentError(f"{argument}.{name}", f"contiguous float32 {shape}", actual)
+        if remembering:
+            _checked.put(self, device)
 
     @classmethod
     def make(cls, config: RopeConfig, device: torch.device | str, max_position: int | None = None) -> RopeTable:
@@ -176,3 +182,6 @@ class RopeTable:
             table = torch.cat([angles.cos(), angles.sin()], dim=1) * config.attention_factor
             table = table.to(device=device, dtype=torch.float32)
         return cls(config, frequencies.to(device=device, dtype=torch.float32), table)
+
+
+_checked: Remembered[torch.device] = Remembered()

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import library
-from ..batches import batch_tensors, check_batch, check_lengths
+from ..batches import check_batch, check_lengths
 from ..contract import Case, Cost, Operation
 from ..dispatch import Dispatcher
 from ..errors import ArgumentError
 from ..records import Batch, KVCache
+from ..remembered import Remembered
 from ..rope import RopeConfig, RopeTable, YarnScaling
 from ..settings import settings
 from .arguments import call_checked, check_float, check_like, check_writable
@@ -90,20 +91,23 @@ def append_kv(
     dims are contiguous, other strides multiples of 16 bytes. Stream-ordered, no synchronisation. Raises ArgumentError
     (LayoutError, an UnsupportedError too, for other strides) and UnsupportedError.
     """
-    check_batch(batch)
+    compiling = torch.compiler.is_compiling()
+    if compiling or _checked_batches.get(batch) is None:
+        check_batch(batch)
+        if not compiling:
+            _checked_batches.put(batch, True)
     _check_tokens(k, v, kv, batch)
     _check_rope(k, q, rope)
-    if torch.compiler.is_compiling():
+    if compiling:
         _compiled(k, v, kv, batch, rope, q)
         return
-    for name, tensor in (("k", k), ("v", v), ("q", q)):
-        if tensor is not None:
-            check_strides(name, tensor)
-    for name, tensor in (("q", q), ("kv.k", kv.k), ("kv.v", kv.v)):
-        if tensor is not None:
-            check_writable(name, tensor)
-    check_cache(kv, k.shape[1], k.shape[2], v.shape[2], k.device)
-    if k.device.type == "cpu":
+    check_strides("k", k)
+    check_strides("v", v)
+    if q is not None:
+        check_strides("q", q)
+        check_writable("q", q)
+    _check_cache(k, v, kv)
+    if k.is_cpu:
         check_lengths(batch, kv.page_size, None)
         if k.shape[0] < (num_tokens := int(batch.q_indptr[-1])):
             raise ArgumentError("k", f"at least {num_tokens} rows, the batch's tokens", k.shape[0])
@@ -139,6 +143,19 @@ def _observed(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable |
     compare()
 
 
+_checked_batches: Remembered[bool] = Remembered()
+_checked_caches: Remembered[tuple[object, ...]] = Remembered()
+
+
+def _check_cache(k: Tensor, v: Tensor, kv: KVCache) -> None:
+    form = (k.shape[1], k.shape[2], v.shape[2], k.device)
+    if _checked_caches.get(kv) != form:
+        check_writable("kv.k", kv.k)
+        check_writable("kv.v", kv.v)
+        check_cache(kv, *form)
+        _checked_caches.put(kv, form)
+
+
 def _check_tokens(k: Tensor, v: Tensor, kv: KVCache, batch: Batch) -> None:
     if k.dim() != 3 or k.shape[1] != kv.num_kv_heads:
         raise ArgumentError("k", f"[T, {kv.num_kv_heads}, D]", list(k.shape))
@@ -146,9 +163,8 @@ def _check_tokens(k: Tensor, v: Tensor, kv: KVCache, batch: Batch) -> None:
         expected = f"{k.dtype} {[*k.shape[:2], 'Dv']} on {k.device} like k"
         raise ArgumentError("v", expected, f"{v.dtype} {list(v.shape)} on {v.device}")
     check_float("k", k)
-    for name, tensor in batch_tensors(batch):
-        if tensor.device != k.device:
-            raise ArgumentError(f"batch.{name}", f"a tensor on {k.device} like k", tensor.device)
+    if batch.q_indptr.device != k.device:  # all tensors of a checked batch are on one device
+        raise ArgumentError("batch.q_indptr", f"a tensor on {k.device} like k", batch.q_indptr.device)
     if batch.slot_mapping is not None:
         if batch.slot_mapping.shape[0] != k.shape[0]:
             raise ArgumentError(

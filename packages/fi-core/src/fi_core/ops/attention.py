@@ -96,9 +96,9 @@ def attention(
     if shape[0] < plan.num_q_tokens:
         raise ArgumentError("q", f"at least {plan.num_q_tokens} rows, the tokens of the plan's batch", shape[0])
     _check_tensor("q", q, spec.dtype, plan)
-    if not plan.knows(kv):
+    if plan.checked_caches.get(kv) is None:
         _check_cache(kv, plan)
-        plan.remember(kv)
+        plan.checked_caches.put(kv, True)
     if out is None:
         out = torch.empty((shape[0], spec.num_qo_heads, spec.head_dim_vo or 0), dtype=spec.dtype, device=q.device)
     else:

@@ -6,6 +6,7 @@ Copy on write of shared pages (Kwon et al., 2023, section 4.4), defragmentation,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..contract import Case, Cost, Operation
 from ..dispatch import Dispatcher
 from ..errors import ArgumentError
 from ..records import KVCache
+from ..remembered import Remembered
 from ..settings import settings
 from .arguments import call_checked, check_writable
 
@@ -68,16 +70,21 @@ def copy_pages(source: KVCache, target: KVCache, source_pages: Tensor, target_pa
     memory that takes part, it waits for the stream. Raises ArgumentError.
     """
     device = _check_devices(source, target)
-    _check_shapes(source, target)
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else _checked_sources.get(target)
+    if known is None or known() is not source:
+        _check_shapes(source, target)
     _check_pages("source_pages", source_pages, source_pages, device)
     _check_pages("target_pages", target_pages, source_pages, device)
-    if torch.compiler.is_compiling():
+    if compiling:
         layout, kv_format, *scales = library.cache_details(source)
         details = (layout, kv_format, *scales, *library.cache_details(target)[2:])
         _OP(source.k, source.v, target.k, target.v, *details, source_pages, target_pages)
         return
-    check_writable("target.k", target.k)
-    check_writable("target.v", target.v)
+    if known is None or known() is not source:
+        check_writable("target.k", target.k)
+        check_writable("target.v", target.v)
+        _checked_sources.put(target, weakref.ref(source))
     if settings().check:
         _check_indices(source, target, source_pages, target_pages)
     placement = "device" if source.k.device == target.k.device else "to_host" if source.k.is_cuda else "from_host"
@@ -85,6 +92,10 @@ def copy_pages(source: KVCache, target: KVCache, source_pages: Tensor, target_pa
     kernel = _dispatch(device, source.format, *dims, source.page_size, source.layout, placement)
     arguments = (source, target, source_pages, target_pages)
     call_checked(kernel, arguments, lambda: _check_indices(*arguments))
+
+
+# The source that a target was last checked with; weak, for source and target may be one cache.
+_checked_sources: Remembered[weakref.ref[KVCache]] = Remembered()
 
 
 def _check_indices(source: KVCache, target: KVCache, source_pages: Tensor, target_pages: Tensor) -> None:

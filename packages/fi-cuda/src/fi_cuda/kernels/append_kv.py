@@ -8,9 +8,11 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from fi_core.records import KV_FORMATS, Batch, KVCache
+from fi_core.remembered import Remembered
 from fi_core.rope import RopeTable
 from torch import Tensor
 
+from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
 from .rope import PAIRS
@@ -226,43 +228,46 @@ def spec_for(shape: AppendShape, tuning: AppendTuning = TUNING) -> AppendKVSpec:
     return replace(spec, whole=whole)
 
 
-def _shape(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None) -> AppendShape:
-    head_dim, head_dim_vo = k.shape[2], v.shape[2]
-    rotary_dim = 0 if rope is None else rope.config.rotary_dim
-    # Both halves of a pair, the dims behind them and all of V must start on a whole vector.
-    together = head_dim | head_dim_vo | rotary_dim // 2 | (head_dim - rotary_dim)
-    inputs = (k, v) if q is None else (k, v, q)
-    return AppendShape(
-        k.dtype,
-        kv.format or "",
-        head_dim,
-        head_dim_vo,
-        kv.page_size or 0,
-        batch.table_form if batch.slot_mapping is None else "slots",
-        rotary_dim,
-        "none" if rope is None else rope.config.pairs,
-        rope is not None and rope.cos_sin is not None,
-        0 if q is None else q.shape[1],
-        k.shape[1],
-        vector_bytes(*inputs, multiple_of=together),
-        vector_bytes(kv.k, kv.v, multiple_of=together),
-        16 if rope is None or rope.cos_sin is None else vector_bytes(rope.cos_sin, multiple_of=rotary_dim // 2),
-        k.shape[0] <= _FEW_TOKENS,
-        all(tensor.stride(1) == tensor.shape[2] for tensor in inputs)
-        and all(cache.stride(-2 if kv.layout == "NHD" else -3) == cache.shape[-1] for cache in (kv.k, kv.v)),
-        any(isinstance(scale, Tensor) and scale.numel() > 1 for scale in (kv.k_scale, kv.v_scale)),
-    )
+class _CacheForm(NamedTuple):
+    """What launches take of a cache besides addresses: ``stride_bits`` are the bits that occur in strides of K and V in
+    bytes, ``strides`` the struct's values in its order, ``scale_values`` those of scales that are no tensors."""
+
+    page_size: int
+    stride_bits: int
+    packed: bool
+    scales_per_head: bool
+    strides: tuple[int, ...]
+    scale_strides: tuple[int, int]
+    scale_values: tuple[float, float]
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+_forms: Remembered[_CacheForm] = Remembered()
 
 
-def _scale(scale: float | Tensor | None) -> tuple[int, int, float]:
-    """(address, stride, value) of a cache's scale."""
+def _form_of(kv: KVCache) -> _CacheForm:
+    """The form of ``kv``, remembered: records are frozen."""
+    found = _forms.get(kv)
+    if found is None:
+        *k_strides, k_head = _cache_strides(kv, kv.k)
+        *v_strides, v_head = _cache_strides(kv, kv.v)
+        stride_bits = 0
+        for stride in (*kv.k.stride()[:-1], *kv.v.stride()[:-1]):
+            stride_bits |= stride * kv.k.element_size()
+        packed = k_head == kv.k.shape[-1] and v_head == kv.v.shape[-1]
+        (k_stride, k_value), (v_stride, v_value) = _scale(kv.k_scale), _scale(kv.v_scale)
+        strides = (*k_strides, *v_strides, k_head, v_head)
+        per_head = k_stride + v_stride > 0
+        scales = ((k_stride, v_stride), (k_value, v_value))
+        found = _CacheForm(kv.page_size or 0, stride_bits, packed, per_head, strides, *scales)
+        _forms.put(kv, found)
+    return found
+
+
+def _scale(scale: float | Tensor | None) -> tuple[int, float]:
+    """(stride, value) of a cache's scale; that of a tensor is read on the device."""
     if isinstance(scale, Tensor):
-        return scale.data_ptr(), int(scale.numel() > 1), 1.0
-    return 0, 0, 1.0 if scale is None else scale
+        return int(scale.numel() > 1), 1.0
+    return 0, 1.0 if scale is None else scale
 
 
 def _cache_strides(kv: KVCache, tensor: Tensor) -> tuple[int, int, int]:
@@ -272,27 +277,73 @@ def _cache_strides(kv: KVCache, tensor: Tensor) -> tuple[int, int, int]:
     return (page, first, second) if kv.layout == "NHD" else (page, second, first)
 
 
+def _shape(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None) -> AppendShape:
+    form = _form_of(kv)
+    num_tokens, num_kv_heads, head_dim = k.shape
+    head_dim_vo, size = v.shape[2], k.element_size()
+    rotary_dim = 0 if rope is None else rope.config.rotary_dim
+    # Both halves of a pair, the dims behind them and all of V must start on a whole vector.
+    together = head_dim | head_dim_vo | rotary_dim // 2 | (head_dim - rotary_dim)
+    (k_row, k_head, _), (v_row, v_head, _) = k.stride(), v.stride()
+    bits = 16 | (together | k_row | k_head | v_row | v_head) * size | k.data_ptr() | v.data_ptr()
+    packed = form.packed and k_head == head_dim and v_head == head_dim_vo
+    num_q_heads = 0
+    if q is not None:
+        num_q_heads, (q_row, q_head, _) = q.shape[1], q.stride()
+        bits |= (q_row | q_head) * size | q.data_ptr()
+        packed = packed and q_head == head_dim
+    stored_bits = 16 | together * kv.k.element_size() | form.stride_bits | kv.k.data_ptr() | kv.v.data_ptr()
+    table = None if rope is None else rope.cos_sin
+    return AppendShape(
+        k.dtype,
+        kv.format or "",
+        head_dim,
+        head_dim_vo,
+        form.page_size,
+        batch.table_form if batch.slot_mapping is None else "slots",
+        rotary_dim,
+        "none" if rope is None else rope.config.pairs,
+        table is not None,
+        num_q_heads,
+        num_kv_heads,
+        bits & -bits,
+        stored_bits & -stored_bits,
+        16 if table is None else vector_bytes(table, multiple_of=rotary_dim // 2),
+        num_tokens <= _FEW_TOKENS,
+        packed,
+        form.scales_per_head,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _bound(device: torch.device, shape: AppendShape) -> tuple[LaunchableKernel, int, int]:
+    """The kernel of a shape, its tokens a block and its rows of blocks."""
+    spec = spec_for(shape)
+    return kernel_for(spec, device), spec.tokens_per_block, spec.num_slices(shape.num_q_heads, shape.num_kv_heads)
+
+
+def _address(value: float | Tensor | None) -> int:
+    return value.data_ptr() if isinstance(value, Tensor) else 0
+
+
 def append_kv(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None) -> None:
     """The ``AppendKV`` protocol of fi-core: K, V and q in one launch."""
     num_tokens, num_kv_heads, _ = k.shape
-    num_q_heads = 0 if q is None else q.shape[1]
-    if num_tokens == 0 or batch.size == 0 or num_kv_heads + num_q_heads == 0:
+    num_requests, num_q_heads = batch.size, 0 if q is None else q.shape[1]
+    if num_tokens == 0 or num_requests == 0 or num_kv_heads + num_q_heads == 0:
         return
-    spec = spec_for(_shape(k, v, kv, batch, rope, q))
+    device, form = k.device, _form_of(kv)
+    kernel, tokens_per_block, num_slices = _bound(device, _shape(k, v, kv, batch, rope, q))
     table, indptr = batch.table, batch.kv_indptr if batch.table is None else batch.table_indptr
     angles = None if rope is None else rope.inv_freq if rope.cos_sin is None else rope.cos_sin
-    k_scales, k_scale_stride, k_scale = _scale(kv.k_scale)
-    v_scales, v_scale_stride, v_scale = _scale(kv.v_scale)
-    *k_cache_strides, k_head_stride = _cache_strides(kv, kv.k)
-    *v_cache_strides, v_head_stride = _cache_strides(kv, kv.v)
-    kernel_for(spec, k.device).launch(
-        k.device,
-        -(-num_tokens // spec.tokens_per_block),
-        spec.num_slices(num_q_heads, num_kv_heads),
+    kernel.launch(
+        device,
+        -(-num_tokens // tokens_per_block),
+        num_slices,
         k.data_ptr(),
         v.data_ptr(),
-        k_scales,
-        v_scales,
+        _address(kv.k_scale),
+        _address(kv.v_scale),
         batch.q_indptr.data_ptr(),
         batch.kv_lens.data_ptr(),
         _address(table),
@@ -306,19 +357,14 @@ def append_kv(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable |
         *k.stride()[:2],
         *v.stride()[:2],
         *((0, 0) if q is None else q.stride()[:2]),
-        *k_cache_strides,
-        *v_cache_strides,
-        k_head_stride,
-        v_head_stride,
-        table.stride(0) if table is not None and table.dim() == 2 else 0,
+        *form.strides,
+        table.stride(0) if table is not None and indptr is None else 0,
         0 if angles is None else angles.stride(0),
         num_tokens,
-        batch.size,
+        num_requests,
         num_q_heads,
         num_kv_heads,
-        k_scale_stride,
-        v_scale_stride,
-        k_scale,
-        v_scale,
+        *form.scale_strides,
+        *form.scale_values,
         1.0 if rope is None else rope.config.attention_factor,
     )

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
-from .rows import vector_bytes
 
 _THREADS = 256
 _PACKS_PER_THREAD = 4
@@ -86,8 +85,33 @@ def page_form(shape: tuple[int, int, int], source: tuple[int, int], target: tupl
     return PageForm(num_rows, width, inner, source, target)
 
 
-def _form(source: Tensor, target: Tensor) -> PageForm:
-    return page_form(tuple(source.shape[1:]), source.stride()[1:3], target.stride()[1:3])
+class _Launch(NamedTuple):
+    """What a launch takes besides page ids and addresses: ``values`` follow those in the struct."""
+
+    vector: int
+    num_blocks: int
+    values: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _launch(size: int, alignment: int, shapes: tuple[torch.Size, torch.Size], *strides: tuple[int, ...]) -> _Launch:
+    """The launch for elements of ``size`` bytes, addresses aligned to ``alignment``, ``shapes`` of K and V, and the strides
+    of the source's K and V and the target's."""
+    source_k, source_v, target_k, target_v = strides
+    bits = alignment | (shapes[0][3] | shapes[1][3]) * size
+    for stride in (stride for tensor in strides for stride in tensor[:-1]):
+        bits |= stride * size
+    vector = bits & -bits
+    unit = vector // size
+    k, v = (
+        page_form((shape[1], shape[2], shape[3]), (source[1], source[2]), (target[1], target[2]))
+        for shape, source, target in zip(shapes, (source_k, source_v), (target_k, target_v), strict=True)
+    )
+    k_packs, v_packs = (form.num_rows * form.width // unit for form in (k, v))
+    in_elements = (*k.source, *v.source, *k.target, *v.target, *(tensor[0] for tensor in strides))
+    widths = (k.width // unit, v.width // unit, k.inner, v.inner)
+    values = (*(stride // unit for stride in in_elements), k_packs, v_packs, *widths)
+    return _Launch(vector, -(-(k_packs + v_packs) // (_THREADS * _PACKS_PER_THREAD)), values)
 
 
 @lru_cache(maxsize=64)
@@ -97,28 +121,18 @@ def _bound(device: torch.device, index: torch.dtype, vector: int) -> LaunchableK
 
 def copy_pages(source: KVCache, target: KVCache, source_pages: Tensor, target_pages: Tensor) -> None:
     """The ``CopyPages`` protocol of fi-core: K and V in one launch."""
-    size, device = source.k.element_size(), source_pages.device
-    tensors = (source.k, source.v, target.k, target.v)
-    vector = vector_bytes(*tensors, multiple_of=source.k.shape[3] | source.v.shape[3])
-    unit = vector // size
-    k, v = _form(source.k, target.k), _form(source.v, target.v)
-    k_packs, v_packs = (form.num_rows * form.width // unit for form in (k, v))
-    strides = (*k.source, *v.source, *k.target, *v.target, *(tensor.stride(0) for tensor in tensors))
-    _bound(device, source_pages.dtype, vector).launch(
+    device, source_k, source_v, target_k, target_v = source_pages.device, source.k, source.v, target.k, target.v
+    source_at, target_at = (source_k.data_ptr(), source_v.data_ptr()), (target_k.data_ptr(), target_v.data_ptr())
+    bits = 16 | source_at[0] | source_at[1] | target_at[0] | target_at[1]
+    strides = (source_k.stride(), source_v.stride(), target_k.stride(), target_v.stride())
+    launch = _launch(source_k.element_size(), bits & -bits, (source_k.shape, source_v.shape), *strides)
+    _bound(device, source_pages.dtype, launch.vector).launch(
         device,
         source_pages.shape[0],
-        -(-(k_packs + v_packs) // (_THREADS * _PACKS_PER_THREAD)),
-        source.k.data_ptr(),
-        source.v.data_ptr(),
+        launch.num_blocks,
+        *source_at,
         source_pages.data_ptr(),
         target_pages.data_ptr(),
-        target.k.data_ptr(),
-        target.v.data_ptr(),
-        *(stride // unit for stride in strides),
-        k_packs,
-        v_packs,
-        k.width // unit,
-        v.width // unit,
-        k.inner,
-        v.inner,
+        *target_at,
+        *launch.values,
     )

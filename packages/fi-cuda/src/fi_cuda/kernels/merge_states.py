@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
 from .rows import vector_bytes
@@ -55,29 +56,36 @@ class MergeStatesSpec(KernelSpec):
 
 
 @lru_cache(maxsize=1024)
-def _spec(dtype: torch.dtype, head_dim: int, vector: int) -> MergeStatesSpec:
-    return MergeStatesSpec(dtype, head_dim, vector)
+def _bound(
+    device: torch.device, dtype: torch.dtype, head_dim: int, vector: int
+) -> tuple[LaunchableKernel, MergeStatesSpec]:
+    """The kernel for rows of so many elements, and its spec."""
+    spec = MergeStatesSpec(dtype, head_dim, vector)
+    return kernel_for(spec, device), spec
 
 
 def merge_states(o: Tensor, lse: Tensor, o_out: Tensor, lse_out: Tensor) -> None:
     """The ``MergeStates`` protocol of fi-core, in float32, states in ascending order."""
     num_states, num_tokens, num_heads, head_dim = o.shape
     num_rows = num_tokens * num_heads
-    spec = _spec(o.dtype, head_dim, vector_bytes(o, o_out, multiple_of=head_dim))
-    kernel_for(spec, o.device).launch(
-        o.device,
+    device, vector = o.device, vector_bytes(o, o_out, multiple_of=head_dim)
+    kernel, spec = _bound(device, o.dtype, head_dim, vector)
+    o_state, *o_strides, _ = o.stride()
+    lse_state, *lse_strides = lse.stride()
+    kernel.launch(
+        device,
         spec.num_blocks(num_rows),
         1,
         o.data_ptr(),
         lse.data_ptr(),
         o_out.data_ptr(),
         lse_out.data_ptr(),
-        *o.stride()[1:3],
-        *lse.stride()[1:],
+        *o_strides,
+        *lse_strides,
         *o_out.stride()[:2],
         *lse_out.stride(),
-        o.stride(0),
-        lse.stride(0),
+        o_state,
+        lse_state,
         num_rows,
         num_heads,
         num_states,

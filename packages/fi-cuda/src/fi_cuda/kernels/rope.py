@@ -13,7 +13,7 @@ from torch import Tensor
 from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
-from .rows import row_strides, vector_bytes
+from .rows import vector_bytes
 
 PAIRS = {"half": 1, "interleaved": 2}
 _THREADS = 256
@@ -125,10 +125,10 @@ def rope(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable, q_out
         source.data_ptr(),
         q_out.data_ptr(),
         0 if k_out is None else k_out.data_ptr(),
-        *row_strides(q),
-        *((0, 0) if k is None else row_strides(k)),
-        *row_strides(q_out),
-        *((0, 0) if k_out is None else row_strides(k_out)),
+        *q.stride()[:2],
+        *((0, 0) if k is None else k.stride()[:2]),
+        *q_out.stride()[:2],
+        *((0, 0) if k_out is None else k_out.stride()[:2]),
         num_tokens,
         source.stride(0),
         num_heads,

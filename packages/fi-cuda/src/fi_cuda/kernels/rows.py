@@ -7,14 +7,12 @@ from torch import Tensor
 
 def vector_bytes(*tensors: Tensor, multiple_of: int) -> int:
     """Bytes of the widest load (16 or less, a power of 2) to which base, strides and ``multiple_of`` elements align."""
-    size = tensors[0].element_size()
-    together = multiple_of
-    for tensor in tensors:
-        for stride in tensor.stride()[:-1]:
-            together |= stride
-    together = 16 | together * size
+    elements, together = multiple_of, 16
     for tensor in tensors:
         together |= tensor.data_ptr()
+        for stride in tensor.stride()[:-1]:
+            elements |= stride
+    together |= elements * tensors[0].element_size()
     return together & -together
 
 
