@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+from fi_core.errors import PluginError
+from fi_core.registry import registry
 
 if TYPE_CHECKING:
     from .policy import SchedulingPolicy
@@ -46,9 +48,21 @@ class SchedulerHooks:
 
 
 def plugin_manager() -> pluggy.PluginManager:
-    """A plugin manager with these hooks and the built-in policies and caches, and nothing else."""
+    """A plugin manager with these hooks, the built-in policies and caches, and every plugin of the entry-point group
+    ``fi`` that implements one of the hooks; plugins are asked before what is built in.
+
+    Such a plugin marks them ``@hookimpl(optionalhook=True)``: it may be loaded where fi-scheduler is not. PluginError
+    names one whose hook has other parameters than the specification.
+    """
     manager = pluggy.PluginManager(PROJECT)
     add_scheduler_hooks(manager)
+    names = [name for name in vars(SchedulerHooks) if name.startswith("fi_")]
+    for name, plugin in registry().manager.list_name_plugin():
+        if any(hasattr(plugin, hook) for hook in names):
+            try:
+                manager.register(plugin, name)
+            except pluggy.PluginValidationError as error:
+                raise PluginError(f"plugin {name!r}: {error}") from error
     return manager
 
 
