@@ -168,6 +168,7 @@ def test_an_update_from_the_cpu_fills_every_list(launches):
     spec = replace(SPEC, windows=(None, 64))
     made = attention_decode.plan(spec, CAPACITY, "cpu")
     assert "not yet updated" in "\n".join(made.describe())
+    assert "boxes of 16 tokens" in "\n".join(made.describe())
     batch = dense_batch([1, 2, 0, 1], [400, 500, 3, 0])
     made.update(batch)
     assert "planner: host" in "\n".join(made.describe()) and "7 workers" in "\n".join(made.describe())

@@ -3,6 +3,7 @@
 from .entry import Implementation, implementation, partition
 from .header import include_folder
 from .oracle import oracle_partition
+from .planning import plan_params
 from .records import (
     COL_HEAD_SLOT,
     COL_KIND,
@@ -22,7 +23,6 @@ from .records import (
     TileKind,
     WorkList,
 )
-from .splits import invariant_splits
 
 __all__ = [
     "COL_HEAD_SLOT",
@@ -45,7 +45,7 @@ __all__ = [
     "WorkList",
     "implementation",
     "include_folder",
-    "invariant_splits",
     "oracle_partition",
     "partition",
+    "plan_params",
 ]

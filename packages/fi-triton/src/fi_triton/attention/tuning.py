@@ -11,7 +11,7 @@ from fi_core.contract import target_of
 from fi_core.errors import ArgumentError
 from fi_core.records import AttentionSpec, Capacity
 from fi_core.registry import registry
-from fi_scheduler.partition import UNLIMITED_ROWS, PartitionParams, TileKind, invariant_splits
+from fi_scheduler.partition import UNLIMITED_ROWS, PartitionParams, TileKind, plan_params
 from triton.runtime import driver
 
 INTERPRETED_PROCESSORS = 2
@@ -150,17 +150,5 @@ def partition_params(
     spec: AttentionSpec, capacity: Capacity, tuning: Tuning, window: int | None, processors: int
 ) -> PartitionParams:
     """The scheduler's parameters for one window of ``spec``."""
-    kinds = tuning.kinds()
-    max_splits, min_split_steps = 0, 1
-    if spec.batch_invariant:
-        max_splits, min_split_steps = invariant_splits(spec, capacity, kinds, tuning.slot_rows)
-    return PartitionParams(
-        num_workers=processors * tuning.workers_per_processor,
-        num_kv_heads=spec.num_kv_heads,
-        group_size=spec.group_size,
-        kinds=kinds,
-        causal=spec.causal,
-        window=window,
-        max_splits=max_splits,
-        min_split_steps=min_split_steps,
-    )
+    num_workers = processors * tuning.workers_per_processor
+    return plan_params(spec, capacity, window, tuning.kinds(), tuning.slot_rows, num_workers)

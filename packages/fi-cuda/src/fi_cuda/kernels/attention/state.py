@@ -99,9 +99,13 @@ class DecodeState:
         layout, tuning = self._layout, self._layout.tuning
         params = layout.params[self._spec.windows[0]]
         split = f"at most {params.max_splits} pieces a tile" if params.max_splits else "equal shares for the workers"
+        loader, tokens = "rows by cp.async", tokens_of_box(self._spec.page_size, tuning.chunk_tokens)
+        if tokens is not None:
+            loader = f"boxes of {tokens} tokens by tensor maps; {loader} from a cache that no map describes"
         return (
             f"tiles: {tuning.rows} rows x {tuning.chunk_tokens} KV tokens; {tuning.num_warps} warps, {tuning.num_stages} stages",
             f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
+            f"K and V: {loader}",
             f"planner: {self._planner}",
             f"slots for partial results: {layout.bounds.num_slots}, of {tuning.rows} rows each",
         )

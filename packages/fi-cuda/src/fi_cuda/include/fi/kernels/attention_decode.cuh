@@ -13,6 +13,7 @@
 #include "fi/attention/load_boxes.cuh"
 #include "fi/attention/load_rows.cuh"
 #include "fi/attention/partials.cuh"
+#include "fi/pipeline/cursor.cuh"
 #include "fi/ptx/dependent_launch.cuh"
 
 namespace fi {
@@ -41,18 +42,6 @@ __device__ __forceinline__ void fetch_items(AttentionItem* items, const Attentio
   }
 }
 
-// Where a warp stands in its ring: the stage of its next chunk, and the parity of that stage's phase.
-struct RingPlace {
-  int stage;
-  unsigned parity;
-
-  template <int kStages>
-  __device__ __forceinline__ void advance() {
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-    parity ^= stage == 0;
-  }
-};
-
 // Zeros in the place of values that are not readable: a weight of zero does not cancel a NaN.
 template <class Config>
 __device__ __forceinline__ void clear_unreadable(unsigned char* stage, int position, int lowest, int kv_end, int lane) {
@@ -75,7 +64,7 @@ __device__ __forceinline__ void clear_unreadable(unsigned char* stage, int posit
 
 template <class Config, class Params, class Loader>
 __device__ __forceinline__ void attend_items(
-    const Params& params, const Loader& loader, unsigned char* shared, int count, RingPlace& place) {
+    const Params& params, const Loader& loader, unsigned char* shared, int count, RingCursor<Config::kStages>& place) {
   using Shared = DecodeShared<Config>;
   using State = DecodeState<Config, Params>;
   using Stage = ChunkStage<Config>;
@@ -111,7 +100,7 @@ __device__ __forceinline__ void attend_items(
       ptx::wait_barrier(barriers + place.stage, place.parity);
       if (!Loader::kZeroesUnread && masked) clear_unreadable<Config>(stage, position, lowest, item.kv_end, lane);
       state.attend(params, item, stage, position, masked, lane);
-      place.advance<Config::kStages>();
+      place.advance();
     }
     turn.pass(num_chunks);
     finisher.finish(item, state);
@@ -146,7 +135,7 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
   const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
   const int begin = start->begin, end = start->end;
-  RingPlace place = {0, 0};
+  auto place = RingCursor<Config::kStages>::consumer();
   for (int first = begin; first < end; first += kItemsAtOnce) {
     const int count = min(end - first, kItemsAtOnce);
     fetch_items<Config::kNumThreads>(items, list + first, first == begin ? &start->first : nullptr, count);
