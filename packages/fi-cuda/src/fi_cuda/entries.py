@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from fi_core.contract import Anything, Between, Condition, KernelEntry, OneOf, Request, Rule, SubsetOf
+from fi_core.ops.sampling_arguments import MAX_VOCAB
 from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, format_of
 
 BACKEND = "cuda"
@@ -109,6 +110,29 @@ def _same_or_fp8(request: Request) -> bool:
 
 def _few_rows(request: Request) -> bool:
     return int(request["max_q_len"]) * int(request["group_size"]) <= _MAX_PACKED_ROWS
+
+
+def _sampling_loader(module: str, op: str) -> Callable[[], Any]:
+    return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), op)
+
+
+SAMPLING_ENTRIES: list[KernelEntry] = [
+    KernelEntry(
+        "sample",
+        "sample",
+        BACKEND,
+        {
+            **_FLOATS,
+            "vocab_size": Between(1, MAX_VOCAB),
+            "filters": SubsetOf("top_k", "top_p", "min_p"),
+            "order": OneOf("sequential", "joint"),
+        },
+        _sampling_loader("sample", "sample"),
+        devices=("cuda",),
+        min_capability=BARRIER_CAPABILITY,
+    )
+]
+"""Kernels of sampling: a row of logits lies in the shared memory of a cluster of blocks."""
 
 
 def _load_attention_decode() -> Any:

@@ -16,7 +16,8 @@ from .cache import Artifact
 from .params import ParamsLayout, TensorMap
 
 _DEFAULT_DYNAMIC_SHARED_BYTES = 48 * 1024
-_MAX_CLUSTER_SIZE = 8
+_MAX_CLUSTER_SIZE = 16
+_MAX_PORTABLE_CLUSTER_SIZE = 8
 
 
 class LaunchError(FiError):
@@ -120,11 +121,12 @@ class LaunchableKernel:
         device_idx, stream, grid_x, grid_y = key
         if grid_x % shape.cluster_size:
             raise LaunchError(f"{self.artifact.name}: {grid_x} blocks in x, in clusters of {shape.cluster_size}")
-        if shape.shared_bytes > _DEFAULT_DYNAMIC_SHARED_BYTES:  # a device's own setting, so not made at loading
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            kernel = driver.CUkernel(int(self._function))
-            (status,) = driver.cuKernelSetAttribute(attribute, shape.shared_bytes, kernel, device_idx)
-            check(status, f"{self.artifact.stem}: {shape.shared_bytes} bytes of shared memory")
+        # A device's own settings, so not made at loading.
+        names = driver.CUfunction_attribute
+        if shape.shared_bytes > _DEFAULT_DYNAMIC_SHARED_BYTES:
+            self._set(names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shape.shared_bytes, device_idx)
+        if shape.cluster_size > _MAX_PORTABLE_CLUSTER_SIZE:
+            self._set(names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1, device_idx)
         config = driver.CUlaunchConfig()
         config.hStream, config.gridDimX, config.gridDimY = stream, grid_x, grid_y
         config.gridDimZ = config.blockDimY = config.blockDimZ = 1
@@ -138,6 +140,11 @@ class LaunchableKernel:
             self._configs.clear()
         self._configs[key] = config
         return config
+
+    def _set(self, attribute: Any, value: int, device_idx: int) -> None:
+        kernel = driver.CUkernel(int(self._function))
+        (status,) = driver.cuKernelSetAttribute(attribute, value, kernel, device_idx)
+        check(status, f"{self.artifact.stem}: {attribute.name} = {value}")
 
 
 class TensorMapKernel(LaunchableKernel):

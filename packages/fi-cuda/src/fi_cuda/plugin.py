@@ -7,7 +7,7 @@ from fi_core.hookspecs import BackendInfo, hookimpl
 from fi_core.registry import KernelRegistry
 
 from . import __version__
-from .entries import ATTENTION_ENTRIES, BACKEND, ENTRIES
+from .entries import ATTENTION_ENTRIES, BACKEND, ENTRIES, SAMPLING_ENTRIES
 from .hookspecs import declare
 
 
@@ -21,7 +21,7 @@ def fi_backend() -> BackendInfo:
 @hookimpl
 def fi_register_kernels(registry: KernelRegistry) -> None:
     declare(registry.manager)
-    for entry in (*ENTRIES, *ATTENTION_ENTRIES):
+    for entry in (*ENTRIES, *ATTENTION_ENTRIES, *SAMPLING_ENTRIES):
         registry.add(entry)
 
 

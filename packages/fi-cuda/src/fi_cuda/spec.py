@@ -59,7 +59,7 @@ class KernelSpec:
 
     @property
     def cluster_size(self) -> int:
-        """Blocks a cluster, consecutive in x: 1 to 8. Grids are multiples of it."""
+        """Blocks a cluster, consecutive in x: 1 to 8, on Hopper 16. Grids are multiples of it."""
         return 1
 
     @property

@@ -32,4 +32,30 @@ __device__ __forceinline__ float load_from_cluster(unsigned address) {
   return value;
 }
 
+// Reads and writes of neighbours' shared memory. A block must have started before another writes to it, and what is written
+// before a cluster barrier is visible after it.
+__device__ __forceinline__ uint2 load_two_from_cluster(unsigned address) {
+  uint2 value;
+  asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_to_cluster(unsigned address, unsigned value) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_to_cluster(unsigned address, uint2 value) {
+  asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
+}
+
+__device__ __forceinline__ void store_to_cluster(unsigned address, uint4 value) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_to_cluster(unsigned address, unsigned long long value) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
+}
+
 }  // namespace fi::ptx

@@ -32,4 +32,11 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return result;
 }
 
+// The larger; NaN if either is. sm_80.
+__device__ __forceinline__ float max_or_nan(float first, float second) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(first), "f"(second));
+  return result;
+}
+
 }  // namespace fi::ptx

@@ -1,0 +1,122 @@
+// One token a row from logits: temperature, filters and the draw that fi_core.sample defines, with one read of the logits.
+//
+// A cluster holds a row in its blocks' shared memory (fi/sampling/row.cuh). The row's largest logit, which the masses need, is
+// exchanged first. Rows with a small top_k are then decided by the first block (short_list.cuh); others find the last token
+// that their filters keep (find_prefix.cuh), sum up the kept masses, and draw in index order.
+// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens.
+// Params: logits [rows, vocab_size]; rows (int32, or int64 if wide_rows; null: in order); temperature, top_p, min_p float32
+// and top_k int32 [outputs] or null; seed, sample, position [outputs]; tokens int64 [outputs].
+#pragma once
+
+#include "fi/ptx/dependent_launch.cuh"
+#include "fi/sampling/short_list.cuh"
+
+namespace fi {
+
+template <class Config, class Params>
+struct SampleKernel {
+  using Row = ClusterRow<Config>;
+  static constexpr int kBlocks = Config::kClusterBlocks;
+  static constexpr int kThreads = Config::kNumThreads;
+
+  const Params& params;
+  Row& row;
+  int output;
+
+  __device__ __forceinline__ RandomBits bits() const {
+    const int64 seed = static_cast<const int64*>(params.seed)[output];
+    const int64 position = static_cast<const int64*>(params.position)[output];
+    return random_bits(seed, position, static_cast<const int*>(params.sample)[output], Purpose::kDraw);
+  }
+
+  __device__ __forceinline__ void write(int token) const { static_cast<int64*>(params.tokens)[output] = token; }
+
+  // The first token with the largest logit.
+  __device__ __forceinline__ void write_first_of_largest() {
+    auto& shared = row.shared;
+#pragma unroll 1
+    for (int block = 0; block < row.rank; ++block) {
+      if (__uint_as_float(shared.extremes[block].x) == row.largest) return;
+    }
+    int first = 0x7fffffff;
+    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
+      const float logits[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 3; e >= 0; --e) {
+        if (logits[e] == row.largest) first = min(first, place + e);
+      }
+    });
+    first = __reduce_min_sync(0xffffffffu, first);
+    if (threadIdx.x % 32 == 0) shared.scratch[threadIdx.x / 32] = static_cast<uint64>(first);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      uint64 least = shared.scratch[0];
+#pragma unroll 1
+      for (int warp = 1; warp < Row::kWarps; ++warp) least = shared.scratch[warp] < least ? shared.scratch[warp] : least;
+      if (least != 0x7fffffff) write(row.first_token + static_cast<int>(least));
+    }
+  }
+
+  // The first kept token in index order whose inclusive cumulative mass exceeds the random target.
+  __device__ __forceinline__ void draw(RankPrefix prefix, float min_p) {
+    auto& shared = row.shared;
+    const auto kept_mass = [&](int place, float logit) -> uint64 {
+      const float weight = weight_of(row.largest - logit);
+      return prefix.has(logit, row.first_token + place) && weight >= min_p ? mass_of(weight) : 0;
+    };
+    const uint64 own = row.sum_over_block(kept_mass);
+    if (threadIdx.x < 32) push_to_all<kBlocks>(&shared.block_amount[row.rank], own);
+    cluster_sync<kBlocks>();
+    uint64 before;
+    const uint64 total = row.sum_over_blocks(before);
+    const uint64 target = static_cast<uint64>(scale_bits(bits(), static_cast<int64>(total)));
+    if (before <= target && target < before + own) {
+      row.locate(kept_mass, target - before, [&](int place) { write(row.first_token + place); });
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const RowFilters filters = row_filters(params, output);
+    const bool listed = ShortList<Config>::serves(filters);
+
+    const auto* logits = static_cast<const typename Config::Dtype*>(params.logits);
+    row.load(logits + source() * params.logits_stride, params.vocab_size, filters.temperature, listed);
+    ptx::allow_next_kernel();
+    if (!row.usable()) {
+      if (row.rank == 0 && threadIdx.x == 0) write(-1);
+      return;
+    }
+    // A min_p above 1 leaves nothing, and then the first token in rank order is kept.
+    if (filters.greedy || filters.min_p > 1.0f) return write_first_of_largest();
+    if (listed) {
+      ShortList<Config> list{row};
+      const int count = list.collect(filters.top_k, false);
+      if (count >= 0) {
+        if (row.rank != 0) return;
+        const int token = list.draw(count, filters, bits());
+        if (token >= 0) write(token);
+        return;
+      }
+    }
+    draw(kept_prefix(row, filters), filters.min_p);
+  }
+
+  __device__ __forceinline__ int64 source() const {
+    if (params.rows == nullptr) return output;
+    return params.wide_rows ? static_cast<const int64*>(params.rows)[output] : static_cast<const int*>(params.rows)[output];
+  }
+};
+
+template <class Config, class Params>
+__device__ __forceinline__ void sample(const Params& params) {
+  static_assert(sizeof(ClusterShared<Config>) <= Config::kSharedBytes);
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto& shared = *reinterpret_cast<ClusterShared<Config>*>(memory);
+  if constexpr (Config::kClusterBlocks > 1) ptx::cluster_arrive();
+  const int rank = cluster_rank<Config::kClusterBlocks>();
+  ClusterRow<Config> row{shared, rank, rank * RowShape<Config>::kBlockTokens, 0.0f, 0.0f};
+  ptx::wait_for_previous_kernel();
+  SampleKernel<Config, Params>{params, row, static_cast<int>(blockIdx.x) / Config::kClusterBlocks}.run();
+}
+
+}  // namespace fi

@@ -1,0 +1,57 @@
+// A row's filters, and what top_k and top_p keep.
+#pragma once
+
+#include "fi/random/philox.cuh"
+#include "fi/sampling/find_prefix.cuh"
+
+namespace fi {
+
+// A row's parameters; "off" values where a filter is not used.
+struct RowFilters {
+  float temperature;  // 1 for a greedy row
+  int top_k;          // 0: off
+  float top_p, min_p;
+  bool joint, greedy;
+
+  __device__ __forceinline__ bool has_top_p() const { return top_p < 1.0f; }
+
+  // What a prefix that is to hold top_p of `total` mass must reach; 1 keeps the first token.
+  __device__ __forceinline__ uint64 mass_target(uint64 total) const {
+    const float fraction = fmaxf(top_p, 0.0f) * 2147483648.0f;  // exact; below 2^31, as top_p < 1
+    const uint64 target = static_cast<uint64>(scale_fraction(__float2uint_rn(fraction), static_cast<int64>(total)));
+    return target > 1 ? target : 1;
+  }
+};
+
+// Row `output` of the columns temperature, top_p, min_p (float32) and top_k (int32), each of which may be null.
+template <class Params>
+__device__ __forceinline__ RowFilters row_filters(const Params& params, int output) {
+  const auto number = [output](const void* column, float otherwise) {
+    return column == nullptr ? otherwise : static_cast<const float*>(column)[output];
+  };
+  const float temperature = number(params.temperature, 1.0f);
+  const int top_k = params.top_k == nullptr ? 0 : static_cast<const int*>(params.top_k)[output];
+  const bool greedy = temperature <= 0.0f;
+  return {greedy ? 1.0f : temperature,     top_k > 0 && top_k < params.vocab_size ? top_k : 0,
+          number(params.top_p, 1.0f), number(params.min_p, 0.0f),
+          params.joint != 0,               greedy};
+}
+
+// What top_k and top_p keep of a row.
+template <class Config>
+__device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const RowFilters& filters) {
+  RankPrefix kept = every_token();
+  // One copy of the search's code serves both.
+#pragma unroll 1
+  for (int filter = 0; filter < 2; ++filter) {
+    const bool by_count = filter == 0;
+    if (by_count ? filters.top_k == 0 : !filters.has_top_p()) continue;
+    PrefixSearch<Config> search{row, filters.joint ? every_token() : kept, by_count};
+    kept = shorter(kept, search.find([&](uint64 total) {
+      return by_count ? static_cast<uint64>(filters.top_k) : filters.mass_target(total);
+    }));
+  }
+  return kept;
+}
+
+}  // namespace fi

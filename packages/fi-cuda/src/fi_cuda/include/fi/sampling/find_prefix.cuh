@@ -1,0 +1,333 @@
+// The shortest prefix of a row's rank order whose count or mass reaches a target, without sorting.
+//
+// Each level sums up the amounts in 512 bins of equal width between the largest and the smallest logit in question, exactly, in
+// integers; the bin at which the running sum reaches the target holds the prefix's last token. Its tokens, a few hundred at
+// most, are collected by the first block, which goes on alone. More than fit: another level, between their extremes. All
+// equal: the last one is found by counting in index order. Bins are monotone in the logit, so no rounding changes the result.
+#pragma once
+
+#include "fi/sampling/cluster_row.cuh"
+
+namespace fi {
+
+// Bins of equal width for logits from `top` down to `bottom`; the last one takes what lies below its own width too.
+struct RankScale {
+  float top, bottom, per_unit;
+
+  __device__ __forceinline__ bool covers(float logit) const { return logit <= top && logit >= bottom; }
+  __device__ __forceinline__ int bin(float logit) const {
+    return min(__float2int_rz((top - logit) * per_unit), kRankBins - 1);
+  }
+};
+
+__device__ __forceinline__ RankScale rank_scale(float top, float bottom) {
+  return {top, bottom, top > bottom ? static_cast<float>(kRankBins) / (top - bottom) : 0.0f};
+}
+
+// Of a whole row: as wide as tokens have mass. Tokens without are counted, but those at -inf are not.
+__device__ __forceinline__ RankScale row_scale(float largest, float smallest, bool by_count) {
+  RankScale scale = rank_scale(largest, fmaxf(largest - kMasslessShortfall, smallest));
+  if (by_count) scale.bottom = -3.402823466e38f;
+  return scale;
+}
+
+__device__ __forceinline__ void add_to_bin(uint2* bin, unsigned low, unsigned high) {
+  atomicAdd(&bin->x, low);
+  if (high != 0) atomicAdd(&bin->y, high);
+}
+
+// Where the running sum of `totals` reaches `wanted` (1 or more, at most their sum): returns the bin, and the sum before it in
+// `before`. All threads of the block.
+template <class Config>
+__device__ __forceinline__ int find_bin(ClusterShared<Config>& shared, const uint64 (&mine)[kRankBins / Config::kNumThreads],
+                                        const Prefix<uint64>& prefix, uint64 wanted, uint64& before) {
+  constexpr int kEach = kRankBins / Config::kNumThreads;
+  if (prefix.exclusive < wanted && wanted <= prefix.inclusive) {
+    uint64 sum = prefix.exclusive;
+    int bin = static_cast<int>(threadIdx.x) * kEach;
+    bool reached = false;
+#pragma unroll
+    for (int idx = 0; idx < kEach - 1; ++idx) {
+      reached = reached || sum + mine[idx] >= wanted;
+      sum += reached ? 0 : mine[idx];
+      bin += reached ? 0 : 1;
+    }
+    shared.boundary_bin = bin;
+    shared.boundary_before = sum;
+  }
+  __syncthreads();
+  before = shared.boundary_before;
+  return shared.boundary_bin;
+}
+
+template <class Config>
+struct PrefixSearch {
+  using Row = ClusterRow<Config>;
+  using Shape = RowShape<Config>;
+  static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads;
+  static constexpr int kEach = kRankBins / kThreads;
+  static_assert(kRankBins % kThreads == 0 && kRankBins % kBlocks == 0);
+
+  Row& row;
+  RankPrefix considered;  // only these tokens are weighed
+  bool by_count;          // each as 1, else by its mass
+
+  __device__ __forceinline__ uint64 amount_of(float logit) const {
+    return by_count ? 1 : mass_at(row.largest - logit);
+  }
+
+  __device__ __forceinline__ bool takes(const RankScale& scale, int place, float logit) const {
+    return scale.covers(logit) && considered.has(logit, row.first_token + place);
+  }
+
+  // The row's histogram into shared.totals of every block.
+  __device__ __forceinline__ void sum_bins(const RankScale& scale) {
+    auto& shared = row.shared;
+    for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins; idx += kThreads) shared.list[idx] = make_uint2(0, 0);
+    __syncthreads();
+    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
+      const float logits[4] = {four.x, four.y, four.z, four.w};
+      int bins[4];
+      unsigned low[4], high[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool taken = takes(scale, place + e, logits[e]);
+        const uint64 amount = taken ? amount_of(logits[e]) : 0;
+        bins[e] = taken ? scale.bin(logits[e]) : -1;
+        low[e] = static_cast<unsigned>(amount) & 0xffffu;
+        high[e] = static_cast<unsigned>(amount >> 16);
+      }
+      // Equal logits would queue up at one address, so a warp whose tokens are all in one bin adds them up first.
+      const int first = __shfl_sync(0xffffffffu, bins[0], 0);
+      const bool same = bins[0] == first && bins[1] == first && bins[2] == first && bins[3] == first;
+      if (__all_sync(0xffffffffu, same)) {
+        if (first >= 0) {
+          const unsigned lows = __reduce_add_sync(0xffffffffu, low[0] + low[1] + low[2] + low[3]);
+          const unsigned highs = __reduce_add_sync(0xffffffffu, high[0] + high[1] + high[2] + high[3]);
+          if (threadIdx.x % 32 == 0) add_to_bin(&shared.list[first], lows, highs);
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (bins[e] >= 0) add_to_bin(&shared.list[bins[e]], low[e], high[e]);
+        }
+      }
+    });
+    cluster_sync<kBlocks>();
+    for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins; idx += kThreads) {
+      const int bin = row.rank * (kRankBins / kBlocks) + idx / kBlocks;
+      const unsigned source = static_cast<unsigned>(idx % kBlocks);
+      const uint2 part = ptx::load_two_from_cluster(ptx::address_in_cluster(&shared.list[bin], source));
+      const uint64 sum = sum_over_lanes<kBlocks>(part.x + (static_cast<uint64>(part.y) << 16));
+      ptx::store_to_cluster(ptx::address_in_cluster(&shared.totals[bin], source), sum);
+    }
+    cluster_sync<kBlocks>();
+  }
+
+  // Sends the tokens of `bin` to the first block and what was found to all: their number, smallest and largest logit.
+  // Returns that of the whole row; `fits`: the first block has them all. shared.list_count is 0.
+  __device__ __forceinline__ BoundaryShare collect(const RankScale& scale, int bin, bool& fits) {
+    auto& shared = row.shared;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    float low = -minus_infinity(), high = minus_infinity();
+    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
+      const float logits[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool taken = takes(scale, place + e, logits[e]) && scale.bin(logits[e]) == bin;
+        const unsigned lanes = __ballot_sync(0xffffffffu, taken);
+        if (lanes != 0) {
+          int base = 0;
+          if (lane == 0) base = atomicAdd(&shared.list_count, __popc(lanes));
+          const int slot = __shfl_sync(0xffffffffu, base, 0) + __popc(lanes & ((1u << lane) - 1));
+          if (taken) {
+            low = fminf(low, logits[e]);
+            high = fmaxf(high, logits[e]);
+            if (slot < Row::kListPerBlock) {
+              const unsigned address = ptx::address_in_cluster(&shared.list[row.rank * Row::kListPerBlock + slot], 0);
+              ptx::store_to_cluster(address, make_uint2(__float_as_uint(logits[e]), row.first_token + place + e));
+            }
+          }
+        }
+      }
+    });
+    const auto smaller = [](float first, float second) { return fminf(first, second); };
+    low = reduce_over_lanes<32>(low, smaller);
+    high = reduce_over_lanes<32>(high, LargestNumber());
+    if (lane == 0) {
+      shared.warp_smallest[warp] = low;
+      shared.warp_largest[warp] = high;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      low = reduce_over_lanes<32>(shared.warp_smallest[lane % Row::kWarps], smaller);
+      high = reduce_over_lanes<32>(shared.warp_largest[lane % Row::kWarps], LargestNumber());
+      const unsigned count = static_cast<unsigned>(shared.list_count);
+      push_to_all<kBlocks>(reinterpret_cast<uint4*>(&shared.shares[row.rank]),
+                           make_uint4(count, __float_as_uint(low), __float_as_uint(high), 0u));
+    }
+    cluster_sync<kBlocks>();
+    BoundaryShare sum = {0, -minus_infinity(), minus_infinity(), 0};
+    fits = true;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      const BoundaryShare share = shared.shares[block];
+      fits = fits && share.count <= Row::kListPerBlock;
+      sum.count += share.count;
+      sum.smallest = fminf(sum.smallest, share.smallest);
+      sum.largest = fmaxf(sum.largest, share.largest);
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ void publish(RankPrefix found) {
+#pragma unroll 1
+    for (unsigned block = 0; block < kBlocks; ++block) {
+      ptx::store_to_cluster(ptx::address_in_cluster(&row.shared.found, block),
+                            make_uint2(__float_as_uint(found.value), static_cast<unsigned>(found.last)));
+    }
+  }
+
+  // Of `count` equal logits, the token that is number `number` (from 0) in index order ends the prefix.
+  __device__ __forceinline__ void publish_tie(float value, int number) {
+    int before = 0;
+    int owner = 0;
+#pragma unroll 1
+    while (owner < kBlocks - 1 && number >= before + row.shared.shares[owner].count) {
+      before += row.shared.shares[owner++].count;
+    }
+    if (owner != row.rank) return;
+    const auto tied = [&](int place, float logit) -> uint64 {
+      return logit == value && considered.has(logit, row.first_token + place) ? 1 : 0;
+    };
+    row.sum_over_block(tied);
+    row.locate(tied, static_cast<uint64>(number - before),
+               [&](int place) { publish({value, row.first_token + place}); });
+  }
+
+  // By the first block: the token of its list at which the running sum in rank order reaches `wanted`.
+  __device__ __forceinline__ void publish_from_list(uint64 wanted) {
+    constexpr int kSlots = (kListEntries + kThreads - 1) / kThreads;
+    auto& shared = row.shared;
+    uint2* bins = reinterpret_cast<uint2*>(shared.totals);
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    float logits[kSlots], keys[kSlots];
+    int tokens[kSlots];
+    bool active[kSlots];
+#pragma unroll
+    for (int idx = 0; idx < kSlots; ++idx) {
+      const int slot = static_cast<int>(threadIdx.x) + idx * kThreads;
+      const int block = slot / Row::kListPerBlock;
+      active[idx] = block < kBlocks && slot % Row::kListPerBlock < shared.shares[block % kBlocks].count;
+      const uint2 entry = active[idx] ? shared.list[slot] : make_uint2(0, 0);
+      keys[idx] = logits[idx] = __uint_as_float(entry.x);
+      tokens[idx] = static_cast<int>(entry.y);
+    }
+    while (true) {
+      float low = -minus_infinity(), high = minus_infinity();
+      int count = 0;
+#pragma unroll
+      for (int idx = 0; idx < kSlots; ++idx) {
+        low = active[idx] ? fminf(low, keys[idx]) : low;
+        high = active[idx] ? fmaxf(high, keys[idx]) : high;
+        count += active[idx];
+      }
+      low = reduce_over_lanes<32>(low, [](float first, float second) { return fminf(first, second); });
+      high = reduce_over_lanes<32>(high, LargestNumber());
+      count = __reduce_add_sync(0xffffffffu, count);
+      if (lane == 0) {
+        shared.warp_smallest[warp] = low;
+        shared.warp_largest[warp] = high;
+        shared.scratch[warp] = static_cast<uint64>(count);
+      }
+#pragma unroll
+      for (int idx = 0; idx < kEach; ++idx) bins[idx * kThreads + static_cast<int>(threadIdx.x)] = make_uint2(0, 0);
+      __syncthreads();
+      count = 0;
+#pragma unroll 2
+      for (int idx = 0; idx < Row::kWarps; ++idx) {
+        low = fminf(low, shared.warp_smallest[idx]);
+        high = fmaxf(high, shared.warp_largest[idx]);
+        count += static_cast<int>(shared.scratch[idx]);
+      }
+      if (count == 1) break;
+      if (low == high) {  // equal logits rank by token
+        __syncthreads();
+#pragma unroll
+        for (int idx = 0; idx < kSlots; ++idx) keys[idx] = -static_cast<float>(tokens[idx]);
+        continue;
+      }
+      const RankScale scale = rank_scale(high, low);
+#pragma unroll
+      for (int idx = 0; idx < kSlots; ++idx) {
+        const uint64 amount = active[idx] ? amount_of(logits[idx]) : 0;
+        if (active[idx]) {
+          add_to_bin(&bins[scale.bin(keys[idx])], static_cast<unsigned>(amount) & 0xffffu, static_cast<unsigned>(amount >> 16));
+        }
+      }
+      __syncthreads();
+      uint64 mine[kEach];
+      uint64 sum = 0;
+#pragma unroll
+      for (int idx = 0; idx < kEach; ++idx) {
+        const uint2 part = bins[static_cast<int>(threadIdx.x) * kEach + idx];
+        mine[idx] = part.x + (static_cast<uint64>(part.y) << 16);
+        sum += mine[idx];
+      }
+      const Prefix<uint64> prefix = prefix_over_threads<kThreads>(sum, shared.scratch);
+      uint64 before;
+      const int bin = find_bin<Config>(shared, mine, prefix, wanted, before);
+      wanted -= before;
+#pragma unroll
+      for (int idx = 0; idx < kSlots; ++idx) active[idx] = active[idx] && scale.bin(keys[idx]) == bin;
+      __syncthreads();
+    }
+#pragma unroll
+    for (int idx = 0; idx < kSlots; ++idx) {
+      if (active[idx]) publish({logits[idx], tokens[idx]});
+    }
+  }
+
+  // The prefix; `target_of(total)` (1 or more) says what it is to reach, from the amount of all considered tokens. Every considered token
+  // if all of them do not reach it.
+  template <class TargetOf>
+  __device__ __forceinline__ RankPrefix find(TargetOf target_of) {
+    auto& shared = row.shared;
+    RankScale scale = row_scale(row.largest, row.smallest, by_count);
+    uint64 wanted = 0;
+    for (bool first_level = true;; first_level = false) {
+      sum_bins(scale);
+      uint64 mine[kEach];
+      uint64 sum = 0;
+#pragma unroll
+      for (int idx = 0; idx < kEach; ++idx) {
+        mine[idx] = shared.totals[static_cast<int>(threadIdx.x) * kEach + idx];
+        sum += mine[idx];
+      }
+      if (threadIdx.x == 0) shared.list_count = 0;
+      const Prefix<uint64> prefix = prefix_over_threads<kThreads>(sum, shared.scratch);
+      if (first_level) wanted = target_of(prefix.total);
+      if (wanted > prefix.total) return considered;
+      uint64 before;
+      const int bin = find_bin<Config>(shared, mine, prefix, wanted, before);
+      wanted -= before;
+      bool fits;
+      const BoundaryShare boundary = collect(scale, bin, fits);
+      if (boundary.smallest == boundary.largest) {
+        const uint64 each = amount_of(boundary.largest);
+        const uint64 number = (wanted + each - 1) / each;
+        if (number >= static_cast<uint64>(boundary.count)) return shorter(considered, {boundary.largest, 0x7fffffff});
+        publish_tie(boundary.largest, static_cast<int>(number) - 1);
+      } else if (fits) {
+        if (row.rank == 0) publish_from_list(wanted);
+      } else {
+        scale = rank_scale(boundary.largest, boundary.smallest);
+        continue;
+      }
+      cluster_sync<kBlocks>();
+      return shorter(considered, shared.found);
+    }
+  }
+};
+
+}  // namespace fi

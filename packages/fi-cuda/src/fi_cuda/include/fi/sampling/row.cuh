@@ -1,0 +1,106 @@
+// A row of logits held by a cluster: each block keeps a slice of consecutive tokens in its shared memory as scaled float32,
+// each warp a part of the slice. Places past the vocabulary hold -inf, which has no mass.
+#pragma once
+
+#include "fi/ptx/math.cuh"
+#include "fi/tile/pack.cuh"
+#include "fi/tile/reduce.cuh"
+
+namespace fi {
+
+template <class Config>
+struct RowShape {
+  static constexpr int kWarps = Config::kNumThreads / 32;
+  static constexpr int kWarpTokens = Config::kWarpTokens;
+  static constexpr int kBlockTokens = kWarps * kWarpTokens;
+  static constexpr int kRounds = (kWarpTokens + 127) / 128;
+};
+
+// Calls visit(place, four logits as float4) for each place, a multiple of 4, of this thread's part of the slice.
+template <class Config, class Visit>
+__device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
+  using Shape = RowShape<Config>;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll 1
+  for (int round = 0; round < Shape::kRounds; ++round) {
+    const int offset = (round * 32 + lane) * 4;
+    if (Shape::kWarpTokens % 128 == 0 || offset < Shape::kWarpTokens) {
+      const int place = warp * Shape::kWarpTokens + offset;
+      visit(place, *reinterpret_cast<const float4*>(slice + place));
+    }
+  }
+}
+
+struct Extremes {
+  float largest, smallest;  // largest: NaN if any logit is
+};
+
+template <class T, int kBytes>
+__device__ __forceinline__ Pack<T, kBytes> load_once(const T* address) {
+  if constexpr (kBytes == 16) {
+    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(address));
+    return *reinterpret_cast<const Pack<T, kBytes>*>(&bits);
+  } else {
+    return load_pack<kBytes>(address);
+  }
+}
+
+// Reads this thread's part of the slice that begins at `first_token`. Returns the thread's extremes.
+template <class Config>
+__device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row, int first_token, int vocab_size,
+                                               float* slice) {
+  using T = typename Config::Dtype;
+  using Shape = RowShape<Config>;
+  constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
+  constexpr int kPerRound = 32 * kCount;
+  constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;
+  constexpr int kBatch = kRounds < 8 ? kRounds : 8;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  Extremes found = {minus_infinity(), -minus_infinity()};
+  for (int first_round = 0; first_round < kRounds; first_round += kBatch) {
+    Pack<T, Config::kVectorBytes> held[kBatch];
+#pragma unroll
+    for (int idx = 0; idx < kBatch; ++idx) {
+      const int offset = (first_round + idx) * kPerRound + lane * kCount;
+      const int token = first_token + warp * Shape::kWarpTokens + offset;
+      if (offset < Shape::kWarpTokens && token < vocab_size) held[idx] = load_once<T, Config::kVectorBytes>(row + token);
+    }
+#pragma unroll
+    for (int idx = 0; idx < kBatch; ++idx) {
+      const int offset = (first_round + idx) * kPerRound + lane * kCount;
+      const int place = warp * Shape::kWarpTokens + offset;
+      if (offset < Shape::kWarpTokens) {
+        const bool inside = first_token + place < vocab_size;
+        Pack<float, (kCount < 4 ? kCount : 4) * 4> part;
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) {
+          const float logit = inside ? to_float(held[idx].data[e]) : minus_infinity();
+          found.largest = ptx::max_or_nan(found.largest, logit);
+          found.smallest = fminf(found.smallest, logit);
+          part.data[e % 4] = logit;
+          if (e % 4 == 3 || e == kCount - 1) store_pack(slice + place + e / 4 * 4, part);
+        }
+      }
+    }
+  }
+  return found;
+}
+
+// Divides this thread's part of the slice by `temperature`; returns the new extremes.
+template <class Config>
+__device__ __forceinline__ Extremes divide_slice(float* slice, float temperature) {
+  Extremes found = {minus_infinity(), -minus_infinity()};
+  for_each_four<Config>(slice, [&](int place, float4 four) {
+    Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      part.data[e] = __fdiv_rn(part.data[e], temperature);
+      found.largest = ptx::max_or_nan(found.largest, part.data[e]);
+      found.smallest = fminf(found.smallest, part.data[e]);
+    }
+    store_pack(slice + place, part);
+  });
+  return found;
+}
+
+}  // namespace fi
