@@ -116,21 +116,21 @@ def _sampling_loader(module: str, op: str) -> Callable[[], Any]:
     return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), op)
 
 
+_FILTERING: Mapping[str, Rule] = {
+    **_FLOATS,
+    "vocab_size": Between(1, MAX_VOCAB),
+    "filters": SubsetOf("top_k", "top_p", "min_p"),
+    "order": OneOf("sequential", "joint"),
+}
+
+_SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
+    "sample": _FILTERING,
+    "filter_logits": {**_FILTERING, "kind": OneOf("logits", "probs")},
+}
+
 SAMPLING_ENTRIES: list[KernelEntry] = [
-    KernelEntry(
-        "sample",
-        "sample",
-        BACKEND,
-        {
-            **_FLOATS,
-            "vocab_size": Between(1, MAX_VOCAB),
-            "filters": SubsetOf("top_k", "top_p", "min_p"),
-            "order": OneOf("sequential", "joint"),
-        },
-        _sampling_loader("sample", "sample"),
-        devices=("cuda",),
-        min_capability=BARRIER_CAPABILITY,
-    )
+    KernelEntry(op, op, BACKEND, rules, _sampling_loader(op, op), devices=("cuda",), min_capability=BARRIER_CAPABILITY)
+    for op, rules in _SAMPLING_RULES.items()
 ]
 """Kernels of sampling: a row of logits lies in the shared memory of a cluster of blocks."""
 

@@ -45,9 +45,14 @@ class FilterLogitsSpec(ClusterRowSpec):
 
 @lru_cache(maxsize=1024)
 def _bound(
-    device: torch.device, dtype: torch.dtype, vectors: tuple[int, int], geometry: Geometry, probs: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    vectors: tuple[int, int],
+    geometry: Geometry,
+    filters: frozenset[str],
+    probs: bool,
 ) -> LaunchableKernel:
-    return kernel_for(FilterLogitsSpec(dtype, vectors[0], *geometry, vectors[1], probs), device)
+    return kernel_for(FilterLogitsSpec.of(dtype, vectors[0], geometry, filters, vectors[1], probs), device)
 
 
 def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
@@ -55,7 +60,7 @@ def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor)
     device, (num_rows, vocab_size) = logits.device, logits.shape
     chosen = geometry_for(vocab_size, num_rows)
     vectors = (vector_bytes(logits, multiple_of=vocab_size), vector_bytes(out, multiple_of=vocab_size))
-    kernel = _bound(device, logits.dtype, vectors, chosen, kind == "probs")
+    kernel = _bound(device, logits.dtype, vectors, chosen, filters.active, kind == "probs")
     kernel.launch(
         device,
         num_rows * chosen.cluster_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -10,18 +11,32 @@ from torch import Tensor
 from ...spec import KernelSpec
 from .geometry import Geometry
 
-_RANK_BINS, _LIST_ENTRIES = 512, 640  # as fi/sampling/cluster_row.cuh has them
+_RANK_BINS, _LIST_ENTRIES, _MESSAGES = 448, 592, 7  # as fi/sampling/cluster_row.cuh and exchange.cuh have them
 
 
 @dataclass(frozen=True)
 class ClusterRowSpec(KernelSpec):
-    """One element type, width of loads and form of a row's cluster (``Geometry``)."""
+    """One element type, width of loads, form of a row's cluster (``Geometry``), and which filters some row uses."""
 
     dtype: torch.dtype
     vector_bytes: int
     cluster_blocks: int
     block_threads: int
     warp_tokens: int
+    resident_blocks: int
+    top_k: bool
+    top_p: bool
+    min_p: bool
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], *more: Any) -> Self:
+        """The spec for a row's form and active filters."""
+        used = ("top_k" in filters, "top_p" in filters, "min_p" in filters)
+        return cls(dtype, vector, *geometry, *used, *more)
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        return self.resident_blocks
 
     @property
     def cluster_size(self) -> int:
@@ -34,9 +49,8 @@ class ClusterRowSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         warps = self.block_threads // 32
-        exchanged = self.cluster_blocks * (16 * warps + 16 + 8 + 8) + warps * (8 + 8 + 8)
-        slice_bytes = Geometry(self.cluster_blocks, self.block_threads, self.warp_tokens).slice_bytes
-        return slice_bytes + 8 * _LIST_ENTRIES + 8 * _RANK_BINS + exchanged + 64
+        exchanged = self.cluster_blocks * (16 + 8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES
+        return 4 * warps * self.warp_tokens + 8 * _LIST_ENTRIES + 16 * _RANK_BINS + exchanged + 32
 
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), f"static constexpr int kSharedBytes = {self.shared_bytes};"]

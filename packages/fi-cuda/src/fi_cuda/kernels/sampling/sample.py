@@ -45,15 +45,17 @@ class SampleSpec(ClusterRowSpec):
 
 
 @lru_cache(maxsize=1024)
-def _bound(device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry) -> LaunchableKernel:
-    return kernel_for(SampleSpec(dtype, vector, *geometry), device)
+def _bound(
+    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str]
+) -> LaunchableKernel:
+    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters), device)
 
 
 def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor) -> None:
     """The ``Sample`` protocol of fi-core, a cluster an output."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
     chosen = geometry_for(vocab_size, num_outputs)
-    kernel = _bound(device, logits.dtype, vector_bytes(logits, multiple_of=vocab_size), chosen)
+    kernel = _bound(device, logits.dtype, vector_bytes(logits, multiple_of=vocab_size), chosen, filters.active)
     kernel.launch(
         device,
         num_outputs * chosen.cluster_size,

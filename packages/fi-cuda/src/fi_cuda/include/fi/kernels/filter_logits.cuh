@@ -3,7 +3,7 @@
 //
 // What the filters keep is found as in sample.cuh; each block then writes the part of the row that it holds, which the whole
 // cluster has read by then, so the output may be the logits.
-// Config: Dtype, kVectorBytes, kOutVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens, kProbs.
+// Config: Dtype, kVectorBytes, kOutVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens, kProbs, kTopK, kTopP, kMinP.
 // Params: logits [rows, vocab_size]; temperature, top_p, min_p float32 and top_k int32 [rows] or null; out float32.
 #pragma once
 
@@ -29,21 +29,9 @@ __device__ __forceinline__ void write_slice(const ClusterRow<Config>& row, int v
   });
 }
 
-// The mass of the kept tokens of the whole row.
-template <class Config, class Mass>
-__device__ __forceinline__ uint64 total_mass(ClusterRow<Config>& row, Mass kept_mass) {
-  constexpr int kBlocks = Config::kClusterBlocks;
-  const uint64 own = row.sum_over_block(kept_mass);
-  if (threadIdx.x < 32) push_to_all<kBlocks>(&row.shared.block_amount[row.rank], own);
-  cluster_sync<kBlocks>();
-  uint64 before;
-  return row.sum_over_blocks(before);
-}
-
 // The first token with the largest logit, in all threads.
 template <class Config>
 __device__ __forceinline__ int first_of_largest(ClusterRow<Config>& row) {
-  constexpr int kBlocks = Config::kClusterBlocks;
   auto& shared = row.shared;
   int first = 0x7fffffff;
   for_each_four<Config>(shared.slice, [&](int place, float4 four) {
@@ -56,12 +44,12 @@ __device__ __forceinline__ int first_of_largest(ClusterRow<Config>& row) {
   first = __reduce_min_sync(0xffffffffu, first);
   if (threadIdx.x % 32 == 0) shared.scratch[threadIdx.x / 32] = static_cast<uint64>(first);
   __syncthreads();
-#pragma unroll
+#pragma unroll 1
   for (int warp = 0; warp < ClusterRow<Config>::kWarps; ++warp) first = min(first, static_cast<int>(shared.scratch[warp]));
-  if (threadIdx.x < 32) push_to_all<kBlocks>(&shared.block_amount[row.rank], static_cast<uint64>(first));
-  cluster_sync<kBlocks>();
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) first = min(first, static_cast<int>(shared.block_amount[block]));
+  if (threadIdx.x < 32) row.mailbox.send_to_all(kAmounts, &shared.block_amount[row.rank], static_cast<uint64>(first));
+  row.mailbox.receive(kAmounts, Config::kClusterBlocks * 8);
+#pragma unroll 1
+  for (int block = 0; block < Config::kClusterBlocks; ++block) first = min(first, static_cast<int>(shared.block_amount[block]));
   return first;
 }
 
@@ -69,16 +57,15 @@ template <class Config, class Params>
 __device__ __forceinline__ void filter_logits(const Params& params) {
   static_assert(sizeof(ClusterShared<Config>) <= Config::kSharedBytes);
   extern __shared__ __align__(16) unsigned char memory[];
-  auto& shared = *reinterpret_cast<ClusterShared<Config>*>(memory);
-  if constexpr (Config::kClusterBlocks > 1) ptx::cluster_arrive();
-  const int rank = cluster_rank<Config::kClusterBlocks>();
   const int index = static_cast<int>(blockIdx.x) / Config::kClusterBlocks;
-  ClusterRow<Config> row{shared, rank, rank * RowShape<Config>::kBlockTokens, 0.0f, 0.0f};
+  ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
-  const RowFilters filters = row_filters(params, index);
+  RowFilters filters = load_filters<Config>(params, index);
   const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + index * params.logits_stride;
   float* out = static_cast<float*>(params.out) + index * params.out_stride;
-  row.load(logits, params.vocab_size, filters.temperature, false);
+  const Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice);
+  normalise(filters, params.vocab_size);
+  row.share(extremes, params.vocab_size, filters.temperature, false);
   ptx::allow_next_kernel();
 
   if (!row.usable()) {
@@ -94,13 +81,16 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
     });
     return;
   }
-  const RankPrefix prefix = kept_prefix(row, filters);
+  RankPrefix prefix = every_token();
+  if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters);
   const auto kept_mass = [&](int place, float logit) -> uint64 {
     const float weight = weight_of(row.largest - logit);
     return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? mass_of(weight) : 0;
   };
   if constexpr (Config::kProbs) {
-    const float scale = 1.0f / static_cast<float>(total_mass(row, kept_mass));
+    row.sum_over_warps(kept_mass);
+    uint64 before;
+    const float scale = 1.0f / static_cast<float>(row.sum_over_blocks(before));
     write_slice(row, params.vocab_size, out, [&](int token, float logit) {
       return static_cast<float>(kept_mass(token - row.first_token, logit)) * scale;
     });

@@ -3,9 +3,9 @@
 // A cluster holds a row in its blocks' shared memory (fi/sampling/row.cuh). The row's largest logit, which the masses need, is
 // exchanged first. Rows with a small top_k are then decided by the first block (short_list.cuh); others find the last token
 // that their filters keep (find_prefix.cuh), sum up the kept masses, and draw in index order.
-// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens.
+// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTopK, kTopP, kMinP: which filters some row uses.
 // Params: logits [rows, vocab_size]; rows (int32, or int64 if wide_rows; null: in order); temperature, top_p, min_p float32
-// and top_k int32 [outputs] or null; seed, sample, position [outputs]; tokens int64 [outputs].
+// and top_k int32 [outputs], temperature or null; seed, sample, position [outputs]; tokens int64 [outputs].
 #pragma once
 
 #include "fi/ptx/dependent_launch.cuh"
@@ -22,12 +22,7 @@ struct SampleKernel {
   const Params& params;
   Row& row;
   int output;
-
-  __device__ __forceinline__ RandomBits bits() const {
-    const int64 seed = static_cast<const int64*>(params.seed)[output];
-    const int64 position = static_cast<const int64*>(params.position)[output];
-    return random_bits(seed, position, static_cast<const int*>(params.sample)[output], Purpose::kDraw);
-  }
+  RandomBits bits;
 
   __device__ __forceinline__ void write(int token) const { static_cast<int64*>(params.tokens)[output] = token; }
 
@@ -57,48 +52,63 @@ struct SampleKernel {
     }
   }
 
-  // The first kept token in index order whose inclusive cumulative mass exceeds the random target.
-  __device__ __forceinline__ void draw(RankPrefix prefix, float min_p) {
-    auto& shared = row.shared;
-    const auto kept_mass = [&](int place, float logit) -> uint64 {
-      const float weight = weight_of(row.largest - logit);
-      return prefix.has(logit, row.first_token + place) && weight >= min_p ? mass_of(weight) : 0;
-    };
-    const uint64 own = row.sum_over_block(kept_mass);
-    if (threadIdx.x < 32) push_to_all<kBlocks>(&shared.block_amount[row.rank], own);
-    cluster_sync<kBlocks>();
+  // The first token in index order whose inclusive cumulative mass exceeds the random target; mass(place, logit) is 0 for
+  // tokens that are not kept.
+  template <class Mass>
+  __device__ __forceinline__ void draw(Mass mass) {
+    row.sum_over_warps(mass);
     uint64 before;
     const uint64 total = row.sum_over_blocks(before);
-    const uint64 target = static_cast<uint64>(scale_bits(bits(), static_cast<int64>(total)));
+    const uint64 own = row.shared.block_amount[row.rank];
+    const uint64 target = static_cast<uint64>(scale_bits(bits, static_cast<int64>(total)));
     if (before <= target && target < before + own) {
-      row.locate(kept_mass, target - before, [&](int place) { write(row.first_token + place); });
+      row.locate(mass, target - before, [&](int place) { write(row.first_token + place); });
     }
   }
 
   __device__ __forceinline__ void run() {
-    const RowFilters filters = row_filters(params, output);
-    const bool listed = ShortList<Config>::serves(filters);
-
-    const auto* logits = static_cast<const typename Config::Dtype*>(params.logits);
-    row.load(logits + source() * params.logits_stride, params.vocab_size, filters.temperature, listed);
+    // What is loaded here is first used when the logits have come.
+    RowFilters filters = load_filters<Config>(params, output);
+    const int64 seed = static_cast<const int64*>(params.seed)[output];
+    const int64 position = static_cast<const int64*>(params.position)[output];
+    const int sample = static_cast<const int*>(params.sample)[output];
+    const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + source() * params.logits_stride;
+    Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice);
     ptx::allow_next_kernel();
+    normalise(filters, params.vocab_size);
+    const bool listed = Config::kTopK && ShortList<Config>::serves(filters);
+    row.share(extremes, params.vocab_size, filters.temperature, listed);
+    bits = random_bits(seed, position, sample, Purpose::kDraw);
     if (!row.usable()) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
     // A min_p above 1 leaves nothing, and then the first token in rank order is kept.
     if (filters.greedy || filters.min_p > 1.0f) return write_first_of_largest();
-    if (listed) {
-      ShortList<Config> list{row};
-      const int count = list.collect(filters.top_k, false);
-      if (count >= 0) {
-        if (row.rank != 0) return;
-        const int token = list.draw(count, filters, bits());
-        if (token >= 0) write(token);
-        return;
-      }
+    if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP) {
+      return draw([&](int, float logit) { return mass_at(row.largest - logit); });
     }
-    draw(kept_prefix(row, filters), filters.min_p);
+    if constexpr (Config::kTopK) {
+      if (listed && drawn_from_list(filters)) return;
+    }
+    RankPrefix prefix = every_token();
+    if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters);
+    draw([&](int place, float logit) -> uint64 {
+      const float weight = weight_of(row.largest - logit);
+      return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? mass_of(weight) : 0;
+    });
+  }
+
+  // False, in all blocks, if the list cannot decide the row.
+  __device__ __forceinline__ bool drawn_from_list(const RowFilters& filters) {
+    ShortList<Config> list{row};
+    const int count = list.collect(filters.top_k, false);
+    if (count < 0) return false;
+    if (row.rank == 0) {
+      const int token = list.draw(count, filters, bits);
+      if (token >= 0) write(token);
+    }
+    return true;
   }
 
   __device__ __forceinline__ int64 source() const {
@@ -111,12 +121,9 @@ template <class Config, class Params>
 __device__ __forceinline__ void sample(const Params& params) {
   static_assert(sizeof(ClusterShared<Config>) <= Config::kSharedBytes);
   extern __shared__ __align__(16) unsigned char memory[];
-  auto& shared = *reinterpret_cast<ClusterShared<Config>*>(memory);
-  if constexpr (Config::kClusterBlocks > 1) ptx::cluster_arrive();
-  const int rank = cluster_rank<Config::kClusterBlocks>();
-  ClusterRow<Config> row{shared, rank, rank * RowShape<Config>::kBlockTokens, 0.0f, 0.0f};
+  ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
-  SampleKernel<Config, Params>{params, row, static_cast<int>(blockIdx.x) / Config::kClusterBlocks}.run();
+  SampleKernel<Config, Params>{params, row, static_cast<int>(blockIdx.x) / Config::kClusterBlocks, {}}.run();
 }
 
 }  // namespace fi

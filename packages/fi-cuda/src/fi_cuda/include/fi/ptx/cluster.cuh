@@ -32,30 +32,25 @@ __device__ __forceinline__ float load_from_cluster(unsigned address) {
   return value;
 }
 
-// Reads and writes of neighbours' shared memory. A block must have started before another writes to it, and what is written
-// before a cluster barrier is visible after it.
-__device__ __forceinline__ uint2 load_two_from_cluster(unsigned address) {
-  uint2 value;
-  asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void store_to_cluster(unsigned address, unsigned value) {
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_to_cluster(unsigned address, uint2 value) {
-  asm volatile("st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
-}
-
-__device__ __forceinline__ void store_to_cluster(unsigned address, uint4 value) {
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
+// Stores into a neighbour's shared memory that complete their bytes on a barrier (mbarrier.cuh) beside the place: whoever waits
+// for that sees them. Both addresses are of the same block, which has started and made its barrier. PTX ISA, section "Data
+// Movement and Conversion Instructions: st.async".
+__device__ __forceinline__ void store_async(unsigned address, uint2 value, unsigned barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
+               "r"(value.x), "r"(value.y), "r"(barrier)
                : "memory");
 }
 
-__device__ __forceinline__ void store_to_cluster(unsigned address, unsigned long long value) {
-  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(value) : "memory");
+__device__ __forceinline__ void store_async(unsigned address, uint4 value, unsigned barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_async(unsigned address, unsigned long long value, unsigned barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address), "l"(value),
+               "r"(barrier)
+               : "memory");
 }
 
 }  // namespace fi::ptx

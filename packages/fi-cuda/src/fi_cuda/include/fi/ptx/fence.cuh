@@ -15,6 +15,8 @@ __device__ __forceinline__ void fence_acq_rel_cluster() { asm volatile("fence.ac
 // The cluster's barrier in two halves, called by all threads of all its blocks: what was written before the arrival is
 // visible after the wait.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The arrival without the release, where nothing was written that others are to see.
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Flags in global memory between blocks of the GPU: what a thread wrote before store_release or red_release is visible to

@@ -26,8 +26,8 @@ __device__ __forceinline__ RankPrefix shorter(RankPrefix first, RankPrefix secon
   return choose_first ? first : second;
 }
 
-constexpr int kRankBins = 512;
-constexpr int kListEntries = 640;
+constexpr int kRankBins = 448;
+constexpr int kListEntries = 592;
 
 // What a block found among the tokens at a boundary.
 struct BoundaryShare {
@@ -40,88 +40,105 @@ template <class Config>
 struct ClusterShared {
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kWarps = RowShape<Config>::kWarps;
-  static constexpr int kGroups = kBlocks * kWarps * 4;
+  static constexpr int kGroupLanes = kBlocks * kWarps * 4 <= 512 ? 8 : 16;
+  static constexpr int kWarpGroups = 32 / kGroupLanes;
+  static constexpr int kGroups = kBlocks * kWarps * kWarpGroups;
 
   alignas(16) float slice[RowShape<Config>::kBlockTokens];
   // The block's histogram: amounts as their lower 16 bits and the rest, whose sums fit 32 bits. Afterwards, in the first
   // block, the tokens at the boundary: (logit, token), a part for each block.
   alignas(16) uint2 list[kListEntries];
-  alignas(16) uint64 totals[kRankBins];  // the row's histogram
-  alignas(16) float groups[kGroups];     // largest logit of each 8 threads' tokens
+  alignas(16) uint2 parts[kRankBins];    // every block's amounts of the bins that this block sums up: [bin][block]
+  alignas(16) uint64 totals[kRankBins];  // the row's histogram; before that the groups' largest logits
   alignas(16) BoundaryShare shares[kBlocks];
+  uint64 mail[kNumMessages];
   uint2 extremes[kBlocks];  // largest and smallest logit of each block
   uint64 block_amount[kBlocks];
   uint64 warp_amount[kWarps];
   uint64 scratch[kWarps];
   uint64 boundary_before;
-  float warp_largest[kWarps], warp_smallest[kWarps];
   RankPrefix found;
+  float warp_largest[kWarps], warp_smallest[kWarps];
   int boundary_bin;
   int list_count;
+
+  // Largest logit of each group of kGroupLanes threads' tokens, [kGroups].
+  __device__ __forceinline__ float* groups() { return reinterpret_cast<float*>(totals); }
 };
 
 template <class Config>
 struct ClusterRow {
   using Shape = RowShape<Config>;
+  using Shared = ClusterShared<Config>;
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kThreads = Config::kNumThreads;
   static constexpr int kWarps = Shape::kWarps;
   static constexpr int kListPerBlock = kListEntries / kBlocks;
 
-  ClusterShared<Config>& shared;
+  Shared& shared;
+  Mailbox<kBlocks> mailbox;
   int rank, first_token;
   float largest, smallest;  // of the whole row
 
-  // Makes the row's extremes known to all blocks, and with `with_groups` the largest logits of all groups of 8 threads. The
-  // cluster's first barrier has been arrived at.
+  __device__ __forceinline__ explicit ClusterRow(Shared& memory)
+      : shared(memory),
+        mailbox{memory.mail},
+        rank(cluster_rank<kBlocks>()),
+        first_token(rank * Shape::kBlockTokens),
+        largest(0.0f),
+        smallest(0.0f) {
+    mailbox.open();
+  }
+
+  // Makes the row's extremes known to all blocks, and with `with_groups` the largest logits of all groups.
   __device__ __forceinline__ void share_extremes(Extremes mine, bool with_groups) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const auto larger = [](float first, float second) { return ptx::max_or_nan(first, second); };
     const auto smaller = [](float first, float second) { return fminf(first, second); };
-    const float group = reduce_over_lanes<8>(mine.largest, larger);
-    const float in_warp = reduce_over_lanes<4, 8>(group, larger);
+    const float group = reduce_over_lanes<Shared::kGroupLanes>(mine.largest, larger);
+    const float in_warp = reduce_over_lanes<Shared::kWarpGroups, Shared::kGroupLanes>(group, larger);
     const float least = reduce_over_lanes<32>(mine.smallest, smaller);
-    float* own_groups = shared.groups + rank * kWarps * 4;
-    if (lane % 8 == 0) own_groups[warp * 4 + lane / 8] = group;
+    float* own_groups = reinterpret_cast<float*>(shared.parts);  // gathered here, so that they leave 8 bytes at a time
+    if (lane % Shared::kGroupLanes == 0) own_groups[warp * Shared::kWarpGroups + lane / Shared::kGroupLanes] = group;
     if (lane == 0) {
       shared.warp_largest[warp] = in_warp;
       shared.warp_smallest[warp] = least;
     }
+    mailbox.opened();
     __syncthreads();
-    if constexpr (kBlocks > 1) ptx::cluster_wait();
     if (warp == 0) {
       const float block_largest = reduce_over_lanes<32>(shared.warp_largest[lane % kWarps], larger);
       const float block_smallest = reduce_over_lanes<32>(shared.warp_smallest[lane % kWarps], smaller);
-      push_to_all<kBlocks>(&shared.extremes[rank], make_uint2(__float_as_uint(block_largest), __float_as_uint(block_smallest)));
+      mailbox.send_to_all(kExtremes, &shared.extremes[rank],
+                          make_uint2(__float_as_uint(block_largest), __float_as_uint(block_smallest)));
     }
+    constexpr int kPairs = kWarps * Shared::kWarpGroups / 2;
     if (with_groups) {
+      uint2* pairs = reinterpret_cast<uint2*>(shared.groups()) + rank * kPairs;
 #pragma unroll 1
-      for (int idx = static_cast<int>(threadIdx.x); idx < kWarps * kBlocks; idx += kThreads) {
-        uint4* four = reinterpret_cast<uint4*>(own_groups) + idx % kWarps;
-        ptx::store_to_cluster(ptx::address_in_cluster(four, static_cast<unsigned>(idx / kWarps)), *four);
+      for (int idx = static_cast<int>(threadIdx.x); idx < kPairs * kBlocks; idx += kThreads) {
+        mailbox.send(kExtremes, static_cast<unsigned>(idx / kPairs), &pairs[idx % kPairs],
+                     reinterpret_cast<const uint2*>(own_groups)[idx % kPairs]);
       }
     }
-    cluster_sync<kBlocks>();
+    mailbox.receive(kExtremes, kBlocks * (8 + (with_groups ? 8 * kPairs : 0)));
     const uint2 theirs = shared.extremes[lane % kBlocks];
     largest = reduce_over_lanes<kBlocks>(__uint_as_float(theirs.x), larger);
     smallest = reduce_over_lanes<kBlocks>(__uint_as_float(theirs.y), smaller);
   }
 
-  // Reads the row, scaled by `temperature`, and shares its extremes.
-  template <class T>
-  __device__ __forceinline__ void load(const T* logits, int vocab_size, float temperature, bool with_groups) {
-    Extremes mine = load_slice<Config>(logits, first_token, vocab_size, shared.slice);
-    if (temperature != 1.0f) mine = divide_slice<Config>(shared.slice, temperature);
+  // After load_slice: divides by `temperature` and shares the extremes.
+  __device__ __forceinline__ void share(Extremes mine, int vocab_size, float temperature, bool with_groups) {
+    if (temperature != 1.0f) mine = divide_slice<Config>(shared.slice, vocab_size - first_token, temperature);
     share_extremes(mine, with_groups);
   }
 
   // Whether a token can be drawn: no logit is NaN or +inf, and one is finite.
   __device__ __forceinline__ bool usable() const { return fabsf(largest) < -minus_infinity(); }
 
-  // The block's sum of amount(place, logit), and in shared.warp_amount each warp's. The previous use of that is behind a
-  // barrier.
+  // Each warp's sum of amount(place, logit) into shared.warp_amount, whose previous use is behind a barrier.
   template <class Amount>
-  __device__ __forceinline__ uint64 sum_over_block(Amount amount) {
+  __device__ __forceinline__ void sum_over_warps(Amount amount) {
     uint64 sum = 0;
     for_each_four<Config>(shared.slice, [&](int place, float4 four) {
       sum += amount(place, four.x) + amount(place + 1, four.y) + amount(place + 2, four.z) + amount(place + 3, four.w);
@@ -129,42 +146,22 @@ struct ClusterRow {
     sum = sum_over_lanes<32>(sum);
     if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
     __syncthreads();
-    uint64 total = 0;
-#pragma unroll 4
-    for (int warp = 0; warp < kWarps; ++warp) total += shared.warp_amount[warp];
-    return total;
   }
 
-  // After sum_over_block: calls found(place) in one thread for the first place whose inclusive running sum of the block
-  // exceeds `target`, which is below the block's sum.
-  template <class Amount, class Found>
-  __device__ __forceinline__ void locate(Amount amount, uint64 target, Found found) {
-    int warp = 0;
-#pragma unroll 1
-    while (warp < kWarps - 1 && target >= shared.warp_amount[warp]) target -= shared.warp_amount[warp++];
-    constexpr int kEach = (Shape::kWarpTokens + kThreads - 1) / kThreads;
-    const int first = static_cast<int>(threadIdx.x) * kEach;
-    const int base = warp * Shape::kWarpTokens;
-    uint64 sum = 0;
-#pragma unroll 1
-    for (int idx = first; idx < first + kEach; ++idx) {
-      if (idx < Shape::kWarpTokens) sum += amount(base + idx, shared.slice[base + idx]);
-    }
-    const Prefix<uint64> prefix = prefix_over_threads<kThreads>(sum, shared.scratch);
-    if (prefix.exclusive <= target && target < prefix.inclusive) {
-      uint64 before = prefix.exclusive;
-      int place = base + first;
-      while (true) {
-        before += amount(place, shared.slice[place]);
-        if (before > target) break;
-        ++place;
-      }
-      found(place);
-    }
+  // The prefix sums of what sum_over_warps found, a warp's in each of the first kWarps lanes of every warp.
+  __device__ __forceinline__ Prefix<uint64> prefix_over_warps(const uint64* amounts) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    return prefix_over_lanes<32>(lane < kWarps ? amounts[lane] : 0);
   }
 
-  // Sum of what the blocks shared in block_amount, and of those before this block.
-  __device__ __forceinline__ uint64 sum_over_blocks(uint64& before) const {
+  // After sum_over_warps: the sum of the row, and of the blocks before this one. This block's own is shared.block_amount[rank].
+  __device__ __forceinline__ uint64 sum_over_blocks(uint64& before) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (threadIdx.x < 32) {
+      const uint64 own = sum_over_lanes<32>(lane < kWarps ? shared.warp_amount[lane] : 0);
+      mailbox.send_to_all(kAmounts, &shared.block_amount[rank], own);
+    }
+    mailbox.receive(kAmounts, kBlocks * 8);
     uint64 total = 0;
     before = 0;
 #pragma unroll
@@ -173,6 +170,46 @@ struct ClusterRow {
       total += shared.block_amount[block];
     }
     return total;
+  }
+
+  // A thread's place in the prefix sums over the block.
+  __device__ __forceinline__ Prefix<uint64> prefix_over_block(uint64 value) {
+    const Prefix<uint64> inside = prefix_over_lanes<32>(value);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (threadIdx.x % 32 == 0) shared.scratch[warp] = inside.total;
+    __syncthreads();
+    const Prefix<uint64> warps = prefix_over_warps(shared.scratch);
+    const uint64 before = __shfl_sync(0xffffffffu, warps.exclusive, warp);
+    return {before + inside.exclusive, before + inside.inclusive, warps.total};
+  }
+
+  // After sum_over_warps: calls found(place) in one thread for the first place whose inclusive running sum of the block exceeds
+  // `target`, which is below the block's sum.
+  template <class Amount, class Found>
+  __device__ __forceinline__ void locate(Amount amount, uint64 target, Found found) {
+    const Prefix<uint64> warps = prefix_over_warps(shared.warp_amount);
+    const int warp = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, target < warps.inclusive))) - 1;
+    target -= __shfl_sync(0xffffffffu, warps.exclusive, warp);
+    // All threads share that warp's tokens.
+    constexpr int kEach = (Shape::kWarpTokens + kThreads - 1) / kThreads;
+    const int first = static_cast<int>(threadIdx.x) * kEach;
+    const int base = warp * Shape::kWarpTokens;
+    uint64 sum = 0;
+#pragma unroll 1
+    for (int idx = first; idx < first + kEach; ++idx) {
+      if (idx < Shape::kWarpTokens) sum += amount(base + idx, shared.slice[base + idx]);
+    }
+    const Prefix<uint64> prefix = prefix_over_block(sum);
+    if (prefix.exclusive <= target && target < prefix.inclusive) {
+      uint64 before = prefix.exclusive;
+      int place = base + first - 1;
+#pragma unroll 1
+      do {
+        ++place;
+        before += amount(place, shared.slice[place]);
+      } while (before <= target);
+      found(place);
+    }
   }
 };
 

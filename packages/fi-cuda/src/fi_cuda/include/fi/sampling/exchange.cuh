@@ -1,32 +1,62 @@
-// Small values from every block of a cluster to every other: pushed into the same place of each block's shared memory, and
-// visible after the cluster's next barrier. A place is written again only after a barrier that all readers have passed.
+// Values from every block of a cluster to its neighbours: stored straight into the receiver's shared memory, where they complete
+// their bytes on a barrier that the receiver waits for. No barrier of the whole cluster, and no fence, is needed.
 #pragma once
 
 #include "fi/ptx/cluster.cuh"
 #include "fi/ptx/fence.cuh"
+#include "fi/ptx/mbarrier.cuh"
 
 namespace fi {
 
+// What is sent, each kind on a barrier of its own. A kind is sent again only after every block has received it, because what
+// its senders did in between needed something of every receiver.
+enum Message : int { kExtremes, kParts, kTotals, kShares, kList, kFound, kAmounts, kNumMessages };
+
 template <int kBlocks>
-__device__ __forceinline__ void cluster_sync() {
-  if constexpr (kBlocks > 1) {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  } else {
+struct Mailbox {
+  unsigned long long* barriers;  // [kNumMessages], shared memory
+  unsigned phases = 0;           // a bit a kind: parity of the next to receive
+
+  // All threads, before anything else; nothing is sent before `opened`.
+  __device__ __forceinline__ void open() {
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int kind = 0; kind < kNumMessages; ++kind) ptx::init_barrier(&barriers[kind], 1);
+      ptx::fence_barrier_init();
+    }
     __syncthreads();
+    if constexpr (kBlocks > 1) ptx::cluster_arrive_relaxed();
   }
-}
+
+  // Waits until all blocks have opened theirs.
+  __device__ __forceinline__ void opened() const {
+    if constexpr (kBlocks > 1) ptx::cluster_wait();
+  }
+
+  // Stores `value` at `place` of block `block`.
+  template <class T>
+  __device__ __forceinline__ void send(Message kind, unsigned block, T* place, T value) const {
+    ptx::store_async(ptx::address_in_cluster(place, block), value, ptx::address_in_cluster(&barriers[kind], block));
+  }
+
+  // The same to all blocks, by the first kBlocks lanes of a warp, which all call it with equal values.
+  template <class T>
+  __device__ __forceinline__ void send_to_all(Message kind, T* place, T value) const {
+    const unsigned lane = threadIdx.x % 32;
+    if (lane < kBlocks) send(kind, lane, place, value);
+  }
+
+  // Waits for `num_bytes` sent to this block. All threads; a __syncthreads lies between two of one kind.
+  __device__ __forceinline__ void receive(Message kind, unsigned num_bytes) {
+    if (threadIdx.x == 0) ptx::arrive_and_expect_bytes(&barriers[kind], num_bytes);
+    ptx::wait_barrier(&barriers[kind], phases >> kind & 1);
+    phases ^= 1u << kind;
+  }
+};
 
 template <int kBlocks>
 __device__ __forceinline__ int cluster_rank() {
   return kBlocks > 1 ? static_cast<int>(ptx::rank_in_cluster()) : 0;
-}
-
-// Each of the first kBlocks lanes of one warp stores `value` at `place` of one block.
-template <int kBlocks, class T>
-__device__ __forceinline__ void push_to_all(T* place, T value) {
-  const unsigned lane = threadIdx.x % 32;
-  if (lane < kBlocks) ptx::store_to_cluster(ptx::address_in_cluster(place, lane), value);
 }
 
 }  // namespace fi

@@ -23,18 +23,22 @@ struct RowFilters {
   }
 };
 
-// Row `output` of the columns temperature, top_p, min_p (float32) and top_k (int32), each of which may be null.
-template <class Params>
-__device__ __forceinline__ RowFilters row_filters(const Params& params, int output) {
-  const auto number = [output](const void* column, float otherwise) {
-    return column == nullptr ? otherwise : static_cast<const float*>(column)[output];
-  };
-  const float temperature = number(params.temperature, 1.0f);
-  const int top_k = params.top_k == nullptr ? 0 : static_cast<const int*>(params.top_k)[output];
-  const bool greedy = temperature <= 0.0f;
-  return {greedy ? 1.0f : temperature,     top_k > 0 && top_k < params.vocab_size ? top_k : 0,
-          number(params.top_p, 1.0f), number(params.min_p, 0.0f),
-          params.joint != 0,               greedy};
+// Row `output` of the columns temperature (float32 or null) and, where Config has the filter, top_k (int32), top_p and min_p
+// (float32). Nothing here depends on what is loaded, so the row's own loads can follow at once.
+template <class Config, class Params>
+__device__ __forceinline__ RowFilters load_filters(const Params& params, int output) {
+  RowFilters filters = {1.0f, 0, 1.0f, 0.0f, params.joint != 0, false};
+  if (params.temperature != nullptr) filters.temperature = static_cast<const float*>(params.temperature)[output];
+  if constexpr (Config::kTopK) filters.top_k = static_cast<const int*>(params.top_k)[output];
+  if constexpr (Config::kTopP) filters.top_p = static_cast<const float*>(params.top_p)[output];
+  if constexpr (Config::kMinP) filters.min_p = static_cast<const float*>(params.min_p)[output];
+  return filters;
+}
+
+__device__ __forceinline__ void normalise(RowFilters& filters, int vocab_size) {
+  filters.greedy = filters.temperature <= 0.0f;
+  if (filters.greedy) filters.temperature = 1.0f;
+  if (filters.top_k < 0 || filters.top_k >= vocab_size) filters.top_k = 0;
 }
 
 // What top_k and top_p keep of a row.
@@ -45,7 +49,7 @@ __device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
     const bool by_count = filter == 0;
-    if (by_count ? filters.top_k == 0 : !filters.has_top_p()) continue;
+    if (by_count ? !Config::kTopK || filters.top_k == 0 : !Config::kTopP || !filters.has_top_p()) continue;
     PrefixSearch<Config> search{row, filters.joint ? every_token() : kept, by_count};
     kept = shorter(kept, search.find([&](uint64 total) {
       return by_count ? static_cast<uint64>(filters.top_k) : filters.mass_target(total);

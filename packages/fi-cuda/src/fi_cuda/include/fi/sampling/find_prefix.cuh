@@ -1,6 +1,6 @@
 // The shortest prefix of a row's rank order whose count or mass reaches a target, without sorting.
 //
-// Each level sums up the amounts in 512 bins of equal width between the largest and the smallest logit in question, exactly, in
+// Each level sums up the amounts in 448 bins of equal width between the largest and the smallest logit in question, exactly, in
 // integers; the bin at which the running sum reaches the target holds the prefix's last token. Its tokens, a few hundred at
 // most, are collected by the first block, which goes on alone. More than fit: another level, between their extremes. All
 // equal: the last one is found by counting in index order. Bins are monotone in the logit, so no rounding changes the result.
@@ -38,10 +38,9 @@ __device__ __forceinline__ void add_to_bin(uint2* bin, unsigned low, unsigned hi
 
 // Where the running sum of `totals` reaches `wanted` (1 or more, at most their sum): returns the bin, and the sum before it in
 // `before`. All threads of the block.
-template <class Config>
-__device__ __forceinline__ int find_bin(ClusterShared<Config>& shared, const uint64 (&mine)[kRankBins / Config::kNumThreads],
+template <int kEach, class Config>
+__device__ __forceinline__ int find_bin(ClusterShared<Config>& shared, const uint64 (&mine)[kEach],
                                         const Prefix<uint64>& prefix, uint64 wanted, uint64& before) {
-  constexpr int kEach = kRankBins / Config::kNumThreads;
   if (prefix.exclusive < wanted && wanted <= prefix.inclusive) {
     uint64 sum = prefix.exclusive;
     int bin = static_cast<int>(threadIdx.x) * kEach;
@@ -65,8 +64,8 @@ struct PrefixSearch {
   using Row = ClusterRow<Config>;
   using Shape = RowShape<Config>;
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads;
-  static constexpr int kEach = kRankBins / kThreads;
-  static_assert(kRankBins % kThreads == 0 && kRankBins % kBlocks == 0);
+  static constexpr int kEach = (kRankBins + kThreads - 1) / kThreads;  // bins a thread, in the prefix sums
+  static_assert(kRankBins % kEach == 0 && kRankBins % kBlocks == 0 && kRankBins % 32 == 0);
 
   Row& row;
   RankPrefix considered;  // only these tokens are weighed
@@ -83,9 +82,10 @@ struct PrefixSearch {
   // The row's histogram into shared.totals of every block.
   __device__ __forceinline__ void sum_bins(const RankScale& scale) {
     auto& shared = row.shared;
+#pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins; idx += kThreads) shared.list[idx] = make_uint2(0, 0);
     __syncthreads();
-    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
+    for_each_four<Config, 1>(shared.slice, [&](int place, float4 four) {
       const float logits[4] = {four.x, four.y, four.z, four.w};
       int bins[4];
       unsigned low[4], high[4];
@@ -113,15 +113,22 @@ struct PrefixSearch {
         }
       }
     });
-    cluster_sync<kBlocks>();
+    __syncthreads();
+    // Block b sums up the b-th part of the bins and sends the sums to all.
+    constexpr int kPerBlock = kRankBins / kBlocks;
+#pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins; idx += kThreads) {
-      const int bin = row.rank * (kRankBins / kBlocks) + idx / kBlocks;
-      const unsigned source = static_cast<unsigned>(idx % kBlocks);
-      const uint2 part = ptx::load_two_from_cluster(ptx::address_in_cluster(&shared.list[bin], source));
-      const uint64 sum = sum_over_lanes<kBlocks>(part.x + (static_cast<uint64>(part.y) << 16));
-      ptx::store_to_cluster(ptx::address_in_cluster(&shared.totals[bin], source), sum);
+      row.mailbox.send(kParts, static_cast<unsigned>(idx / kPerBlock), &shared.parts[idx % kPerBlock * kBlocks + row.rank],
+                       shared.list[idx]);
     }
-    cluster_sync<kBlocks>();
+    row.mailbox.receive(kParts, kRankBins * 8);
+#pragma unroll 1
+    for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins; idx += kThreads) {
+      const uint2 part = shared.parts[idx];
+      const uint64 sum = sum_over_lanes<kBlocks>(part.x + (static_cast<uint64>(part.y) << 16));
+      row.mailbox.send(kTotals, static_cast<unsigned>(idx % kBlocks), &shared.totals[row.rank * kPerBlock + idx / kBlocks], sum);
+    }
+    row.mailbox.receive(kTotals, kRankBins * 8);
   }
 
   // Sends the tokens of `bin` to the first block and what was found to all: their number, smallest and largest logit.
@@ -130,23 +137,25 @@ struct PrefixSearch {
     auto& shared = row.shared;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     float low = -minus_infinity(), high = minus_infinity();
+    const auto in_bin = [&](float logit) { return scale.covers(logit) && scale.bin(logit) == bin; };
     for_each_four<Config>(shared.slice, [&](int place, float4 four) {
-      const float logits[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
+      const bool any = in_bin(four.x) || in_bin(four.y) || in_bin(four.z) || in_bin(four.w);
+      if (!__any_sync(0xffffffffu, any)) return;
+#pragma unroll 1
       for (int e = 0; e < 4; ++e) {
-        const bool taken = takes(scale, place + e, logits[e]) && scale.bin(logits[e]) == bin;
+        const float logit = e < 2 ? (e == 0 ? four.x : four.y) : (e == 2 ? four.z : four.w);
+        const int token = row.first_token + place + e;
+        const bool taken = in_bin(logit) && considered.has(logit, token);
         const unsigned lanes = __ballot_sync(0xffffffffu, taken);
-        if (lanes != 0) {
-          int base = 0;
-          if (lane == 0) base = atomicAdd(&shared.list_count, __popc(lanes));
-          const int slot = __shfl_sync(0xffffffffu, base, 0) + __popc(lanes & ((1u << lane) - 1));
-          if (taken) {
-            low = fminf(low, logits[e]);
-            high = fmaxf(high, logits[e]);
-            if (slot < Row::kListPerBlock) {
-              const unsigned address = ptx::address_in_cluster(&shared.list[row.rank * Row::kListPerBlock + slot], 0);
-              ptx::store_to_cluster(address, make_uint2(__float_as_uint(logits[e]), row.first_token + place + e));
-            }
+        int base = 0;
+        if (lane == 0 && lanes != 0) base = atomicAdd(&shared.list_count, __popc(lanes));
+        const int slot = __shfl_sync(0xffffffffu, base, 0) + __popc(lanes & ((1u << lane) - 1));
+        if (taken) {
+          low = fminf(low, logit);
+          high = fmaxf(high, logit);
+          if (slot < Row::kListPerBlock) {
+            row.mailbox.send(kList, 0, &shared.list[row.rank * Row::kListPerBlock + slot],
+                             make_uint2(__float_as_uint(logit), static_cast<unsigned>(token)));
           }
         }
       }
@@ -163,28 +172,30 @@ struct PrefixSearch {
       low = reduce_over_lanes<32>(shared.warp_smallest[lane % Row::kWarps], smaller);
       high = reduce_over_lanes<32>(shared.warp_largest[lane % Row::kWarps], LargestNumber());
       const unsigned count = static_cast<unsigned>(shared.list_count);
-      push_to_all<kBlocks>(reinterpret_cast<uint4*>(&shared.shares[row.rank]),
-                           make_uint4(count, __float_as_uint(low), __float_as_uint(high), 0u));
+      row.mailbox.send_to_all(kShares, reinterpret_cast<uint4*>(&shared.shares[row.rank]),
+                              make_uint4(count, __float_as_uint(low), __float_as_uint(high), 0u));
     }
-    cluster_sync<kBlocks>();
+    row.mailbox.receive(kShares, kBlocks * 16);
     BoundaryShare sum = {0, -minus_infinity(), minus_infinity(), 0};
-    fits = true;
+    int listed = 0;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
       const BoundaryShare share = shared.shares[block];
-      fits = fits && share.count <= Row::kListPerBlock;
+      listed += min(share.count, Row::kListPerBlock);
       sum.count += share.count;
       sum.smallest = fminf(sum.smallest, share.smallest);
       sum.largest = fmaxf(sum.largest, share.largest);
     }
+    fits = listed == sum.count;
+    if (row.rank == 0) row.mailbox.receive(kList, 8u * static_cast<unsigned>(listed));
     return sum;
   }
 
   __device__ __forceinline__ void publish(RankPrefix found) {
 #pragma unroll 1
     for (unsigned block = 0; block < kBlocks; ++block) {
-      ptx::store_to_cluster(ptx::address_in_cluster(&row.shared.found, block),
-                            make_uint2(__float_as_uint(found.value), static_cast<unsigned>(found.last)));
+      row.mailbox.send(kFound, block, reinterpret_cast<uint2*>(&row.shared.found),
+                       make_uint2(__float_as_uint(found.value), static_cast<unsigned>(found.last)));
     }
   }
 
@@ -200,7 +211,7 @@ struct PrefixSearch {
     const auto tied = [&](int place, float logit) -> uint64 {
       return logit == value && considered.has(logit, row.first_token + place) ? 1 : 0;
     };
-    row.sum_over_block(tied);
+    row.sum_over_warps(tied);
     row.locate(tied, static_cast<uint64>(number - before),
                [&](int place) { publish({value, row.first_token + place}); });
   }
@@ -211,26 +222,28 @@ struct PrefixSearch {
     auto& shared = row.shared;
     uint2* bins = reinterpret_cast<uint2*>(shared.totals);
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    float logits[kSlots], keys[kSlots];
+    float logits[kSlots];
     int tokens[kSlots];
-    bool active[kSlots];
+    unsigned active = 0;   // a bit a slot
+    bool by_token = false;  // equal logits rank by token
+    const auto key_of = [&](int idx) { return by_token ? -static_cast<float>(tokens[idx]) : logits[idx]; };
 #pragma unroll
     for (int idx = 0; idx < kSlots; ++idx) {
       const int slot = static_cast<int>(threadIdx.x) + idx * kThreads;
       const int block = slot / Row::kListPerBlock;
-      active[idx] = block < kBlocks && slot % Row::kListPerBlock < shared.shares[block % kBlocks].count;
-      const uint2 entry = active[idx] ? shared.list[slot] : make_uint2(0, 0);
-      keys[idx] = logits[idx] = __uint_as_float(entry.x);
+      const bool held = block < kBlocks && slot % Row::kListPerBlock < shared.shares[block % kBlocks].count;
+      const uint2 entry = held ? shared.list[slot] : make_uint2(0, 0);
+      logits[idx] = __uint_as_float(entry.x);
       tokens[idx] = static_cast<int>(entry.y);
+      active |= held ? 1u << idx : 0u;
     }
     while (true) {
       float low = -minus_infinity(), high = minus_infinity();
-      int count = 0;
+      int count = __popc(active);
 #pragma unroll
       for (int idx = 0; idx < kSlots; ++idx) {
-        low = active[idx] ? fminf(low, keys[idx]) : low;
-        high = active[idx] ? fmaxf(high, keys[idx]) : high;
-        count += active[idx];
+        low = active >> idx & 1 ? fminf(low, key_of(idx)) : low;
+        high = active >> idx & 1 ? fmaxf(high, key_of(idx)) : high;
       }
       low = reduce_over_lanes<32>(low, [](float first, float second) { return fminf(first, second); });
       high = reduce_over_lanes<32>(high, LargestNumber());
@@ -240,8 +253,8 @@ struct PrefixSearch {
         shared.warp_largest[warp] = high;
         shared.scratch[warp] = static_cast<uint64>(count);
       }
-#pragma unroll
-      for (int idx = 0; idx < kEach; ++idx) bins[idx * kThreads + static_cast<int>(threadIdx.x)] = make_uint2(0, 0);
+#pragma unroll 1
+      for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins; idx += kThreads) bins[idx] = make_uint2(0, 0);
       __syncthreads();
       count = 0;
 #pragma unroll 2
@@ -251,18 +264,18 @@ struct PrefixSearch {
         count += static_cast<int>(shared.scratch[idx]);
       }
       if (count == 1) break;
-      if (low == high) {  // equal logits rank by token
+      if (low == high) {
+        by_token = true;
         __syncthreads();
-#pragma unroll
-        for (int idx = 0; idx < kSlots; ++idx) keys[idx] = -static_cast<float>(tokens[idx]);
         continue;
       }
       const RankScale scale = rank_scale(high, low);
 #pragma unroll
       for (int idx = 0; idx < kSlots; ++idx) {
-        const uint64 amount = active[idx] ? amount_of(logits[idx]) : 0;
-        if (active[idx]) {
-          add_to_bin(&bins[scale.bin(keys[idx])], static_cast<unsigned>(amount) & 0xffffu, static_cast<unsigned>(amount >> 16));
+        if (active >> idx & 1) {
+          const uint64 amount = amount_of(logits[idx]);
+          add_to_bin(&bins[scale.bin(key_of(idx))], static_cast<unsigned>(amount) & 0xffffu,
+                     static_cast<unsigned>(amount >> 16));
         }
       }
       __syncthreads();
@@ -270,21 +283,24 @@ struct PrefixSearch {
       uint64 sum = 0;
 #pragma unroll
       for (int idx = 0; idx < kEach; ++idx) {
-        const uint2 part = bins[static_cast<int>(threadIdx.x) * kEach + idx];
+        const int bin = static_cast<int>(threadIdx.x) * kEach + idx;
+        const uint2 part = bin < kRankBins ? bins[bin] : make_uint2(0, 0);
         mine[idx] = part.x + (static_cast<uint64>(part.y) << 16);
         sum += mine[idx];
       }
-      const Prefix<uint64> prefix = prefix_over_threads<kThreads>(sum, shared.scratch);
+      const Prefix<uint64> prefix = row.prefix_over_block(sum);
       uint64 before;
-      const int bin = find_bin<Config>(shared, mine, prefix, wanted, before);
+      const int bin = find_bin<kEach>(shared, mine, prefix, wanted, before);
       wanted -= before;
 #pragma unroll
-      for (int idx = 0; idx < kSlots; ++idx) active[idx] = active[idx] && scale.bin(keys[idx]) == bin;
+      for (int idx = 0; idx < kSlots; ++idx) {
+        if (active >> idx & 1 && scale.bin(key_of(idx)) != bin) active ^= 1u << idx;
+      }
       __syncthreads();
     }
 #pragma unroll
     for (int idx = 0; idx < kSlots; ++idx) {
-      if (active[idx]) publish({logits[idx], tokens[idx]});
+      if (active >> idx & 1) publish({logits[idx], tokens[idx]});
     }
   }
 
@@ -301,15 +317,16 @@ struct PrefixSearch {
       uint64 sum = 0;
 #pragma unroll
       for (int idx = 0; idx < kEach; ++idx) {
-        mine[idx] = shared.totals[static_cast<int>(threadIdx.x) * kEach + idx];
+        const int bin = static_cast<int>(threadIdx.x) * kEach + idx;
+        mine[idx] = bin < kRankBins ? shared.totals[bin] : 0;
         sum += mine[idx];
       }
       if (threadIdx.x == 0) shared.list_count = 0;
-      const Prefix<uint64> prefix = prefix_over_threads<kThreads>(sum, shared.scratch);
+      const Prefix<uint64> prefix = row.prefix_over_block(sum);
       if (first_level) wanted = target_of(prefix.total);
       if (wanted > prefix.total) return considered;
       uint64 before;
-      const int bin = find_bin<Config>(shared, mine, prefix, wanted, before);
+      const int bin = find_bin<kEach>(shared, mine, prefix, wanted, before);
       wanted -= before;
       bool fits;
       const BoundaryShare boundary = collect(scale, bin, fits);
@@ -324,7 +341,7 @@ struct PrefixSearch {
         scale = rank_scale(boundary.largest, boundary.smallest);
         continue;
       }
-      cluster_sync<kBlocks>();
+      row.mailbox.receive(kFound, 8);
       return shorter(considered, shared.found);
     }
   }

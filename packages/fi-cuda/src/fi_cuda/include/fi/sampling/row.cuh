@@ -16,18 +16,26 @@ struct RowShape {
   static constexpr int kRounds = (kWarpTokens + 127) / 128;
 };
 
-// Calls visit(place, four logits as float4) for each place, a multiple of 4, of this thread's part of the slice.
-template <class Config, class Visit>
+constexpr int kNoPlace = 0x3fffffff;
+
+// Calls visit(place, four logits as float4) for each place, a multiple of 4, of this thread's part of the slice. All lanes of a
+// warp call it together; one without a place has kNoPlace and -inf.
+template <class Config, int kUnroll = 2, class Visit>
 __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
   using Shape = RowShape<Config>;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-#pragma unroll 1
+#pragma unroll kUnroll
   for (int round = 0; round < Shape::kRounds; ++round) {
     const int offset = (round * 32 + lane) * 4;
+    int place = warp * Shape::kWarpTokens + offset;
+    const float none = minus_infinity();
+    float4 four = make_float4(none, none, none, none);
     if (Shape::kWarpTokens % 128 == 0 || offset < Shape::kWarpTokens) {
-      const int place = warp * Shape::kWarpTokens + offset;
-      visit(place, *reinterpret_cast<const float4*>(slice + place));
+      four = *reinterpret_cast<const float4*>(slice + place);
+    } else {
+      place = kNoPlace;
     }
+    visit(place, four);
   }
 }
 
@@ -75,8 +83,10 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
           const float logit = inside ? to_float(held[idx].data[e]) : minus_infinity();
-          found.largest = ptx::max_or_nan(found.largest, logit);
-          found.smallest = fminf(found.smallest, logit);
+          if (inside) {
+            found.largest = ptx::max_or_nan(found.largest, logit);
+            found.smallest = fminf(found.smallest, logit);
+          }
           part.data[e % 4] = logit;
           if (e % 4 == 3 || e == kCount - 1) store_pack(slice + place + e / 4 * 4, part);
         }
@@ -86,19 +96,22 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   return found;
 }
 
-// Divides this thread's part of the slice by `temperature`; returns the new extremes.
+// Divides this thread's part of the slice, `num_tokens` of whose places are in the vocabulary, by `temperature`; returns the
+// new extremes.
 template <class Config>
-__device__ __forceinline__ Extremes divide_slice(float* slice, float temperature) {
+__device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, float temperature) {
   Extremes found = {minus_infinity(), -minus_infinity()};
-  for_each_four<Config>(slice, [&](int place, float4 four) {
+  for_each_four<Config, 1>(slice, [&](int place, float4 four) {
     Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       part.data[e] = __fdiv_rn(part.data[e], temperature);
-      found.largest = ptx::max_or_nan(found.largest, part.data[e]);
-      found.smallest = fminf(found.smallest, part.data[e]);
+      if (place + e < num_tokens) {
+        found.largest = ptx::max_or_nan(found.largest, part.data[e]);
+        found.smallest = fminf(found.smallest, part.data[e]);
+      }
     }
-    store_pack(slice + place, part);
+    if (place != kNoPlace) store_pack(slice + place, part);
   });
   return found;
 }

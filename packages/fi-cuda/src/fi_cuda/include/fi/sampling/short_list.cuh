@@ -19,7 +19,7 @@ struct ShortList {
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
   static constexpr int kGroups = ClusterShared<Config>::kGroups;
   static constexpr int kMaxK = kGroups / 2 < kShortList / 2 ? kGroups / 2 : kShortList / 2;
-  static constexpr int kParts = 4;  // lanes that share a token's comparisons
+  static constexpr int kParts = kThreads / 128 > 0 ? kThreads / 128 : 1;  // lanes that share a token's comparisons
 
   Row& row;
 
@@ -41,7 +41,9 @@ struct ShortList {
   __device__ __forceinline__ int collect(int top_k, bool all) {
     auto& shared = row.shared;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    unsigned* bins = reinterpret_cast<unsigned*>(shared.totals);
+    static_assert(sizeof(float) * kGroups + sizeof(unsigned) * kGroupBins <= sizeof(shared.totals));
+    unsigned* bins = reinterpret_cast<unsigned*>(shared.groups() + kGroups);
+#pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kGroupBins; idx += kThreads) bins[idx] = 0;
     if (threadIdx.x == 0) {
       shared.list_count = 0;
@@ -50,8 +52,9 @@ struct ShortList {
     __syncthreads();
     const float bottom = fmaxf(row.largest - kMasslessShortfall, row.smallest);
     const float per_unit = row.largest > bottom ? kGroupBins / (row.largest - bottom) : 0.0f;
+#pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kGroups; idx += kThreads) {
-      const float logit = shared.groups[idx];
+      const float logit = shared.groups()[idx];
       if (logit >= bottom) {
         atomicAdd(&bins[min(__float2int_rz((row.largest - logit) * per_unit), kGroupBins - 1)], 1u);
       }
@@ -80,40 +83,43 @@ struct ShortList {
     const int bin = shared.boundary_bin;
     if (all && bin == kGroupBins) return -1;
     const float limit = bin >= kGroupBins - 1 ? -minus_infinity() : static_cast<float>(bin + 1);
-    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
-      const float logits[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (logits[e] >= bottom && (row.largest - logits[e]) * per_unit < limit) {
-          const int slot = atomicAdd(&shared.list_count, 1);
-          if (slot < Row::kListPerBlock) {
-            const unsigned address = ptx::address_in_cluster(&shared.list[row.rank * Row::kListPerBlock + slot], 0);
-            ptx::store_to_cluster(address, make_uint2(__float_as_uint(logits[e]), row.first_token + place + e));
+    for_each_four<Config, 4>(shared.slice, [&](int place, float4 four) {
+      const float highest = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
+      if (highest >= bottom && (row.largest - highest) * per_unit < limit) {
+#pragma unroll 1
+        for (int e = 0; e < 4; ++e) {
+          const float logit = e < 2 ? (e == 0 ? four.x : four.y) : (e == 2 ? four.z : four.w);
+          if (logit >= bottom && (row.largest - logit) * per_unit < limit) {
+            const int slot = atomicAdd(&shared.list_count, 1);
+            if (slot < Row::kListPerBlock) {
+              row.mailbox.send(kList, 0, &shared.list[row.rank * Row::kListPerBlock + slot],
+                               make_uint2(__float_as_uint(logit), row.first_token + place + e));
+            }
           }
         }
       }
     });
     __syncthreads();
     if (threadIdx.x < 32) {
-      push_to_all<kBlocks>(reinterpret_cast<unsigned*>(&shared.shares[row.rank].count),
-                           static_cast<unsigned>(shared.list_count));
+      row.mailbox.send_to_all(kShares, reinterpret_cast<uint2*>(&shared.shares[row.rank]),
+                              make_uint2(static_cast<unsigned>(shared.list_count), 0u));
     }
-    cluster_sync<kBlocks>();
-    int count = 0;
-    bool fits = true;
+    row.mailbox.receive(kShares, kBlocks * 8);
+    int count = 0, listed = 0;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      fits = fits && shared.shares[block].count <= Row::kListPerBlock;
+      listed += min(shared.shares[block].count, Row::kListPerBlock);
       count += shared.shares[block].count;
     }
-    return fits && count <= kShortList ? count : -1;
+    if (row.rank == 0) row.mailbox.receive(kList, 8u * static_cast<unsigned>(listed));
+    return listed == count && count <= kShortList ? count : -1;
   }
 
   // By the first block, after collect: filters and draw. Returns the token in one thread, and -1 in the others.
   __device__ __forceinline__ int draw(int count, const RowFilters& filters, RandomBits bits) {
     auto& shared = row.shared;
-    Entry* entries = reinterpret_cast<Entry*>(shared.totals);
-    static_assert(sizeof(Entry) * kShortList <= sizeof(uint64) * kRankBins);
+    Entry* entries = reinterpret_cast<Entry*>(shared.parts);  // and on through shared.totals
+    static_assert(sizeof(Entry) * kShortList <= sizeof(shared.parts) + sizeof(shared.totals));
     constexpr int kPerSweep = kThreads / kParts;
     constexpr int kSweeps = kShortList / kPerSweep;
 #pragma unroll 1
@@ -154,7 +160,7 @@ struct ShortList {
       }
       if (part == 0 && place < count && rank[sweep] < filters.top_k) total += own[sweep].mass;
     }
-    const uint64 considered = sum_over_threads<kThreads>(total, shared.scratch);
+    const uint64 considered = row.prefix_over_block(total).total;
     const uint64 wanted = filters.has_top_p() ? filters.mass_target(considered) : ~0ull;
     total = 0;
 #pragma unroll
@@ -171,7 +177,7 @@ struct ShortList {
       const int place = sweep * kPerSweep + static_cast<int>(threadIdx.x) / kParts;
       if (part == 0 && place < count) entries[place].mass = own[sweep].mass;
     }
-    const uint64 kept_total = sum_over_threads<kThreads>(total, shared.scratch);
+    const uint64 kept_total = row.prefix_over_block(total).total;
     const uint64 target = static_cast<uint64>(scale_bits(bits, static_cast<int64>(kept_total)));
     int token = -1;
 #pragma unroll

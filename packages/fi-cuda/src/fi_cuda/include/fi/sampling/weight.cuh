@@ -10,19 +10,18 @@ namespace fi {
 // From here on a weight is below 2^-32 and the mass zero, whatever the exponential's rounding: exp(-22.25) < 0.94 * 2^-32.
 constexpr float kMasslessShortfall = 22.25f;
 
-// exp(-shortfall), shortfall >= 0, within about 3 ulp: the product with log2(e) is carried in two floats, because its rounding
-// alone would cost 2^-19 at a shortfall of 22. 1 for 0; 0 from 88 on.
+// exp(-shortfall) for 0 <= shortfall, within about 3 ulp: the rounding of the product with log2(e), which alone would cost 2^-19
+// at a shortfall of 22, is made good to first order. 1 for 0; 0 or NaN where the exponential underflows.
 __device__ __forceinline__ float weight_of(float shortfall) {
-  constexpr float kLog2E = 1.44269504f, kLog2ELow = 1.925963033e-8f, kLn2 = 0.693147181f;
-  const float bounded = fminf(shortfall, 200.0f);
-  const float high = bounded * -kLog2E;
-  const float low = fmaf(bounded, -kLog2ELow, fmaf(bounded, -kLog2E, -high));
-  const float power = ptx::exp2_approx(high);
-  return fmaf(power, low * kLn2, power);
+  constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+  const float exponent = shortfall * -kLog2E;
+  const float rest = fmaf(exponent, -kLn2, -shortfall);
+  const float power = ptx::exp2_approx(exponent);
+  return fmaf(power, rest, power);
 }
 
+// The conversion takes NaN as 0. It saturates below 2^32, which is the mass of weight 1.
 __device__ __forceinline__ uint64 mass_of(float weight) {
-  // The conversion saturates below 2^32, which is the mass of weight 1.
   return static_cast<uint64>(__float2uint_rz(weight * 4294967296.0f)) + (weight >= 1.0f ? 1u : 0u);
 }
 
