@@ -112,13 +112,16 @@ def _few_rows(request: Request) -> bool:
     return int(request["max_q_len"]) * int(request["group_size"]) <= _MAX_PACKED_ROWS
 
 
-def _sampling_loader(module: str, op: str) -> Callable[[], Any]:
+def _sampling_loader(op: str) -> Callable[[], Any]:
+    module = _SAMPLING_MODULES.get(op, op)
     return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), op)
 
 
+_MAX_TOP_K = 2048  # they are sorted in the shared memory of one block
+
+_VOCABULARY: Mapping[str, Rule] = {**_FLOATS, "vocab_size": Between(1, MAX_VOCAB)}
 _FILTERING: Mapping[str, Rule] = {
-    **_FLOATS,
-    "vocab_size": Between(1, MAX_VOCAB),
+    **_VOCABULARY,
     "filters": SubsetOf("top_k", "top_p", "min_p"),
     "order": OneOf("sequential", "joint"),
 }
@@ -126,10 +129,14 @@ _FILTERING: Mapping[str, Rule] = {
 _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
     "sample": _FILTERING,
     "filter_logits": {**_FILTERING, "kind": OneOf("logits", "probs")},
+    "top_k": {**_VOCABULARY, "k": Between(1, _MAX_TOP_K)},
+    "logprobs": {**_VOCABULARY, "top_n": Between(0, _MAX_TOP_K)},
 }
 
+_SAMPLING_MODULES = {"logprobs": "top_k"}
+
 SAMPLING_ENTRIES: list[KernelEntry] = [
-    KernelEntry(op, op, BACKEND, rules, _sampling_loader(op, op), devices=("cuda",), min_capability=BARRIER_CAPABILITY)
+    KernelEntry(op, op, BACKEND, rules, _sampling_loader(op), devices=("cuda",), min_capability=BARRIER_CAPABILITY)
     for op, rules in _SAMPLING_RULES.items()
 ]
 """Kernels of sampling: a row of logits lies in the shared memory of a cluster of blocks."""

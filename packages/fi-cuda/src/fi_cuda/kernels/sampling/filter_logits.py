@@ -14,12 +14,12 @@ from ...launch import LaunchableKernel
 from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
-from .forms import ClusterRowSpec, address
+from .forms import FilteringSpec, address
 from .geometry import Geometry, geometry_for
 
 
 @dataclass(frozen=True)
-class FilterLogitsSpec(ClusterRowSpec):
+class FilterLogitsSpec(FilteringSpec):
     """``probs``: renormalised probabilities, else masked logits."""
 
     out_vector_bytes: int

@@ -11,12 +11,12 @@ from torch import Tensor
 from ...spec import KernelSpec
 from .geometry import Geometry
 
-_RANK_BINS, _LIST_ENTRIES, _MESSAGES = 448, 592, 7  # as fi/sampling/cluster_row.cuh and exchange.cuh have them
+_RANK_BINS, _LIST_ENTRIES, _MESSAGES = 448, 592, 8  # as fi/sampling/cluster_row.cuh and exchange.cuh have them
 
 
 @dataclass(frozen=True)
 class ClusterRowSpec(KernelSpec):
-    """One element type, width of loads, form of a row's cluster (``Geometry``), and which filters some row uses."""
+    """One element type, width of loads, and form of a row's cluster (``Geometry``)."""
 
     dtype: torch.dtype
     vector_bytes: int
@@ -24,15 +24,6 @@ class ClusterRowSpec(KernelSpec):
     block_threads: int
     warp_tokens: int
     resident_blocks: int
-    top_k: bool
-    top_p: bool
-    min_p: bool
-
-    @classmethod
-    def of(cls, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], *more: Any) -> Self:
-        """The spec for a row's form and active filters."""
-        used = ("top_k" in filters, "top_p" in filters, "min_p" in filters)
-        return cls(dtype, vector, *geometry, *used, *more)
 
     @property
     def blocks_per_multiprocessor(self) -> int:
@@ -50,10 +41,25 @@ class ClusterRowSpec(KernelSpec):
     def shared_bytes(self) -> int:
         warps = self.block_threads // 32
         exchanged = self.cluster_blocks * (16 + 8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES
-        return 4 * warps * self.warp_tokens + 8 * _LIST_ENTRIES + 16 * _RANK_BINS + exchanged + 32
+        return 4 * warps * self.warp_tokens + 8 * _LIST_ENTRIES + 16 * _RANK_BINS + exchanged + 40
 
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), f"static constexpr int kSharedBytes = {self.shared_bytes};"]
+
+
+@dataclass(frozen=True)
+class FilteringSpec(ClusterRowSpec):
+    """Also which filters some row uses."""
+
+    top_k: bool
+    top_p: bool
+    min_p: bool
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], *more: Any) -> Self:
+        """The spec for a row's form and active filters."""
+        used = ("top_k" in filters, "top_p" in filters, "min_p" in filters)
+        return cls(dtype, vector, *geometry, *used, *more)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -60,7 +60,8 @@ struct ClusterShared {
   RankPrefix found;
   float warp_largest[kWarps], warp_smallest[kWarps];
   int boundary_bin;
-  int list_count;
+  int list_count;  // tokens that this block put on the list
+  int num_ranked;
 
   // Largest logit of each group of kGroupLanes threads' tokens, [kGroups].
   __device__ __forceinline__ float* groups() { return reinterpret_cast<float*>(totals); }
@@ -91,7 +92,7 @@ struct ClusterRow {
   }
 
   // Makes the row's extremes known to all blocks, and with `with_groups` the largest logits of all groups.
-  __device__ __forceinline__ void share_extremes(Extremes mine, bool with_groups) {
+  __device__ __forceinline__ void share_extremes(Extremes mine, bool with_groups, Message kind = kExtremes) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const auto larger = [](float first, float second) { return ptx::max_or_nan(first, second); };
     const auto smaller = [](float first, float second) { return fminf(first, second); };
@@ -104,12 +105,12 @@ struct ClusterRow {
       shared.warp_largest[warp] = in_warp;
       shared.warp_smallest[warp] = least;
     }
-    mailbox.opened();
+    if (kind == kExtremes) mailbox.opened();
     __syncthreads();
     if (warp == 0) {
       const float block_largest = reduce_over_lanes<32>(shared.warp_largest[lane % kWarps], larger);
       const float block_smallest = reduce_over_lanes<32>(shared.warp_smallest[lane % kWarps], smaller);
-      mailbox.send_to_all(kExtremes, &shared.extremes[rank],
+      mailbox.send_to_all(kind, &shared.extremes[rank],
                           make_uint2(__float_as_uint(block_largest), __float_as_uint(block_smallest)));
     }
     constexpr int kPairs = kWarps * Shared::kWarpGroups / 2;
@@ -117,11 +118,11 @@ struct ClusterRow {
       uint2* pairs = reinterpret_cast<uint2*>(shared.groups()) + rank * kPairs;
 #pragma unroll 1
       for (int idx = static_cast<int>(threadIdx.x); idx < kPairs * kBlocks; idx += kThreads) {
-        mailbox.send(kExtremes, static_cast<unsigned>(idx / kPairs), &pairs[idx % kPairs],
+        mailbox.send(kind, static_cast<unsigned>(idx / kPairs), &pairs[idx % kPairs],
                      reinterpret_cast<const uint2*>(own_groups)[idx % kPairs]);
       }
     }
-    mailbox.receive(kExtremes, kBlocks * (8 + (with_groups ? 8 * kPairs : 0)));
+    mailbox.receive(kind, kBlocks * (8 + (with_groups ? 8 * kPairs : 0)));
     const uint2 theirs = shared.extremes[lane % kBlocks];
     largest = reduce_over_lanes<kBlocks>(__uint_as_float(theirs.x), larger);
     smallest = reduce_over_lanes<kBlocks>(__uint_as_float(theirs.y), smaller);

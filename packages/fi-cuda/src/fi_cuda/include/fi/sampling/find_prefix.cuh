@@ -7,28 +7,35 @@
 #pragma once
 
 #include "fi/sampling/cluster_row.cuh"
+#include "fi/sampling/ranked_tokens.cuh"
 
 namespace fi {
 
-// Bins of equal width for logits from `top` down to `bottom`; the last one takes what lies below its own width too.
+// Bins for logits from `top` down to `bottom`, the first for the largest. Of equal width in the logit, the last one taking what
+// lies below its own width too; or, with a `shift` of 0 or more, of equal width in the bits of the floats, infinities included.
 struct RankScale {
   float top, bottom, per_unit;
+  int shift;
 
   __device__ __forceinline__ bool covers(float logit) const { return logit <= top && logit >= bottom; }
   __device__ __forceinline__ int bin(float logit) const {
-    return min(__float2int_rz((top - logit) * per_unit), kRankBins - 1);
+    const int place = shift < 0 ? __float2int_rz((top - logit) * per_unit)
+                                : static_cast<int>((order_key(top) - order_key(logit)) >> shift);
+    return min(place, kRankBins - 1);
   }
 };
 
-__device__ __forceinline__ RankScale rank_scale(float top, float bottom) {
-  return {top, bottom, top > bottom ? static_cast<float>(kRankBins) / (top - bottom) : 0.0f};
+__device__ __forceinline__ RankScale bit_scale(float top, float bottom) {
+  // The least shift that leaves less than 256 bins.
+  const int shift = 24 - __clz(static_cast<int>(order_key(top) - order_key(bottom)));
+  return {top, bottom, 0.0f, max(shift, 0)};
 }
 
 // Of a whole row: as wide as tokens have mass. Tokens without are counted, but those at -inf are not.
 __device__ __forceinline__ RankScale row_scale(float largest, float smallest, bool by_count) {
-  RankScale scale = rank_scale(largest, fmaxf(largest - kMasslessShortfall, smallest));
-  if (by_count) scale.bottom = -3.402823466e38f;
-  return scale;
+  const float bottom = fmaxf(largest - kMasslessShortfall, smallest);
+  const float per_unit = largest > bottom ? static_cast<float>(kRankBins) / (largest - bottom) : 0.0f;
+  return {largest, by_count ? -3.402823466e38f : bottom, per_unit, -1};
 }
 
 __device__ __forceinline__ void add_to_bin(uint2* bin, unsigned low, unsigned high) {
@@ -216,68 +223,29 @@ struct PrefixSearch {
                [&](int place) { publish({value, row.first_token + place}); });
   }
 
-  // By the first block: the token of its list at which the running sum in rank order reaches `wanted`.
-  __device__ __forceinline__ void publish_from_list(uint64 wanted) {
-    constexpr int kSlots = (kListEntries + kThreads - 1) / kThreads;
+  // By the first block, whose list has `count` tokens: the one at which the running sum in rank order reaches `wanted`.
+  __device__ __forceinline__ void publish_from_list(int count, uint64 wanted) {
     auto& shared = row.shared;
-    uint2* bins = reinterpret_cast<uint2*>(shared.totals);
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    float logits[kSlots];
-    int tokens[kSlots];
-    unsigned active = 0;   // a bit a slot
+    HeldTokens<Config> held(row);
     bool by_token = false;  // equal logits rank by token
-    const auto key_of = [&](int idx) { return by_token ? -static_cast<float>(tokens[idx]) : logits[idx]; };
-#pragma unroll
-    for (int idx = 0; idx < kSlots; ++idx) {
-      const int slot = static_cast<int>(threadIdx.x) + idx * kThreads;
-      const int block = slot / Row::kListPerBlock;
-      const bool held = block < kBlocks && slot % Row::kListPerBlock < shared.shares[block % kBlocks].count;
-      const uint2 entry = held ? shared.list[slot] : make_uint2(0, 0);
-      logits[idx] = __uint_as_float(entry.x);
-      tokens[idx] = static_cast<int>(entry.y);
-      active |= held ? 1u << idx : 0u;
-    }
-    while (true) {
-      float low = -minus_infinity(), high = minus_infinity();
-      int count = __popc(active);
-#pragma unroll
-      for (int idx = 0; idx < kSlots; ++idx) {
-        low = active >> idx & 1 ? fminf(low, key_of(idx)) : low;
-        high = active >> idx & 1 ? fmaxf(high, key_of(idx)) : high;
-      }
-      low = reduce_over_lanes<32>(low, [](float first, float second) { return fminf(first, second); });
-      high = reduce_over_lanes<32>(high, LargestNumber());
-      count = __reduce_add_sync(0xffffffffu, count);
-      if (lane == 0) {
-        shared.warp_smallest[warp] = low;
-        shared.warp_largest[warp] = high;
-        shared.scratch[warp] = static_cast<uint64>(count);
-      }
 #pragma unroll 1
-      for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins; idx += kThreads) bins[idx] = make_uint2(0, 0);
-      __syncthreads();
-      count = 0;
-#pragma unroll 2
-      for (int idx = 0; idx < Row::kWarps; ++idx) {
-        low = fminf(low, shared.warp_smallest[idx]);
-        high = fmaxf(high, shared.warp_largest[idx]);
-        count += static_cast<int>(shared.scratch[idx]);
-      }
-      if (count == 1) break;
+    while (count > kComparedTokens) {
+      float low, high;
+      held.extremes(row, by_token, low, high);
       if (low == high) {
         by_token = true;
         __syncthreads();
         continue;
       }
-      const RankScale scale = rank_scale(high, low);
-#pragma unroll
-      for (int idx = 0; idx < kSlots; ++idx) {
-        if (active >> idx & 1) {
-          const uint64 amount = amount_of(logits[idx]);
-          add_to_bin(&bins[scale.bin(key_of(idx))], static_cast<unsigned>(amount) & 0xffffu,
-                     static_cast<unsigned>(amount >> 16));
-        }
-      }
+      uint2* bins = reinterpret_cast<uint2*>(shared.totals);
+#pragma unroll 1
+      for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins; idx += kThreads) bins[idx] = make_uint2(0, 0);
+      __syncthreads();
+      const RankScale scale = bit_scale(high, low);
+      held.for_each(by_token, [&](int, float key, float logit) {
+        const uint64 amount = amount_of(logit);
+        add_to_bin(&bins[scale.bin(key)], static_cast<unsigned>(amount) & 0xffffu, static_cast<unsigned>(amount >> 16));
+      });
       __syncthreads();
       uint64 mine[kEach];
       uint64 sum = 0;
@@ -292,15 +260,23 @@ struct PrefixSearch {
       uint64 before;
       const int bin = find_bin<kEach>(shared, mine, prefix, wanted, before);
       wanted -= before;
-#pragma unroll
-      for (int idx = 0; idx < kSlots; ++idx) {
-        if (active >> idx & 1 && scale.bin(key_of(idx)) != bin) active ^= 1u << idx;
-      }
-      __syncthreads();
+      count = held.keep_if(row, [&](int idx) { return scale.bin(held.key(idx, by_token)) == bin; });
     }
-#pragma unroll
-    for (int idx = 0; idx < kSlots; ++idx) {
-      if (active >> idx & 1) publish({logits[idx], tokens[idx]});
+    // So few that each is compared with all others.
+    RankedToken* tokens = ranked_tokens(shared);
+    if (threadIdx.x == 0) shared.num_ranked = 0;
+    __syncthreads();
+    held.for_each(by_token, [&](int idx, float, float logit) {
+      tokens[atomicAdd(&shared.num_ranked, 1)] = ranked_token(logit, held.tokens[idx], amount_of(logit));
+    });
+    __syncthreads();
+    const int part = static_cast<int>(threadIdx.x) % kComparers<kThreads>;
+    const int place = static_cast<int>(threadIdx.x) / kComparers<kThreads>;
+    const RankedToken own = place < count ? tokens[place] : RankedToken{0, 0};
+    int rank;
+    const uint64 before = compare_with_all<kThreads>(tokens, count, own, rank);
+    if (part == 0 && before < wanted && wanted <= before + own.amount) {
+      publish({logit_of(own.rank_key), static_cast<int>(token_of(own.rank_key))});
     }
   }
 
@@ -308,8 +284,13 @@ struct PrefixSearch {
   // if all of them do not reach it.
   template <class TargetOf>
   __device__ __forceinline__ RankPrefix find(TargetOf target_of) {
+    return find_from(row_scale(row.largest, row.smallest, by_count), target_of);
+  }
+
+  // The same with the bins of the first level given.
+  template <class TargetOf>
+  __device__ __forceinline__ RankPrefix find_from(RankScale scale, TargetOf target_of) {
     auto& shared = row.shared;
-    RankScale scale = row_scale(row.largest, row.smallest, by_count);
     uint64 wanted = 0;
     for (bool first_level = true;; first_level = false) {
       sum_bins(scale);
@@ -336,9 +317,9 @@ struct PrefixSearch {
         if (number >= static_cast<uint64>(boundary.count)) return shorter(considered, {boundary.largest, 0x7fffffff});
         publish_tie(boundary.largest, static_cast<int>(number) - 1);
       } else if (fits) {
-        if (row.rank == 0) publish_from_list(wanted);
+        if (row.rank == 0) publish_from_list(boundary.count, wanted);
       } else {
-        scale = rank_scale(boundary.largest, boundary.smallest);
+        scale = bit_scale(boundary.largest, boundary.smallest);
         continue;
       }
       row.mailbox.receive(kFound, 8);

@@ -1,5 +1,5 @@
 // A row of logits held by a cluster: each block keeps a slice of consecutive tokens in its shared memory as scaled float32,
-// each warp a part of the slice. Places past the vocabulary hold -inf, which has no mass.
+// each warp a part of the slice. Places past the vocabulary hold NaN, which no comparison takes and which has no mass.
 #pragma once
 
 #include "fi/ptx/math.cuh"
@@ -18,8 +18,10 @@ struct RowShape {
 
 constexpr int kNoPlace = 0x3fffffff;
 
+__device__ __forceinline__ float no_logit() { return __int_as_float(0x7fffffff); }
+
 // Calls visit(place, four logits as float4) for each place, a multiple of 4, of this thread's part of the slice. All lanes of a
-// warp call it together; one without a place has kNoPlace and -inf.
+// warp call it together; one without a place has kNoPlace and no_logit.
 template <class Config, int kUnroll = 2, class Visit>
 __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
   using Shape = RowShape<Config>;
@@ -28,7 +30,7 @@ __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
   for (int round = 0; round < Shape::kRounds; ++round) {
     const int offset = (round * 32 + lane) * 4;
     int place = warp * Shape::kWarpTokens + offset;
-    const float none = minus_infinity();
+    const float none = no_logit();
     float4 four = make_float4(none, none, none, none);
     if (Shape::kWarpTokens % 128 == 0 || offset < Shape::kWarpTokens) {
       four = *reinterpret_cast<const float4*>(slice + place);
@@ -82,7 +84,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
         Pack<float, (kCount < 4 ? kCount : 4) * 4> part;
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          const float logit = inside ? to_float(held[idx].data[e]) : minus_infinity();
+          const float logit = inside ? to_float(held[idx].data[e]) : no_logit();
           if (inside) {
             found.largest = ptx::max_or_nan(found.largest, logit);
             found.smallest = fminf(found.smallest, logit);
@@ -112,6 +114,25 @@ __device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, f
       }
     }
     if (place != kNoPlace) store_pack(slice + place, part);
+  });
+  return found;
+}
+
+// Turns NaN among the first `num_tokens` places of this thread's part of the slice into -inf; returns the new extremes.
+template <class Config>
+__device__ __forceinline__ Extremes replace_nan(float* slice, int num_tokens) {
+  Extremes found = {minus_infinity(), -minus_infinity()};
+  for_each_four<Config, 1>(slice, [&](int place, float4) {
+#pragma unroll 1
+    for (int e = 0; e < 4; ++e) {
+      if (place + e < num_tokens) {
+        const float logit = slice[place + e];
+        const float kept = logit == logit ? logit : minus_infinity();
+        found.largest = fmaxf(found.largest, kept);
+        found.smallest = fminf(found.smallest, kept);
+        slice[place + e] = kept;
+      }
+    }
   });
   return found;
 }

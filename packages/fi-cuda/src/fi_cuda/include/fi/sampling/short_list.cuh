@@ -19,23 +19,12 @@ struct ShortList {
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
   static constexpr int kGroups = ClusterShared<Config>::kGroups;
   static constexpr int kMaxK = kGroups / 2 < kShortList / 2 ? kGroups / 2 : kShortList / 2;
-  static constexpr int kParts = kThreads / 128 > 0 ? kThreads / 128 : 1;  // lanes that share a token's comparisons
 
   Row& row;
 
   __device__ __forceinline__ static bool serves(const RowFilters& filters) {
     return filters.top_k > 0 && filters.top_k <= kMaxK && !(filters.joint && filters.has_top_p()) && !filters.greedy;
   }
-
-  // A token: its place in the rank order (larger first), and its mass.
-  struct alignas(16) Entry {
-    uint64 rank_key, mass;
-  };
-
-  __device__ __forceinline__ static uint64 rank_key(float logit, unsigned token) {
-    return static_cast<uint64>(order_key(logit)) << 32 | (0xffffffffu - token);
-  }
-  __device__ __forceinline__ static unsigned token_of(uint64 key) { return 0xffffffffu - static_cast<unsigned>(key); }
 
   // Collects the tokens; returns their number, or -1 if they do not fit, or with `all` if some of the first k have no mass.
   __device__ __forceinline__ int collect(int top_k, bool all) {
@@ -115,91 +104,74 @@ struct ShortList {
     return listed == count && count <= kShortList ? count : -1;
   }
 
+  // By the first block, after collect: the tokens with their masses, in any order.
+  __device__ __forceinline__ RankedToken* gather() {
+    auto& shared = row.shared;
+    RankedToken* tokens = ranked_tokens(shared);
+    static_assert(sizeof(RankedToken) * kShortList <= sizeof(shared.parts) + sizeof(shared.totals));
+    if (threadIdx.x == 0) shared.num_ranked = 0;
+    const HeldTokens<Config> held(row);
+    __syncthreads();
+    held.for_each(false, [&](int idx, float, float logit) {
+      tokens[atomicAdd(&shared.num_ranked, 1)] = ranked_token(logit, held.tokens[idx], mass_at(row.largest - logit));
+    });
+    __syncthreads();
+    return tokens;
+  }
+
   // By the first block, after collect: filters and draw. Returns the token in one thread, and -1 in the others.
   __device__ __forceinline__ int draw(int count, const RowFilters& filters, RandomBits bits) {
-    auto& shared = row.shared;
-    Entry* entries = reinterpret_cast<Entry*>(shared.parts);  // and on through shared.totals
-    static_assert(sizeof(Entry) * kShortList <= sizeof(shared.parts) + sizeof(shared.totals));
-    constexpr int kPerSweep = kThreads / kParts;
-    constexpr int kSweeps = kShortList / kPerSweep;
-#pragma unroll 1
-    for (int slot = static_cast<int>(threadIdx.x); slot < Row::kListPerBlock * kBlocks; slot += kThreads) {
-      const int block = slot / Row::kListPerBlock, idx = slot % Row::kListPerBlock;
-      if (idx < shared.shares[block].count) {
-        int place = idx;
-#pragma unroll 1
-        for (int before = 0; before < block; ++before) place += shared.shares[before].count;
-        const uint2 entry = shared.list[slot];
-        const float logit = __uint_as_float(entry.x);
-        entries[place] = {rank_key(logit, entry.y), mass_at(row.largest - logit)};
-      }
-    }
-    __syncthreads();
-    const int part = static_cast<int>(threadIdx.x) % kParts;
-    Entry own[kSweeps];
+    RankedToken* tokens = gather();
+    constexpr int kSweeps = kShortList / kComparedTokens;
+    constexpr int kParts = kComparers<kThreads>;
+    const bool leads = static_cast<int>(threadIdx.x) % kParts == 0;
+    const int first = static_cast<int>(threadIdx.x) / kParts;
+    RankedToken own[kSweeps];
     int rank[kSweeps];
     uint64 before[kSweeps];
     uint64 total = 0;
 #pragma unroll
     for (int sweep = 0; sweep < kSweeps; ++sweep) {
-      const int place = sweep * kPerSweep + static_cast<int>(threadIdx.x) / kParts;
-      own[sweep] = place < count ? entries[place] : Entry{0, 0};
-      rank[sweep] = 0;
-      before[sweep] = 0;
-      if (sweep * kPerSweep < count) {
-#pragma unroll 2
-        for (int idx = part; idx < count; idx += kParts) {
-          const Entry other = entries[idx];
-          if (other.rank_key > own[sweep].rank_key) {
-            ++rank[sweep];
-            before[sweep] += other.mass;
-          }
-        }
-        rank[sweep] = sum_over_lanes<kParts>(rank[sweep]);
-        before[sweep] = sum_over_lanes<kParts>(before[sweep]);
-      }
-      if (part == 0 && place < count && rank[sweep] < filters.top_k) total += own[sweep].mass;
+      const int place = sweep * kComparedTokens + first;
+      own[sweep] = place < count ? tokens[place] : RankedToken{0, 0};
+      rank[sweep] = 0x7fffffff;
+      if (sweep * kComparedTokens < count) before[sweep] = compare_with_all<kThreads>(tokens, count, own[sweep], rank[sweep]);
+      if (leads && rank[sweep] < filters.top_k) total += own[sweep].amount;
     }
     const uint64 considered = row.prefix_over_block(total).total;
     const uint64 wanted = filters.has_top_p() ? filters.mass_target(considered) : ~0ull;
     total = 0;
 #pragma unroll
     for (int sweep = 0; sweep < kSweeps; ++sweep) {
-      const int place = sweep * kPerSweep + static_cast<int>(threadIdx.x) / kParts;
-      bool kept = place < count && rank[sweep] < filters.top_k && (rank[sweep] == 0 || before[sweep] < wanted);
-      if (filters.min_p > 0.0f) kept = kept && passes_min_p(own[sweep], filters.min_p);
-      own[sweep].mass = kept ? own[sweep].mass : 0;
-      if (part == 0) total += own[sweep].mass;
+      bool kept = rank[sweep] < filters.top_k && before[sweep] < wanted;
+      if (Config::kMinP) kept = kept && weight_of(row.largest - logit_of(own[sweep].rank_key)) >= filters.min_p;
+      if (!kept) own[sweep].amount = 0;
+      if (leads) total += own[sweep].amount;
     }
     __syncthreads();  // all have read the masses
 #pragma unroll
     for (int sweep = 0; sweep < kSweeps; ++sweep) {
-      const int place = sweep * kPerSweep + static_cast<int>(threadIdx.x) / kParts;
-      if (part == 0 && place < count) entries[place].mass = own[sweep].mass;
+      const int place = sweep * kComparedTokens + first;
+      if (leads && place < count) tokens[place].amount = own[sweep].amount;
     }
     const uint64 kept_total = row.prefix_over_block(total).total;
     const uint64 target = static_cast<uint64>(scale_bits(bits, static_cast<int64>(kept_total)));
     int token = -1;
 #pragma unroll
     for (int sweep = 0; sweep < kSweeps; ++sweep) {
-      if (sweep * kPerSweep < count) {
+      if (sweep * kComparedTokens < count) {
+        const unsigned mine = token_of(own[sweep].rank_key);
         uint64 sum = 0;  // of the tokens before this one in index order
 #pragma unroll 2
-        for (int idx = part; idx < count; idx += kParts) {
-          const Entry other = entries[idx];
-          if (token_of(other.rank_key) < token_of(own[sweep].rank_key)) sum += other.mass;
+        for (int idx = static_cast<int>(threadIdx.x) % kParts; idx < count; idx += kParts) {
+          const RankedToken other = tokens[idx];
+          if (token_of(other.rank_key) < mine) sum += other.amount;
         }
         sum = sum_over_lanes<kParts>(sum);
-        if (part == 0 && sum <= target && target < sum + own[sweep].mass) token = static_cast<int>(token_of(own[sweep].rank_key));
+        if (leads && sum <= target && target < sum + own[sweep].amount) token = static_cast<int>(mine);
       }
     }
     return token;
-  }
-
-  __device__ __forceinline__ bool passes_min_p(const Entry& entry, float min_p) const {
-    const unsigned key = static_cast<unsigned>(entry.rank_key >> 32);
-    const float logit = __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-    return weight_of(row.largest - logit) >= min_p;
   }
 };
 
