@@ -131,9 +131,15 @@ _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
     "filter_logits": {**_FILTERING, "kind": OneOf("logits", "probs")},
     "top_k": {**_VOCABULARY, "k": Between(1, _MAX_TOP_K)},
     "logprobs": {**_VOCABULARY, "top_n": Between(0, _MAX_TOP_K)},
+    "verify_chain": {
+        "vocab_size": Between(1, MAX_VOCAB),
+        "num_draft": Anything(),
+        "has_draft_probs": OneOf(False, True),
+    },
+    "verify_tree": {"vocab_size": Between(1, MAX_VOCAB), "num_draft": Anything()},
 }
 
-_SAMPLING_MODULES = {"logprobs": "top_k"}
+_SAMPLING_MODULES = {"logprobs": "top_k", "verify_chain": "verify", "verify_tree": "verify"}
 
 SAMPLING_ENTRIES: list[KernelEntry] = [
     KernelEntry(op, op, BACKEND, rules, _sampling_loader(op), devices=("cuda",), min_capability=BARRIER_CAPABILITY)

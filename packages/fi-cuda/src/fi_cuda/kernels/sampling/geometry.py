@@ -32,14 +32,14 @@ def geometry(vocab_size: int, cluster_size: int, num_threads: int, resident_bloc
     return Geometry(cluster_size, num_threads, -(-tokens // _GRANULE) * _GRANULE, resident_blocks)
 
 
-def geometry_for(vocab_size: int, num_rows: int) -> Geometry:
-    """What measured best on an H100 (docs/kernels/sampling.md)."""
+def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1) -> Geometry:
+    """What measured best on an H100 (docs/kernels/sampling.md) for ``num_rows`` clusters that hold ``rows_held`` rows each."""
     cluster_size = 16 if num_rows <= 8 else 8
     while cluster_size > 1 and vocab_size <= cluster_size * 2048:
         cluster_size //= 2
     threads, resident = (512, 1) if num_rows <= 32 else (256, 3)
     found = geometry(vocab_size, cluster_size, threads, resident)
-    while found.slice_bytes > _MAX_SLICE_BYTES:
+    while rows_held * found.slice_bytes > _MAX_SLICE_BYTES:
         cluster_size *= 2
         found = geometry(vocab_size, cluster_size, threads, resident)
     return found

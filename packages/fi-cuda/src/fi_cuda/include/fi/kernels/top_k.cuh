@@ -56,7 +56,7 @@ __device__ __forceinline__ void top_k(const Params& params) {
   Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice);
   ptx::allow_next_kernel();
   const bool with_groups = params.k > 0 && params.k <= ShortList<Config>::kMaxK;
-  row.share_extremes(extremes, with_groups);
+  row.share(extremes, params.vocab_size, 1.0f, with_groups);
   const bool usable = row.usable();
   bool grouped = with_groups;
   if (row.largest != row.largest) {

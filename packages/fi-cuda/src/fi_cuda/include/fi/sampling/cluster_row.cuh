@@ -91,7 +91,8 @@ struct ClusterRow {
     mailbox.open();
   }
 
-  // Makes the row's extremes known to all blocks, and with `with_groups` the largest logits of all groups.
+  // Makes the row's extremes known to all blocks, and with `with_groups` the largest logits of all groups. The mailbox has
+  // been opened by all.
   __device__ __forceinline__ void share_extremes(Extremes mine, bool with_groups, Message kind = kExtremes) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const auto larger = [](float first, float second) { return ptx::max_or_nan(first, second); };
@@ -105,7 +106,6 @@ struct ClusterRow {
       shared.warp_largest[warp] = in_warp;
       shared.warp_smallest[warp] = least;
     }
-    if (kind == kExtremes) mailbox.opened();
     __syncthreads();
     if (warp == 0) {
       const float block_largest = reduce_over_lanes<32>(shared.warp_largest[lane % kWarps], larger);
@@ -131,6 +131,7 @@ struct ClusterRow {
   // After load_slice: divides by `temperature` and shares the extremes.
   __device__ __forceinline__ void share(Extremes mine, int vocab_size, float temperature, bool with_groups) {
     if (temperature != 1.0f) mine = divide_slice<Config>(shared.slice, vocab_size - first_token, temperature);
+    mailbox.opened();
     share_extremes(mine, with_groups);
   }
 
