@@ -19,10 +19,14 @@ MAX_REGISTERS = {
     "copy_pages": 64,
     "attention_plan": 80,
     "attention_decode": 255,
+    "sample": 128,
+    "filter_logits": 128,
+    "top_k": 128,
+    "verify": 128,
 }
 """A thread; more would cost the resident warps that hide the latency of memory."""
 
-HOPPER_ONLY = {"attention_decode"}
+HOPPER_ONLY = {"attention_decode", "sample", "filter_logits", "top_k", "verify"}
 
 SPECS = shipped_specs()
 

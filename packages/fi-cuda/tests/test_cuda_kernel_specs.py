@@ -8,7 +8,7 @@ import pytest
 import torch
 from fi_core.contract import Target, check_entry
 from fi_core.ops import OPERATIONS
-from fi_cuda.entries import ENTRIES
+from fi_cuda.entries import ENTRIES, SAMPLING_ENTRIES
 from fi_cuda.kernels.append_kv import AppendShape, num_units, spec_for
 from fi_cuda.kernels.merge_states import MergeStatesSpec
 from fi_cuda.kernels.rmsnorm import RmsNormSpec
@@ -186,9 +186,10 @@ def test_merge_has_a_thread_for_each_pack():
 
 def test_entries_declare_every_field_of_their_operation():
     operations = {operation.name: operation for operation in OPERATIONS}
-    for entry in ENTRIES:
+    for entry in (*ENTRIES, *SAMPLING_ENTRIES):
         check_entry(entry, operations)
     assert len({entry.op for entry in ENTRIES}) == len(ENTRIES) == 8
+    assert len({entry.op for entry in SAMPLING_ENTRIES}) == len(SAMPLING_ENTRIES) == 6
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.op)
@@ -206,10 +207,25 @@ def test_entry_serves_every_conformance_case_but_float64(entry):
     assert entry.reject(operation.request(Target("cuda", (7, 5)), **operation.typical))
 
 
+@pytest.mark.parametrize("entry", SAMPLING_ENTRIES, ids=lambda entry: entry.op)
+def test_sampling_serves_every_conformance_case_but_float64_and_typical_p(entry):
+    operation = next(operation for operation in OPERATIONS if operation.name == entry.op)
+    served = 0
+    for case in operation.cases():
+        reasons = entry.reject(operation.request(Target("cuda", (9, 0)), **case.values))
+        outside = case.values.get("dtype") == torch.float64 or "typical_p" in case.values.get("filters", ())
+        assert bool(reasons) == outside, (case.name, reasons)
+        served += not reasons
+    assert served > 5
+    typical = operation.request(Target("cuda", (9, 0)), **operation.typical)
+    assert not entry.reject(typical)
+    assert entry.reject(operation.request(Target("cuda", (8, 9)), **operation.typical))
+
+
 def test_entries_import_no_kernel_and_load_the_right_function():
     check = (
         "import sys, fi_cuda.entries as e; assert {m for m in sys.modules if 'fi_cuda' in m} == {'fi_cuda', 'fi_cuda.entries'};"
-        "print(' '.join(entry.load().__name__ for entry in e.ENTRIES))"
+        "print(' '.join(entry.load().__name__ for entry in (*e.ENTRIES, *e.SAMPLING_ENTRIES)))"
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=100, check=True)
-    assert result.stdout.split() == [entry.op for entry in ENTRIES]
+    assert result.stdout.split() == [entry.op for entry in (*ENTRIES, *SAMPLING_ENTRIES)]

@@ -17,6 +17,11 @@ from .kernels.gated_activation import SILU, GatedActivationSpec
 from .kernels.merge_states import MergeStatesSpec
 from .kernels.rmsnorm import RmsNormSpec
 from .kernels.rope import spec_for as rope_spec_for
+from .kernels.sampling.filter_logits import FilterLogitsSpec
+from .kernels.sampling.geometry import geometry_for
+from .kernels.sampling.sample import SampleSpec
+from .kernels.sampling.top_k import TopKSpec
+from .kernels.sampling.verify import VerifySpec
 from .spec import KernelSpec
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -26,6 +31,12 @@ VECTOR_BYTES = 16
 """What base addresses and strides of these models' tensors align to."""
 
 PAGE_SIZE = 16
+
+VOCABULARIES = (32000, 49152, 128256, 151936, 201088)
+"""Tokens of common models' vocabularies; forms of a row's cluster are often the same for several."""
+
+_SAMPLED_ROWS = (1, 16, 256)
+_FILTERS = (frozenset[str](), frozenset({"top_p"}), frozenset({"top_k", "top_p"}))
 
 _HOPPER_PROCESSORS = 132
 _DECODE = Capacity(max_batch=256, max_q_tokens=256, max_q_len=1, max_kv_len=2**17)
@@ -68,6 +79,7 @@ def shipped_specs() -> list[KernelSpec]:
     # Pages of every model are copied by the same kernels.
     found.update(dict.fromkeys(CopyPagesSpec(index, VECTOR_BYTES) for index in (torch.int32, torch.int64)))
     found.update(dict.fromkeys(_attention_specs()))
+    found.update(dict.fromkeys(_sampling_specs()))
     return list(found)
 
 
@@ -108,6 +120,29 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
         )
         yield spec_for(rotated)
         yield spec_for(rotated._replace(table=True))
+
+
+def _sampling_specs() -> Iterator[KernelSpec]:
+    """float32 logits of every vocabulary; the rarer forms for one of them."""
+    dtype = torch.float32
+    for vocab_size in VOCABULARIES:
+        for num_rows in _SAMPLED_ROWS:
+            form = geometry_for(vocab_size, num_rows)
+            for filters in _FILTERS:
+                yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
+    for num_rows in _SAMPLED_ROWS:
+        form = geometry_for(128256, num_rows)
+        every = frozenset({"top_k", "top_p", "min_p"})
+        yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
+        yield FilterLogitsSpec.of(dtype, VECTOR_BYTES, form, every, VECTOR_BYTES, True)
+        yield FilterLogitsSpec.of(dtype, VECTOR_BYTES, form, every, VECTOR_BYTES, False)
+        for logprobs in (False, True):
+            yield TopKSpec(dtype, VECTOR_BYTES, *form, 0, logprobs)
+        yield VerifySpec(dtype, VECTOR_BYTES, *form, tree=False, proposals=False)
+        yield VerifySpec(dtype, VECTOR_BYTES, *form, tree=True, proposals=False)
+        two_rows = geometry_for(128256, num_rows, rows_held=2)
+        yield VerifySpec(dtype, VECTOR_BYTES, *two_rows, tree=False, proposals=True)
+    yield TopKSpec(dtype, VECTOR_BYTES, *geometry_for(131072, 1), 2048, False)
 
 
 def _attention_specs() -> Iterator[KernelSpec]:

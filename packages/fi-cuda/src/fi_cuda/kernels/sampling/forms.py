@@ -11,7 +11,7 @@ from torch import Tensor
 from ...spec import KernelSpec
 from .geometry import Geometry
 
-_RANK_BINS, _LIST_ENTRIES, _MESSAGES = 448, 592, 8  # as fi/sampling/cluster_row.cuh and exchange.cuh have them
+_RANK_BINS, _LIST_PER_BLOCK, _MESSAGES = 64, 128, 8  # as fi/sampling/cluster_row.cuh and exchange.cuh have them
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,24 @@ class ClusterRowSpec(KernelSpec):
         return self.block_threads
 
     @property
+    def search(self) -> bool:
+        """Whether the kernel looks for the last token that a filter keeps, which takes more shared memory."""
+        return True
+
+    @property
     def shared_bytes(self) -> int:
-        warps = self.block_threads // 32
-        exchanged = self.cluster_blocks * (16 + 8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES
-        return 4 * warps * self.warp_tokens + 8 * _LIST_ENTRIES + 16 * _RANK_BINS + exchanged + 40
+        warps, blocks = self.block_threads // 32, self.cluster_blocks
+        exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 32
+        searched = max(256 * _RANK_BINS, 8 * _LIST_PER_BLOCK * blocks) + 16 * max(_RANK_BINS * blocks, 512)
+        searched += 16 * blocks + 48
+        return 4 * warps * self.warp_tokens + exchanged + (searched if self.search else 0)
 
     def config_lines(self) -> list[str]:
-        return [*super().config_lines(), f"static constexpr int kSharedBytes = {self.shared_bytes};"]
+        derived = (
+            f"static constexpr int kSharedBytes = {self.shared_bytes};",
+            f"static constexpr bool kSearch = {str(self.search).lower()};",
+        )
+        return [*super().config_lines(), *derived]
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,10 @@ class FilteringSpec(ClusterRowSpec):
     top_k: bool
     top_p: bool
     min_p: bool
+
+    @property
+    def search(self) -> bool:
+        return self.top_k or self.top_p
 
     @classmethod
     def of(cls, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], *more: Any) -> Self:

@@ -13,9 +13,11 @@
 namespace fi {
 
 // Writes value(token, logit) for this thread's part of the slice.
-template <class Config, class Value>
-__device__ __forceinline__ void write_slice(const ClusterRow<Config>& row, int vocab_size, float* out, Value value) {
+template <class Config, class Params, class Value>
+__device__ __forceinline__ void write_slice(const ClusterRow<Config>& row, const Params& params, Value value) {
   constexpr int kCount = Config::kOutVectorBytes / 4;
+  const int64 index = static_cast<int>(blockIdx.x) / Config::kClusterBlocks;
+  float* out = static_cast<float*>(params.out) + index * params.out_stride;
   for_each_four<Config>(row.shared.slice, [&](int place, float4 four) {
     const int token = row.first_token + place;
     const float logits[4] = {four.x, four.y, four.z, four.w};
@@ -24,7 +26,7 @@ __device__ __forceinline__ void write_slice(const ClusterRow<Config>& row, int v
       Pack<float, Config::kOutVectorBytes> pack;
 #pragma unroll
       for (int idx = 0; idx < kCount; ++idx) pack.data[idx] = value(token + e + idx, logits[e + idx]);
-      if (token + e < vocab_size) store_pack(out + token + e, pack);
+      if (token + e < params.vocab_size) store_pack(out + token + e, pack);
     }
   });
 }
@@ -62,20 +64,19 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   ptx::wait_for_previous_kernel();
   RowFilters filters = load_filters<Config>(params, index);
   const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + index * params.logits_stride;
-  float* out = static_cast<float*>(params.out) + index * params.out_stride;
   const Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice);
   normalise(filters, params.vocab_size);
   row.share(extremes, params.vocab_size, filters.temperature, false);
   ptx::allow_next_kernel();
 
   if (!row.usable()) {
-    write_slice(row, params.vocab_size, out, [](int, float) { return Config::kProbs ? 0.0f : minus_infinity(); });
+    write_slice(row, params, [](int, float) { return Config::kProbs ? 0.0f : minus_infinity(); });
     return;
   }
   // A min_p above 1 leaves nothing, and then the first token in rank order is kept.
   if (filters.greedy || filters.min_p > 1.0f) {
     const int first = first_of_largest(row);
-    write_slice(row, params.vocab_size, out, [&](int token, float logit) {
+    write_slice(row, params, [&](int token, float logit) {
       if constexpr (Config::kProbs) return token == first ? 1.0f : 0.0f;
       return token == first ? logit : minus_infinity();
     });
@@ -91,11 +92,11 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
     row.sum_over_warps(kept_mass);
     uint64 before;
     const float scale = 1.0f / static_cast<float>(row.sum_over_blocks(before));
-    write_slice(row, params.vocab_size, out, [&](int token, float logit) {
+    write_slice(row, params, [&](int token, float logit) {
       return static_cast<float>(kept_mass(token - row.first_token, logit)) * scale;
     });
   } else {
-    write_slice(row, params.vocab_size, out, [&](int token, float logit) {
+    write_slice(row, params, [&](int token, float logit) {
       const bool kept = prefix.has(logit, token) && (filters.min_p <= 0.0f || weight_of(row.largest - logit) >= filters.min_p);
       return kept ? logit : minus_infinity();
     });

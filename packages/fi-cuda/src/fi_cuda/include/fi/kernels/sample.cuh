@@ -22,7 +22,6 @@ struct SampleKernel {
   const Params& params;
   Row& row;
   int output;
-  RandomBits bits;
 
   __device__ __forceinline__ void write(int token) const { static_cast<int64*>(params.tokens)[output] = token; }
 
@@ -60,7 +59,7 @@ struct SampleKernel {
     uint64 before;
     const uint64 total = row.sum_over_blocks(before);
     const uint64 own = row.shared.block_amount[row.rank];
-    const uint64 target = static_cast<uint64>(scale_bits(bits, static_cast<int64>(total)));
+    const uint64 target = static_cast<uint64>(scale_bits(row.shared.random, static_cast<int64>(total)));
     if (before <= target && target < before + own) {
       row.locate(mass, target - before, [&](int place) { write(row.first_token + place); });
     }
@@ -78,7 +77,7 @@ struct SampleKernel {
     normalise(filters, params.vocab_size);
     const bool listed = Config::kTopK && ShortList<Config>::serves(filters);
     row.share(extremes, params.vocab_size, filters.temperature, listed);
-    bits = random_bits(seed, position, sample, Purpose::kDraw);
+    if (threadIdx.x == 0) row.shared.random = random_bits(seed, position, sample, Purpose::kDraw);
     if (!row.usable()) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
@@ -105,7 +104,7 @@ struct SampleKernel {
     const int count = list.collect(filters.top_k, false);
     if (count < 0) return false;
     if (row.rank == 0) {
-      const int token = list.draw(count, filters, bits);
+      const int token = list.draw(count, filters, row.shared.random);
       if (token >= 0) write(token);
     }
     return true;
@@ -123,7 +122,7 @@ __device__ __forceinline__ void sample(const Params& params) {
   extern __shared__ __align__(16) unsigned char memory[];
   ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
-  SampleKernel<Config, Params>{params, row, static_cast<int>(blockIdx.x) / Config::kClusterBlocks, {}}.run();
+  SampleKernel<Config, Params>{params, row, static_cast<int>(blockIdx.x) / Config::kClusterBlocks}.run();
 }
 
 }  // namespace fi

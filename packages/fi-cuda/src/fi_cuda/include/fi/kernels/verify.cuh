@@ -49,7 +49,7 @@ struct VerifyKernel {
       // Sums may follow at once: only when every block has read these.
       __syncthreads();
       if (threadIdx.x < 32) {
-        row.mailbox.send_to_all(kShares, reinterpret_cast<uint2*>(&row.shared.shares[row.rank]), make_uint2(0, 0));
+        row.mailbox.send_to_all(kShares, &row.shared.extremes[row.rank], make_uint2(0, 0));
       }
       row.mailbox.receive(kShares, kBlocks * 8);
       return -1;
@@ -61,13 +61,12 @@ struct VerifyKernel {
       row.locate(mass, target - before, [&](int place) {
 #pragma unroll 1
         for (unsigned block = 0; block < kBlocks; ++block) {
-          row.mailbox.send(kFound, block, reinterpret_cast<uint2*>(&row.shared.found),
-                           make_uint2(0, static_cast<unsigned>(row.first_token + place)));
+          row.mailbox.send(kFound, block, &row.shared.token, static_cast<uint64>(row.first_token + place));
         }
       });
     }
     row.mailbox.receive(kFound, 8);
-    const int token = row.shared.found.last;
+    const int token = static_cast<int>(row.shared.token);
     __syncthreads();
     return token;
   }

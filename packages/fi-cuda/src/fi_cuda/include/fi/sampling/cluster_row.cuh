@@ -1,12 +1,22 @@
 // A cluster's work on the row that it holds: extremes, sums and the place where a running sum crosses a target.
 #pragma once
 
+#include "fi/random/philox.cuh"
 #include "fi/sampling/exchange.cuh"
 #include "fi/sampling/row.cuh"
 #include "fi/sampling/weight.cuh"
 #include "fi/tile/scan.cuh"
 
 namespace fi {
+
+template <bool kFirst, class First, class Second>
+struct Choose {
+  using Type = First;
+};
+template <class First, class Second>
+struct Choose<false, First, Second> {
+  using Type = Second;
+};
 
 // The first tokens of the rank order (descending logit, then ascending token): those above `value`, and those equal to it up
 // to token `last`.
@@ -26,8 +36,10 @@ __device__ __forceinline__ RankPrefix shorter(RankPrefix first, RankPrefix secon
   return choose_first ? first : second;
 }
 
-constexpr int kRankBins = 448;
-constexpr int kListEntries = 592;
+constexpr int kRankBins = 64;
+constexpr int kListPerBlock = 128;
+constexpr int kGroupBins = 256;
+constexpr int kMaxGroups = 512;
 
 // What a block found among the tokens at a boundary.
 struct BoundaryShare {
@@ -36,36 +48,66 @@ struct BoundaryShare {
   int unused;
 };
 
+// What finding the last token that a filter keeps needs.
+template <class Config>
+struct SearchShared {
+  static constexpr int kBlocks = Config::kClusterBlocks;
+  static constexpr int kPartWords = kBlocks * kRankBins > 512 ? kBlocks * kRankBins : 512;
+
+  // A histogram with a column for each lane, so that lanes never collide: amounts as their lower 16 bits and the rest, whose
+  // sums fit 32 bits. In the first block also the list of tokens at the boundary, (logit, token), a part for each block; before
+  // either, the block's groups on their way to the others.
+  union {
+    unsigned columns[2][kRankBins][32];
+    uint2 list[kBlocks * kListPerBlock];
+    uint2 own_groups[kMaxGroups / 2];
+  };
+  // Every block's histogram, [block][bin], twice, because a second may come before the first is read. Before that the largest
+  // logits of all groups and their histogram; after it the few tokens that are ranked.
+  union {
+    uint64 parts[2][kPartWords];
+    struct {
+      float groups[kMaxGroups];
+      unsigned group_bins[kGroupBins];
+    };
+  };
+  BoundaryShare shares[kBlocks];
+  RankPrefix found;
+  uint64 boundary_wanted;
+  int boundary_bin;
+  int list_count;  // tokens that this block put on the list
+  int num_ranked;
+};
+
+struct NoSearchShared {};
+
 template <class Config>
 struct ClusterShared {
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kWarps = RowShape<Config>::kWarps;
-  static constexpr int kGroupLanes = kBlocks * kWarps * 4 <= 512 ? 8 : 16;
+  static constexpr int kGroupLanes = kBlocks * kWarps * 4 <= kMaxGroups ? 8 : 16;
   static constexpr int kWarpGroups = 32 / kGroupLanes;
   static constexpr int kGroups = kBlocks * kWarps * kWarpGroups;
+  static_assert(kGroups <= kMaxGroups);
 
   alignas(16) float slice[RowShape<Config>::kBlockTokens];
-  // The block's histogram: amounts as their lower 16 bits and the rest, whose sums fit 32 bits. Afterwards, in the first
-  // block, the tokens at the boundary: (logit, token), a part for each block.
-  alignas(16) uint2 list[kListEntries];
-  alignas(16) uint2 parts[kRankBins];    // every block's amounts of the bins that this block sums up: [bin][block]
-  alignas(16) uint64 totals[kRankBins];  // the row's histogram; before that the groups' largest logits
-  alignas(16) BoundaryShare shares[kBlocks];
+  alignas(16) typename Choose<Config::kSearch, SearchShared<Config>, NoSearchShared>::Type search;
   uint64 mail[kNumMessages];
   uint2 extremes[kBlocks];  // largest and smallest logit of each block
   uint64 block_amount[kBlocks];
   uint64 warp_amount[kWarps];
   uint64 scratch[kWarps];
-  uint64 boundary_before;
-  RankPrefix found;
+  uint64 token;  // from the block that drew it
+  RandomBits random;
   float warp_largest[kWarps], warp_smallest[kWarps];
-  int boundary_bin;
-  int list_count;  // tokens that this block put on the list
-  int num_ranked;
-
-  // Largest logit of each group of kGroupLanes threads' tokens, [kGroups].
-  __device__ __forceinline__ float* groups() { return reinterpret_cast<float*>(totals); }
 };
+
+// Sum over a warp of numbers below 2^51, in two instructions that add 32 bits.
+__device__ __forceinline__ uint64 sum_over_warp(uint64 value) {
+  const unsigned low = __reduce_add_sync(0xffffffffu, static_cast<unsigned>(value) & 0xffffffu);
+  const unsigned high = __reduce_add_sync(0xffffffffu, static_cast<unsigned>(value >> 24));
+  return low + (static_cast<uint64>(high) << 24);
+}
 
 template <class Config>
 struct ClusterRow {
@@ -74,7 +116,6 @@ struct ClusterRow {
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kThreads = Config::kNumThreads;
   static constexpr int kWarps = Shape::kWarps;
-  static constexpr int kListPerBlock = kListEntries / kBlocks;
 
   Shared& shared;
   Mailbox<kBlocks> mailbox;
@@ -100,8 +141,10 @@ struct ClusterRow {
     const float group = reduce_over_lanes<Shared::kGroupLanes>(mine.largest, larger);
     const float in_warp = reduce_over_lanes<Shared::kWarpGroups, Shared::kGroupLanes>(group, larger);
     const float least = reduce_over_lanes<32>(mine.smallest, smaller);
-    float* own_groups = reinterpret_cast<float*>(shared.parts);  // gathered here, so that they leave 8 bytes at a time
-    if (lane % Shared::kGroupLanes == 0) own_groups[warp * Shared::kWarpGroups + lane / Shared::kGroupLanes] = group;
+    if constexpr (Config::kSearch) {
+      float* own = reinterpret_cast<float*>(shared.search.own_groups);
+      if (lane % Shared::kGroupLanes == 0) own[warp * Shared::kWarpGroups + lane / Shared::kGroupLanes] = group;
+    }
     if (lane == 0) {
       shared.warp_largest[warp] = in_warp;
       shared.warp_smallest[warp] = least;
@@ -114,12 +157,13 @@ struct ClusterRow {
                           make_uint2(__float_as_uint(block_largest), __float_as_uint(block_smallest)));
     }
     constexpr int kPairs = kWarps * Shared::kWarpGroups / 2;
-    if (with_groups) {
-      uint2* pairs = reinterpret_cast<uint2*>(shared.groups()) + rank * kPairs;
+    if constexpr (Config::kSearch) {
+      if (with_groups) {
+        uint2* pairs = reinterpret_cast<uint2*>(shared.search.groups) + rank * kPairs;
 #pragma unroll 1
-      for (int idx = static_cast<int>(threadIdx.x); idx < kPairs * kBlocks; idx += kThreads) {
-        mailbox.send(kind, static_cast<unsigned>(idx / kPairs), &pairs[idx % kPairs],
-                     reinterpret_cast<const uint2*>(own_groups)[idx % kPairs]);
+        for (int idx = static_cast<int>(threadIdx.x); idx < kPairs * kBlocks; idx += kThreads) {
+          mailbox.send(kind, static_cast<unsigned>(idx / kPairs), &pairs[idx % kPairs], shared.search.own_groups[idx % kPairs]);
+        }
       }
     }
     mailbox.receive(kind, kBlocks * (8 + (with_groups ? 8 * kPairs : 0)));
@@ -145,7 +189,7 @@ struct ClusterRow {
     for_each_four<Config>(shared.slice, [&](int place, float4 four) {
       sum += amount(place, four.x) + amount(place + 1, four.y) + amount(place + 2, four.z) + amount(place + 3, four.w);
     });
-    sum = sum_over_lanes<32>(sum);
+    sum = sum_over_warp(sum);
     if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
     __syncthreads();
   }
@@ -160,7 +204,7 @@ struct ClusterRow {
   __device__ __forceinline__ uint64 sum_over_blocks(uint64& before) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (threadIdx.x < 32) {
-      const uint64 own = sum_over_lanes<32>(lane < kWarps ? shared.warp_amount[lane] : 0);
+      const uint64 own = sum_over_warp(lane < kWarps ? shared.warp_amount[lane] : 0);
       mailbox.send_to_all(kAmounts, &shared.block_amount[rank], own);
     }
     mailbox.receive(kAmounts, kBlocks * 8);
@@ -172,6 +216,15 @@ struct ClusterRow {
       total += shared.block_amount[block];
     }
     return total;
+  }
+
+  // Sum over the block of numbers below 2^46. The previous use of `scratch` is behind a barrier.
+  __device__ __forceinline__ uint64 sum_over_block(uint64 value) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    value = sum_over_warp(value);
+    if (lane == 0) shared.scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    return sum_over_warp(lane < kWarps ? shared.scratch[lane] : 0);
   }
 
   // A thread's place in the prefix sums over the block.

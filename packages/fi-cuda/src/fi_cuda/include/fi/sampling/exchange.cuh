@@ -10,7 +10,7 @@ namespace fi {
 
 // What is sent, each kind on a barrier of its own. A kind is sent again only after every block has received it, because what
 // its senders did in between needed something of every receiver.
-enum Message : int { kExtremes, kExtremesAgain, kParts, kTotals, kShares, kList, kFound, kAmounts, kNumMessages };
+enum Message : int { kExtremes, kExtremesAgain, kParts, kPartsAgain, kShares, kList, kFound, kAmounts, kNumMessages };
 
 template <int kBlocks>
 struct Mailbox {
@@ -19,7 +19,7 @@ struct Mailbox {
 
   // All threads, before anything else; nothing is sent before `opened`.
   __device__ __forceinline__ void open() {
-    if (threadIdx.x == 0) {
+    if (kBlocks > 1 && threadIdx.x == 0) {
 #pragma unroll
       for (int kind = 0; kind < kNumMessages; ++kind) ptx::init_barrier(&barriers[kind], 1);
       ptx::fence_barrier_init();
@@ -36,7 +36,11 @@ struct Mailbox {
   // Stores `value` at `place` of block `block`.
   template <class T>
   __device__ __forceinline__ void send(Message kind, unsigned block, T* place, T value) const {
-    ptx::store_async(ptx::address_in_cluster(place, block), value, ptx::address_in_cluster(&barriers[kind], block));
+    if constexpr (kBlocks > 1) {
+      ptx::store_async(ptx::address_in_cluster(place, block), value, ptx::address_in_cluster(&barriers[kind], block));
+    } else {
+      *place = value;  // such stores need a cluster
+    }
   }
 
   // The same to all blocks, by the first kBlocks lanes of a warp, which all call it with equal values.
@@ -48,9 +52,13 @@ struct Mailbox {
 
   // Waits for `num_bytes` sent to this block. All threads; a __syncthreads lies between two of one kind.
   __device__ __forceinline__ void receive(Message kind, unsigned num_bytes) {
-    if (threadIdx.x == 0) ptx::arrive_and_expect_bytes(&barriers[kind], num_bytes);
-    ptx::wait_barrier(&barriers[kind], phases >> kind & 1);
-    phases ^= 1u << kind;
+    if constexpr (kBlocks > 1) {
+      if (threadIdx.x == 0) ptx::arrive_and_expect_bytes(&barriers[kind], num_bytes);
+      ptx::wait_barrier(&barriers[kind], phases >> kind & 1);
+      phases ^= 1u << kind;
+    } else {
+      __syncthreads();
+    }
   }
 };
 

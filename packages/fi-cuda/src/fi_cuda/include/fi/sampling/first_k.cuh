@@ -28,14 +28,14 @@ __device__ __forceinline__ void sort_descending(uint64* numbers, int count) {
   __syncthreads();
 }
 
-// Most tokens that can be sorted in the memory of the histograms.
+// Most tokens that can be sorted in the memory of SearchShared::parts.
 constexpr int kSortedInRow = 512;
-static_assert(8 * kSortedInRow <= 16 * kRankBins);
 
 template <class Config>
 struct FirstK {
   using Row = ClusterRow<Config>;
   static constexpr int kThreads = Row::kThreads;
+  static_assert(8 * kSortedInRow <= sizeof(SearchShared<Config>::parts[0]));
 
   Row& row;
 
@@ -47,7 +47,7 @@ struct FirstK {
       ShortList<Config> list{row};
       const int count = list.collect(k, true);
       if (count >= 0) {
-        if (row.rank == 0) write_ranked(list.gather(), count, k, write);
+        if (row.rank == 0) write_ranked(gather_list(row, [](float) -> uint64 { return 0; }), count, k, write);
         return;
       }
     }
@@ -73,7 +73,7 @@ struct FirstK {
   // Sends the prefix's tokens to the first block's `sorted`, each block's after those of the blocks before.
   __device__ __forceinline__ void send_all(RankPrefix prefix, uint64* sorted) {
     auto& shared = row.shared;
-    if (threadIdx.x == 0) shared.num_ranked = 0;
+    if (threadIdx.x == 0) shared.search.num_ranked = 0;
     row.sum_over_warps([&](int place, float logit) -> uint64 { return prefix.has(logit, row.first_token + place) ? 1 : 0; });
     uint64 before;
     row.sum_over_blocks(before);
@@ -83,7 +83,7 @@ struct FirstK {
         const float logit = e < 2 ? (e == 0 ? four.x : four.y) : (e == 2 ? four.z : four.w);
         const int token = row.first_token + place + e;
         if (prefix.has(logit, token)) {
-          const int slot = static_cast<int>(before) + atomicAdd(&shared.num_ranked, 1);
+          const int slot = static_cast<int>(before) + atomicAdd(&shared.search.num_ranked, 1);
           row.mailbox.send(kList, 0, &sorted[slot], ranked_token(logit, token, 0).rank_key);
         }
       }

@@ -10,15 +10,13 @@
 
 namespace fi {
 
-constexpr int kGroupBins = 256;
-constexpr int kShortList = 256;
 
 template <class Config>
 struct ShortList {
   using Row = ClusterRow<Config>;
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
   static constexpr int kGroups = ClusterShared<Config>::kGroups;
-  static constexpr int kMaxK = kGroups / 2 < kShortList / 2 ? kGroups / 2 : kShortList / 2;
+  static constexpr int kMaxK = kGroups / 2 < kMaxRanked / 2 ? kGroups / 2 : kMaxRanked / 2;
 
   Row& row;
 
@@ -28,10 +26,9 @@ struct ShortList {
 
   // Collects the tokens; returns their number, or -1 if they do not fit, or with `all` if some of the first k have no mass.
   __device__ __forceinline__ int collect(int top_k, bool all) {
-    auto& shared = row.shared;
+    auto& shared = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    static_assert(sizeof(float) * kGroups + sizeof(unsigned) * kGroupBins <= sizeof(shared.totals));
-    unsigned* bins = reinterpret_cast<unsigned*>(shared.groups() + kGroups);
+    unsigned* bins = shared.group_bins;
 #pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kGroupBins; idx += kThreads) bins[idx] = 0;
     if (threadIdx.x == 0) {
@@ -43,7 +40,7 @@ struct ShortList {
     const float per_unit = row.largest > bottom ? kGroupBins / (row.largest - bottom) : 0.0f;
 #pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kGroups; idx += kThreads) {
-      const float logit = shared.groups()[idx];
+      const float logit = shared.groups[idx];
       if (logit >= bottom) {
         atomicAdd(&bins[min(__float2int_rz((row.largest - logit) * per_unit), kGroupBins - 1)], 1u);
       }
@@ -72,7 +69,7 @@ struct ShortList {
     const int bin = shared.boundary_bin;
     if (all && bin == kGroupBins) return -1;
     const float limit = bin >= kGroupBins - 1 ? -minus_infinity() : static_cast<float>(bin + 1);
-    for_each_four<Config, 4>(shared.slice, [&](int place, float4 four) {
+    for_each_four<Config, 4>(row.shared.slice, [&](int place, float4 four) {
       const float highest = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
       if (highest >= bottom && (row.largest - highest) * per_unit < limit) {
 #pragma unroll 1
@@ -80,8 +77,8 @@ struct ShortList {
           const float logit = e < 2 ? (e == 0 ? four.x : four.y) : (e == 2 ? four.z : four.w);
           if (logit >= bottom && (row.largest - logit) * per_unit < limit) {
             const int slot = atomicAdd(&shared.list_count, 1);
-            if (slot < Row::kListPerBlock) {
-              row.mailbox.send(kList, 0, &shared.list[row.rank * Row::kListPerBlock + slot],
+            if (slot < kListPerBlock) {
+              row.mailbox.send(kList, 0, &shared.list[row.rank * kListPerBlock + slot],
                                make_uint2(__float_as_uint(logit), row.first_token + place + e));
             }
           }
@@ -97,32 +94,17 @@ struct ShortList {
     int count = 0, listed = 0;
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
-      listed += min(shared.shares[block].count, Row::kListPerBlock);
+      listed += min(shared.shares[block].count, kListPerBlock);
       count += shared.shares[block].count;
     }
     if (row.rank == 0) row.mailbox.receive(kList, 8u * static_cast<unsigned>(listed));
-    return listed == count && count <= kShortList ? count : -1;
-  }
-
-  // By the first block, after collect: the tokens with their masses, in any order.
-  __device__ __forceinline__ RankedToken* gather() {
-    auto& shared = row.shared;
-    RankedToken* tokens = ranked_tokens(shared);
-    static_assert(sizeof(RankedToken) * kShortList <= sizeof(shared.parts) + sizeof(shared.totals));
-    if (threadIdx.x == 0) shared.num_ranked = 0;
-    const HeldTokens<Config> held(row);
-    __syncthreads();
-    held.for_each(false, [&](int idx, float, float logit) {
-      tokens[atomicAdd(&shared.num_ranked, 1)] = ranked_token(logit, held.tokens[idx], mass_at(row.largest - logit));
-    });
-    __syncthreads();
-    return tokens;
+    return listed == count && count <= kMaxRanked ? count : -1;
   }
 
   // By the first block, after collect: filters and draw. Returns the token in one thread, and -1 in the others.
   __device__ __forceinline__ int draw(int count, const RowFilters& filters, RandomBits bits) {
-    RankedToken* tokens = gather();
-    constexpr int kSweeps = kShortList / kComparedTokens;
+    RankedToken* tokens = gather_list(row, [&](float logit) { return mass_at(row.largest - logit); });
+    constexpr int kSweeps = kMaxRanked / kComparedTokens;
     constexpr int kParts = kComparers<kThreads>;
     const bool leads = static_cast<int>(threadIdx.x) % kParts == 0;
     const int first = static_cast<int>(threadIdx.x) / kParts;
@@ -138,7 +120,7 @@ struct ShortList {
       if (sweep * kComparedTokens < count) before[sweep] = compare_with_all<kThreads>(tokens, count, own[sweep], rank[sweep]);
       if (leads && rank[sweep] < filters.top_k) total += own[sweep].amount;
     }
-    const uint64 considered = row.prefix_over_block(total).total;
+    const uint64 considered = row.sum_over_block(total);
     const uint64 wanted = filters.has_top_p() ? filters.mass_target(considered) : ~0ull;
     total = 0;
 #pragma unroll
@@ -154,7 +136,7 @@ struct ShortList {
       const int place = sweep * kComparedTokens + first;
       if (leads && place < count) tokens[place].amount = own[sweep].amount;
     }
-    const uint64 kept_total = row.prefix_over_block(total).total;
+    const uint64 kept_total = row.sum_over_block(total);
     const uint64 target = static_cast<uint64>(scale_bits(bits, static_cast<int64>(kept_total)));
     int token = -1;
 #pragma unroll
