@@ -141,8 +141,28 @@ _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
 
 _SAMPLING_MODULES = {"logprobs": "top_k", "verify_chain": "verify", "verify_tree": "verify"}
 
+_MAX_TWO_ROWS = 2**18  # of which a cluster holds two
+
+
+def _rows_fit(request: Request) -> bool:
+    return not request["has_draft_probs"] or int(request["vocab_size"]) <= _MAX_TWO_ROWS
+
+
+_SAMPLING_CONDITIONS = {
+    "verify_chain": (Condition(f"a vocabulary of at most {_MAX_TWO_ROWS} with draft probabilities", _rows_fit),)
+}
+
 SAMPLING_ENTRIES: list[KernelEntry] = [
-    KernelEntry(op, op, BACKEND, rules, _sampling_loader(op), devices=("cuda",), min_capability=BARRIER_CAPABILITY)
+    KernelEntry(
+        op,
+        op,
+        BACKEND,
+        rules,
+        _sampling_loader(op),
+        devices=("cuda",),
+        min_capability=BARRIER_CAPABILITY,
+        conditions=_SAMPLING_CONDITIONS.get(op, ()),
+    )
     for op, rules in _SAMPLING_RULES.items()
 ]
 """Kernels of sampling: a row of logits lies in the shared memory of a cluster of blocks."""

@@ -15,7 +15,7 @@ from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import FilteringSpec, address
-from .geometry import Geometry, geometry_for
+from .geometry import Geometry, geometry_for, start_delay
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class FilterLogitsSpec(FilteringSpec):
             ("out_stride", "int64"),
             ("vocab_size", "int32"),
             ("joint", "int32"),
+            ("layer", "int32"),
+            ("delay", "int32"),
         )
     )
 
@@ -75,4 +77,5 @@ def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor)
         out.stride(0),
         vocab_size,
         filters.order == "joint",
+        *start_delay(chosen, num_rows, logits.element_size()),
     )

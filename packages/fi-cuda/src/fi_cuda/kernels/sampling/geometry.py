@@ -7,7 +7,16 @@ from typing import NamedTuple
 _GRANULE = 8
 """A warp's part of a row is a multiple of it, so that parts begin at multiples of 16 bytes in any dtype."""
 
-_MAX_SLICE_BYTES = 196608
+_MAX_CLUSTER = 16
+_FEW_ROWS, _SOME_ROWS = 8, 32
+_TWO_BLOCKS_BYTES = 80 * 1024
+"""Slices of rows up to which two blocks fit on a multiprocessor, whatever else the kernels keep."""
+
+_ONE_BLOCK_BYTES = 160 * 1024
+
+_PROCESSORS = 132
+_CYCLES_PER_BYTE = 0.077
+"""Clock cycles in which an H100's memory delivers a byte to each of its multiprocessors: 132 x 1.75 GHz / 3.0 TB/s."""
 
 
 class Geometry(NamedTuple):
@@ -33,13 +42,30 @@ def geometry(vocab_size: int, cluster_size: int, num_threads: int, resident_bloc
 
 
 def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1) -> Geometry:
-    """What measured best on an H100 (docs/kernels/sampling.md) for ``num_rows`` clusters that hold ``rows_held`` rows each."""
-    cluster_size = 16 if num_rows <= 8 else 8
-    while cluster_size > 1 and vocab_size <= cluster_size * 2048:
-        cluster_size //= 2
-    threads, resident = (512, 1) if num_rows <= 32 else (256, 3)
-    found = geometry(vocab_size, cluster_size, threads, resident)
-    while rows_held * found.slice_bytes > _MAX_SLICE_BYTES:
+    """What measured best on an H100 (docs/kernels/sampling.md) for ``num_rows`` clusters that hold ``rows_held`` rows each.
+
+    Few rows are spread over as many multiprocessors as a cluster may have; of many, two blocks of different rows share one,
+    so that one row is read while the other is searched.
+    """
+    threads = 128 if vocab_size <= 1024 else 256 if vocab_size <= 4096 else 512
+    if vocab_size <= 4096:
+        return geometry(vocab_size, 1, threads)
+    many = num_rows > _SOME_ROWS
+    cluster_size = 1 if many else _MAX_CLUSTER if num_rows <= _FEW_ROWS else _MAX_CLUSTER // 2
+    if not many:
+        while cluster_size > 1 and vocab_size <= cluster_size * 2048:
+            cluster_size //= 2
+    limit = _TWO_BLOCKS_BYTES if many else _ONE_BLOCK_BYTES
+    while cluster_size < _MAX_CLUSTER and rows_held * geometry(vocab_size, cluster_size, threads).slice_bytes > limit:
         cluster_size *= 2
-        found = geometry(vocab_size, cluster_size, threads, resident)
-    return found
+    found = geometry(vocab_size, cluster_size, threads)
+    fits_twice = many and rows_held * found.slice_bytes <= _TWO_BLOCKS_BYTES
+    return found._replace(resident_blocks=2 if fits_twice else 1)
+
+
+def start_delay(form: Geometry, num_rows: int, element_size: int) -> tuple[int, int]:
+    """``layer`` and ``delay`` of ``start_in_turn`` (fi/sampling/cluster_row.cuh): none unless blocks share multiprocessors."""
+    layer = _PROCESSORS // form.cluster_size
+    if form.resident_blocks == 1 or num_rows <= layer:
+        return 0, 0
+    return layer, int(_CYCLES_PER_BYTE * element_size * form.num_threads // 32 * form.warp_tokens)

@@ -15,7 +15,7 @@ from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import FilteringSpec, address
-from .geometry import Geometry, geometry_for
+from .geometry import Geometry, geometry_for, start_delay
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class SampleSpec(FilteringSpec):
             ("vocab_size", "int32"),
             ("wide_rows", "int32"),
             ("joint", "int32"),
+            ("layer", "int32"),
+            ("delay", "int32"),
         )
     )
 
@@ -74,4 +76,5 @@ def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor |
         vocab_size,
         rows is not None and rows.dtype == torch.int64,
         filters.order == "joint",
+        *start_delay(chosen, num_outputs, logits.element_size()),
     )

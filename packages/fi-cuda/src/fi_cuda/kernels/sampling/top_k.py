@@ -15,7 +15,7 @@ from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import power_of_2_at_least, vector_bytes
 from .forms import ClusterRowSpec, address
-from .geometry import Geometry, geometry_for
+from .geometry import Geometry, geometry_for, start_delay
 
 MAX_K = 2048
 
@@ -43,6 +43,8 @@ class TopKSpec(ClusterRowSpec):
             ("logits_stride", "int64"),
             ("vocab_size", "int32"),
             ("k", "int32"),
+            ("layer", "int32"),
+            ("delay", "int32"),
         )
     )
 
@@ -76,6 +78,7 @@ def _launch(logits: Tensor, tokens: Tensor | None, values: Tensor, indices: Tens
         logits.stride(0),
         vocab_size,
         k,
+        *start_delay(form, num_rows, logits.element_size()),
     )
 
 

@@ -60,6 +60,7 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   static_assert(sizeof(ClusterShared<Config>) <= Config::kSharedBytes);
   extern __shared__ __align__(16) unsigned char memory[];
   const int index = static_cast<int>(blockIdx.x) / Config::kClusterBlocks;
+  start_in_turn<Config>(params.layer, params.delay);
   ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
   RowFilters filters = load_filters<Config>(params, index);

@@ -120,6 +120,7 @@ template <class Config, class Params>
 __device__ __forceinline__ void sample(const Params& params) {
   static_assert(sizeof(ClusterShared<Config>) <= Config::kSharedBytes);
   extern __shared__ __align__(16) unsigned char memory[];
+  start_in_turn<Config>(params.layer, params.delay);
   ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
   SampleKernel<Config, Params>{params, row, static_cast<int>(blockIdx.x) / Config::kClusterBlocks}.run();

@@ -109,6 +109,22 @@ __device__ __forceinline__ uint64 sum_over_warp(uint64 value) {
   return low + (static_cast<uint64>(high) << 24);
 }
 
+// Blocks that share a multiprocessor start one after the other: blocks that start together read together and then search
+// together, while memory idles. `layer` clusters fill the multiprocessors once (0: no delay); of kResidentBlocks layers, each
+// waits `delay` clock cycles more than the one before, about the time in which memory delivers a layer's rows. Later clusters
+// start when one ends.
+template <class Config>
+__device__ __forceinline__ void start_in_turn(int layer, int delay) {
+  constexpr int kLayers = Config::kResidentBlocks;
+  const int cluster = static_cast<int>(blockIdx.x) / Config::kClusterBlocks;
+  if (kLayers > 1 && threadIdx.x == 0 && cluster < kLayers * layer) {
+    const int64 wait = static_cast<int64>((cluster + cluster / layer) % kLayers) * delay;
+    const int64 start = clock64();
+    while (clock64() - start < wait) {
+    }
+  }
+}
+
 template <class Config>
 struct ClusterRow {
   using Shape = RowShape<Config>;

@@ -1,0 +1,55 @@
+"""The form of a row's cluster: it holds the whole row, and its blocks fit on a multiprocessor as often as they are meant to."""
+
+import pytest
+import torch
+from fi_cuda.kernels.sampling.filter_logits import FilterLogitsSpec
+from fi_cuda.kernels.sampling.geometry import geometry_for
+from fi_cuda.kernels.sampling.sample import SampleSpec
+from fi_cuda.kernels.sampling.top_k import TopKSpec
+from fi_cuda.kernels.sampling.verify import VerifySpec
+
+pytestmark = pytest.mark.timeout(60)
+
+HOPPER_SHARED_BYTES = 228 * 1024
+MOST_OF_A_BLOCK = 227 * 1024
+RESERVED_BYTES = 1024
+
+VOCABULARIES = (1, 2, 97, 1024, 1025, 4096, 4097, 32000, 50257, 128256, 151936, 201088, 262144, 2**19 - 1, 2**19)
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 32, 33, 4096])
+def test_a_cluster_holds_its_row(vocab_size, num_rows):
+    form = geometry_for(vocab_size, num_rows)
+    warps = form.cluster_size * form.num_threads // 32
+    assert warps * form.warp_tokens >= vocab_size
+    # Slices begin at multiples of 16 bytes in any dtype.
+    assert form.warp_tokens % 8 == 0
+    assert form.cluster_size in (1, 2, 4, 8, 16) and form.num_threads in (128, 256, 512)
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("num_rows", [1, 16, 256])
+def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
+    every = frozenset({"top_k", "top_p", "min_p"})
+    form = geometry_for(vocab_size, num_rows)
+    two_rows = geometry_for(min(vocab_size, 2**18), num_rows, rows_held=2)  # the entry serves no more
+    specs = (
+        SampleSpec.of(torch.float32, 16, form, every),
+        SampleSpec.of(torch.float32, 16, form, frozenset()),
+        FilterLogitsSpec.of(torch.float32, 16, form, every, 16, True),
+        TopKSpec(torch.float32, 16, *form, 2048, False),
+        VerifySpec(torch.float32, 16, *form, tree=True, proposals=False),
+        VerifySpec(torch.float32, 16, *two_rows, tree=False, proposals=True),
+    )
+    for spec in specs:
+        assert spec.shared_bytes <= MOST_OF_A_BLOCK, spec
+        if spec.stem != "top_k":  # its list of sorted tokens may cost the second block
+            assert spec.blocks_per_multiprocessor * (spec.shared_bytes + RESERVED_BYTES) <= HOPPER_SHARED_BYTES, spec
+
+
+def test_few_rows_are_spread_and_many_share_multiprocessors():
+    few, some, many = (geometry_for(128256, rows) for rows in (1, 16, 256))
+    assert (few.cluster_size, some.cluster_size, many.cluster_size) == (16, 8, 8)
+    assert (few.resident_blocks, some.resident_blocks, many.resident_blocks) == (1, 1, 2)
+    assert geometry_for(32000, 256).cluster_size == 2
