@@ -11,7 +11,7 @@ from torch import Tensor
 from ...spec import KernelSpec
 from .geometry import Geometry
 
-_RANK_BINS, _LIST_PER_BLOCK, _MESSAGES = 64, 128, 8  # as fi/sampling/cluster_row.cuh and exchange.cuh have them
+_RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 8  # as fi/sampling/cluster_row.cuh and exchange.cuh have them
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,23 @@ class ClusterRowSpec(KernelSpec):
         return True
 
     @property
+    def needs_smallest(self) -> bool:
+        """Whether the kernel reads a row's smallest element."""
+        return self.search
+
+    @property
     def shared_bytes(self) -> int:
         warps, blocks = self.block_threads // 32, self.cluster_blocks
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 32
         searched = max(256 * _RANK_BINS, 8 * _LIST_PER_BLOCK * blocks) + 16 * max(_RANK_BINS * blocks, 512)
-        searched += 16 * blocks + 48
+        searched += 8 * _LOCAL_TOKENS + (16 + 16) * blocks + 64
         return 4 * warps * self.warp_tokens + exchanged + (searched if self.search else 0)
 
     def config_lines(self) -> list[str]:
         derived = (
             f"static constexpr int kSharedBytes = {self.shared_bytes};",
             f"static constexpr bool kSearch = {str(self.search).lower()};",
+            f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
         )
         return [*super().config_lines(), *derived]
 

@@ -55,6 +55,10 @@ class VerifySpec(ClusterRowSpec):
         return False
 
     @property
+    def needs_smallest(self) -> bool:
+        return True
+
+    @property
     def shared_bytes(self) -> int:
         slice_bytes = 4 * self.block_threads // 32 * self.warp_tokens if self.proposals else 0
         return -(-super().shared_bytes // 16) * 16 + slice_bytes

@@ -84,7 +84,8 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
     return;
   }
   RankPrefix prefix = every_token();
-  if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters);
+  Winner unused;
+  if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters, false, unused);
   const auto kept_mass = [&](int place, float logit) -> uint64 {
     const float weight = weight_of(row.largest - logit);
     return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? mass_of(weight) : 0;

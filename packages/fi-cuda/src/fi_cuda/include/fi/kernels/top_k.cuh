@@ -79,7 +79,9 @@ __device__ __forceinline__ void top_k(const Params& params) {
   float* values = static_cast<float*>(params.values) + index * params.k;
   int64* indices = static_cast<int64*>(params.indices) + index * params.k;
   FirstK<Config>{row}.run(params.k, grouped, sorted, [&](int rank, float logit, int token) {
-    values[rank] = Config::kLogprobs ? logit - row.largest - log_sum : logit;
+    // As it is stored: -0 ranks like 0.
+    const float stored = to_float(logits[token]);
+    values[rank] = Config::kLogprobs ? logit - row.largest - log_sum : stored == stored ? stored : minus_infinity();
     indices[rank] = token;
   });
 }

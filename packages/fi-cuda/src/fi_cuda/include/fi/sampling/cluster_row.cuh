@@ -38,6 +38,7 @@ __device__ __forceinline__ RankPrefix shorter(RankPrefix first, RankPrefix secon
 
 constexpr int kRankBins = 64;
 constexpr int kListPerBlock = 128;
+constexpr int kLocalTokens = 1024;
 constexpr int kGroupBins = 256;
 constexpr int kMaxGroups = 512;
 
@@ -71,11 +72,16 @@ struct SearchShared {
       unsigned group_bins[kGroupBins];
     };
   };
+  // This block's tokens, (logit, token), in the bin that the first level chose, if they fit.
+  uint2 local[kLocalTokens];
   BoundaryShare shares[kBlocks];
-  RankPrefix found;
+  uint4 found;             // RankPrefix and Winner
+  uint64 above[kBlocks];   // mass of each block's tokens before the boundary
+  unsigned kept[2][kBlocks];  // and of the kept ones at it, lower 16 bits and the rest
   uint64 boundary_wanted;
   int boundary_bin;
-  int list_count;  // tokens that this block put on the list
+  int local_count;  // tokens of this block in the chosen bin
+  int list_count;   // tokens that this block put on the list
   int num_ranked;
 };
 
@@ -202,7 +208,7 @@ struct ClusterRow {
   template <class Amount>
   __device__ __forceinline__ void sum_over_warps(Amount amount) {
     uint64 sum = 0;
-    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
+    for_each_four<Config, Config::kSearch ? 1 : 2>(shared.slice, [&](int place, float4 four) {
       sum += amount(place, four.x) + amount(place + 1, four.y) + amount(place + 2, four.z) + amount(place + 3, four.w);
     });
     sum = sum_over_warp(sum);

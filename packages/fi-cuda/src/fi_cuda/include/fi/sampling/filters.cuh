@@ -41,19 +41,22 @@ __device__ __forceinline__ void normalise(RowFilters& filters, int vocab_size) {
   if (filters.top_k < 0 || filters.top_k >= vocab_size) filters.top_k = 0;
 }
 
-// What top_k and top_p keep of a row.
+// What top_k and top_p keep of a row. With `draws` also where a draw from it ends, if that was cheap to know: row.shared.random
+// is set, and no other filter follows.
 template <class Config>
-__device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const RowFilters& filters) {
+__device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const RowFilters& filters, bool draws,
+                                                  Winner& winner) {
   RankPrefix kept = every_token();
   // One copy of the search's code serves both.
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
     const bool by_count = filter == 0;
     if (by_count ? !Config::kTopK || filters.top_k == 0 : !Config::kTopP || !filters.has_top_p()) continue;
-    PrefixSearch<Config> search{row, filters.joint ? every_token() : kept, by_count};
+    PrefixSearch<Config> search{row, filters.joint ? every_token() : kept, by_count, draws && !by_count};
     kept = shorter(kept, search.find([&](uint64 total) {
       return by_count ? static_cast<uint64>(filters.top_k) : filters.mass_target(total);
     }));
+    winner = search.winner;
   }
   return kept;
 }

@@ -43,6 +43,16 @@ __device__ __forceinline__ RankScale row_scale(float largest, float smallest, bo
   return {largest, by_count ? -3.402823466e38f : bottom, per_unit, -1, -1};
 }
 
+// Where a draw from a prefix ends: the block that holds the token, and what the running sum over that block is to exceed.
+// kUndecided: not known yet.
+struct Winner {
+  static constexpr unsigned kUndecided = 0xff;
+  unsigned block = kUndecided;
+  uint64 target = 0;  // below 2^52
+
+  __device__ __forceinline__ bool decided() const { return block != kUndecided; }
+};
+
 template <class Config>
 struct PrefixSearch {
   using Row = ClusterRow<Config>;
@@ -51,6 +61,8 @@ struct PrefixSearch {
   Row& row;
   RankPrefix considered;  // only these tokens are weighed
   bool by_count;          // each as 1, else by its mass
+  bool draws;             // a token is drawn from what is found: say which block has it, where that is cheap
+  Winner winner = {};
 
   __device__ __forceinline__ uint64 amount_of(float logit) const { return by_count ? 1 : mass_at(row.largest - logit); }
 
@@ -63,23 +75,111 @@ struct PrefixSearch {
     __syncthreads();
   }
 
-  // Every block's histogram into search.parts of all blocks; leaves the columns clear.
-  __device__ __forceinline__ void sum_bins(const RankScale& scale) {
-    auto& search = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    for_each_four<Config, 1>(row.shared.slice, [&](int place, float4 four) {
-      const float logits[4] = {four.x, four.y, four.z, four.w};
+  // The first level, over the whole slice.
+  __device__ __forceinline__ void add_slice(const RankScale& scale) {
+    unsigned* low = &row.shared.search.columns[0][0][threadIdx.x % 32];
+    unsigned* high = &row.shared.search.columns[1][0][threadIdx.x % 32];
+    // Adding 2^23 leaves the whole part in the lowest bits; NaN and what lies further off go to the last bin.
+    const auto offset = [&](float shortfall) {
+      const float bin = __fadd_rd(fminf(shortfall * scale.per_unit, kRankBins - 1), 8388608.0f);
+      return (__float_as_uint(bin) & (kRankBins - 1)) * 32;
+    };
+    if (!by_count && !(considered.value > minus_infinity())) {
+      // Without a branch: tokens without mass add nothing.
+      for_each_four<Config, 1>(row.shared.slice, [&](int, float4 four) {
+        const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (scale.covers(logits[e]) && considered.has(logits[e], row.first_token + place + e)) {
-          const uint64 amount = amount_of(logits[e]);
-          const int bin = scale.bin(logits[e]);
-          const unsigned high = static_cast<unsigned>(amount >> 16);
-          atomicAdd(&search.columns[0][bin][lane], static_cast<unsigned>(amount) & 0xffffu);
-          if (high != 0) atomicAdd(&search.columns[1][bin][lane], high);
+        for (int e = 0; e < 4; ++e) {
+          const float shortfall = scale.top - logits[e];
+          const uint2 limbs = mass_limbs(weight_of(shortfall));
+          const unsigned at = offset(shortfall);
+          atomicAdd(low + at, limbs.x);
+          if (limbs.y != 0) atomicAdd(high + at, limbs.y);
+        }
+      });
+    } else {
+      visit_slice(scale, [&](float logit, int) {
+        const float shortfall = scale.top - logit;
+        const uint2 limbs = by_count ? make_uint2(1, 0) : mass_limbs(weight_of(shortfall));
+        const unsigned at = offset(shortfall);
+        atomicAdd(low + at, limbs.x);
+        if (limbs.y != 0) atomicAdd(high + at, limbs.y);
+      });
+    }
+  }
+
+  // Calls visit(logit, token) for the tokens in the chosen bin that are weighed, from the local list if it has them all.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_chosen(const RankScale& scale, Visit visit) {
+    auto& search = row.shared.search;
+    const int count = search.local_count;
+    if (count <= kLocalTokens) {
+#pragma unroll 1
+      for (int idx = static_cast<int>(threadIdx.x); idx < count; idx += kThreads) {
+        const uint2 entry = search.local[idx];
+        const float logit = __uint_as_float(entry.x);
+        if (scale.covers(logit)) visit(logit, static_cast<int>(entry.y));
+      }
+    } else {
+      visit_slice(scale, visit);
+    }
+  }
+
+  // The same from the slice, one place after the other.
+  template <class Visit>
+  __device__ __forceinline__ void visit_slice(const RankScale& scale, Visit visit) {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int first = warp * RowShape<Config>::kWarpTokens;
+#pragma unroll 1
+    for (int place = first + lane; place < first + RowShape<Config>::kWarpTokens; place += 32) {
+      const float logit = row.shared.slice[place];
+      const int token = row.first_token + place;
+      if (scale.covers(logit) && considered.has(logit, token)) visit(logit, token);
+    }
+  }
+
+  // Fills the local list with the tokens of bin `outer` of the first level.
+  __device__ __forceinline__ void gather_chosen(const RankScale& scale) {
+    auto& search = row.shared.search;
+    // Their places are from low up to high; the last bin has no end.
+    const float low = static_cast<float>(scale.outer);
+    const float high = scale.outer < kRankBins - 1 ? low + 1.0f : no_logit();
+    for_each_four<Config, 1>(row.shared.slice, [&](int place, float4 four) {
+      const auto near = [&](float logit) {
+        const float at = (scale.top - logit) * scale.per_unit;
+        return at >= low && !(at >= high);
+      };
+      const bool any = near(four.x) || near(four.y) || near(four.z) || near(four.w);
+      if (any) {
+#pragma unroll 1
+        for (int e = 0; e < 4; ++e) {
+          const float logit = row.shared.slice[place + e];
+          const int token = row.first_token + place + e;
+          if (near(logit) && logit >= scale.bottom && considered.has(logit, token)) {
+            const int slot = atomicAdd(&search.local_count, 1);
+            if (slot < kLocalTokens) search.local[slot] = make_uint2(__float_as_uint(logit), static_cast<unsigned>(token));
+          }
         }
       }
     });
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void add_chosen(const RankScale& scale) {
+    auto& search = row.shared.search;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for_each_chosen(scale, [&](float logit, int) {
+      const int bin = scale.bin(logit);
+      const uint2 limbs = by_count ? make_uint2(1, 0) : mass_limbs(weight_of(row.largest - logit));
+      atomicAdd(&search.columns[0][bin][lane], limbs.x);
+      atomicAdd(&search.columns[1][bin][lane], limbs.y);
+    });
+  }
+
+  // Every block's histogram from the columns into search.parts of all blocks; leaves the columns clear.
+  __device__ __forceinline__ void share_bins(const RankScale& scale) {
+    auto& search = row.shared.search;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     __syncthreads();
     uint64* parts = search.parts[scale.outer < 0 ? 0 : 1];
     const Message kind = scale.outer < 0 ? kParts : kPartsAgain;
@@ -94,7 +194,7 @@ struct PrefixSearch {
     row.mailbox.receive(kind, kBlocks * kRankBins * 8);
   }
 
-  // After sum_bins: the bin at which the running sum over the row reaches what is wanted of it (target_of(total)), and in
+  // After share_bins: the bin at which the running sum over the row reaches what is wanted of it (target_of(total)), and in
   // `wanted` what it lacks before that bin; -1 if all bins do not reach it.
   template <class TargetOf>
   __device__ __forceinline__ int boundary_bin(const RankScale& scale, TargetOf target_of, uint64& wanted) {
@@ -103,7 +203,7 @@ struct PrefixSearch {
     if (threadIdx.x < 32) {
       const int lane = static_cast<int>(threadIdx.x);
       uint64 first = 0, second = 0;
-#pragma unroll
+#pragma unroll 4
       for (int block = 0; block < kBlocks; ++block) {
         const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(&parts[block * kRankBins + 2 * lane]);
         first += two.x;
@@ -119,6 +219,7 @@ struct PrefixSearch {
         search.boundary_bin = -1;
       }
       if (lane == 0) search.list_count = 0;
+      if (lane == 0 && scale.outer < 0 && scale.shift < 0) search.local_count = 0;
     }
     __syncthreads();
     wanted = search.boundary_wanted;
@@ -132,27 +233,14 @@ struct PrefixSearch {
     auto& search = shared.search;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     float low = -minus_infinity(), high = minus_infinity();
-    const auto in_bin = [&](float logit) { return scale.covers(logit) && scale.bin(logit) == bin; };
-    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
-      const bool any = in_bin(four.x) || in_bin(four.y) || in_bin(four.z) || in_bin(four.w);
-      if (!__any_sync(0xffffffffu, any)) return;
-#pragma unroll 1
-      for (int e = 0; e < 4; ++e) {
-        const float logit = e < 2 ? (e == 0 ? four.x : four.y) : (e == 2 ? four.z : four.w);
-        const int token = row.first_token + place + e;
-        const bool taken = in_bin(logit) && considered.has(logit, token);
-        const unsigned lanes = __ballot_sync(0xffffffffu, taken);
-        int base = 0;
-        if (lane == 0 && lanes != 0) base = atomicAdd(&search.list_count, __popc(lanes));
-        const int slot = __shfl_sync(0xffffffffu, base, 0) + __popc(lanes & ((1u << lane) - 1));
-        if (taken) {
-          low = fminf(low, logit);
-          high = fmaxf(high, logit);
-          if (slot < kListPerBlock) {
-            row.mailbox.send(kList, 0, &search.list[row.rank * kListPerBlock + slot],
-                             make_uint2(__float_as_uint(logit), static_cast<unsigned>(token)));
-          }
-        }
+    for_each_chosen(scale, [&](float logit, int token) {
+      if (scale.bin(logit) != bin) return;
+      low = fminf(low, logit);
+      high = fmaxf(high, logit);
+      const int slot = atomicAdd(&search.list_count, 1);
+      if (slot < kListPerBlock) {
+        row.mailbox.send(kList, 0, &search.list[row.rank * kListPerBlock + slot],
+                         make_uint2(__float_as_uint(logit), static_cast<unsigned>(token)));
       }
     });
     const auto smaller = [](float first, float second) { return fminf(first, second); };
@@ -173,7 +261,7 @@ struct PrefixSearch {
     row.mailbox.receive(kShares, kBlocks * 16);
     BoundaryShare sum = {0, -minus_infinity(), minus_infinity(), 0};
     int listed = 0;
-#pragma unroll
+#pragma unroll 2
     for (int block = 0; block < kBlocks; ++block) {
       const BoundaryShare share = search.shares[block];
       listed += min(share.count, kListPerBlock);
@@ -186,12 +274,25 @@ struct PrefixSearch {
     return sum;
   }
 
+  __device__ __forceinline__ static uint4 message(RankPrefix found, Winner end) {
+    const uint64 packed = end.target | static_cast<uint64>(end.block) << 56;
+    return make_uint4(__float_as_uint(found.value), static_cast<unsigned>(found.last), static_cast<unsigned>(packed),
+                      static_cast<unsigned>(packed >> 32));
+  }
+
+  // By one thread of the cluster.
   __device__ __forceinline__ void publish(RankPrefix found) {
 #pragma unroll 1
     for (unsigned block = 0; block < kBlocks; ++block) {
-      row.mailbox.send(kFound, block, reinterpret_cast<uint2*>(&row.shared.search.found),
-                       make_uint2(__float_as_uint(found.value), static_cast<unsigned>(found.last)));
+      row.mailbox.send(kFound, block, &row.shared.search.found, message(found, Winner{}));
     }
+  }
+
+  __device__ __forceinline__ RankPrefix receive() {
+    row.mailbox.receive(kFound, 16);
+    const uint4 found = row.shared.search.found;
+    winner = {found.w >> 24, found.z | static_cast<uint64>(found.w & 0xffffffu) << 32};
+    return {__uint_as_float(found.x), static_cast<int>(found.y)};
   }
 
   // Of equal logits, the token that is number `number` (from 0) in index order ends the prefix.
@@ -211,17 +312,64 @@ struct PrefixSearch {
                [&](int place) { publish({value, row.first_token + place}); });
   }
 
-  // By the first block, whose list has `count` tokens: the one at which the running sum in rank order reaches `wanted`.
+  // By the first block, after the second level: the mass of each block's tokens in the bins before the boundary.
+  __device__ __forceinline__ void sum_above(int outer, int inner) {
+    static_assert(kBlocks <= kWarps || kBlocks == 1);
+    auto& search = row.shared.search;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    if (warp < kBlocks) {
+      uint64 sum = 0;
+#pragma unroll
+      for (int half = 0; half < kRankBins; half += 32) {
+        const int bin = lane + half;
+        if (bin < outer) sum += search.parts[0][warp * kRankBins + bin];
+        if (bin < inner) sum += search.parts[1][warp * kRankBins + bin];
+      }
+      sum = sum_over_warp(sum);
+      if (lane == 0) {
+        search.above[warp] = sum;
+        search.kept[0][warp] = search.kept[1][warp] = 0;
+      }
+    }
+    __syncthreads();
+  }
+
+  // By the first block, whose list has `count` tokens: the one at which the running sum in rank order reaches `wanted`; and with
+  // `draws`, after sum_above, the end of the draw.
   __device__ __forceinline__ void publish_from_list(int count, uint64 wanted) {
+    auto& search = row.shared.search;
     const RankedToken* tokens = gather_list(row, [&](float logit) { return amount_of(logit); });
-    const int place = static_cast<int>(threadIdx.x) / kComparers<kThreads>;
+    const int place = compared_place<kThreads>();
+    const bool leads = place < count && static_cast<int>(threadIdx.x) % kComparers<kThreads> == 0;
     const RankedToken own = place < count ? tokens[place] : RankedToken{0, 0};
     int rank;
     const uint64 before = compare_with_all<kThreads>(tokens, count, own, rank);
     __syncthreads();  // what follows a published prefix overwrites the tokens
-    if (static_cast<int>(threadIdx.x) % kComparers<kThreads> == 0 && before < wanted && wanted <= before + own.amount) {
-      publish({logit_of(own.rank_key), static_cast<int>(token_of(own.rank_key))});
+    const RankPrefix mine = {logit_of(own.rank_key), static_cast<int>(token_of(own.rank_key))};
+    const bool last = leads && before < wanted && wanted <= before + own.amount;
+    if (!draws) {
+      if (last) publish(mine);
+      return;
     }
+    if (leads && before < wanted) {
+      const int block = mine.last / RowShape<Config>::kBlockTokens;
+      atomicAdd(&search.kept[0][block], static_cast<unsigned>(own.amount) & 0xffffu);
+      atomicAdd(&search.kept[1][block], static_cast<unsigned>(own.amount >> 16));
+    }
+    if (last) search.found = message(mine, Winner{});
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    const unsigned lane = threadIdx.x;
+    uint64 kept = 0;
+    if (lane < kBlocks) kept = search.above[lane] + search.kept[0][lane] + (static_cast<uint64>(search.kept[1][lane]) << 16);
+    const Prefix<uint64> prefix = prefix_over_lanes<32>(kept);
+    const uint64 target = static_cast<uint64>(scale_bits(row.shared.random, static_cast<int64>(prefix.total)));
+    const unsigned block = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, target < prefix.inclusive))) - 1;
+    const Winner end = {block, target - __shfl_sync(0xffffffffu, prefix.exclusive, static_cast<int>(block))};
+    const uint4 found = search.found;
+    __syncwarp();  // all have read what the next line overwrites
+    row.mailbox.send_to_all(
+        kFound, &search.found, message({__uint_as_float(found.x), static_cast<int>(found.y)}, end));
   }
 
   // The prefix; `target_of(total)` (1 or more) says what it is to reach, from the amount of all considered tokens. Every
@@ -236,17 +384,25 @@ struct PrefixSearch {
   __device__ __forceinline__ RankPrefix find_from(RankScale scale, TargetOf target_of) {
     uint64 wanted = 0;
     clear();
+    const bool linear = scale.shift < 0;
+    if (linear) {
+      add_slice(scale);
+      share_bins(scale);
+      scale.outer = boundary_bin(scale, target_of, wanted);
+      if (scale.outer < 0) return considered;
+      gather_chosen(scale);
+    } else if (threadIdx.x == 0) {
+      row.shared.search.local_count = kLocalTokens + 1;
+    }
 #pragma unroll 1
-    for (bool first_level = true;; first_level = false) {
-      sum_bins(scale);
-      const uint64 lacking = wanted;
-      const int bin =
-          boundary_bin(scale, [&](uint64 total) { return first_level ? target_of(total) : lacking; }, wanted);
+    for (bool has_target = linear;; has_target = true) {
+      if (!has_target) __syncthreads();
+      add_chosen(scale);
+      share_bins(scale);
+      const uint64 left = wanted;
+      const int bin = boundary_bin(scale, [&](uint64 total) { return has_target ? left : target_of(total); }, wanted);
       if (bin < 0) return considered;
-      if (scale.shift < 0 && scale.outer < 0) {
-        scale.outer = bin;
-        continue;
-      }
+      if (draws && scale.shift < 0 && row.rank == 0) sum_above(scale.outer, bin);
       bool fits;
       const BoundaryShare boundary = collect(scale, bin, fits);
       if (boundary.smallest == boundary.largest) {
@@ -258,11 +414,11 @@ struct PrefixSearch {
         if (row.rank == 0) publish_from_list(boundary.count, wanted);
       } else {
         scale = bit_scale(boundary.largest, boundary.smallest);
+        draws = false;
         clear();
         continue;
       }
-      row.mailbox.receive(kFound, 8);
-      return shorter(considered, row.shared.search.found);
+      return shorter(considered, receive());
     }
   }
 };

@@ -53,7 +53,7 @@ struct FirstK {
     }
     // Infinities are no part of an even scale.
     const bool finite = row.usable() && row.smallest > minus_infinity();
-    PrefixSearch<Config> search{row, every_token(), true};
+    PrefixSearch<Config> search{row, every_token(), true, false};
     const RankScale scale =
         finite ? row_scale(row.largest, row.smallest, true) : bit_scale(row.largest, row.smallest);
     const RankPrefix prefix = search.find_from(scale, [&](uint64) { return static_cast<uint64>(k); });
@@ -95,11 +95,11 @@ struct FirstK {
     constexpr int kParts = kComparers<kThreads>;
 #pragma unroll 1
     for (int base = 0; base < count; base += kComparedTokens) {
-      const int place = base + static_cast<int>(threadIdx.x) / kParts;
+      const int place = base + compared_place<kThreads>();
       const RankedToken own = place < count ? tokens[place] : RankedToken{0, 0};
       int rank;
       compare_with_all<kThreads>(tokens, count, own, rank);
-      if (place < count && rank < k && static_cast<int>(threadIdx.x) % kParts == 0) {
+      if (place < count && place < base + kComparedTokens && rank < k && static_cast<int>(threadIdx.x) % kParts == 0) {
         write(rank, logit_of(own.rank_key), static_cast<int>(token_of(own.rank_key)));
       }
     }

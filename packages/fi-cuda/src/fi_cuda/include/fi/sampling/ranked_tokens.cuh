@@ -7,9 +7,15 @@ namespace fi {
 
 constexpr int kComparedTokens = 128;
 
-// Lanes that share the comparisons of one token, so that kComparedTokens of them keep a block busy.
+// Lanes that share the comparisons of one token (a power of 2), so that kComparedTokens of them keep a block busy.
 template <int kThreads>
-constexpr int kComparers = kThreads / kComparedTokens > 0 ? kThreads / kComparedTokens : 1;
+constexpr int kComparers = kThreads >= 4 * kComparedTokens ? 4 : kThreads >= 2 * kComparedTokens ? 2 : 1;
+
+// Which of kComparedTokens this thread compares; as many or more: none.
+template <int kThreads>
+__device__ __forceinline__ int compared_place() {
+  return static_cast<int>(threadIdx.x) / kComparers<kThreads>;
+}
 
 // A token's place in the rank order, larger first, and what it weighs.
 struct alignas(16) RankedToken {
@@ -52,20 +58,23 @@ __device__ __forceinline__ uint64 compare_with_all(const RankedToken* tokens, in
   return sum_over_lanes<kComparers<kThreads>>(before);
 }
 
-// The first block's list as ranked tokens, in any order; amount_of(logit) is what one weighs. All threads of that block.
+// The first block's list as ranked tokens, block by block; amount_of(logit) is what one weighs. All threads of that block.
 template <class Config, class Amount>
 __device__ __forceinline__ RankedToken* gather_list(ClusterRow<Config>& row, Amount amount_of) {
+  using Row = ClusterRow<Config>;
   auto& search = row.shared.search;
   static_assert(sizeof(RankedToken) * kMaxRanked <= sizeof(search.parts[0]));
   RankedToken* tokens = ranked_tokens(row.shared);
-  if (threadIdx.x == 0) search.num_ranked = 0;
-  __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // A warp for each block's part.
 #pragma unroll 1
-  for (int slot = static_cast<int>(threadIdx.x); slot < Config::kClusterBlocks * kListPerBlock; slot += Config::kNumThreads) {
-    if (slot % kListPerBlock < search.shares[slot / kListPerBlock].count) {
-      const uint2 entry = search.list[slot];
+  for (int block = static_cast<int>(threadIdx.x) / 32; block < Row::kBlocks; block += Row::kWarps) {
+    const int place = __reduce_add_sync(0xffffffffu, lane < block ? search.shares[lane % Row::kBlocks].count : 0);
+#pragma unroll 1
+    for (int idx = lane; idx < search.shares[block].count; idx += 32) {
+      const uint2 entry = search.list[block * kListPerBlock + idx];
       const float logit = __uint_as_float(entry.x);
-      tokens[atomicAdd(&search.num_ranked, 1)] = ranked_token(logit, static_cast<int>(entry.y), amount_of(logit));
+      tokens[place + idx] = ranked_token(logit, static_cast<int>(entry.y), amount_of(logit));
     }
   }
   __syncthreads();

@@ -42,7 +42,7 @@ __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
 }
 
 struct Extremes {
-  float largest, smallest;  // largest: NaN if any logit is
+  float largest, smallest;  // largest: NaN if any logit is; smallest only if Config::kSmallest
 };
 
 template <class T, int kBytes>
@@ -64,7 +64,8 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
   constexpr int kPerRound = 32 * kCount;
   constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;
-  constexpr int kBatch = kRounds < 8 ? kRounds : 8;
+  constexpr int kMost = Config::kResidentBlocks > 2 ? 4 : 8;  // beside others, half is enough
+  constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   Extremes found = {minus_infinity(), -minus_infinity()};
   for (int first_round = 0; first_round < kRounds; first_round += kBatch) {
@@ -87,7 +88,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
           const float logit = inside ? to_float(held[idx].data[e]) : no_logit();
           if (inside) {
             found.largest = ptx::max_or_nan(found.largest, logit);
-            found.smallest = fminf(found.smallest, logit);
+            if (Config::kSmallest) found.smallest = fminf(found.smallest, logit);
           }
           part.data[e % 4] = logit;
           if (e % 4 == 3 || e == kCount - 1) store_pack(slice + place + e / 4 * 4, part);

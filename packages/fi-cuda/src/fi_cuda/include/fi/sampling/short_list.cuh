@@ -106,8 +106,8 @@ struct ShortList {
     RankedToken* tokens = gather_list(row, [&](float logit) { return mass_at(row.largest - logit); });
     constexpr int kSweeps = kMaxRanked / kComparedTokens;
     constexpr int kParts = kComparers<kThreads>;
-    const bool leads = static_cast<int>(threadIdx.x) % kParts == 0;
-    const int first = static_cast<int>(threadIdx.x) / kParts;
+    const int first = compared_place<kThreads>();
+    const bool leads = static_cast<int>(threadIdx.x) % kParts == 0 && first < kComparedTokens;
     RankedToken own[kSweeps];
     int rank[kSweeps];
     uint64 before[kSweeps];

@@ -25,6 +25,12 @@ __device__ __forceinline__ uint64 mass_of(float weight) {
   return static_cast<uint64>(__float2uint_rz(weight * 4294967296.0f)) + (weight >= 1.0f ? 1u : 0u);
 }
 
+// The mass as its lower 16 bits, which are 2^16 for weight 1, and the rest.
+__device__ __forceinline__ uint2 mass_limbs(float weight) {
+  const unsigned mass = __float2uint_rz(weight * 4294967296.0f);
+  return make_uint2((mass & 0xffffu) + (weight >= 1.0f ? 1u : 0u), mass >> 16);
+}
+
 __device__ __forceinline__ uint64 mass_at(float shortfall) { return mass_of(weight_of(shortfall)); }
 
 // Unsigned integers in the order of the floats, -0 and 0 equal; for numbers that are not NaN.
