@@ -55,7 +55,6 @@ class DecodeSpec(KernelSpec):
         (
             ("starts", "pointer"),
             ("items", "pointer"),
-            ("arrivals", "output"),
             ("partials", "output"),
             ("partial_lses", "output"),
             ("q", "pointer"),

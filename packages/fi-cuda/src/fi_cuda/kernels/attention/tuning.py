@@ -29,7 +29,6 @@ _RESERVED_BYTES = 1024  # of shared memory, which the driver keeps for each bloc
 _PROCESSOR_REGISTERS = 65536
 _MAX_REGISTERS = 256
 _ITEM_ROWS_BYTES = 64 * 64
-_FLAG_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,12 @@ def _stage_bytes(chunk_tokens: int, row_bytes: tuple[int, int]) -> int:
 
 
 def shared_bytes(tuning: DecodeTuning, head_dim: int, head_dim_vo: int, stored_bytes: int) -> int:
-    """Shared memory of a block: the warps' rings with a barrier a stage, the warps' shares of an item, item rows, a flag, and
-    what aligning them may take."""
+    """Shared memory of a block: the warps' rings with a barrier a stage, the warps' shares of an item, item rows, and what
+    aligning them may take."""
     stage = _stage_bytes(tuning.chunk_tokens, (head_dim * stored_bytes, head_dim_vo * stored_bytes))
     rings = tuning.num_warps * tuning.num_stages * (stage + _BARRIER_BYTES)
     shares = tuning.num_warps * tuning.rows * ((head_dim_vo + 4) * 4 + 8)
-    return rings + shares + _ITEM_ROWS_BYTES + _FLAG_BYTES + _STAGE_ALIGNMENT
+    return rings + shares + _ITEM_ROWS_BYTES + _STAGE_ALIGNMENT
 
 
 def num_processors(device: torch.device) -> int:

@@ -44,7 +44,11 @@ struct DecodeState {
   OnlineSoftmax<kRowTiles * 2, 8, 4> softmax;
   float total[Ops::kDimTiles][kRowTiles][4];
 
-  __device__ __forceinline__ DecodeState(const Params& params, const AttentionItem& item, int lane) : softmax(1.0f) {
+  __device__ __forceinline__ DecodeState() : softmax(1.0f) {}
+
+  // Takes up an item.
+  __device__ __forceinline__ void begin(const Params& params, const AttentionItem& item, int lane) {
+    softmax = OnlineSoftmax<kRowTiles * 2, 8, 4>(1.0f);
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
       load_query(params, item, n, lane);

@@ -1,14 +1,15 @@
 // What becomes of an item's result: the warps' shares are added up, and it goes to the output, or, if its tile was split, to a
 // slot from which the tile's pieces are merged in the plan's order. Equal inputs and plan give equal bits, whoever merges.
 //
-// Pieces meet at a counter that needs no reset: the worker of the first piece adds 2^31 - (pieces - 1) and every other adds 1,
-// so the top bit flips when all have arrived and the rest is 0 again. A tile of few pieces is merged by the block that flips
-// it. A tile of many is merged in slices by those workers whose whole work was a piece of it: they wait for the flip, which
-// comes because the launch is cooperative: all blocks are resident.
+// Pieces need no counter, fence or barrier: a slot's words hold a bit pattern that no result has until the piece is there, and
+// who merges reads until all are and leaves the pattern again. Every word is read by one thread alone.
+// The worker in which a tile begins merges it, after its last piece of it. A tile of many pieces is merged in slices by
+// it and those workers whose whole work is a piece of it. Either waits only when its other work is done, for first items of
+// other workers, which wait for nobody; and the launch is cooperative: all blocks are resident.
 #pragma once
 
 #include "fi/attention/decode_state.cuh"
-#include "fi/ptx/fence.cuh"
+#include "fi/ptx/relaxed.cuh"
 
 namespace fi {
 
@@ -26,6 +27,16 @@ struct Shares {
 constexpr int kManyPieces = 6;
 constexpr int kPiecesAtOnce = 5;
 
+// What a slot's words hold while the piece is not there: a NaN that no arithmetic gives.
+constexpr unsigned kAbsent = 0xffffffffu;
+
+// Four dims of a row of a piece, normalised, and the row's log-sum-exp in base 2, which is the base of weights that add up to
+// 1; -inf and zeros for a row without keys.
+struct PieceQuad {
+  float values[4];
+  float lse;
+};
+
 template <class Config, class Params>
 class ItemFinisher {
   using State = DecodeState<Config, Params>;
@@ -37,22 +48,31 @@ class ItemFinisher {
   static constexpr int kThreads = Config::kNumWarps * 32;
 
  public:
-  // `flag` is in shared memory, like the shares.
-  __device__ __forceinline__ ItemFinisher(const Params& params, Shares<Config>& shares, int* flag)
-      : params_(params), shares_(shares), flag_(flag) {}
+  __device__ __forceinline__ ItemFinisher(const Params& params, Shares<Config>& shares) : params_(params), shares_(shares) {}
 
-  // Called by all threads of the block for every item, with their warp's state.
-  __device__ __forceinline__ void finish(const AttentionItem& item, const State& state) {
+  // Called by all threads of the block for every item, with their warp's state; the block's worker has `before` items before
+  // it and `after` items after it.
+  __device__ __forceinline__ void finish(const AttentionItem& item, const State& state, int before, int after) {
     leave_share(state);
     __syncthreads();
-    add_shares(item);
-    if (item.slot >= 0) merge_pieces(item);
+    const int pieces = item.num_pieces(), piece = item.piece();
+    const bool is_last = piece == pieces - 1;
+    const bool owns = piece <= before && (is_last || after == 0);
+    // Of few pieces the first need not go through memory.
+    const bool at_once = owns && piece == 0 && pieces <= kPiecesAtOnce;
+    add_shares(item, at_once);
+    if (item.slot >= 0 && !at_once) {
+      // Which workers continue a tile follows from slots only where these are numbered by worker.
+      const bool sliced = !Config::kBatchInvariant && pieces >= kManyPieces;
+      if (sliced ? !is_last : owns) merge_slice(item, sliced ? piece : 0, sliced ? pieces - 1 : 1);
+    }
     __syncthreads();  // the shares are free for the next item
   }
 
  private:
-  // Adds the warps' shares up in their order, and stores the result or the piece.
-  __device__ __forceinline__ void add_shares(const AttentionItem& item) const {
+  // Adds the warps' shares up in their order, and stores the result or the piece; `at_once`: merges the tile's other pieces
+  // into this one, which is the first.
+  __device__ __forceinline__ void add_shares(const AttentionItem& item, bool at_once) const {
     for (int unit = threadIdx.x; unit < Config::kRows * kQuads; unit += kThreads) {
       const int row = unit / kQuads, quad = unit % kQuads;
       const Row where(item, row);
@@ -66,11 +86,20 @@ class ItemFinisher {
         read(other, shares_.totals + (warp * Config::kRows + row) * kPitch + quad * 4);
         merge_into(merged, total, shares_.rows[warp * Config::kRows + row], other);
       }
-      if (item.slot < 0) {
-        store(item, where, quad, merged, total, value_scale(item));
-      } else {
-        store_partial(item.slot * Config::kRows + row, quad, merged, total, value_scale(item));
+      float scale = value_scale(item);
+      if (item.slot >= 0) {
+        const PieceQuad own = piece_of(merged, total, scale);
+        if (!at_once) {
+          leave_piece(item.slot, unit, own);
+          continue;
+        }
+        merged = {own.lse, own.lse == minus_infinity() ? 0.0f : 1.0f};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) total[e] = own.values[e];
+        add_pieces(item, 1, 1, unit, merged, total);
+        scale = 1.0f;
       }
+      store(item, where, quad, merged, total, scale);
     }
   }
 
@@ -85,7 +114,7 @@ class ItemFinisher {
   }
 
   __device__ __forceinline__ void leave_share(const State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < State::kRowTiles; ++n) {
@@ -124,99 +153,103 @@ class ItemFinisher {
     }
   }
 
-  // Four dims of a row, normalised, to its slot; a row without keys has the log-sum-exp -inf and the values 0.
-  __device__ __forceinline__ void store_partial(int slot_row, int quad, PartialRow known, const float (&total)[4],
-                                                float scale) const {
+  static __device__ __forceinline__ PieceQuad piece_of(PartialRow known, const float (&total)[4], float scale) {
     const RowResult result = finish_row(known);
-    float4 values;
     const float factor = result.scale * scale;
-    values.x = result.scale == 0.0f ? 0.0f : total[0] * factor;
-    values.y = result.scale == 0.0f ? 0.0f : total[1] * factor;
-    values.z = result.scale == 0.0f ? 0.0f : total[2] * factor;
-    values.w = result.scale == 0.0f ? 0.0f : total[3] * factor;
-    reinterpret_cast<float4*>(params_.partials)[static_cast<int64>(slot_row) * kQuads + quad] = values;
-    if (quad == 0) static_cast<float*>(params_.partial_lses)[slot_row] = result.lse * kLog2E;
+    PieceQuad piece;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) piece.values[e] = result.scale == 0.0f ? 0.0f : total[e] * factor;
+    piece.lse = result.lse * kLog2E;
+    return piece;
   }
 
-  __device__ __forceinline__ void merge_pieces(const AttentionItem& item) {
-    const int pieces = item.num_pieces();
-    // Which workers continue a tile follows from slots only where these are numbered by worker.
-    const bool sliced = !Config::kBatchInvariant && pieces >= kManyPieces;
-    __syncthreads();  // every thread's part of the piece is written
-    if (threadIdx.x == 0) *flag_ = sliced ? arrive_and_wait(item) : arrive(item, counter_of(item)) < 0;
-    __syncthreads();
-    if (*flag_ == 0) return;
-    const int rank = sliced ? item.slot - item.tail_begin : 0, num_mergers = sliced ? item.tail_end - 1 - item.tail_begin : 1;
-    // As few lanes for four dims of a row as leave none with more pieces than are loaded at once.
-    const int lanes = pieces <= kPiecesAtOnce ? 1 : pieces <= 8 * kPiecesAtOnce ? 8 : 32;
-    merge_slice(item, rank, num_mergers, lanes);
+  // Where a slot has unit `unit` (quad + row * kQuads) of its piece.
+  __device__ __forceinline__ float4* values_at(int slot, int unit) const {
+    return static_cast<float4*>(params_.partials) + static_cast<int64>(slot) * (Config::kRows * kQuads) + unit;
+  }
+  __device__ __forceinline__ float* lse_at(int slot, int unit) const {
+    return static_cast<float*>(params_.partial_lses) + static_cast<int64>(slot) * (Config::kRows * kQuads) + unit;
   }
 
-  __device__ __forceinline__ int* counter_of(const AttentionItem& item) const {
-    return static_cast<int*>(params_.arrivals) + item.merge_idx;
+  static __device__ __forceinline__ bool is_absent(float value) { return __float_as_uint(value) == kAbsent; }
+  static __device__ __forceinline__ float present(float value) { return is_absent(value) ? __uint_as_float(kAbsent >> 1) : value; }
+
+  __device__ __forceinline__ void leave_absent(int slot, int unit) const {
+    const float absent = __uint_as_float(kAbsent);
+    ptx::store_relaxed(values_at(slot, unit), float4{absent, absent, absent, absent});
+    ptx::store_relaxed(lse_at(slot, unit), absent);
+  }
+  __device__ __forceinline__ void leave_piece(int slot, int unit, const PieceQuad& piece) const {
+    const float* values = piece.values;
+    ptx::store_relaxed(values_at(slot, unit), float4{present(values[0]), present(values[1]), present(values[2]), present(values[3])});
+    ptx::store_relaxed(lse_at(slot, unit), present(piece.lse));
   }
 
-  // Counts the piece; the result's top bit says that it was the last.
-  static __device__ __forceinline__ int arrive(const AttentionItem& item, int* counter) {
-    const int amount = item.slot == item.head_slot ? static_cast<int>(0x80000000u - (item.num_pieces() - 1)) : 1;
-    const int before = ptx::add_acq_rel(counter, amount);
-    return before ^ static_cast<int>(static_cast<unsigned>(before) + amount);
-  }
-
-  // Counts the piece; 1 once all pieces are there and this worker has a slice to merge, 0 at once if it has none.
-  __device__ __forceinline__ int arrive_and_wait(const AttentionItem& item) const {
-    int* counter = counter_of(item);
-    // Before this piece is counted, the top bit cannot flip.
-    const int before = ptx::load_acquire(counter);
-    arrive(item, counter);
-    if (item.slot == item.head_slot || item.slot == item.tail_end - 1) return 0;
-    while ((ptx::load_acquire(counter) ^ before) >= 0) {
-    }
-    return 1;
-  }
-
-  // This block's part of the tile, four dims of a row at a time: `lanes` lanes share the pieces and add them up. One piece of
-  // code for any number of lanes: a kernel that runs once reads its instructions from memory too.
-  __device__ __forceinline__ void merge_slice(const AttentionItem& item, int rank, int num_mergers, int lanes) const {
+  // This block's part of the tile, four dims of a row at a time. One piece of code for any number of lanes: a kernel that runs
+  // once reads its instructions from memory too.
+  __device__ __forceinline__ void merge_slice(const AttentionItem& item, int rank, int num_mergers) const {
     const int live_rows = min(item.q_len * Config::kGroupSize - item.q_tile * Config::kRows, Config::kRows);
-    const int lane = static_cast<int>(threadIdx.x) % lanes, units_at_once = kThreads / lanes;
+    const int pieces = item.num_pieces();
+    // As few lanes for a unit as leave none with more pieces than are loaded at once.
+    const int log_lanes = pieces <= kPiecesAtOnce ? 0 : pieces <= 8 * kPiecesAtOnce ? 3 : 5;
+    const int lanes = 1 << log_lanes, units_at_once = kThreads >> log_lanes;
+    const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     // All lanes stay in the loop as long as one of their warp has a unit: they exchange what they hold.
 #pragma unroll 1
     for (int first = rank * units_at_once; first < live_rows * kQuads; first += num_mergers * units_at_once) {
-      const int unit = first + static_cast<int>(threadIdx.x) / lanes;
+      const int unit = first + (static_cast<int>(threadIdx.x) >> log_lanes);
       const bool live = unit < live_rows * kQuads;
-      const int row = live ? unit / kQuads : 0, quad = unit % kQuads;
       PartialRow merged = empty_row();
       float total[4] = {};
 #pragma unroll 1
-      for (int piece = lane; piece < item.num_pieces(); piece += lanes * kPiecesAtOnce) {
-        add_pieces(item, piece, lanes, row, quad, merged, total);
+      for (int piece = lane; live && piece < pieces; piece += lanes * kPiecesAtOnce) {
+        add_pieces(item, piece, lanes, unit, merged, total);
       }
 #pragma unroll 1
       for (int distance = 1; distance < lanes; distance *= 2) add_partner(distance, merged, total);
-      if (live && lane == 0) store(item, Row(item, row), quad, merged, total, 1.0f);
+      if (live && lane == 0) store(item, Row(item, unit / kQuads), unit % kQuads, merged, total, 1.0f);
     }
   }
 
-  // Pieces first, first + step, ..., kPiecesAtOnce of them, loaded together. A piece's log-sum-exp, in base 2, is the base of
-  // weights that add up to 1.
-  __device__ __forceinline__ void add_pieces(const AttentionItem& item, int first, int step, int row, int quad,
-                                             PartialRow& merged, float (&total)[4]) const {
+  // Pieces first, first + step, ..., kPiecesAtOnce of them, loaded together until all are there.
+  __device__ __forceinline__ void add_pieces(const AttentionItem& item, int first, int step, int unit, PartialRow& merged,
+                                             float (&total)[4]) const {
+    float4 values[kPiecesAtOnce];
     float lses[kPiecesAtOnce];
-    float4 quads[kPiecesAtOnce];
+    bool complete;
+    do {
+      complete = true;
+#pragma unroll
+      for (int idx = 0; idx < kPiecesAtOnce; ++idx) {
+        const int piece = first + idx * step;
+        values[idx] = float4{};
+        lses[idx] = minus_infinity();
+        if (piece < item.num_pieces()) {
+          values[idx] = ptx::load_relaxed(values_at(item.slot_of(piece), unit));
+          lses[idx] = ptx::load_relaxed(lse_at(item.slot_of(piece), unit));
+        }
+      }
+#pragma unroll
+      for (int idx = 0; idx < kPiecesAtOnce; ++idx) {
+        complete &= !is_absent(lses[idx]) && !is_absent(values[idx].x) && !is_absent(values[idx].y) &&
+                    !is_absent(values[idx].z) && !is_absent(values[idx].w);
+      }
+    } while (!complete);
+    float top = minus_infinity();
+#pragma unroll
+    for (int idx = 0; idx < kPiecesAtOnce; ++idx) top = Largest()(top, lses[idx]);
+    PartialRow row = {top, 0.0f};
+    float sum[4] = {};
 #pragma unroll
     for (int idx = 0; idx < kPiecesAtOnce; ++idx) {
+      const float weight = ptx::exp2_approx(lses[idx] - finite_base(top));
+      row.mass += weight;
+      sum[0] += weight * values[idx].x, sum[1] += weight * values[idx].y;
+      sum[2] += weight * values[idx].z, sum[3] += weight * values[idx].w;
       const int piece = first + idx * step;
-      const int slot_row = item.slot_of(min(piece, item.num_pieces() - 1)) * Config::kRows + row;
-      lses[idx] = __ldcg(static_cast<const float*>(params_.partial_lses) + slot_row);
-      quads[idx] = __ldcg(reinterpret_cast<const float4*>(params_.partials) + static_cast<int64>(slot_row) * kQuads + quad);
-      if (piece >= item.num_pieces()) lses[idx] = minus_infinity();
+      if (piece < item.num_pieces()) leave_absent(item.slot_of(piece), unit);
     }
-#pragma unroll
-    for (int idx = 0; idx < kPiecesAtOnce; ++idx) {
-      const float values[4] = {quads[idx].x, quads[idx].y, quads[idx].z, quads[idx].w};
-      merge_into(merged, total, PartialRow{lses[idx], lses[idx] == minus_infinity() ? 0.0f : 1.0f}, values);
-    }
+    merge_into(merged, total, row, sum);
   }
 
   // Adds what the lane `distance` away holds; the lower lane's comes first in both, so that they end with the same bits.
@@ -237,7 +270,6 @@ class ItemFinisher {
 
   const Params& params_;
   Shares<Config>& shares_;
-  int* flag_;
 };
 
 }  // namespace fi

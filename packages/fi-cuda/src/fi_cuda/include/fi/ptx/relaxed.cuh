@@ -1,0 +1,33 @@
+// Words in global memory that blocks of the GPU exchange while they run, without any order among them: each is old or new.
+// PTX ISA, sections "Data Movement and Conversion Instructions: ld, st" and "Memory Consistency Model".
+#pragma once
+
+namespace fi::ptx {
+
+__device__ __forceinline__ float load_relaxed(const float* from) {
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(__cvta_generic_to_global(from)) : "memory");
+  return value;
+}
+
+// Four words, aligned to 16 bytes; each for itself is old or new.
+__device__ __forceinline__ float4 load_relaxed(const float4* from) {
+  float4 values;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values.x), "=f"(values.y), "=f"(values.z), "=f"(values.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return values;
+}
+
+__device__ __forceinline__ void store_relaxed(float* to, float value) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(float4* to, float4 values) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(values.x),
+               "f"(values.y), "f"(values.z), "f"(values.w)
+               : "memory");
+}
+
+}  // namespace fi::ptx
