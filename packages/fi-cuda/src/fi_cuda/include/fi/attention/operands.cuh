@@ -54,12 +54,6 @@ struct Operands {
     return result;
   }
 
-  // Two stored 8-bit floats, in the low half of `pair`, as float16.
-  static __device__ __forceinline__ unsigned halves_of(unsigned pair) {
-    const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), kFp8Format<Stored>);
-    return static_cast<unsigned>(both.x) | static_cast<unsigned>(both.y) << 16;
-  }
-
   // Calls use(step, a) for every 16 dims of K with the fragment of the stage's tokens 16 tile .. 16 tile + 15.
   template <class Use>
   static __device__ __forceinline__ void for_keys(const unsigned char* stage, int tile, int lane, Use&& use) {
@@ -73,7 +67,9 @@ struct Operands {
       } else {
         unsigned bytes[2];
         ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(row, step * 16));
-        const unsigned a[4] = {halves_of(bytes[0]), halves_of(bytes[1]), halves_of(bytes[0] >> 16), halves_of(bytes[1] >> 16)};
+        unsigned a[4];
+        halves_of<Stored>(a[0], a[2], bytes[0]);
+        halves_of<Stored>(a[1], a[3], bytes[1]);
         use(step, a);
       }
     }
@@ -94,9 +90,8 @@ struct Operands {
         ptx::ldmatrix_x2_trans(bytes, values + Stage::Values::place(row, tile * 16));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const unsigned even = halves_of(bytes[half]), odd = halves_of(bytes[half] >> 16);
-          a[2 * half] = __byte_perm(even, odd, 0x5410);      // dim 2 g of tokens 2 t and 2 t + 1
-          a[2 * half + 1] = __byte_perm(even, odd, 0x7632);  // dim 2 g + 1
+          // Dim 2 g of tokens 2 t and 2 t + 1, then dim 2 g + 1.
+          halves_of<Stored>(a[2 * half], a[2 * half + 1], __byte_perm(bytes[half], 0, 0x3120));
         }
       }
       use(tile, a);

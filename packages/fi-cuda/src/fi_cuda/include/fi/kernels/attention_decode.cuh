@@ -51,12 +51,8 @@ __device__ __forceinline__ void clear_unreadable(unsigned char* stage, int posit
   const bool readable = position + lane >= lowest && position + lane < kv_end;
   if (lane < Config::kChunkTokens && !readable) {
 #pragma unroll
-    for (int column = 0; column < Rows::kColumns; ++column) {
-#pragma unroll
-      for (int byte = 0; byte < Rows::kSwizzle; byte += 16) {
-        unsigned char* unit = stage + Stage::kValueBegin + column * Rows::kColumnBytes + lane * Rows::kSwizzle + byte;
-        *reinterpret_cast<int4*>(unit) = int4{};
-      }
+    for (int byte = 0; byte < Rows::kColumns * Rows::kSwizzle; byte += 16) {
+      *reinterpret_cast<int4*>(stage + Stage::kValueBegin + Rows::place(lane, byte)) = int4{};
     }
     ptx::fence_proxy_async_shared();  // the stage's next copies come after
   }
