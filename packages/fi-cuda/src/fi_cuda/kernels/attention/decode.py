@@ -56,7 +56,7 @@ class DecodeSpec(KernelSpec):
             ("starts", "pointer"),
             ("items", "pointer"),
             ("partials", "output"),
-            ("partial_lses", "output"),
+            ("partial_rows", "output"),
             ("q", "pointer"),
             ("k", "pointer"),
             ("v", "pointer"),

@@ -35,8 +35,8 @@ class Layout:
 
     ``lists`` has a work list for each distinct window; these make up the first ``host_bytes``, which an update from the
     CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it needs none). ``partials`` and
-    ``partial_lses`` (base 2, once for every four dims) are the slots of pieces' results, of bits that are all set while a
-    piece is not there.
+    ``partial_rows`` (base and mass of the softmax, once for every four dims) are the slots of pieces' results; all bits are
+    set while a piece is not there.
     """
 
     tuning: DecodeTuning
@@ -46,7 +46,7 @@ class Layout:
     host_bytes: int
     scratch: Region
     partials: Region
-    partial_lses: Region
+    partial_rows: Region
     num_bytes: int
 
     @classmethod
@@ -81,6 +81,6 @@ class Layout:
             host_bytes=host_bytes,
             scratch=build.add((scratch_bytes(capacity.max_batch),), torch.uint8),
             partials=build.add((bounds.num_slots, tuning.rows, spec.head_dim_vo or 0), torch.float32),
-            partial_lses=build.add((bounds.num_slots, tuning.rows, (spec.head_dim_vo or 0) // 4), torch.float32),
+            partial_rows=build.add((bounds.num_slots, tuning.rows, (spec.head_dim_vo or 0) // 4, 2), torch.float32),
             num_bytes=build.end,
         )

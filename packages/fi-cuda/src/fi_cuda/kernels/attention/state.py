@@ -76,7 +76,7 @@ class DecodeState:
         self._device = device
         self._layout = layout = Layout.of(spec, capacity, device)
         self._buffer = buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
-        for slots in (layout.partials, layout.partial_lses):
+        for slots in (layout.partials, layout.partial_rows):
             slots.of(buffer).view(torch.int32).fill_(-1)
         self._lists = {window: regions.of(buffer) for window, regions in layout.lists.items()}
         for lists in self._lists.values():
@@ -173,7 +173,7 @@ class DecodeState:
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> _Call:
         """Find the kernel for calls with this cache and layer, and remember it with what they share."""
         lists, layout = self._lists[layer.window], self._layout
-        workspace = (layout.partials, layout.partial_lses)
+        workspace = (layout.partials, layout.partial_rows)
         k_scales, k_scale_stride, k_scale = _scale(kv.k_scale)
         v_scales, v_scale_stride, v_scale = _scale(kv.v_scale)
         addressing = self._addressing

@@ -6,9 +6,10 @@
 
 namespace fi {
 
+// Divisions here are of unsigned numbers, which take a shift.
 template <int kChunkTokens>
 __device__ __forceinline__ int num_chunks_of(const AttentionItem& item) {
-  return (item.kv_end - item.kv_begin + kChunkTokens - 1) / kChunkTokens;
+  return static_cast<int>(static_cast<unsigned>(item.kv_end - item.kv_begin + kChunkTokens - 1) / kChunkTokens);
 }
 
 // A warp's place in its share of a list of items.
@@ -17,9 +18,11 @@ struct ChunkTurn {
   int turn;  // the warp that takes the item's first chunk
 
   __device__ __forceinline__ int first_chunk(int warp) const {
-    return (warp - turn + kNumWarps) % kNumWarps;
+    return static_cast<int>(static_cast<unsigned>(warp - turn + kNumWarps) % kNumWarps);
   }
-  __device__ __forceinline__ void pass(int num_chunks) { turn = (turn + num_chunks) % kNumWarps; }
+  __device__ __forceinline__ void pass(int num_chunks) {
+    turn = static_cast<int>(static_cast<unsigned>(turn + num_chunks) % kNumWarps);
+  }
 };
 
 }  // namespace fi

@@ -42,7 +42,7 @@ class BoxLoader {
       int page = 0, token;
       if constexpr (kPaged) {
         page = walk.page_of(box * kBoxTokens);
-        token = position % Config::kPageSize;
+        token = static_cast<int>(static_cast<unsigned>(position) % Config::kPageSize);
       } else {
         token = static_cast<int>(walk.first_row()) + position;
       }

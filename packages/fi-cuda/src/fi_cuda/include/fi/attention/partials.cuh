@@ -13,6 +13,40 @@
 
 namespace fi {
 
+// What is known of four dims of a row over some of its keys: values are weighted by 2^(logit - base), not normalised.
+struct RowPart {
+  PartialRow row;
+  float values[4];
+};
+
+__device__ __forceinline__ RowPart empty_part() { return {empty_row(), {}}; }
+
+// `part` with its weights in terms of `base`, which is no lower than its own; what a part without keys holds has no effect.
+__device__ __forceinline__ RowPart rebased(const RowPart& part, float base) {
+  const float scale = ptx::exp2_approx(part.row.base - finite_base(base));
+  RowPart result = {{base, scale == 0.0f ? 0.0f : part.row.mass * scale}, {}};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) result.values[e] = scale == 0.0f ? 0.0f : part.values[e] * scale;
+  return result;
+}
+
+// Disjoint parts together, added up in their order.
+template <int kCount>
+__device__ __forceinline__ RowPart sum_of(const RowPart (&parts)[kCount]) {
+  float base = parts[0].row.base;
+#pragma unroll
+  for (int idx = 1; idx < kCount; ++idx) base = Largest()(base, parts[idx].row.base);
+  RowPart sum = rebased(parts[0], base);
+#pragma unroll
+  for (int idx = 1; idx < kCount; ++idx) {
+    const RowPart part = rebased(parts[idx], base);
+    sum.row.mass += part.row.mass;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum.values[e] += part.values[e];
+  }
+  return sum;
+}
+
 // The warps' shares of an item.
 template <class Config>
 struct Shares {
@@ -29,13 +63,6 @@ constexpr int kPiecesAtOnce = 5;
 
 // What a slot's words hold while the piece is not there: a NaN that no arithmetic gives.
 constexpr unsigned kAbsent = 0xffffffffu;
-
-// Four dims of a row of a piece, normalised, and the row's log-sum-exp in base 2, which is the base of weights that add up to
-// 1; -inf and zeros for a row without keys.
-struct PieceQuad {
-  float values[4];
-  float lse;
-};
 
 template <class Config, class Params>
 class ItemFinisher {
@@ -55,57 +82,45 @@ class ItemFinisher {
   __device__ __forceinline__ void finish(const AttentionItem& item, const State& state, int before, int after) {
     leave_share(state);
     __syncthreads();
+    const int live_rows = min(item.q_len * Config::kGroupSize - item.q_tile * Config::kRows, Config::kRows);
     const int pieces = item.num_pieces(), piece = item.piece();
     const bool is_last = piece == pieces - 1;
     const bool owns = piece <= before && (is_last || after == 0);
     // Of few pieces the first need not go through memory.
     const bool at_once = owns && piece == 0 && pieces <= kPiecesAtOnce;
-    add_shares(item, at_once);
-    if (item.slot >= 0 && !at_once) {
+    add_shares(item, live_rows * kQuads, at_once);
+    if (!at_once) {
       // Which workers continue a tile follows from slots only where these are numbered by worker.
       const bool sliced = !Config::kBatchInvariant && pieces >= kManyPieces;
-      if (sliced ? !is_last : owns) merge_slice(item, sliced ? piece : 0, sliced ? pieces - 1 : 1);
+      if (sliced ? !is_last : owns) merge_slice(item, live_rows * kQuads, sliced ? piece : 0, sliced ? pieces - 1 : 1);
     }
     __syncthreads();  // the shares are free for the next item
   }
 
  private:
-  // Adds the warps' shares up in their order, and stores the result or the piece; `at_once`: merges the tile's other pieces
-  // into this one, which is the first.
-  __device__ __forceinline__ void add_shares(const AttentionItem& item, bool at_once) const {
-    for (int unit = threadIdx.x; unit < Config::kRows * kQuads; unit += kThreads) {
-      const int row = unit / kQuads, quad = unit % kQuads;
-      const Row where(item, row);
-      if (!where.live) continue;
-      PartialRow merged = shares_.rows[row];
-      float total[4];
-      read(total, shares_.totals + row * kPitch + quad * 4);
+  // Adds the warps' shares up in their order, four dims of a row (a unit) a thread, and stores the result or the piece;
+  // `at_once`: adds the tile's other pieces, of which this one is the first.
+  __device__ __forceinline__ void add_shares(const AttentionItem& item, int num_units, bool at_once) const {
+#pragma unroll 1
+    for (int unit = threadIdx.x; unit < num_units; unit += kThreads) {
+      RowPart shares[Config::kNumWarps];
 #pragma unroll
-      for (int warp = 1; warp < Config::kNumWarps; ++warp) {
-        float other[4];
-        read(other, shares_.totals + (warp * Config::kRows + row) * kPitch + quad * 4);
-        merge_into(merged, total, shares_.rows[warp * Config::kRows + row], other);
+      for (int warp = 0; warp < Config::kNumWarps; ++warp) {
+        const int row = warp * Config::kRows + unit / kQuads;
+        const float4 values = *reinterpret_cast<const float4*>(shares_.totals + row * kPitch + unit % kQuads * 4);
+        shares[warp] = {shares_.rows[row], {values.x, values.y, values.z, values.w}};
       }
-      float scale = value_scale(item);
-      if (item.slot >= 0) {
-        const PieceQuad own = piece_of(merged, total, scale);
-        if (!at_once) {
-          leave_piece(item.slot, unit, own);
-          continue;
-        }
-        merged = {own.lse, own.lse == minus_infinity() ? 0.0f : 1.0f};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) total[e] = own.values[e];
-        add_pieces(item, 1, 1, unit, merged, total);
-        scale = 1.0f;
+      RowPart pieces[kPiecesAtOnce] = {sum_of(shares)};
+      if (!at_once) {
+        leave_piece(item.slot, unit, pieces[0]);
+        continue;
       }
-      store(item, where, quad, merged, total, scale);
+      if (item.num_pieces() > 1) {
+        wait_for_pieces<1>(pieces, item, 0, 1, unit);
+        pieces[0] = sum_of(pieces);
+      }
+      store(item, unit, pieces[0]);
     }
-  }
-
-  static __device__ __forceinline__ void read(float (&values)[4], const float* from) {
-    const float4 quad = *reinterpret_cast<const float4*>(from);
-    values[0] = quad.x, values[1] = quad.y, values[2] = quad.z, values[3] = quad.w;
   }
 
   __device__ __forceinline__ float value_scale(const AttentionItem& item) const {
@@ -134,138 +149,116 @@ class ItemFinisher {
     }
   }
 
-  // Four dims of a row to the output, sinks included.
-  __device__ __forceinline__ void store(const AttentionItem& item, const Row& row, int quad, PartialRow known,
-                                        const float (&total)[4], float scale) const {
+  // A unit to the output, sinks included.
+  __device__ __forceinline__ void store(const AttentionItem& item, int unit, const RowPart& part) const {
+    const Row row(item, unit / kQuads);
     float sink = minus_infinity();
     if constexpr (Config::kSinks) sink = static_cast<const float*>(params_.sinks)[row.head];
-    const RowResult result = finish_row(known, sink);
+    const RowResult result = finish_row(part.row, sink);
+    const float scale = result.scale * value_scale(item);
     const int64 token = item.q_begin + row.token;
     Pack<Dtype, 4 * sizeof(Dtype)> out;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      out.data[e] = from_float<Dtype>(result.scale == 0.0f ? 0.0f : total[e] * (result.scale * scale));
-    }
+    for (int e = 0; e < 4; ++e) out.data[e] = from_float<Dtype>(result.scale == 0.0f ? 0.0f : part.values[e] * scale);
     store_pack(static_cast<Dtype*>(params_.out) + token * params_.out_stride_token + row.head * params_.out_stride_head +
-                   quad * 4, out);
+                   unit % kQuads * 4, out);
     if constexpr (Config::kLse) {
-      if (quad == 0) static_cast<float*>(params_.lse)[token * params_.lse_stride_token + row.head] = result.lse;
+      if (unit % kQuads == 0) static_cast<float*>(params_.lse)[token * params_.lse_stride_token + row.head] = result.lse;
     }
   }
 
-  static __device__ __forceinline__ PieceQuad piece_of(PartialRow known, const float (&total)[4], float scale) {
-    const RowResult result = finish_row(known);
-    const float factor = result.scale * scale;
-    PieceQuad piece;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) piece.values[e] = result.scale == 0.0f ? 0.0f : total[e] * factor;
-    piece.lse = result.lse * kLog2E;
-    return piece;
-  }
-
-  // Where a slot has unit `unit` (quad + row * kQuads) of its piece.
+  // Where a slot has a unit of its piece: the values, and beside them base and mass of the row.
   __device__ __forceinline__ float4* values_at(int slot, int unit) const {
-    return static_cast<float4*>(params_.partials) + static_cast<int64>(slot) * (Config::kRows * kQuads) + unit;
+    return static_cast<float4*>(params_.partials) + (slot * (Config::kRows * kQuads) + unit);
   }
-  __device__ __forceinline__ float* lse_at(int slot, int unit) const {
-    return static_cast<float*>(params_.partial_lses) + static_cast<int64>(slot) * (Config::kRows * kQuads) + unit;
-  }
-
-  static __device__ __forceinline__ bool is_absent(float value) { return __float_as_uint(value) == kAbsent; }
-  static __device__ __forceinline__ float present(float value) { return is_absent(value) ? __uint_as_float(kAbsent >> 1) : value; }
-
-  __device__ __forceinline__ void leave_absent(int slot, int unit) const {
-    const float absent = __uint_as_float(kAbsent);
-    ptx::store_relaxed(values_at(slot, unit), float4{absent, absent, absent, absent});
-    ptx::store_relaxed(lse_at(slot, unit), absent);
-  }
-  __device__ __forceinline__ void leave_piece(int slot, int unit, const PieceQuad& piece) const {
-    const float* values = piece.values;
-    ptx::store_relaxed(values_at(slot, unit), float4{present(values[0]), present(values[1]), present(values[2]), present(values[3])});
-    ptx::store_relaxed(lse_at(slot, unit), present(piece.lse));
+  __device__ __forceinline__ float2* row_at(int slot, int unit) const {
+    return static_cast<float2*>(params_.partial_rows) + (slot * (Config::kRows * kQuads) + unit);
   }
 
-  // This block's part of the tile, four dims of a row at a time. One piece of code for any number of lanes: a kernel that runs
-  // once reads its instructions from memory too.
-  __device__ __forceinline__ void merge_slice(const AttentionItem& item, int rank, int num_mergers) const {
-    const int live_rows = min(item.q_len * Config::kGroupSize - item.q_tile * Config::kRows, Config::kRows);
-    const int pieces = item.num_pieces();
+  static __device__ __forceinline__ bool is_absent(float word) { return __float_as_uint(word) == kAbsent; }
+  // Any other NaN as it is.
+  static __device__ __forceinline__ float present(float word) { return __uint_as_float(min(__float_as_uint(word), kAbsent - 1)); }
+
+  __device__ __forceinline__ void leave_piece(int slot, int unit, const RowPart& part) const {
+    const float* values = part.values;
+    ptx::store_relaxed(row_at(slot, unit), float2{present(part.row.base), present(part.row.mass)});
+    ptx::store_relaxed(values_at(slot, unit),
+                       float4{present(values[0]), present(values[1]), present(values[2]), present(values[3])});
+  }
+
+  // This block's part of the tile. One piece of code for any number of lanes: a kernel that runs once reads its instructions
+  // from memory too.
+  __device__ __forceinline__ void merge_slice(const AttentionItem& item, int num_units, int rank, int num_mergers) const {
+    const int num_pieces = item.num_pieces();
     // As few lanes for a unit as leave none with more pieces than are loaded at once.
-    const int log_lanes = pieces <= kPiecesAtOnce ? 0 : pieces <= 8 * kPiecesAtOnce ? 3 : 5;
+    const int log_lanes = num_pieces <= kPiecesAtOnce ? 0 : num_pieces <= 8 * kPiecesAtOnce ? 3 : 5;
     const int lanes = 1 << log_lanes, units_at_once = kThreads >> log_lanes;
     const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     // All lanes stay in the loop as long as one of their warp has a unit: they exchange what they hold.
 #pragma unroll 1
-    for (int first = rank * units_at_once; first < live_rows * kQuads; first += num_mergers * units_at_once) {
+    for (int first = rank * units_at_once; first < num_units; first += num_mergers * units_at_once) {
       const int unit = first + (static_cast<int>(threadIdx.x) >> log_lanes);
-      const bool live = unit < live_rows * kQuads;
-      PartialRow merged = empty_row();
-      float total[4] = {};
+      RowPart sum = empty_part();
 #pragma unroll 1
-      for (int piece = lane; live && piece < pieces; piece += lanes * kPiecesAtOnce) {
-        add_pieces(item, piece, lanes, unit, merged, total);
+      for (int piece = lane; unit < num_units && piece < num_pieces; piece += lanes * kPiecesAtOnce) {
+        RowPart parts[1 + kPiecesAtOnce] = {sum};
+        wait_for_pieces<1>(parts, item, piece - lanes, lanes, unit);
+        sum = sum_of(parts);
       }
-#pragma unroll 1
-      for (int distance = 1; distance < lanes; distance *= 2) add_partner(distance, merged, total);
-      if (live && lane == 0) store(item, Row(item, unit / kQuads), unit % kQuads, merged, total, 1.0f);
+      sum = sum_over_lanes(sum, lanes);
+      if (unit < num_units && lane == 0) store(item, unit, sum);
     }
   }
 
-  // Pieces first, first + step, ..., kPiecesAtOnce of them, loaded together until all are there.
-  __device__ __forceinline__ void add_pieces(const AttentionItem& item, int first, int step, int unit, PartialRow& merged,
-                                             float (&total)[4]) const {
-    float4 values[kPiecesAtOnce];
-    float lses[kPiecesAtOnce];
+  // Puts the pieces first + idx * step into parts[idx] from kFrom on, once they are there, and leaves their slots as they were;
+  // parts past the last piece are empty.
+  template <int kFrom, int kCount>
+  __device__ __forceinline__ void wait_for_pieces(RowPart (&parts)[kCount], const AttentionItem& item, int first, int step,
+                                                  int unit) const {
     bool complete;
     do {
       complete = true;
 #pragma unroll
-      for (int idx = 0; idx < kPiecesAtOnce; ++idx) {
+      for (int idx = kFrom; idx < kCount; ++idx) {
         const int piece = first + idx * step;
-        values[idx] = float4{};
-        lses[idx] = minus_infinity();
+        parts[idx] = empty_part();
         if (piece < item.num_pieces()) {
-          values[idx] = ptx::load_relaxed(values_at(item.slot_of(piece), unit));
-          lses[idx] = ptx::load_relaxed(lse_at(item.slot_of(piece), unit));
+          const float2 row = ptx::load_relaxed(row_at(item.slot_of(piece), unit));
+          const float4 values = ptx::load_relaxed(values_at(item.slot_of(piece), unit));
+          parts[idx] = {{row.x, row.y}, {values.x, values.y, values.z, values.w}};
         }
       }
 #pragma unroll
-      for (int idx = 0; idx < kPiecesAtOnce; ++idx) {
-        complete &= !is_absent(lses[idx]) && !is_absent(values[idx].x) && !is_absent(values[idx].y) &&
-                    !is_absent(values[idx].z) && !is_absent(values[idx].w);
+      for (int idx = kFrom; idx < kCount; ++idx) {
+        complete &= !is_absent(parts[idx].row.base) && !is_absent(parts[idx].row.mass);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) complete &= !is_absent(parts[idx].values[e]);
       }
     } while (!complete);
-    float top = minus_infinity();
+    const float absent = __uint_as_float(kAbsent);
 #pragma unroll
-    for (int idx = 0; idx < kPiecesAtOnce; ++idx) top = Largest()(top, lses[idx]);
-    PartialRow row = {top, 0.0f};
-    float sum[4] = {};
-#pragma unroll
-    for (int idx = 0; idx < kPiecesAtOnce; ++idx) {
-      const float weight = ptx::exp2_approx(lses[idx] - finite_base(top));
-      row.mass += weight;
-      sum[0] += weight * values[idx].x, sum[1] += weight * values[idx].y;
-      sum[2] += weight * values[idx].z, sum[3] += weight * values[idx].w;
+    for (int idx = kFrom; idx < kCount; ++idx) {
       const int piece = first + idx * step;
-      if (piece < item.num_pieces()) leave_absent(item.slot_of(piece), unit);
+      if (piece < item.num_pieces()) {
+        ptx::store_relaxed(row_at(item.slot_of(piece), unit), float2{absent, absent});
+        ptx::store_relaxed(values_at(item.slot_of(piece), unit), float4{absent, absent, absent, absent});
+      }
     }
-    merge_into(merged, total, row, sum);
   }
 
-  // Adds what the lane `distance` away holds; the lower lane's comes first in both, so that they end with the same bits.
-  static __device__ __forceinline__ void add_partner(int distance, PartialRow& merged, float (&total)[4]) {
-    PartialRow other = {from_lane_xor(merged.base, distance), from_lane_xor(merged.mass, distance)};
-    float other_total[4];
+  // The sum of what `lanes` neighbouring lanes hold, the same in all of them.
+  static __device__ __forceinline__ RowPart sum_over_lanes(const RowPart& part, int lanes) {
+    float base = part.row.base;
+#pragma unroll 1
+    for (int distance = 1; distance < lanes; distance *= 2) base = Largest()(base, from_lane_xor(base, distance));
+    RowPart sum = rebased(part, base);
+#pragma unroll 1
+    for (int distance = 1; distance < lanes; distance *= 2) {
+      sum.row.mass += from_lane_xor(sum.row.mass, distance);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) other_total[e] = from_lane_xor(total[e], distance);
-    if ((threadIdx.x & distance) == 0) {
-      merge_into(merged, total, other, other_total);
-    } else {
-      merge_into(other, other_total, merged, total);
-      merged = other;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) total[e] = other_total[e];
+      for (int e = 0; e < 4; ++e) sum.values[e] += from_lane_xor(sum.values[e], distance);
     }
+    return sum;
   }
 
   const Params& params_;

@@ -34,7 +34,7 @@ struct DecodeShared {
 
 constexpr int kItemParts = sizeof(AttentionItem) / 16;
 
-// The block's next `count` items into shared memory, but for the first `have` of them.
+// The block's next items into shared memory, from number `have` to number `count`.
 template <int kThreads>
 __device__ __forceinline__ void fetch_items(AttentionItem* items, const AttentionItem* list, int have, int count) {
 #pragma unroll 1
@@ -132,6 +132,15 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   unsigned char* shared = unaligned + (-ptx::shared_address(unaligned) & (ChunkStage<Config>::kAlignment - 1));
   const auto loader = loader_of<Config>(params, maps...);
   AttentionItem* items = reinterpret_cast<AttentionItem*>(shared + Shared::kItems);
+  if (threadIdx.x == 0) (ptx::prefetch_tensor_map(&maps), ...);
+  ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
+  const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
+  const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
+  // The first item lies beside its range, and both are on their way while the barriers are made.
+  const int begin = start->begin, end = start->end;
+  int4 part = {};
+  if (threadIdx.x < kItemParts) part = reinterpret_cast<const int4*>(&start->first)[threadIdx.x];
   if (threadIdx.x % 32 == 0) {
     unsigned long long* barriers = reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers);
 #pragma unroll
@@ -140,14 +149,7 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
     }
   }
   ptx::fence_barrier_init();
-  if (threadIdx.x == 0) (ptx::prefetch_tensor_map(&maps), ...);
-  ptx::wait_for_previous_kernel();
-  ptx::allow_next_kernel();
-  const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
-  const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
-  // The first item lies beside its range, and is read without waiting for that.
-  const int begin = start->begin, end = start->end;
-  fetch_items<Config::kNumThreads>(items, &start->first, 0, 1);
+  if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = part;
   auto place = RingCursor<Config::kStages>::consumer();
   for (int first = begin; first < end; first += kItemsAtOnce) {
     const int count = min(end - first, kItemsAtOnce);

@@ -4,13 +4,16 @@
 
 namespace fi::ptx {
 
-__device__ __forceinline__ float load_relaxed(const float* from) {
-  float value;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(__cvta_generic_to_global(from)) : "memory");
-  return value;
+// Two or four words, aligned to as many; each for itself is old or new.
+__device__ __forceinline__ float2 load_relaxed(const float2* from) {
+  float2 values;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];"
+               : "=f"(values.x), "=f"(values.y)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return values;
 }
 
-// Four words, aligned to 16 bytes; each for itself is old or new.
 __device__ __forceinline__ float4 load_relaxed(const float4* from) {
   float4 values;
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -20,8 +23,9 @@ __device__ __forceinline__ float4 load_relaxed(const float4* from) {
   return values;
 }
 
-__device__ __forceinline__ void store_relaxed(float* to, float value) {
-  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(value) : "memory");
+__device__ __forceinline__ void store_relaxed(float2* to, float2 values) {
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "f"(values.x), "f"(values.y)
+               : "memory");
 }
 
 __device__ __forceinline__ void store_relaxed(float4* to, float4 values) {
