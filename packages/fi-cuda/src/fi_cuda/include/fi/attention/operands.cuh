@@ -57,16 +57,16 @@ struct Operands {
   // Calls use(step, a) for every 16 dims of K with the fragment of the stage's tokens 16 tile .. 16 tile + 15.
   template <class Use>
   static __device__ __forceinline__ void for_keys(const unsigned char* stage, int tile, int lane, Use&& use) {
-    const int row = tile * 16 + lane % 16;
+    const int row = lane % 16;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if constexpr (!kFp8) {
         unsigned a[4];
-        ptx::ldmatrix_x4(a, stage + Stage::Keys::place(row, step * 32 + lane / 16 * 16));
+        ptx::ldmatrix_x4(a, stage + Stage::Keys::place(tile * 16, row, step * 32, lane / 16 * 16));
         use(step, a);
       } else {
         unsigned bytes[2];
-        ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(row, step * 16));
+        ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(tile * 16, row, step * 16, 0));
         unsigned a[4];
         halves_of<Stored>(a[0], a[2], bytes[0]);
         halves_of<Stored>(a[1], a[3], bytes[1]);
@@ -79,15 +79,15 @@ struct Operands {
   template <class Use>
   static __device__ __forceinline__ void for_values(const unsigned char* stage, int token_tile, int lane, Use&& use) {
     const unsigned char* values = stage + Stage::kValueBegin;
-    const int row = token_tile * 16 + (kFp8 ? lane % 16 : lane % 8 + lane / 16 * 8);
+    const int row = kFp8 ? lane % 16 : lane % 8 + lane / 16 * 8;
 #pragma unroll
     for (int tile = 0; tile < kDimTiles; ++tile) {
       unsigned a[4];
       if constexpr (!kFp8) {
-        ptx::ldmatrix_x4_trans(a, values + Stage::Values::place(row, tile * 32 + lane / 8 % 2 * 16));
+        ptx::ldmatrix_x4_trans(a, values + Stage::Values::place(token_tile * 16, row, tile * 32, lane / 8 % 2 * 16));
       } else {
         unsigned bytes[2];
-        ptx::ldmatrix_x2_trans(bytes, values + Stage::Values::place(row, tile * 16));
+        ptx::ldmatrix_x2_trans(bytes, values + Stage::Values::place(token_tile * 16, row, tile * 16, 0));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           // Dim 2 g of tokens 2 t and 2 t + 1, then dim 2 g + 1.

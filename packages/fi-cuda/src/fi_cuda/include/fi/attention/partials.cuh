@@ -77,28 +77,43 @@ class ItemFinisher {
  public:
   __device__ __forceinline__ ItemFinisher(const Params& params, Shares<Config>& shares) : params_(params), shares_(shares) {}
 
+  // Called by all threads of the block at an item's begin: brings its slot into L2, so that who looks for the piece before it
+  // is there need not wait for memory.
+  __device__ __forceinline__ void prepare(const AttentionItem& item) const {
+    constexpr int kUnitsOfLine = 128 / sizeof(float4);
+    const int unit = static_cast<int>(threadIdx.x) * kUnitsOfLine;
+    if (item.slot >= 0 && unit < num_units_of(item)) {
+      ptx::prefetch_to_l2(values_at(item.slot, unit));
+      ptx::prefetch_to_l2(row_at(item.slot, unit));
+    }
+  }
+
   // Called by all threads of the block for every item, with their warp's state; the block's worker has `before` items before
   // it and `after` items after it.
   __device__ __forceinline__ void finish(const AttentionItem& item, const State& state, int before, int after) {
     leave_share(state);
     __syncthreads();
-    const int live_rows = min(item.q_len * Config::kGroupSize - item.q_tile * Config::kRows, Config::kRows);
-    const int pieces = item.num_pieces(), piece = item.piece();
+    const int num_units = num_units_of(item), pieces = item.num_pieces(), piece = item.piece();
     const bool is_last = piece == pieces - 1;
     const bool owns = piece <= before && (is_last || after == 0);
     // Of few pieces the first need not go through memory.
     const bool at_once = owns && piece == 0 && pieces <= kPiecesAtOnce;
-    add_shares(item, live_rows * kQuads, at_once);
+    add_shares(item, num_units, at_once);
     if (!at_once) {
       // Which workers continue a tile follows from slots only where these are numbered by worker.
       const bool sliced = !Config::kBatchInvariant && pieces >= kManyPieces;
-      if (sliced ? !is_last : owns) merge_slice(item, live_rows * kQuads, sliced ? piece : 0, sliced ? pieces - 1 : 1);
+      if (sliced ? !is_last : owns) merge_slice(item, num_units, sliced ? piece : 0, sliced ? pieces - 1 : 1);
     }
     __syncthreads();  // the shares are free for the next item
   }
 
  private:
-  // Adds the warps' shares up in their order, four dims of a row (a unit) a thread, and stores the result or the piece;
+  // Four dims of a row each.
+  static __device__ __forceinline__ int num_units_of(const AttentionItem& item) {
+    return min(item.q_len * Config::kGroupSize - item.q_tile * Config::kRows, Config::kRows) * kQuads;
+  }
+
+  // Adds the warps' shares up in their order, a unit a thread, and stores the result or the piece;
   // `at_once`: adds the tile's other pieces, of which this one is the first.
   __device__ __forceinline__ void add_shares(const AttentionItem& item, int num_units, bool at_once) const {
 #pragma unroll 1

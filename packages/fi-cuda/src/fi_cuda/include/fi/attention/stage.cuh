@@ -23,6 +23,15 @@ struct ChunkRows {
   static __device__ __forceinline__ int place(int row, int byte) {
     return row / kBoxTokens * kBoxBytes + swizzled_place<kSwizzle, kBoxTokens>(row % kBoxTokens, byte);
   }
+
+  // The place of row first_row + row, byte first_byte + byte, for a lane's row below 16 and byte 0 or 16 of a 16-row tile
+  // (first_byte a multiple of 32, or byte 0): written so that one addition a tile is left when the first ones are constants.
+  static __device__ __forceinline__ int place(int first_row, int row, int first_byte, int byte) {
+    const int pattern = (row * kSwizzle >> 7 & (kSwizzle / 16 - 1)) << 4 ^ byte;
+    const int lane_place = row / kBoxTokens * kBoxBytes + row % kBoxTokens * kSwizzle + (first_byte % kSwizzle ^ pattern);
+    return lane_place + (first_row / kBoxTokens * kBoxBytes + first_row % kBoxTokens * kSwizzle +
+                         first_byte / kSwizzle * (kBoxTokens * kSwizzle));
+  }
 };
 
 template <class Config>

@@ -105,6 +105,7 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
     if (++idx == count) break;
     item = items[idx];
     state.begin(params, item, lane);
+    finisher.prepare(item);
     whole = State::seen_by_all(params, item);
     lowest = lowest_position<Config>(item, params.window);
     turn.pass(num_chunks);

@@ -1,5 +1,5 @@
 // Words in global memory that blocks of the GPU exchange while they run, without any order among them: each is old or new.
-// PTX ISA, sections "Data Movement and Conversion Instructions: ld, st" and "Memory Consistency Model".
+// PTX ISA, sections "Data Movement and Conversion Instructions: ld, st, prefetch" and "Memory Consistency Model".
 #pragma once
 
 namespace fi::ptx {
@@ -32,6 +32,11 @@ __device__ __forceinline__ void store_relaxed(float4* to, float4 values) {
   asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(values.x),
                "f"(values.y), "f"(values.z), "f"(values.w)
                : "memory");
+}
+
+// Brings a line into L2, without waiting for it.
+__device__ __forceinline__ void prefetch_to_l2(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(line)) : "memory");
 }
 
 }  // namespace fi::ptx
