@@ -220,6 +220,7 @@ class ItemFinisher {
         wait_for_pieces<1>(parts, item, piece - lanes, lanes, unit);
         sum = sum_of(parts);
       }
+      __syncwarp();  // lanes that waited longer are with the others again, or every exchange would cost a detour
       sum = sum_over_lanes(sum, lanes);
       if (unit < num_units && lane == 0) store(item, unit, sum);
     }
