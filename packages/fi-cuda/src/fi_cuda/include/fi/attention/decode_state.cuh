@@ -46,12 +46,18 @@ struct DecodeState {
 
   __device__ __forceinline__ DecodeState() : softmax(1.0f) {}
 
-  // Takes up an item.
+  // Loads an item's query rows, which begin() then takes up: what is held of the item before stays, but for its own.
+  __device__ __forceinline__ void load(const Params& params, const AttentionItem& item, int lane) {
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) load_query(params, item, n, lane);
+  }
+
+  // Takes up the item whose query rows were loaded.
   __device__ __forceinline__ void begin(const Params& params, const AttentionItem& item, int lane) {
     softmax = OnlineSoftmax<kRowTiles * 2, 8, 4>(1.0f);
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-      load_query(params, item, n, lane);
+      find_scale(params, item, n, lane);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const Row row(item, n * 8 + lane % 4 * 2 + r);
@@ -65,13 +71,26 @@ struct DecodeState {
     }
   }
 
+  // Brings an item's query rows into L2, shared among all threads of the block.
+  static __device__ __forceinline__ void prefetch(const Params& params, const AttentionItem& item) {
+    constexpr int kSectorElements = 32 / static_cast<int>(sizeof(Dtype));
+    constexpr int kSectors = (Config::kHeadDim + kSectorElements - 1) / kSectorElements;
+#pragma unroll 1
+    for (int unit = static_cast<int>(threadIdx.x); unit < Config::kRows * kSectors; unit += Config::kNumThreads) {
+      const Row row(item, unit / kSectors);
+      const Dtype* q = static_cast<const Dtype*>(params.q) + (item.q_begin + row.token) * params.q_stride_token +
+                       row.head * params.q_stride_head;
+      if (row.live) ptx::prefetch_to_l2(q + unit % kSectors * kSectorElements);
+    }
+  }
+
   // Element e of the accumulator of row tile n and token tile `tile` among a lane's scores, and the row it belongs to.
   static __device__ __forceinline__ constexpr int score_idx(int n, int tile, int e) { return (n * kTokenTiles + tile) * 4 + e; }
   struct ScoreRow {
     static __device__ __forceinline__ constexpr int row(int idx) { return idx / (4 * kTokenTiles) * 2 + idx % 2; }
   };
 
-  // Row 8 n + g of Q, and the scale of rows 8 n + 2 t and 8 n + 2 t + 1.
+  // Row 8 n + g of Q.
   __device__ __forceinline__ void load_query(const Params& params, const AttentionItem& item, int n, int lane) {
     const Row row(item, n * 8 + lane / 4);
     const Dtype* q = static_cast<const Dtype*>(params.q);
@@ -84,6 +103,10 @@ struct DecodeState {
         query[step][n][half] = row.live ? *reinterpret_cast<const unsigned*>(q + dim) : 0u;
       }
     }
+  }
+
+  // The scale of rows 8 n + 2 t and 8 n + 2 t + 1.
+  __device__ __forceinline__ void find_scale(const Params& params, const AttentionItem& item, int n, int lane) {
     float logit_scale = params.scale;
     if constexpr (Config::kKScales) {
       logit_scale *= static_cast<const float*>(params.k_scales)[item.kv_head * params.k_scale_stride];
