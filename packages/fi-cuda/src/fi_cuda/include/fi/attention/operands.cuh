@@ -13,13 +13,13 @@
 
 namespace fi {
 
-template <bool kFp8, class Dtype>
+template <bool kFp8, class Dtype, class Instead = __half>
 struct FactorOf {
   using Type = Dtype;
 };
-template <class Dtype>
-struct FactorOf<true, Dtype> {
-  using Type = __half;
+template <class Dtype, class Instead>
+struct FactorOf<true, Dtype, Instead> {
+  using Type = Instead;
 };
 
 template <class Config>
@@ -54,28 +54,34 @@ struct Operands {
     return result;
   }
 
-  // Two stored 8-bit floats, in the low half of `pair`, as float16.
+  // Two 8-bit floats, in the low half of `pair`, as float16.
+  template <class Fp8 = Stored>
   static __device__ __forceinline__ unsigned halves_of(unsigned pair) {
-    const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), kFp8Format<Stored>);
+    const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), kFp8Format<Fp8>);
     return static_cast<unsigned>(both.x) | static_cast<unsigned>(both.y) << 16;
   }
 
-  // Calls use(step, a) for every 16 dims of K with the fragment of the stage's tokens 16 tile .. 16 tile + 15.
+  // The fragment of dims 16 step .. 16 step + 15 of K of the stage's tokens 16 tile .. 16 tile + 15.
+  static __device__ __forceinline__ void load_keys(unsigned (&a)[4], const unsigned char* stage, int tile, int step, int lane) {
+    const int row = tile * 16 + lane % 16;
+    if constexpr (!kFp8) {
+      ptx::ldmatrix_x4(a, stage + Stage::Keys::place(row, step * 32 + lane / 16 * 16));
+    } else {
+      unsigned bytes[2];
+      ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(row, step * 16));
+      a[0] = halves_of(bytes[0]), a[1] = halves_of(bytes[1]);
+      a[2] = halves_of(bytes[0] >> 16), a[3] = halves_of(bytes[1] >> 16);
+    }
+  }
+
+  // Calls use(step, a) for every 16 dims of K with load_keys' fragment.
   template <class Use>
   static __device__ __forceinline__ void for_keys(const unsigned char* stage, int tile, int lane, Use&& use) {
-    const int row = tile * 16 + lane % 16;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if constexpr (!kFp8) {
-        unsigned a[4];
-        ptx::ldmatrix_x4(a, stage + Stage::Keys::place(row, step * 32 + lane / 16 * 16));
-        use(step, a);
-      } else {
-        unsigned bytes[2];
-        ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(row, step * 16));
-        const unsigned a[4] = {halves_of(bytes[0]), halves_of(bytes[1]), halves_of(bytes[0] >> 16), halves_of(bytes[1] >> 16)};
-        use(step, a);
-      }
+      unsigned a[4];
+      load_keys(a, stage, tile, step, lane);
+      use(step, a);
     }
   }
 

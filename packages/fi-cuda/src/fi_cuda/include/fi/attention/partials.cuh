@@ -16,10 +16,10 @@ namespace fi {
 template <class Config>
 struct Shares {
   static constexpr int kPitch = Config::kHeadDimVo + 4;  // lanes of one store then differ in bank
-  static constexpr int kRows = Config::kNumWarps * Config::kRows;
+  static constexpr int kRows = WarpPlace<Config>::kTokenWarps * Config::kRows;
 
-  float totals[kRows * kPitch];  // [warps, rows, pitch], unnormalised
-  PartialRow rows[kRows];        // [warps, rows]
+  float totals[kRows * kPitch];  // [token warps, rows, pitch], unnormalised
+  PartialRow rows[kRows];        // [token warps, rows]
 };
 
 // Pieces from which on a tile is merged in slices, and those that a lane loads at once.
@@ -61,7 +61,7 @@ class ItemFinisher {
       float total[4];
       read(total, shares_.totals + row * kPitch + quad * 4);
 #pragma unroll
-      for (int warp = 1; warp < Config::kNumWarps; ++warp) {
+      for (int warp = 1; warp < WarpPlace<Config>::kTokenWarps; ++warp) {
         float other[4];
         read(other, shares_.totals + (warp * Config::kRows + row) * kPitch + quad * 4);
         merge_into(merged, total, shares_.rows[warp * Config::kRows + row], other);
@@ -85,13 +85,13 @@ class ItemFinisher {
   }
 
   __device__ __forceinline__ void leave_share(const State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int g = lane / 4, t = lane % 4;
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    const WarpPlace<Config> warp;
 #pragma unroll
     for (int n = 0; n < State::kRowTiles; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = warp * Config::kRows + n * 8 + 2 * t + r;
+        const int row = warp.token_warp * Config::kRows + warp.first_row() + n * 8 + 2 * t + r;
         const PartialRow known = state.softmax.row(2 * n + r);
         if (g == 0) shares_.rows[row] = known;
 #pragma unroll

@@ -7,7 +7,8 @@
 // 2023, section 4), equal shares of the work ("stream-K", Osama et al., 2023).
 // Config: Dtype (q, out), Stored (K, V), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kRows
 // (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
-// kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps). Params: those of fi_cuda.kernels.attention.decode.
+// kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps), kRowWarps (warps that share a tile's
+// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys. Params: those of fi_cuda.kernels.attention.decode.
 #pragma once
 
 #include "fi/attention/load_boxes.cuh"
@@ -23,12 +24,14 @@ constexpr int kItemsAtOnce = 64;
 // Byte offsets into dynamic shared memory.
 template <class Config>
 struct DecodeShared {
+  static constexpr int kTokenWarps = WarpPlace<Config>::kTokenWarps;
   static constexpr int kRingBytes = Config::kStages * ChunkStage<Config>::kBytes;
-  static constexpr int kShares = Config::kNumWarps * kRingBytes;
+  static constexpr int kShares = kTokenWarps * kRingBytes;
   static constexpr int kItems = kShares + static_cast<int>(sizeof(Shares<Config>));
   static constexpr int kFlag = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
   static constexpr int kBarriers = kFlag + 16;
-  static constexpr int kBytes = kBarriers + Config::kNumWarps * Config::kStages * 8 + ChunkStage<Config>::kAlignment;
+  static constexpr int kRotations = (kBarriers + kTokenWarps * Config::kStages * 8 + 15) / 16 * 16;
+  static constexpr int kBytes = kRotations + Rotations<Config>::kBytes + ChunkStage<Config>::kAlignment;
 };
 
 // The block's next `count` items into shared memory; the worker's first one lies beside its range.
@@ -62,22 +65,29 @@ __device__ __forceinline__ void clear_unreadable(unsigned char* stage, int posit
   __syncwarp();
 }
 
+template <class Config, class Params>
+__device__ __forceinline__ Rotator<Config> rotator_of(const Params& params, unsigned char* shared) {
+  return Rotator<Config>(shared, static_cast<const float*>(params.inv_freq), params.rope_factor);
+}
+
 template <class Config, class Params, class Loader>
 __device__ __forceinline__ void attend_items(
     const Params& params, const Loader& loader, unsigned char* shared, int count, RingCursor<Config::kStages>& place) {
   using Shared = DecodeShared<Config>;
   using State = DecodeState<Config, Params>;
   using Stage = ChunkStage<Config>;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  unsigned char* ring = shared + warp * Shared::kRingBytes;
-  unsigned long long* barriers = reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp * Config::kStages;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const WarpPlace<Config> warp;
+  unsigned char* ring = shared + warp.token_warp * Shared::kRingBytes;
+  unsigned long long* barriers =
+      reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp.token_warp * Config::kStages;
   const AttentionItem* items = reinterpret_cast<const AttentionItem*>(shared + Shared::kItems);
   ItemFinisher<Config, Params> finisher(params, *reinterpret_cast<Shares<Config>*>(shared + Shared::kShares),
                                         reinterpret_cast<int*>(shared + Shared::kFlag));
   ChunkWalk<Config, Params> walk(params, items, count);
   int next_stage = place.stage;
   const auto load_next = [&] {
-    if (walk.done()) return;
+    if (warp.row_warp != 0 || walk.done()) return;
     loader.load(walk, ring + next_stage * Stage::kBytes, barriers + next_stage);
     next_stage = next_stage + 1 == Config::kStages ? 0 : next_stage + 1;
     walk.advance();
@@ -85,21 +95,26 @@ __device__ __forceinline__ void attend_items(
 #pragma unroll 1  // once is code enough
   for (int ahead = 0; ahead < Config::kStages - 1; ++ahead) load_next();
 
-  ChunkTurn<Config::kNumWarps> turn = {0};
+  const Rotator<Config> rotator = rotator_of<Config>(params, shared + Shared::kRotations);
+  ChunkTurn<Shared::kTokenWarps> turn = {0};
   for (int idx = 0; idx < count; ++idx) {
     const AttentionItem item = items[idx];
-    State state(params, item, lane);
+    State state(params, item, rotator, warp.first_row(), lane);
     const ColumnLimits whole = State::seen_by_all(params, item);
     const int lowest = lowest_position<Config>(item, params.window), num_chunks = num_chunks_of<Stage::kTokens>(item);
-    for (int chunk = turn.first_chunk(warp); chunk < num_chunks; chunk += Config::kNumWarps) {
+    for (int chunk = turn.first_chunk(warp.token_warp); chunk < num_chunks; chunk += Shared::kTokenWarps) {
       const int position = item.kv_begin + chunk * Stage::kTokens;
       const bool masked = position < whole.low || position + Stage::kTokens > whole.high;
       unsigned char* stage = ring + place.stage * Stage::kBytes;
-      __syncwarp();  // all lanes are through with the stage that is filled next
+      warp.sync();  // all are through with the stage that is filled next
       load_next();
+      if constexpr (Rotations<Config>::kKeys) rotator.prepare_keys(position);
       ptx::wait_barrier(barriers + place.stage, place.parity);
-      if (!Loader::kZeroesUnread && masked) clear_unreadable<Config>(stage, position, lowest, item.kv_end, lane);
-      state.attend(params, item, stage, position, masked, lane);
+      if (!Loader::kZeroesUnread && masked) {
+        if (warp.row_warp == 0) clear_unreadable<Config>(stage, position, lowest, item.kv_end, lane);
+        warp.sync();
+      }
+      state.attend(params, item, rotator, stage, position, masked, lane);
       place.advance();
     }
     turn.pass(num_chunks);
@@ -126,7 +141,7 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   unsigned char* shared = unaligned + (-ptx::shared_address(unaligned) & (ChunkStage<Config>::kAlignment - 1));
   const auto loader = loader_of<Config>(params, maps...);
   AttentionItem* items = reinterpret_cast<AttentionItem*>(shared + Shared::kItems);
-  for (int idx = threadIdx.x; idx < Config::kNumWarps * Config::kStages; idx += Config::kNumThreads) {
+  for (int idx = threadIdx.x; idx < Shared::kTokenWarps * Config::kStages; idx += Config::kNumThreads) {
     ptx::init_barrier(reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + idx, loader.kArrivals);
   }
   ptx::fence_barrier_init();
@@ -135,6 +150,7 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
   const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
   const int begin = start->begin, end = start->end;
+  if constexpr (Rotations<Config>::kKeys) rotator_of<Config>(params, shared + Shared::kRotations).fill_table();
   auto place = RingCursor<Config::kStages>::consumer();
   for (int first = begin; first < end; first += kItemsAtOnce) {
     const int count = min(end - first, kItemsAtOnce);
