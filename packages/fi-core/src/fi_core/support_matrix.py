@@ -39,9 +39,7 @@ ROWS: Mapping[str, Mapping[str, Changes]] = {
         "log-sum-exp output": {"features": frozenset({"lse"})},
         "not causal": {"causal": False, "max_q_len": 8192},
         "batch-invariant": {"batch_invariant": True},
-        "verification, 128 heads a KV head, 16 tokens": {"group_size": 128, "max_q_len": 16},
         "FP8 e4m3 queries and KV": {"q_format": "fp8_e4m3", "kv_format": "fp8_e4m3"},
-        "RoPE fused, queries": {"rope": "q", "rope_pairs": "half", "rotary_dim": 128},
         "RoPE fused, queries and unrotated keys": {"rope": "qk", "rope_pairs": "half", "rotary_dim": 128},
     },
     "append_kv": {
