@@ -164,6 +164,7 @@ def _mask(scenario: Scenario, device: torch.device, generator: torch.Generator) 
 
 
 _HOSTILE = frozenset({"hostile"})
+_HOSTILE_DTYPES = ((torch.float32, ""), (torch.bfloat16, "_bf16"))
 _LARGE = frozenset({"large"})
 _BF16, _FP16 = torch.bfloat16, torch.float16
 _PLACES: Mapping[str, Mapping[str, Any]] = {
@@ -198,23 +199,32 @@ def _basic() -> Iterator[Case]:
     yield _case("prefill_d128", (40,), (40,), dtype=_BF16, head_dim=128, heads=(8, 2))
     yield _case("decode_d128_group4", (1, 1, 1, 1), (5, 64, 65, 130), dtype=_BF16, head_dim=128, heads=(8, 2))
     yield _case("not_causal", (7, 1, 20), (30, 18, 20), causal=False, features={"lse"})
+    yield _case("not_causal_bf16", (7, 1, 16), (130, 18, 16), dtype=_BF16, causal=False, features={"lse"})
     yield _case("batch_invariant", *_MIXED, dtype=_BF16, batch_invariant=True)
     yield _case("capacity_to_spare", *_MIXED, dtype=_BF16, slack=100)
     yield _case("second_update", *_MIXED, dtype=_BF16, before=True)
 
 
 def _hostile() -> Iterator[Case]:
-    yield _case("empty_batch", (), (), _HOSTILE, features={"lse"})
-    yield _case("length_one", (1,), (1,), _HOSTILE, features={"lse"})
-    yield _case("padding_requests", (1, 1, 0, 2), (0, 9, 0, 0), _HOSTILE, features={"lse"})
-    yield _case("all_padding", (1, 1), (0, 0), _HOSTILE, features={"lse"})
-    yield _case("padding_requests_with_sinks", (1, 1, 2), (0, 9, 0), _HOSTILE, features={"lse", "sinks"})
-    yield _case("no_new_tokens", (0, 3, 0), (20, 5, 7), _HOSTILE, features={"lse"})
-    yield _case("more_queries_than_keys", (9, 4), (3, 4), _HOSTILE, features={"lse"})
-    yield _case("more_queries_than_keys_not_causal", (9,), (3,), _HOSTILE, causal=False, windows=(2,))
-    yield _case("many_short_requests", (1,) * 20, tuple(range(20)), _HOSTILE, dtype=_BF16)
-    yield _case("no_spare_rows", (4, 1), (4, 6), _HOSTILE, spare_rows=0)
-    yield _case("many_spare_rows", (1, 1), (4, 6), _HOSTILE, spare_rows=30)
+    for dtype, suffix in _HOSTILE_DTYPES:
+        yield from _hostile_lengths({"dtype": dtype}, suffix)
+
+
+def _hostile_lengths(base: dict[str, Any], suffix: str) -> Iterator[Case]:
+    for name, q_lens, kv_lens, options in (
+        ("empty_batch", (), (), {"features": {"lse"}}),
+        ("length_one", (1,), (1,), {"features": {"lse"}}),
+        ("padding_requests", (1, 1, 0, 2), (0, 9, 0, 0), {"features": {"lse"}}),
+        ("all_padding", (1, 1), (0, 0), {"features": {"lse"}}),
+        ("padding_requests_with_sinks", (1, 1, 2), (0, 9, 0), {"features": {"lse", "sinks"}}),
+        ("no_new_tokens", (0, 3, 0), (20, 5, 7), {"features": {"lse"}}),
+        ("more_queries_than_keys", (9, 4), (3, 4), {"features": {"lse"}}),
+        ("more_queries_than_keys_not_causal", (9,), (3,), {"causal": False, "windows": (2,)}),
+        ("many_short_requests", (1,) * 20, tuple(range(20)), {}),
+        ("no_spare_rows", (4, 1), (4, 6), {"spare_rows": 0}),
+        ("many_spare_rows", (1, 1), (4, 6), {"spare_rows": 30}),
+    ):
+        yield _case(name + suffix, q_lens, kv_lens, _HOSTILE, **base, **options)
 
 
 def _shapes() -> Iterator[Case]:
@@ -257,20 +267,28 @@ def _layouts() -> Iterator[Case]:
 def _features() -> Iterator[Case]:
     for window in (1, 5, 16, 1000):
         yield _case(f"window_{window}", *_MIXED, dtype=_BF16, windows=(window,), features={"lse"})
-    yield _case("window_decode", *_DECODE, windows=(20,))
-    yield _case("window_of_two", *_DECODE, windows=(None, 20), window=20)
-    yield _case("no_window_of_two", *_DECODE, windows=(None, 20), window=None)
-    yield _case("window_not_causal", (7, 20), (30, 20), windows=(6,), causal=False)
     yield _case("soft_cap", *_MIXED, dtype=_BF16, features={"soft_cap", "lse"})
     yield _case("sinks", *_MIXED, dtype=_BF16, features={"sinks", "lse"})
     yield _case("sinks_window", *_DECODE, dtype=_BF16, features={"sinks"}, windows=(20,), heads=(8, 1))
-    yield _case("alibi", *_MIXED, features={"alibi", "lse"}, heads=(6, 2))
-    yield _case("mask_kv", *_MIXED, features={"mask", "lse"}, mask="kv")
-    yield _case("mask_kv_not_causal", (5, 8), (21, 8), features={"mask", "lse"}, mask="kv", causal=False)
     yield _case("mask_tree", (8, 5, 1), (40, 5, 12), dtype=_BF16, features={"mask"}, mask="new", causal=False)
-    yield _case("mask_tree_causal", (9,), (50,), features={"mask"}, mask="new")
+    for dtype, suffix in _HOSTILE_DTYPES:
+        yield from _combined_features({"dtype": dtype}, suffix)
+
+
+def _combined_features(base: dict[str, Any], suffix: str) -> Iterator[Case]:
     everything = {"soft_cap", "sinks", "alibi", "mask", "lse"}
-    yield _case("every_feature", *_MIXED, features=everything, mask="kv", windows=(None, 7), window=7)
+    for name, lens, options in (
+        ("window_decode", _DECODE, {"windows": (20,)}),
+        ("window_of_two", _DECODE, {"windows": (None, 20), "window": 20}),
+        ("no_window_of_two", _DECODE, {"windows": (None, 20), "window": None}),
+        ("window_not_causal", ((7, 16), (30, 20)), {"windows": (6,), "causal": False}),
+        ("alibi", _MIXED, {"features": {"alibi", "lse"}, "heads": (6, 2)}),
+        ("mask_kv", _MIXED, {"features": {"mask", "lse"}, "mask": "kv"}),
+        ("mask_kv_not_causal", ((5, 8), (21, 8)), {"features": {"mask", "lse"}, "mask": "kv", "causal": False}),
+        ("mask_tree_causal", ((9,), (50,)), {"features": {"mask"}, "mask": "new"}),
+        ("every_feature", _MIXED, {"features": everything, "mask": "kv", "windows": (None, 7), "window": 7}),
+    ):
+        yield _case(name + suffix, *lens, **base, **options)
 
 
 def _formats() -> Iterator[Case]:

@@ -22,6 +22,7 @@ _ROW_CHOICES = (8, 16, 32, 64, 128)
 _WARP_ROWS = (8, 16)
 _CHUNK_CHOICES = (16, 32)
 _WIDE_HEAD_DIM = 128
+_LONG_ROW_BYTES = 128
 _MAX_STAGES = 6
 _FEW_WARPS = 4
 _MANY_WARPS = 8  # as many as find 255 registers a thread
@@ -167,16 +168,17 @@ def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) ->
 def built_in_tuning(spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER_SHARED_BYTES) -> DecodeTuning:
     """The smallest tile that holds a request's rows, of at most 16 (8 for wide heads) for each of at most 8 warps, which share
     chunks where rows are more than that: more accumulators would not fit the registers; chunks of 32 tokens (16 for wide
-    heads, and where the rotation of keys needs registers beside 16 rows); and as many stages as fit into ``limit`` bytes of shared memory. Measured on an H100 for head dims of 128
-    (docs/kernels/decode.md)."""
+    heads); and as many stages as fit into ``limit`` bytes of shared memory. Rotating keys takes 8 warps, and chunks of 16
+    where 8 rings of 32 or the registers would not fit. Measured on an H100 for head dims of 128 (docs/kernels/decode.md)."""
     heads = HeadForm.of(spec)
     wide = max(heads.head_dim, heads.head_dim_vo) > _WIDE_HEAD_DIM
     tallest = _WARP_ROWS[0 if wide else -1]
     wanted = min(capacity.max_q_len * spec.group_size, tallest * _MANY_WARPS)
     rows = next(choice for choice in _ROW_CHOICES if choice >= wanted)
     row_warps = max(rows // tallest, 1)
-    crowded = wide or (heads.rope_keys and rows // row_warps > _WARP_ROWS[0])
-    num_warps = _FEW_WARPS if row_warps == 1 else _MANY_WARPS
+    long_rows = heads.head_dim * heads.stored_bytes > _LONG_ROW_BYTES
+    crowded = wide or (heads.rope_keys and (long_rows or rows // row_warps > _WARP_ROWS[0]))
+    num_warps = _FEW_WARPS if row_warps == 1 and not heads.rope_keys else _MANY_WARPS
     best = DecodeTuning(
         rows=rows,
         chunk_tokens=_CHUNK_CHOICES[0 if crowded else -1],
