@@ -102,7 +102,10 @@ class DecodeState:
         loader, tokens = "rows by cp.async", tokens_of_box(self._spec.page_size, tuning.chunk_tokens)
         if tokens is not None:
             loader = f"boxes of {tokens} tokens by tensor maps; {loader} from a cache that no map describes"
+        rope = self._spec.rope
+        rotated = "" if rope is None else f"RoPE: {'Q and K' if rope.keys else 'Q'}, {rope.rotary_dim} dims, {rope.pairs}"
         return (
+            *([rotated] if rotated else []),
             f"tiles: {tuning.rows} rows x {tuning.chunk_tokens} KV tokens; {tuning.num_warps} warps, {tuning.row_warps} of "
             f"them on a chunk; {tuning.num_stages} stages",
             f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",

@@ -116,7 +116,8 @@ def shared_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
     angles, and what aligning them may take."""
     row_bytes = (heads.head_dim * heads.stored_bytes, heads.head_dim_vo * heads.stored_bytes)
     rings = tuning.token_warps * tuning.num_stages * _stage_bytes(tuning.chunk_tokens, row_bytes)
-    barriers = -(-tuning.token_warps * tuning.num_stages * _BARRIER_BYTES // 16) * 16
+    num_barriers = tuning.token_warps * tuning.num_stages * (1 if tuning.row_warps == 1 else 2)
+    barriers = -(-num_barriers * _BARRIER_BYTES // 16) * 16
     shares = tuning.token_warps * tuning.rows * ((heads.head_dim_vo + 4) * 4 + 8)
     rotations = _rotation_bytes(tuning, heads)
     return rings + barriers + shares + rotations + _ITEM_ROWS_BYTES + _FLAG_BYTES + _STAGE_ALIGNMENT

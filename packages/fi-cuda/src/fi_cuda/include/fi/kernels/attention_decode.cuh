@@ -30,7 +30,10 @@ struct DecodeShared {
   static constexpr int kItems = kShares + static_cast<int>(sizeof(Shares<Config>));
   static constexpr int kFlag = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
   static constexpr int kBarriers = kFlag + 16;
-  static constexpr int kRotations = (kBarriers + kTokenWarps * Config::kStages * 8 + 15) / 16 * 16;
+  static constexpr int kFilled = kTokenWarps * Config::kStages;  // barriers that count a chunk's bytes
+  // Where warps share chunks, as many that count those who are through with a chunk.
+  static constexpr int kNumBarriers = WarpPlace<Config>::kRowWarps == 1 ? kFilled : 2 * kFilled;
+  static constexpr int kRotations = (kBarriers + kNumBarriers * 8 + 15) / 16 * 16;
   static constexpr int kBytes = kRotations + Rotations<Config>::kBytes + ChunkStage<Config>::kAlignment;
 };
 
@@ -85,15 +88,20 @@ __device__ __forceinline__ void attend_items(
   ItemFinisher<Config, Params> finisher(params, *reinterpret_cast<Shares<Config>*>(shared + Shared::kShares),
                                         reinterpret_cast<int*>(shared + Shared::kFlag));
   ChunkWalk<Config, Params> walk(params, items, count);
-  int next_stage = place.stage;
+  // Warps that share chunks drift apart by a chunk at least: what is filled next is not what was used last.
+  constexpr bool kShared = WarpPlace<Config>::kRowWarps > 1;
+  constexpr int kAhead = kShared && Config::kStages > 2 ? Config::kStages - 2 : Config::kStages - 1;
+  unsigned long long* through = barriers + Shared::kFilled;
+  RingCursor<Config::kStages> next = {place.stage, place.parity ^ 1u};
   const auto load_next = [&] {
     if (warp.row_warp != 0 || walk.done()) return;
-    loader.load(walk, ring + next_stage * Stage::kBytes, barriers + next_stage);
-    next_stage = next_stage + 1 == Config::kStages ? 0 : next_stage + 1;
+    if constexpr (kShared) ptx::wait_barrier(through + next.stage, next.parity);
+    loader.load(walk, ring + next.stage * Stage::kBytes, barriers + next.stage);
+    next.advance();
     walk.advance();
   };
 #pragma unroll 1  // once is code enough
-  for (int ahead = 0; ahead < Config::kStages - 1; ++ahead) load_next();
+  for (int ahead = 0; ahead < kAhead; ++ahead) load_next();
 
   const Rotator<Config> rotator = rotator_of<Config>(params, shared + Shared::kRotations);
   ChunkTurn<Shared::kTokenWarps> turn = {0};
@@ -106,7 +114,7 @@ __device__ __forceinline__ void attend_items(
       const int position = item.kv_begin + chunk * Stage::kTokens;
       const bool masked = position < whole.low || position + Stage::kTokens > whole.high;
       unsigned char* stage = ring + place.stage * Stage::kBytes;
-      warp.sync();  // all are through with the stage that is filled next
+      __syncwarp();  // all lanes are through with the stage that is filled next
       load_next();
       if constexpr (Rotations<Config>::kKeys) rotator.prepare_keys(position);
       ptx::wait_barrier(barriers + place.stage, place.parity);
@@ -115,6 +123,10 @@ __device__ __forceinline__ void attend_items(
         warp.sync();
       }
       state.attend(params, item, rotator, stage, position, masked, lane);
+      if constexpr (kShared) {
+        __syncwarp();
+        if (lane == 0) ptx::arrive(through + place.stage);
+      }
       place.advance();
     }
     turn.pass(num_chunks);
@@ -141,8 +153,9 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   unsigned char* shared = unaligned + (-ptx::shared_address(unaligned) & (ChunkStage<Config>::kAlignment - 1));
   const auto loader = loader_of<Config>(params, maps...);
   AttentionItem* items = reinterpret_cast<AttentionItem*>(shared + Shared::kItems);
-  for (int idx = threadIdx.x; idx < Shared::kTokenWarps * Config::kStages; idx += Config::kNumThreads) {
-    ptx::init_barrier(reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + idx, loader.kArrivals);
+  for (int idx = threadIdx.x; idx < Shared::kNumBarriers; idx += Config::kNumThreads) {
+    const int arrivals = idx < Shared::kFilled ? loader.kArrivals : WarpPlace<Config>::kRowWarps;
+    ptx::init_barrier(reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + idx, arrivals);
   }
   ptx::fence_barrier_init();
   ptx::wait_for_previous_kernel();
