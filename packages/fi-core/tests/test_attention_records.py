@@ -111,3 +111,21 @@ def test_rotation_within_attention_equals_rotation_before():
         layer = LayerArgs(rope=table) if rope else LayerArgs()
         out = fi.attention(queries, kv, plan, layer)
         torch.testing.assert_close(out, fi.attention(turned, kv, plain))
+
+
+def test_positions_are_those_in_the_cache():
+    """Sinks and a window of keys kept unrotated, what lay between evicted: as if the text had never had it."""
+    table, rope = angles(16), FusedRope(16, keys=True)
+    keys, values = torch.randn(2, 40, 1, 2, 16)
+    kept = [0, 1, 2, 3, *range(28, 40)]
+    pages = torch.tensor([kept], dtype=torch.int32)
+    lengths = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([len(kept)], dtype=torch.int32)
+    plan = fi.plan(spec_of(page_size=1, rope=rope), **CAPACITY)
+    plan.update(Batch(*lengths, pages))
+    q = torch.randn(1, 4, 16)
+    out = fi.attention(q, KVCache(keys, values), plan, LayerArgs(rope=table))
+    turned = fi.rope(keys[kept, 0], None, torch.arange(len(kept)), table)[0]
+    plain = fi.plan(spec_of(table="ragged", page_size=None), **CAPACITY)
+    plain.update(Batch(*lengths, kv_indptr=torch.tensor([0, len(kept)], dtype=torch.int32)))
+    rotated = fi.rope(q, None, torch.tensor([len(kept) - 1]), table)[0]
+    torch.testing.assert_close(out, fi.attention(rotated, KVCache(turned, values[kept, 0]), plain))

@@ -142,7 +142,8 @@ class FusedRope:
     """RoPE that attention itself applies, by the frequencies that each call brings (LayerArgs.rope): to the query at its
     position kv_len - q_len + i, and with ``keys`` to each key at its position in the cache, which holds keys unrotated
     (positions in the cache rather than in the text: Xiao et al., "Efficient streaming language models with attention
-    sinks", 2024, section 3.2). ``rotary_dim`` and ``pairs`` as in RopeConfig."""
+    sinks", 2024, section 3.2). That holds of a packed mask's queries too: the nodes of a tree stand at their index, not at
+    their depth. ``rotary_dim`` and ``pairs`` as in RopeConfig."""
 
     rotary_dim: int
     pairs: RopePairs = "half"
