@@ -176,7 +176,9 @@ def waits_of_an_update(step: Step) -> list[str]:
             plan.update(step.batch)
     events = record.events() or []
     update = next(event for event in events if event.name == "update" and not str(event.device_type).endswith("CUDA"))
-    inside = [event.name for event in events if update.time_range.start <= event.time_range.start <= update.time_range.end]
+    inside = [
+        event.name for event in events if update.time_range.start <= event.time_range.start <= update.time_range.end
+    ]
     assert any("aunch" in name for name in inside), f"no launch in the profile: {inside}"
     return [name for name in inside if any(part in name for part in WAITS)]
 
@@ -197,7 +199,10 @@ def main() -> int:
         seconds = time.perf_counter() - started
         rows.append({"variant": name, "replays": num, "differing": differing, "waits": waits, "seconds": seconds})
         wrong += differing + len(waits)
-        print(f"{name}: {num} replays, {differing} differ; waits of an update: {waits or 'none'} ({seconds:.1f} s)", flush=True)
+        print(
+            f"{name}: {num} replays, {differing} differ; waits of an update: {waits or 'none'} ({seconds:.1f} s)",
+            flush=True,
+        )
         (options.out / "replays.json").write_text(json.dumps(rows, indent=1) + "\n")
     return int(wrong > 0)
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cache, partial
 
 import torch
-
 from fi_core.rope import FusedRope
 
 from .attention_inputs import Shape, attention_problem
@@ -91,7 +90,14 @@ def rotated_cases() -> Iterator[Case]:
 
 def verify_cases() -> Iterator[Case]:
     """Several new tokens a request, or very many query heads for a KV head: many query rows share K and V."""
-    for num_qo_heads, num_kv_heads, q_len in ((32, 8, 4), (32, 8, 8), (32, 8, 16), (64, 8, 16), (128, 1, 1), (128, 1, 16)):
+    for num_qo_heads, num_kv_heads, q_len in (
+        (32, 8, 4),
+        (32, 8, 8),
+        (32, 8, 16),
+        (64, 8, 16),
+        (128, 1, 1),
+        (128, 1, 16),
+    ):
         shape = Shape(num_qo_heads, num_kv_heads)
         for count, kv_len in ((8, 8192), (64, 2048)):
             name = f"verify B{count} q{q_len} kv{kv_len} {_heads(shape)}"

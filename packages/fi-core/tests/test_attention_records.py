@@ -72,7 +72,10 @@ def angles(rotary_dim: int, max_position: int | None = None) -> RopeTable:
         ("layer.rope", lambda: LayerArgs(rope=angles(8)).resolve(spec_of())),
         ("layer.rope", lambda: LayerArgs().resolve(spec_of(rope=FusedRope(8)))),
         ("layer.rope.config.rotary_dim", lambda: LayerArgs(rope=angles(16)).resolve(spec_of(rope=FusedRope(8)))),
-        ("layer.rope.config.pairs", lambda: LayerArgs(rope=angles(8)).resolve(spec_of(rope=FusedRope(8, "interleaved")))),
+        (
+            "layer.rope.config.pairs",
+            lambda: LayerArgs(rope=angles(8)).resolve(spec_of(rope=FusedRope(8, "interleaved"))),
+        ),
         ("layer.rope.cos_sin", lambda: LayerArgs(rope=angles(8, 50)).resolve(spec_of(rope=FusedRope(8)))),
         ("layer.q_scale", lambda: LayerArgs(q_scale=0.5).resolve(spec_of())),
         ("layer.q_scale", lambda: LayerArgs(q_scale=0.0).resolve(spec_of(q_format="fp8_e4m3"))),

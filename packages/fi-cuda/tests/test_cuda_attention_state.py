@@ -120,9 +120,7 @@ KERNELS = {
         AttentionSpec(8, 2, 128, 64, kv_format="fp8_e4m3"), DecodeTuning(16, 32, 8, 2, 1, 4, 1), CallForm()
     ),
     "tall": decode_spec(AttentionSpec(64, 2, 128), DecodeTuning(64, 32, 8, 3, 1, 4, 1, 4), CallForm()),
-    "rotated": decode_spec(
-        AttentionSpec(8, 2, 96, rope=FusedRope(64)), DecodeTuning(8, 32, 4, 3, 1, 4, 1), CallForm()
-    ),
+    "rotated": decode_spec(AttentionSpec(8, 2, 96, rope=FusedRope(64)), DecodeTuning(8, 32, 4, 3, 1, 4, 1), CallForm()),
     "rotated keys": decode_spec(
         AttentionSpec(64, 2, 96, rope=FusedRope(96, keys=True)), DecodeTuning(32, 16, 8, 3, 1, 4, 1, 2), CallForm()
     ),
@@ -229,7 +227,9 @@ def test_a_call_passes_each_value_under_its_name(launches):
     kv = cache(spec, k_scale=scales, v_scale=0.25)
     sinks, slopes = torch.zeros(8), torch.zeros(8)
     q_scales = torch.ones(8)
-    rope = RopeTable.make(RopeConfig(32, pairs="interleaved", scaling=YarnScaling(2.0, 64, attention_factor=1.5)), "cpu")
+    rope = RopeTable.make(
+        RopeConfig(32, pairs="interleaved", scaling=YarnScaling(2.0, 64, attention_factor=1.5)), "cpu"
+    )
     layer = LayerArgs(0.3, 20.0, 64, sinks, slopes, q_scales, rope).resolve(spec)
     q = torch.zeros(4, 3 * 8, 64, dtype=torch.float8_e5m2)[:, :8]
     out, lse = torch.zeros(4, 8, 32, dtype=torch.bfloat16), torch.zeros(4, 9)[:, :8]

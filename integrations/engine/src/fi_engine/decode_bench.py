@@ -88,9 +88,9 @@ def _decoding(model: Model, workload: Workload, num_steps: int) -> tuple[Engine,
     # While the last prompts are read, the first requests already decode.
     reading = -(-sum(map(len, prompts)) // max(step_tokens - workload.num_requests, 1)) + 1
     length = workload.longest + num_steps + reading + 1
-    sizes = {"max_batch": workload.num_requests, "max_step_tokens": step_tokens, "max_model_len": length}
     pages = sum(-(-(len(prompt) + num_steps + reading + 1) // EngineConfig.page_size) for prompt in prompts)
-    engine = Engine(model, None, EngineConfig(**sizes, num_pages=pages, prefix_cache=False))
+    config = EngineConfig(workload.num_requests, step_tokens, length, num_pages=pages, prefix_cache=False)
+    engine = Engine(model, None, config)
     params = SamplingParams(temperature=0.0, max_tokens=num_steps + reading, ignore_eos=True)
     handles = [engine.submit(prompt, params) for prompt in prompts]
     while not all(handle.token_ids for handle in handles):

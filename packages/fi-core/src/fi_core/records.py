@@ -349,12 +349,12 @@ class LayerArgs:
                 _require(tensor.dtype == torch.float32, f"layer.{name}", "float32", tensor.dtype)
         self._check_q_scale(spec)
         wanted = spec.rope is not None
-        _require((self.rope is not None) == wanted, "layer.rope", f"{'a table' if wanted else 'None'} (spec.rope)", self.rope)
+        _require(
+            (self.rope is not None) == wanted, "layer.rope", f"{'a table' if wanted else 'None'} (spec.rope)", self.rope
+        )
         if spec.rope is not None and self.rope is not None:
             spec.rope.check_table("layer.rope", self.rope)
-        return ResolvedLayer(
-            scale, self.soft_cap, window, self.sinks, self.alibi_slopes, self.q_scale, self.rope
-        )
+        return ResolvedLayer(scale, self.soft_cap, window, self.sinks, self.alibi_slopes, self.q_scale, self.rope)
 
     def _check_q_scale(self, spec: AttentionSpec) -> None:
         scale = self.q_scale

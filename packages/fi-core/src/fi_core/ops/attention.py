@@ -240,7 +240,8 @@ def _run(*flat: Any) -> None:
 _OP = library.register(
     "attention(Tensor q, Tensor k, Tensor v, str layout, str kv_format, Tensor?[] scales, float[] scale_values, "
     "SymInt plan, Tensor(a!)[] workspace, float? scale, float? soft_cap, SymInt window, Tensor? sinks, "
-    "Tensor? alibi_slopes, Tensor? q_scale, float? q_scale_value, Tensor? inv_freq, float attention_factor, Tensor(b!) out, Tensor(c!)? lse) -> ()",
+    "Tensor? alibi_slopes, Tensor? q_scale, float? q_scale_value, Tensor? inv_freq, float attention_factor, "
+    "Tensor(b!) out, Tensor(c!)? lse) -> ()",
     _run,
 )
 

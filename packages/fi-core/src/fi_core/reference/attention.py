@@ -41,8 +41,9 @@ class _Chunk:
 class _Group:
     """n chunks of equally many tokens t, padded to one number of keys L.
 
-    ``rows`` int64 [n * t] of q; ``position`` int64 [n, t] of the queries; ``column`` int64 [n, L] of the keys; ``blocks`` and ``offsets`` int64 [n, L]: page and token in it (ragged: row and 0) of each
-    key; ``distance`` int64 [n, t, L]: key position - query position; ``visible`` bool [n, t, L], None: all.
+    ``rows`` int64 [n * t] of q; ``position`` int64 [n, t] of the queries; ``column`` int64 [n, L] of the keys; ``blocks``
+    and ``offsets`` int64 [n, L]: page and token in it (ragged: row and 0) of each key; ``distance`` int64 [n, t, L]: key
+    position - query position; ``visible`` bool [n, t, L], None: all.
     """
 
     rows: Tensor
@@ -176,7 +177,9 @@ class ReferenceState:
         if self._batch.mask is not None:
             visible = visible & self._unpack(self._batch.mask, chunks[0])
         everything = bool(visible.all())
-        return _Group((row + token).flatten(), first + token, position, blocks, offsets, distance, None if everything else visible)
+        return _Group(
+            (row + token).flatten(), first + token, position, blocks, offsets, distance, None if everything else visible
+        )
 
     def _unpack(self, mask: PackedMask, chunk: _Chunk) -> Tensor:
         """bool [t, L]: what the packed mask says of a chunk's keys."""

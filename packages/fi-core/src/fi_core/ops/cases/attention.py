@@ -85,7 +85,9 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
     q = torch.randn(rows, spec.num_qo_heads, spec.head_dim, generator=generator)
     q[num_tokens:] = math.nan
     q_scale = make_scale(scenario.q_scale, spec.num_qo_heads, device, generator)
-    stored = quantise(q.to(device), spec.q_format, q_scale, torch.float32) if spec.q_is_fp8 else q.to(device, spec.dtype)
+    stored = (
+        quantise(q.to(device), spec.q_format, q_scale, torch.float32) if spec.q_is_fp8 else q.to(device, spec.dtype)
+    )
     q = _place(stored, scenario.strided)
     lengths = torch.tensor(scenario.kv_lens, dtype=torch.int32, device=device)
     mask = _mask(scenario, device, generator)
@@ -288,7 +290,7 @@ def _combined_features(base: dict[str, Any], suffix: str) -> Iterator[Case]:
         ("mask_tree_causal", ((9,), (50,)), {"features": {"mask"}, "mask": "new"}),
         ("every_feature", _MIXED, {"features": everything, "mask": "kv", "windows": (None, 7), "window": 7}),
     ):
-        yield _case(name + suffix, *lens, **base, **options)
+        yield _case(name + suffix, lens[0], lens[1], **base, **options)
 
 
 def _formats() -> Iterator[Case]:
@@ -303,11 +305,13 @@ def _formats() -> Iterator[Case]:
     yield _case("fp8_ragged", (6, 1), (20, 33), **e4m3, scale="tensor", table="ragged")
     for head_dim in (64, 96, 128, 192, 256):
         for kv_format in ("fp8_e4m3", "fp8_e5m2"):
-            stored = {"kv_format": kv_format, "scale": "heads", "head_dim": head_dim, "heads": (8, 2)}
+            stored: dict[str, Any] = {"kv_format": kv_format, "scale": "heads", "head_dim": head_dim, "heads": (8, 2)}
             yield _case(f"{kv_format}_head_dim_{head_dim}", (1, 2), (150, 40), dtype=_BF16, **stored)
     yield _case("fp8_q", *_DECODE, **e4m3, q_format="fp8_e4m3", q_scale="tensor", scale="tensor", features={"lse"})
     yield _case("fp8_q_heads", *_MIXED, **e4m3, q_format="fp8_e4m3", q_scale="heads", scale="heads", strided=True)
-    yield _case("fp8_q_float", (1, 3), (90, 66), **e4m3, q_format="fp8_e4m3", q_scale="float", head_dim=128, heads=(8, 1))
+    yield _case(
+        "fp8_q_float", (1, 3), (90, 66), **e4m3, q_format="fp8_e4m3", q_scale="float", head_dim=128, heads=(8, 1)
+    )
     yield _case("fp8_q_unscaled", *_DECODE, dtype=_FP16, kv_format="fp8_e5m2", q_format="fp8_e4m3", head_dim=96)
     yield _case("fp8_q_e5m2", (1, 2), (40, 33), **e4m3, q_format="fp8_e5m2", q_scale="float", scale="float")
     for dtype in (_FP16, _BF16):
@@ -325,7 +329,7 @@ def _rotations() -> Iterator[Case]:
     yield _case("rope_qk_interleaved", *_MIXED, **turned)
     yield _case("rope_qk_interleaved_d128", (1, 3), (200, 90), **turned, head_dim=128, heads=(16, 1))
     for head_dim in (64, 96, 128, 192, 256):
-        stored = {"dtype": _BF16, "head_dim": head_dim, "heads": (8, 2)}
+        stored: dict[str, Any] = {"dtype": _BF16, "head_dim": head_dim, "heads": (8, 2)}
         yield _case(f"rope_q_d{head_dim}", (1, 2), (150, 40), **stored, rope=FusedRope(head_dim))
         yield _case(f"rope_qk_d{head_dim}", (1, 2), (150, 40), **stored, rope=FusedRope(head_dim, keys=True))
     half = FusedRope(64, keys=True)
@@ -342,7 +346,9 @@ def _rotations() -> Iterator[Case]:
         stored = {"dtype": _BF16, "kv_format": kv_format, "scale": "heads", "head_dim": 128, "heads": (8, 2)}
         full = FusedRope(128, keys=True)
         yield _case(f"rope_qk_{kv_format}", (1, 2), (150, 40), **stored, rope=full)
-        yield _case(f"rope_qk_{kv_format}_q", (1, 2), (150, 40), **stored, rope=full, q_format="fp8_e4m3", q_scale="heads")
+        yield _case(
+            f"rope_qk_{kv_format}_q", (1, 2), (150, 40), **stored, rope=full, q_format="fp8_e4m3", q_scale="heads"
+        )
 
 
 def _large() -> Iterator[Case]:
@@ -357,7 +363,7 @@ def _large() -> Iterator[Case]:
     yield _case("far_pages_table_row", (1, 9), (100, 40), _LARGE, **wide, table_row=True, kv_layout="HND")
     far_e5m2 = {**wide, "kv_format": "fp8_e5m2", "scale": "heads", "page_size": 64, "first_page": 1 << 15}
     yield _case("far_pages_e5m2", (1, 9), (100, 40), _LARGE, **far_e5m2, table="indptr")
-    turned = {"dtype": _BF16, "head_dim": 128, "heads": (8, 2), "rope": FusedRope(128, keys=True)}
+    turned: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (8, 2), "rope": FusedRope(128, keys=True)}
     yield _case("rope_long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, **turned)
     yield _case("long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, dtype=_BF16, head_dim=128, heads=(8, 2))
     yield _case("long_prefill", (3000, 1), (3000, 5000), _LARGE, dtype=_BF16, head_dim=128, heads=(4, 1))

@@ -103,7 +103,9 @@ class DecodeState:
         if tokens is not None:
             loader = f"boxes of {tokens} tokens by tensor maps; {loader} from a cache that no map describes"
         rope = self._spec.rope
-        rotated = "" if rope is None else f"RoPE: {'Q and K' if rope.keys else 'Q'}, {rope.rotary_dim} dims, {rope.pairs}"
+        rotated = (
+            "" if rope is None else f"RoPE: {'Q and K' if rope.keys else 'Q'}, {rope.rotary_dim} dims, {rope.pairs}"
+        )
         return (
             *([rotated] if rotated else []),
             f"tiles: {tuning.rows} rows x {tuning.chunk_tokens} KV tokens; {tuning.num_warps} warps, {tuning.row_warps} of "
@@ -202,7 +204,11 @@ class DecodeState:
             workspace=(*map(_address, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(
-                *(_address(layer.sinks), _address(layer.alibi_slopes), _address(None if rope is None else rope.inv_freq)),
+                *(
+                    _address(layer.sinks),
+                    _address(layer.alibi_slopes),
+                    _address(None if rope is None else rope.inv_freq),
+                ),
                 *(q_scales, k_scales, v_scales),
             ),
             cache_strides=tuple(strides),
