@@ -124,6 +124,16 @@ KERNELS = {
     "rotated keys": decode_spec(
         AttentionSpec(64, 2, 96, rope=FusedRope(96, keys=True)), DecodeTuning(32, 16, 8, 3, 1, 4, 1, 2), CallForm()
     ),
+    "rotated FP8 keys": decode_spec(
+        AttentionSpec(8, 2, 128, kv_format="fp8_e5m2", rope=FusedRope(96, keys=True)),
+        DecodeTuning(8, 16, 8, 3, 1, 4, 1),
+        CallForm(),
+    ),
+    "interleaved FP8 keys": decode_spec(
+        AttentionSpec(8, 2, 64, kv_format="fp8_e4m3", rope=FusedRope(48, "interleaved", keys=True)),
+        DecodeTuning(8, 32, 4, 3, 1, 4, 1),
+        CallForm(),
+    ),
     "plan": plan.plan_spec(partition_params(SPEC, CAPACITY, DecodeTuning(8, 16, 4, 6, 1, 4, 1), None, 132), CAPACITY),
 }
 

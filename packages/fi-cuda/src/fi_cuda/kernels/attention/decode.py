@@ -116,7 +116,8 @@ class DecodeSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         tuning = DecodeTuning(self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1, self.row_warps)
-        rotated = (self.rotary_dim, self.rope_keys)
+        in_half = self.stored.itemsize == 1 and self.rope_pairs == ROPE_PAIRS["half"]
+        rotated = (self.rotary_dim, self.rope_keys, in_half)
         return shared_bytes(tuning, HeadForm(self.head_dim, self.head_dim_vo, self.stored.itemsize, *rotated))
 
     def config_lines(self) -> list[str]:

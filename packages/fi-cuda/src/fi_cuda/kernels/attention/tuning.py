@@ -34,7 +34,7 @@ _PROCESSOR_REGISTERS = 65536
 _MAX_REGISTERS = 256
 _ITEM_ROWS_BYTES = 64 * 64
 _FLAG_BYTES = 16
-_ANGLE_BYTES = 8
+_ANGLE_BYTES, _HALF_ANGLE_BYTES = 8, 4
 _GROUP_TOKENS = 8
 
 
@@ -97,18 +97,24 @@ def _stage_bytes(chunk_tokens: int, row_bytes: tuple[int, int]) -> int:
 
 class HeadForm(NamedTuple):
     """What of a spec decides how much shared memory a tuning takes: dims, bytes of a stored element, dims that rotate, and
-    whether those of keys do."""
+    whether those of keys do, with angles in float16 or not."""
 
     head_dim: int
     head_dim_vo: int
     stored_bytes: int
     rotary_dim: int = 0
     rope_keys: bool = False
+    half_angles: bool = False
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> HeadForm:
-        rope = (0, False) if spec.rope is None else (spec.rope.rotary_dim, spec.rope.keys)
-        return cls(spec.head_dim, spec.head_dim_vo or 0, spec.kv_dtype.itemsize, *rope)
+        dims = (spec.head_dim, spec.head_dim_vo or 0, spec.kv_dtype.itemsize)
+        rope = spec.rope
+        return (
+            cls(*dims)
+            if rope is None
+            else cls(*dims, rope.rotary_dim, rope.keys, spec.kv_is_fp8 and rope.pairs == "half")
+        )
 
 
 def shared_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
@@ -124,12 +130,13 @@ def shared_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
 
 
 def _rotation_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
-    """Angles of ``fi/attention/rotation.cuh``: a table, and a scratch for each warp."""
+    """Angles of ``fi/attention/rotation.cuh``: of 8 tokens, a table of the block, and a scratch for each warp."""
     pairs = heads.rotary_dim // 2
     if not heads.rope_keys:
         return tuning.num_warps * pairs * _ANGLE_BYTES
-    groups = tuning.chunk_tokens // _GROUP_TOKENS
-    return (_GROUP_TOKENS * (pairs | 8) + tuning.num_warps * groups * pairs) * _ANGLE_BYTES
+    row_bytes = pairs * (_HALF_ANGLE_BYTES if heads.half_angles else _ANGLE_BYTES)
+    scratch = max(tuning.chunk_tokens // _GROUP_TOKENS * row_bytes, pairs * _ANGLE_BYTES)
+    return pairs * _ANGLE_BYTES + _GROUP_TOKENS * (row_bytes | 64) + tuning.num_warps * scratch
 
 
 def num_processors(device: torch.device) -> int:
