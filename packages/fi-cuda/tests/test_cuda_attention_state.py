@@ -160,14 +160,15 @@ def test_arrangement_of_the_workspace(launches):
     found = layout.Layout.of(spec, CAPACITY, CPU)
     regions = [getattr(lists, item.name) for lists in found.lists.values() for item in fields(lists)]
     assert list(found.lists) == [None, 64] and found.host_bytes == found.scratch.begin
-    regions += [found.scratch, found.arrivals, found.partials, found.partial_lses]
+    regions += [found.scratch, found.partials, found.partial_rows]
     for before, after in itertools.pairwise(regions):
         assert before.end <= after.begin and after.begin % 256 == 0
     assert regions[-1].end <= found.num_bytes == attention_decode.workspace_bytes(spec, CAPACITY, "cpu")
-    assert found.partials.shape == (14, 8, 64) and found.arrivals.shape == (6,)
+    assert found.partials.shape == (14, 8, 64) and found.partial_rows.shape == (14, 8, 16, 2)
     made = attention_decode.plan(spec, CAPACITY, "cpu")
     assert made.workspace[0].numel() == found.num_bytes
-    assert (found.arrivals.of(made.workspace[0]) == 0).all()
+    for slots in (found.partials, found.partial_rows):
+        assert (slots.of(made.workspace[0]).view(torch.int32) == -1).all()
     assert [spec.windowed for spec in launches.specs if spec.stem == "attention_plan"] == [False, True] and len(
         launches.specs
     ) == 2
@@ -248,7 +249,7 @@ def test_a_call_passes_each_value_under_its_name(launches):
     assert grid == (7, 1)
     lists, found = lists_of(made, 64), made._layout
     buffer = made.workspace[0]
-    workspace = {name: getattr(found, name).of(buffer) for name in ("arrivals", "partials", "partial_lses")}
+    workspace = {name: getattr(found, name).of(buffer) for name in ("partials", "partial_rows")}
     absent = dict.fromkeys(("kv_indptr", "v_scales"), 0)
     tensors = {
         **{"starts": lists.starts, "items": lists.items, "q": q, "k": kv.k, "v": kv.v, "out": out, "lse": lse},

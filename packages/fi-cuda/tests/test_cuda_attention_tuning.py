@@ -161,15 +161,20 @@ def test_maps_have_the_dims_that_the_kernel_indexes(layout, paged, monkeypatch):
     nhd = torch.zeros(*((7, 16) if paged else (50,)), 3, 160, dtype=torch.bfloat16)
     wide = nhd if layout == "NHD" else nhd.transpose(-2, -3).contiguous()
     kv = KVCache(wide[..., :128], wide[..., 128:], layout)
-    for found, tensor, columns in zip(boxes.maps_of(kv, 8), (kv.k, kv.v), (64, 32), strict=True):
+    for found, tensor, columns, width in zip(boxes.maps_of(kv, 8), (kv.k, kv.v), (2, 1), (64, 32), strict=True):
         shape, strides, address, box = found
         pages, tokens = (7, 16) if paged else (1, 50)
-        assert shape == (pages, 3, tokens, tensor.shape[-1]) and address == tensor.data_ptr()
+        assert shape == (pages, 3, columns, tokens, width) and address == tensor.data_ptr()
         token, head = (480, 160) if layout == "NHD" else (160, tokens * 160)
-        assert strides[1:] == (head, token, 1) and (not paged or strides[0] == 16 * 3 * 160)
-        assert box.shape == (1, 1, 8, columns) and box.swizzle_bytes == columns * 2
+        assert strides[1:] == (head, width, token, 1) and (not paged or strides[0] == 16 * 3 * 160)
+        assert box.shape == (1, 1, columns, 8, width) and box.swizzle_bytes == width * 2
 
 
 def test_no_map_describes_a_cache_without_pages():
     empty = torch.zeros(0, 16, 2, 64, dtype=torch.bfloat16)
     assert boxes.maps_of(KVCache(empty, empty), 16) is None
+
+
+def test_no_map_describes_rows_that_columns_do_not_fill():
+    kv = torch.zeros(3, 16, 2, 72, dtype=torch.bfloat16)
+    assert boxes.maps_of(KVCache(kv, kv), 16) is None

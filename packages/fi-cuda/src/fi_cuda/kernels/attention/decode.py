@@ -62,9 +62,8 @@ class DecodeSpec(KernelSpec):
         (
             ("starts", "pointer"),
             ("items", "pointer"),
-            ("arrivals", "output"),
             ("partials", "output"),
-            ("partial_lses", "output"),
+            ("partial_rows", "output"),
             ("q", "pointer"),
             ("k", "pointer"),
             ("v", "pointer"),

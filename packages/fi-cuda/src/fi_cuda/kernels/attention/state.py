@@ -76,8 +76,11 @@ class DecodeState:
         self._device = device
         self._layout = layout = Layout.of(spec, capacity, device)
         self._buffer = buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
-        layout.arrivals.of(buffer).zero_()
+        for slots in (layout.partials, layout.partial_rows):
+            slots.of(buffer).view(torch.int32).fill_(-1)
         self._lists = {window: regions.of(buffer) for window, regions in layout.lists.items()}
+        for lists in self._lists.values():
+            lists.starts.zero_()  # a worker reads its first item before it knows that it has none
         scratch, max_tiles = layout.scratch.of(buffer), layout.bounds.max_tiles
         self._planners = [
             DevicePlanner(layout.params[window], capacity, max_tiles, lists, scratch)
@@ -176,7 +179,7 @@ class DecodeState:
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> _Call:
         """Find the kernel for calls with this cache and layer, and remember it with what they share."""
         lists, layout, rope = self._lists[layer.window], self._layout, layer.rope
-        workspace = (layout.arrivals, layout.partials, layout.partial_lses)
+        workspace = (layout.partials, layout.partial_rows)
         q_scales, q_scale_stride, q_scale = _scale(layer.q_scale)
         k_scales, k_scale_stride, k_scale = _scale(kv.k_scale)
         v_scales, v_scale_stride, v_scale = _scale(kv.v_scale)

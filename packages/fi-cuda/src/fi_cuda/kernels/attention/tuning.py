@@ -33,7 +33,6 @@ _RESERVED_BYTES = 1024  # of shared memory, which the driver keeps for each bloc
 _PROCESSOR_REGISTERS = 65536
 _MAX_REGISTERS = 256
 _ITEM_ROWS_BYTES = 64 * 64
-_FLAG_BYTES = 16
 _ANGLE_BYTES, _HALF_ANGLE_BYTES = 8, 4
 _GROUP_TOKENS = 8
 
@@ -118,15 +117,14 @@ class HeadForm(NamedTuple):
 
 
 def shared_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
-    """Shared memory of a block: the warps' rings with a barrier a stage, the warps' shares of an item, item rows, a flag,
+    """Shared memory of a block: the warps' rings with a barrier a stage, the warps' shares of an item, item rows,
     angles, and what aligning them may take."""
     row_bytes = (heads.head_dim * heads.stored_bytes, heads.head_dim_vo * heads.stored_bytes)
     rings = tuning.token_warps * tuning.num_stages * _stage_bytes(tuning.chunk_tokens, row_bytes)
-    num_barriers = tuning.token_warps * tuning.num_stages * (1 if tuning.row_warps == 1 else 2)
-    barriers = -(-num_barriers * _BARRIER_BYTES // 16) * 16
+    barriers = -(-tuning.token_warps * tuning.num_stages * _BARRIER_BYTES // 16) * 16
     shares = tuning.token_warps * tuning.rows * ((heads.head_dim_vo + 4) * 4 + 8)
     rotations = _rotation_bytes(tuning, heads)
-    return rings + barriers + shares + rotations + _ITEM_ROWS_BYTES + _FLAG_BYTES + _STAGE_ALIGNMENT
+    return rings + barriers + shares + rotations + _ITEM_ROWS_BYTES + _STAGE_ALIGNMENT
 
 
 def _rotation_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:

@@ -7,9 +7,10 @@
 
 namespace fi {
 
+// Divisions here are of unsigned numbers, which take a shift.
 template <int kChunkTokens>
 __device__ __forceinline__ int num_chunks_of(const AttentionItem& item) {
-  return (item.kv_end - item.kv_begin + kChunkTokens - 1) / kChunkTokens;
+  return static_cast<int>(static_cast<unsigned>(item.kv_end - item.kv_begin + kChunkTokens - 1) / kChunkTokens);
 }
 
 // Warps by what they share: `kRowWarps` neighbours take a tile's rows in parts and the same chunks, the others other chunks.
@@ -22,7 +23,7 @@ struct WarpPlace {
   int token_warp, row_warp;
 
   __device__ __forceinline__ WarpPlace()
-      : token_warp(static_cast<int>(threadIdx.x) / 32 / kRowWarps), row_warp(static_cast<int>(threadIdx.x) / 32 % kRowWarps) {}
+      : token_warp(static_cast<int>(threadIdx.x / 32 / kRowWarps)), row_warp(static_cast<int>(threadIdx.x / 32 % kRowWarps)) {}
 
   // First row of this warp in the tile.
   __device__ __forceinline__ int first_row() const { return kRowWarps == 1 ? 0 : row_warp * kWarpRows; }
@@ -42,9 +43,11 @@ struct ChunkTurn {
   int turn;  // the warp that takes the item's first chunk
 
   __device__ __forceinline__ int first_chunk(int warp) const {
-    return (warp - turn + kNumWarps) % kNumWarps;
+    return static_cast<int>(static_cast<unsigned>(warp - turn + kNumWarps) % kNumWarps);
   }
-  __device__ __forceinline__ void pass(int num_chunks) { turn = (turn + num_chunks) % kNumWarps; }
+  __device__ __forceinline__ void pass(int num_chunks) {
+    turn = static_cast<int>(static_cast<unsigned>(turn + num_chunks) % kNumWarps);
+  }
 };
 
 }  // namespace fi

@@ -48,9 +48,13 @@ struct DecodeState {
   OnlineSoftmax<kRowTiles * 2, 8, 4> softmax;
   float total[Ops::kDimTiles][kRowTiles][4];
 
-  __device__ __forceinline__ DecodeState(
-      const Params& params, const AttentionItem& item, const Rotator<Config>& rotator, int first_row, int lane)
-      : first_row(first_row), softmax(1.0f) {
+  __device__ __forceinline__ DecodeState() : softmax(1.0f) {}
+
+  // Takes up an item; `first`: of this warp's rows in the tile.
+  __device__ __forceinline__ void begin(
+      const Params& params, const AttentionItem& item, const Rotator<Config>& rotator, int first, int lane) {
+    first_row = first;
+    softmax = OnlineSoftmax<kRowTiles * 2, 8, 4>(1.0f);
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
       load_query(params, item, rotator, n, lane);
@@ -113,7 +117,8 @@ struct DecodeState {
     if constexpr (!kIsFp8<Query>) {
       return *reinterpret_cast<const unsigned*>(q);
     } else {
-      const unsigned halves = Ops::template halves_of<Query>(*reinterpret_cast<const unsigned short*>(q));
+      unsigned halves, none;
+      halves_of<Query>(halves, none, *reinterpret_cast<const unsigned short*>(q));
       const float2 both = Ops::template unpacked<__half>(halves);
       return Ops::template packed<Held>(both.x, both.y);
     }

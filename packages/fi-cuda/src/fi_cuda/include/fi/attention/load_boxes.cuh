@@ -8,15 +8,16 @@
 
 namespace fi {
 
-// The maps' dims: page (ragged: one), KV head, token, element. A box has a head's tokens of one page, as wide as the swizzle.
+// The maps' dims: page (ragged: one), KV head, column of the swizzle's width, token, element. A box has a head's tokens of one
+// page, all columns.
 template <class Config, class Params>
 class BoxLoader {
   using Stage = ChunkStage<Config>;
   using Lookup = PageLookup<Config>;
   using Walk = ChunkWalk<Config, Params>;
   static constexpr bool kPaged = Config::kTable != kRagged;
-  static constexpr int kBoxTokens = Lookup::kEntryTokens;
-  static_assert(Lookup::kWholePages && kBoxTokens % 8 == 0, "a box begins where the swizzle's pattern does");
+  static constexpr int kBoxTokens = Stage::kBoxTokens;
+  static_assert(Lookup::kWholePages && kBoxTokens == Lookup::kEntryTokens && kBoxTokens % 8 == 0, "a box begins where the swizzle's pattern does");
 
  public:
   static constexpr int kArrivals = 1;
@@ -28,8 +29,7 @@ class BoxLoader {
   // Starts the copies of the walk's chunk; `barrier` completes a phase when they have landed. Boxes without a readable token
   // are left out, others are copied whole.
   __device__ __forceinline__ void load(const Walk& walk, unsigned char* stage, unsigned long long* barrier) const {
-    constexpr int kBoxBytes = kBoxTokens * (Stage::Keys::kColumns * Stage::Keys::kSwizzle +
-                                            Stage::Values::kColumns * Stage::Values::kSwizzle);
+    constexpr int kBoxBytes = Stage::Keys::kBoxBytes + Stage::Values::kBoxBytes;
     int num_boxes = 0;
 #pragma unroll
     for (int box = 0; box < Lookup::kEntries; ++box) {
@@ -42,29 +42,19 @@ class BoxLoader {
       int page = 0, token;
       if constexpr (kPaged) {
         page = walk.page_of(box * kBoxTokens);
-        token = position % Config::kPageSize;
+        token = static_cast<int>(static_cast<unsigned>(position) % Config::kPageSize);
       } else {
         token = static_cast<int>(walk.first_row()) + position;
       }
       if (walk.lane() == 0 && walk.some_readable(position, kBoxTokens)) {
-        load_box<typename Stage::Keys>(stage, box, keys_, barrier, token, walk.kv_head(), page);
-        load_box<typename Stage::Values>(stage + Stage::kValueBegin, box, values_, barrier, token, walk.kv_head(), page);
+        ptx::tma_load_5d(stage + box * Stage::Keys::kBoxBytes, &keys_, barrier, 0, token, 0, walk.kv_head(), page);
+        ptx::tma_load_5d(stage + Stage::kValueBegin + box * Stage::Values::kBoxBytes, &values_, barrier, 0, token, 0,
+                         walk.kv_head(), page);
       }
     }
   }
 
  private:
-  template <class Rows>
-  static __device__ __forceinline__ void load_box(unsigned char* rows, int box, const ptx::TensorMap& map,
-                                                  unsigned long long* barrier, int token, int kv_head, int page) {
-    constexpr int kColumnElements = Rows::kSwizzle / static_cast<int>(sizeof(typename Config::Stored));
-#pragma unroll
-    for (int column = 0; column < Rows::kColumns; ++column) {
-      ptx::tma_load_4d(rows + column * Rows::kColumnBytes + box * kBoxTokens * Rows::kSwizzle, &map, barrier,
-                       column * kColumnElements, token, kv_head, page);
-    }
-  }
-
   const ptx::TensorMap& keys_;
   const ptx::TensorMap& values_;
 };

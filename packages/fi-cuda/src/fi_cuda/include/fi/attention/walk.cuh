@@ -38,7 +38,7 @@ class ChunkWalk {
  public:
   __device__ __forceinline__ ChunkWalk(const Params& params, const AttentionItem* items, int num_items)
       : params_(params), items_(items), num_items_(num_items), item_(-1), chunk_(0), num_chunks_(0), turn_{0}, held_(0),
-        lane_(static_cast<int>(threadIdx.x) % 32), warp_(WarpPlace<Config>().token_warp) {
+        lane_(static_cast<int>(threadIdx.x % 32)), warp_(WarpPlace<Config>().token_warp) {
     find_chunk();
   }
 
