@@ -104,11 +104,12 @@ class Plan:
     def resolve(self, layer: LayerArgs) -> ResolvedLayer:
         """``layer`` checked against the spec and completed; remembered by value, tensors by identity."""
         rope, q_scale = layer.rope, layer.q_scale
-        key = (
-            *(layer.scale, layer.soft_cap, layer.window, id(layer.sinks), id(layer.alibi_slopes)),
-            id(q_scale) if isinstance(q_scale, torch.Tensor) else q_scale,
-            None if rope is None else (id(rope.inv_freq), id(rope.cos_sin), rope.config),
-        )
+        key: tuple[Hashable, ...] = (
+            layer.scale, layer.soft_cap, layer.window, id(layer.sinks), id(layer.alibi_slopes)
+        )  # fmt: skip
+        if rope is not None or q_scale is not None:
+            scale = id(q_scale) if isinstance(q_scale, torch.Tensor) else q_scale
+            key += (scale, None if rope is None else (id(rope.inv_freq), id(rope.cos_sin), rope.config))
         found = self._layers.get(key)
         if found is None:
             found = layer.resolve(self.spec)
