@@ -125,7 +125,7 @@ def _holistic(inputs: AttentionInputs) -> Maker:
 
 def _attention(problem: Problem) -> Mapping[str, Maker]:
     inputs: AttentionInputs = problem.inputs
-    if inputs.shape.sinks:
+    if inputs.shape.sinks or inputs.shape.rotates_or_reads_fp8_queries:
         return {}
     if inputs.is_decode:
         return {"flashinfer-fa2": _decode(inputs, False), "flashinfer-fa2-tc": _decode(inputs, True)}

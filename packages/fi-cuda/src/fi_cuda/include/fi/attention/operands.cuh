@@ -13,13 +13,13 @@
 
 namespace fi {
 
-template <bool kFp8, class Dtype>
+template <bool kFp8, class Dtype, class Instead = __half>
 struct FactorOf {
   using Type = Dtype;
 };
-template <class Dtype>
-struct FactorOf<true, Dtype> {
-  using Type = __half;
+template <class Dtype, class Instead>
+struct FactorOf<true, Dtype, Instead> {
+  using Type = Instead;
 };
 
 template <class Config>
@@ -54,24 +54,27 @@ struct Operands {
     return result;
   }
 
-  // Calls use(step, a) for every 16 dims of K with the fragment of the stage's tokens 16 tile .. 16 tile + 15.
+  // The fragment of dims 16 step .. 16 step + 15 of K of the stage's tokens 16 tile .. 16 tile + 15.
+  static __device__ __forceinline__ void load_keys(unsigned (&a)[4], const unsigned char* stage, int tile, int step, int lane) {
+    const int row = lane % 16;
+    if constexpr (!kFp8) {
+      ptx::ldmatrix_x4(a, stage + Stage::Keys::place(tile * 16, row, step * 32, lane / 16 * 16));
+    } else {
+      unsigned bytes[2];
+      ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(tile * 16, row, step * 16, 0));
+      halves_of<Stored>(a[0], a[2], bytes[0]);
+      halves_of<Stored>(a[1], a[3], bytes[1]);
+    }
+  }
+
+  // Calls use(step, a) for every 16 dims of K with load_keys' fragment.
   template <class Use>
   static __device__ __forceinline__ void for_keys(const unsigned char* stage, int tile, int lane, Use&& use) {
-    const int row = lane % 16;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if constexpr (!kFp8) {
-        unsigned a[4];
-        ptx::ldmatrix_x4(a, stage + Stage::Keys::place(tile * 16, row, step * 32, lane / 16 * 16));
-        use(step, a);
-      } else {
-        unsigned bytes[2];
-        ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(tile * 16, row, step * 16, 0));
-        unsigned a[4];
-        halves_of<Stored>(a[0], a[2], bytes[0]);
-        halves_of<Stored>(a[1], a[3], bytes[1]);
-        use(step, a);
-      }
+      unsigned a[4];
+      load_keys(a, stage, tile, step, lane);
+      use(step, a);
     }
   }
 

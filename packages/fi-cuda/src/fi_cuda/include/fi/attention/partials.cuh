@@ -51,10 +51,10 @@ __device__ __forceinline__ RowPart sum_of(const RowPart (&parts)[kCount]) {
 template <class Config>
 struct Shares {
   static constexpr int kPitch = Config::kHeadDimVo + 4;  // lanes of one store then differ in bank
-  static constexpr int kRows = Config::kNumWarps * Config::kRows;
+  static constexpr int kRows = WarpPlace<Config>::kTokenWarps * Config::kRows;
 
-  float totals[kRows * kPitch];  // [warps, rows, pitch], unnormalised
-  PartialRow rows[kRows];        // [warps, rows]
+  float totals[kRows * kPitch];  // [token warps, rows, pitch], unnormalised
+  PartialRow rows[kRows];        // [token warps, rows]
 };
 
 // Pieces from which on a tile is merged in slices, and those that a lane loads at once.
@@ -118,9 +118,9 @@ class ItemFinisher {
   __device__ __forceinline__ void add_shares(const AttentionItem& item, int num_units, bool at_once) const {
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < num_units; unit += kThreads) {
-      RowPart shares[Config::kNumWarps];
+      RowPart shares[WarpPlace<Config>::kTokenWarps];
 #pragma unroll
-      for (int warp = 0; warp < Config::kNumWarps; ++warp) {
+      for (int warp = 0; warp < WarpPlace<Config>::kTokenWarps; ++warp) {
         const int row = warp * Config::kRows + unit / kQuads;
         const float4 values = *reinterpret_cast<const float4*>(shares_.totals + row * kPitch + unit % kQuads * 4);
         shares[warp] = {shares_.rows[row], {values.x, values.y, values.z, values.w}};
@@ -144,13 +144,13 @@ class ItemFinisher {
   }
 
   __device__ __forceinline__ void leave_share(const State& state) {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const int g = lane / 4, t = lane % 4;
+    const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+    const WarpPlace<Config> warp;
 #pragma unroll
     for (int n = 0; n < State::kRowTiles; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = warp * Config::kRows + n * 8 + 2 * t + r;
+        const int row = warp.token_warp * Config::kRows + warp.first_row() + n * 8 + 2 * t + r;
         const PartialRow known = state.softmax.row(2 * n + r);
         if (g == 0) shares_.rows[row] = known;
 #pragma unroll

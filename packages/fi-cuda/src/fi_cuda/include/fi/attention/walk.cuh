@@ -34,12 +34,13 @@ class ChunkWalk {
   using Lookup = PageLookup<Config>;
   static constexpr bool kPaged = Config::kTable != kRagged;
   static constexpr int kTokens = Config::kChunkTokens;
+  static constexpr int kTokenWarps = WarpPlace<Config>::kTokenWarps;
   static constexpr int kSectorEntries = 8;  // of the table, in the 32 bytes that L2 fetches
 
  public:
   __device__ __forceinline__ ChunkWalk(const Params& params, const AttentionItem* items, int num_items)
       : params_(params), items_(items), num_items_(num_items), item_(-1), chunk_(0), num_chunks_(0), turn_{0}, held_(0),
-        lane_(static_cast<int>(threadIdx.x % 32)), warp_(static_cast<int>(threadIdx.x / 32)) {
+        lane_(static_cast<int>(threadIdx.x % 32)), warp_(WarpPlace<Config>().token_warp) {
     find_chunk();
   }
 
@@ -74,7 +75,7 @@ class ChunkWalk {
   }
 
   __device__ __forceinline__ void advance() {
-    chunk_ += Config::kNumWarps;
+    chunk_ += kTokenWarps;
     ++held_;
     find_chunk();
   }
@@ -114,7 +115,7 @@ class ChunkWalk {
   // token is readable may lie beyond the table and are not read.
   __device__ __forceinline__ void look_up() {
     held_ = 0;
-    const int chunk = chunk_ + lane_ / Lookup::kEntries * Config::kNumWarps;
+    const int chunk = chunk_ + lane_ / Lookup::kEntries * kTokenWarps;
     const int first = kv_begin_ + chunk * kTokens + lane_ % Lookup::kEntries * Lookup::kEntryTokens;
     page_ = some_readable(first, Lookup::kEntryTokens) ? entries_[max(first, lowest_) / Lookup::kPageSize] : 0;
   }
@@ -123,7 +124,7 @@ class ChunkWalk {
   const AttentionItem* items_;
   int num_items_;
   int item_, chunk_, num_chunks_;
-  ChunkTurn<Config::kNumWarps> turn_;
+  ChunkTurn<kTokenWarps> turn_;
   int held_;  // of the chunks whose pages are held, those that are behind
   int page_;
   int kv_begin_, kv_end_, kv_head_, lowest_;

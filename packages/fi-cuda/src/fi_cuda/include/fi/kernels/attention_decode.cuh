@@ -7,7 +7,8 @@
 // 2023, section 4), equal shares of the work ("stream-K", Osama et al., 2023).
 // Config: Dtype (q, out), Stored (K, V), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kRows
 // (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
-// kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps). Params: those of fi_cuda.kernels.attention.decode.
+// kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps), kRowWarps (warps that share a tile's
+// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys. Params: those of fi_cuda.kernels.attention.decode.
 #pragma once
 
 #include "fi/attention/load_boxes.cuh"
@@ -25,11 +26,13 @@ constexpr int kItemsAtOnce = 64;
 // Byte offsets into dynamic shared memory.
 template <class Config>
 struct DecodeShared {
+  static constexpr int kTokenWarps = WarpPlace<Config>::kTokenWarps;
   static constexpr int kRingBytes = Config::kStages * ChunkStage<Config>::kBytes;
-  static constexpr int kShares = Config::kNumWarps * kRingBytes;
+  static constexpr int kShares = kTokenWarps * kRingBytes;
   static constexpr int kItems = kShares + static_cast<int>(sizeof(Shares<Config>));
   static constexpr int kBarriers = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
-  static constexpr int kBytes = kBarriers + Config::kNumWarps * Config::kStages * 8 + ChunkStage<Config>::kAlignment;
+  static constexpr int kRotations = (kBarriers + kTokenWarps * Config::kStages * 8 + 15) / 16 * 16;
+  static constexpr int kBytes = kRotations + Rotations<Config>::kBytes + ChunkStage<Config>::kAlignment;
 };
 
 constexpr int kItemParts = sizeof(AttentionItem) / 16;
@@ -59,6 +62,11 @@ __device__ __forceinline__ void clear_unreadable(unsigned char* stage, int posit
   __syncwarp();
 }
 
+template <class Config, class Params>
+__device__ __forceinline__ Rotator<Config> rotator_of(const Params& params, unsigned char* shared) {
+  return Rotator<Config>(shared, static_cast<const float*>(params.inv_freq), params.rope_factor);
+}
+
 // Attends to `count` items in shared memory, which the block's worker has `before` others before and `after` after.
 template <class Config, class Params, class Loader>
 __device__ __forceinline__ void attend_items(const Params& params, const Loader& loader, unsigned char* shared, int before,
@@ -66,14 +74,17 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
   using Shared = DecodeShared<Config>;
   using State = DecodeState<Config, Params>;
   using Stage = ChunkStage<Config>;
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  unsigned char* ring = shared + warp * Shared::kRingBytes;
-  unsigned long long* barriers = reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp * Config::kStages;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const WarpPlace<Config> warp;
+  unsigned char* ring = shared + warp.token_warp * Shared::kRingBytes;
+  unsigned long long* barriers =
+      reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp.token_warp * Config::kStages;
   const AttentionItem* items = reinterpret_cast<const AttentionItem*>(shared + Shared::kItems);
   ItemFinisher<Config, Params> finisher(params, *reinterpret_cast<Shares<Config>*>(shared + Shared::kShares));
   ChunkWalk<Config, Params> walk(params, items, count);
-  int next_stage = place.stage, num_due = Config::kStages;
-  ChunkTurn<Config::kNumWarps> turn = {0};
+  const Rotator<Config> rotator = rotator_of<Config>(params, shared + Shared::kRotations);
+  int next_stage = place.stage, num_due = warp.row_warp == 0 ? Config::kStages : 0;
+  ChunkTurn<Shared::kTokenWarps> turn = {0};
   AttentionItem item;
   State state;
   ColumnLimits whole = {0, 0};
@@ -82,7 +93,7 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
   // instructions from memory too.
 #pragma unroll 1
   while (true) {
-    __syncwarp();  // all lanes are through with the stage that is filled next
+    warp.sync();  // all are through with the stage that is filled next
 #pragma unroll 1
     for (; num_due > 0 && !walk.done(); --num_due) {
       loader.load(walk, ring + next_stage * Stage::kBytes, barriers + next_stage);
@@ -93,23 +104,27 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
       const int position = item.kv_begin + chunk * Stage::kTokens;
       const bool masked = position < whole.low || position + Stage::kTokens > whole.high;
       unsigned char* stage = ring + place.stage * Stage::kBytes;
+      if constexpr (Rotations<Config>::kKeys) rotator.prepare_keys(position);
       ptx::wait_barrier(barriers + place.stage, place.parity);
-      if (!Loader::kZeroesUnread && masked) clear_unreadable<Config>(stage, position, lowest, item.kv_end, lane);
-      state.attend(params, item, stage, position, masked, lane);
+      if (!Loader::kZeroesUnread && masked) {
+        if (warp.row_warp == 0) clear_unreadable<Config>(stage, position, lowest, item.kv_end, lane);
+        if constexpr (WarpPlace<Config>::kRowWarps > 1) warp.sync();
+      }
+      state.attend(params, item, rotator, stage, position, masked, lane);
       place.advance();
-      chunk += Config::kNumWarps;
-      num_due = 1;
+      chunk += Shared::kTokenWarps;
+      num_due = warp.row_warp == 0;
       continue;
     }
     AttentionItem next = {};
     if (idx + 1 < count) {
       next = items[idx + 1];
-      state.load(params, next, lane);  // arrives while the item before is finished
+      state.load(params, next, warp.first_row(), lane);  // arrives while the item before is finished
     }
     if (idx >= 0) finisher.finish(item, state, before + idx, after + count - 1 - idx);
     if (++idx == count) break;
     item = next;
-    state.begin(params, item, lane);
+    state.begin(params, item, rotator, lane);
     finisher.prepare(item);
     if (idx + 1 < count) {
       State::prefetch(params, items[idx + 1]);
@@ -118,7 +133,7 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
     whole = State::seen_by_all(params, item);
     lowest = lowest_position<Config>(item, params.window);
     turn.pass(num_chunks);
-    chunk = turn.first_chunk(warp);
+    chunk = turn.first_chunk(warp.token_warp);
     num_chunks = num_chunks_of<Stage::kTokens>(item);
   }
 }
@@ -151,15 +166,17 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   const int begin = start->begin, end = start->end;
   int4 part = {};
   if (threadIdx.x < kItemParts) part = reinterpret_cast<const int4*>(&start->first)[threadIdx.x];
-  if (threadIdx.x % 32 == 0) {
+  const WarpPlace<Config> warp;
+  if (threadIdx.x % 32 == 0 && warp.row_warp == 0) {
     unsigned long long* barriers = reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers);
 #pragma unroll
     for (int stage = 0; stage < Config::kStages; ++stage) {
-      ptx::init_barrier(barriers + threadIdx.x / 32 * Config::kStages + stage, loader.kArrivals);
+      ptx::init_barrier(barriers + warp.token_warp * Config::kStages + stage, loader.kArrivals);
     }
   }
   ptx::fence_barrier_init();
   if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = part;
+  if constexpr (Rotations<Config>::kKeys) rotator_of<Config>(params, shared + Shared::kRotations).fill_table();
   auto place = RingCursor<Config::kStages>::consumer();
   for (int first = begin; first < end; first += kItemsAtOnce) {
     const int count = min(end - first, kItemsAtOnce);
