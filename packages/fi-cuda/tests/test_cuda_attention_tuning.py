@@ -13,6 +13,7 @@ from fi_core.hookspecs import hookimpl
 from fi_core.ops import OPERATIONS
 from fi_core.records import AttentionSpec, Capacity, KVCache
 from fi_core.registry import registry
+from fi_core.rope import FusedRope
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import boxes, decode, tuning
 from fi_cuda.kernels.attention.decode import CallForm, decode_spec
@@ -28,16 +29,19 @@ SHAPES = list(itertools.product((16, 64, 80, 128, 192, 256), (1, 3, 4, 8, 16, 12
 
 @pytest.mark.parametrize("limit", [HOPPER_SHARED_BYTES, 163 << 10, 99 << 10])
 def test_every_served_shape_has_a_tile_and_two_stages(limit):
-    for head_dim, group, max_q_len, kv_format in SHAPES:
-        spec = AttentionSpec(group * 2, 2, head_dim, kv_format=kv_format)
+    for (head_dim, group, max_q_len, kv_format), rotated in itertools.product(SHAPES, (False, True)):
+        rope = FusedRope(head_dim // 32 * 32, keys=True) if rotated and head_dim >= 32 else None
+        spec = AttentionSpec(group * 2, 2, head_dim, kv_format=kv_format, rope=rope)
         capacity = Capacity(8, 8 * max_q_len, max_q_len, 4096)
         found = built_in_tuning(spec, capacity, limit)
         kernel = decode_spec(spec, found, CallForm())
         rows = max_q_len * group
         tallest = 16 if head_dim <= 128 else 8
-        assert found.rows in (8, 16) and found.rows <= tallest
-        assert found.rows >= min(rows, tallest) and (found.rows == 8 or found.rows < 2 * rows)
-        assert 2 <= found.num_stages <= 6
+        assert found.rows // found.row_warps <= tallest
+        if limit == HOPPER_SHARED_BYTES:
+            assert found.rows >= min(rows, 8 * tallest)
+        assert found.rows == 8 or found.rows < 2 * rows
+        assert 2 <= found.num_stages
         assert kernel.shared_bytes <= limit
         if found.num_stages < 6:
             assert replace(kernel, stages=found.num_stages + 1).shared_bytes > limit
@@ -64,7 +68,9 @@ class Override:
     ("given", "message"),
     [
         ({"stages": 3}, "fi_tuning: expected names among"),
-        ({"rows": 64}, r"tuning.rows: expected one of \(8, 16\)"),
+        ({"rows": 64}, r"tuning.row_warps: expected 64 rows in parts of \(8, 16\)"),
+        ({"rows": 24}, r"tuning.rows: expected one of \(8, 16, 32, 64, 128\)"),
+        ({"rows": 64, "row_warps": 8}, "tuning.row_warps"),
         ({"chunk_tokens": 64}, "tuning.chunk_tokens"),
         ({"num_stages": 1}, "tuning.num_stages: expected an int of at least 2"),
         ({"workers_per_processor": 2}, "tuning.workers_per_processor: expected at most 1"),  # in shared memory
@@ -109,8 +115,14 @@ def test_the_entry_is_complete_and_registered(attention):
         ({"head_dim": 272}, False),
         ({"head_dim_vo": 72}, False),
         ({"group_size": 64, "page_size": 1, "kv_layout": "HND", "table": "indptr"}, True),
-        ({"group_size": 65}, False),
-        ({"group_size": 8, "max_q_len": 9}, False),
+        ({"group_size": 128, "max_q_len": 16}, True),
+        ({"q_format": "fp8_e4m3", "kv_format": "fp8_e4m3"}, True),
+        ({"q_format": "fp8_e5m2"}, True),
+        ({"rope": "q", "rope_pairs": "half", "rotary_dim": 64}, True),
+        ({"rope": "qk", "rope_pairs": "half", "rotary_dim": 96}, True),
+        ({"rope": "qk", "rope_pairs": "half", "rotary_dim": 80}, False),
+        ({"rope": "qk", "rope_pairs": "interleaved", "rotary_dim": 80}, True),
+        ({"rope": "q", "rope_pairs": "interleaved", "rotary_dim": 40}, False),
         ({"page_size": None, "table": "ragged", "causal": False, "windowed": True}, True),
         ({"features": frozenset({"soft_cap", "sinks", "alibi", "mask", "lse"}), "batch_invariant": True}, True),
     ],
@@ -149,15 +161,20 @@ def test_maps_have_the_dims_that_the_kernel_indexes(layout, paged, monkeypatch):
     nhd = torch.zeros(*((7, 16) if paged else (50,)), 3, 160, dtype=torch.bfloat16)
     wide = nhd if layout == "NHD" else nhd.transpose(-2, -3).contiguous()
     kv = KVCache(wide[..., :128], wide[..., 128:], layout)
-    for found, tensor, columns in zip(boxes.maps_of(kv, 8), (kv.k, kv.v), (64, 32), strict=True):
+    for found, tensor, columns, width in zip(boxes.maps_of(kv, 8), (kv.k, kv.v), (2, 1), (64, 32), strict=True):
         shape, strides, address, box = found
         pages, tokens = (7, 16) if paged else (1, 50)
-        assert shape == (pages, 3, tokens, tensor.shape[-1]) and address == tensor.data_ptr()
+        assert shape == (pages, 3, columns, tokens, width) and address == tensor.data_ptr()
         token, head = (480, 160) if layout == "NHD" else (160, tokens * 160)
-        assert strides[1:] == (head, token, 1) and (not paged or strides[0] == 16 * 3 * 160)
-        assert box.shape == (1, 1, 8, columns) and box.swizzle_bytes == columns * 2
+        assert strides[1:] == (head, width, token, 1) and (not paged or strides[0] == 16 * 3 * 160)
+        assert box.shape == (1, 1, columns, 8, width) and box.swizzle_bytes == width * 2
 
 
 def test_no_map_describes_a_cache_without_pages():
     empty = torch.zeros(0, 16, 2, 64, dtype=torch.bfloat16)
     assert boxes.maps_of(KVCache(empty, empty), 16) is None
+
+
+def test_no_map_describes_rows_that_columns_do_not_fill():
+    kv = torch.zeros(3, 16, 2, 72, dtype=torch.bfloat16)
+    assert boxes.maps_of(KVCache(kv, kv), 16) is None

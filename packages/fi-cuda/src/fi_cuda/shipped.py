@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from fi_core.records import AttentionSpec, Capacity
+from fi_core.rope import FusedRope
 
 from .kernels.append_kv import AppendShape, spec_for
 from .kernels.attention.decode import CallForm, decode_spec
@@ -40,6 +41,7 @@ _FILTERS = (frozenset[str](), frozenset({"top_p"}), frozenset({"top_k", "top_p"}
 
 _HOPPER_PROCESSORS = 132
 _DECODE = Capacity(max_batch=256, max_q_tokens=256, max_q_len=1, max_kv_len=2**17)
+_MANY_TOKENS = Capacity(max_batch=64, max_q_tokens=1024, max_q_len=16, max_kv_len=2**17)
 _SPECULATIVE = Capacity(max_batch=64, max_q_tokens=256, max_q_len=4, max_kv_len=2**17)
 
 
@@ -77,7 +79,7 @@ def shipped_specs() -> list[KernelSpec]:
         for dtype in DTYPES:
             found.update(dict.fromkeys(_specs_of(model, dtype)))
     # Pages of every model are copied by the same kernels.
-    found.update(dict.fromkeys(CopyPagesSpec(index, VECTOR_BYTES) for index in (torch.int32, torch.int64)))
+    found.update(dict.fromkeys(CopyPagesSpec(index, VECTOR_BYTES, True) for index in (torch.int32, torch.int64)))
     found.update(dict.fromkeys(_attention_specs()))
     found.update(dict.fromkeys(_sampling_specs()))
     return list(found)
@@ -147,7 +149,7 @@ def _sampling_specs() -> Iterator[KernelSpec]:
 
 def _attention_specs() -> Iterator[KernelSpec]:
     """Decode of these models on a Hopper GPU, and of models with other head dims and features: sinks and windows,
-    soft caps; a step of speculative decoding with a tree's mask."""
+    soft caps, FP8 queries, RoPE on the way; steps of speculative decoding, with a tree's mask and with many tokens."""
     eight = AttentionSpec(32, 8, 128)
     # For K and V that no tensor map describes.
     yield decode_spec(eight, built_in_tuning(eight, _DECODE), CallForm())
@@ -158,6 +160,11 @@ def _attention_specs() -> Iterator[KernelSpec]:
             yield from _decode_specs(AttentionSpec(*heads), _DECODE, CallForm(table_row=in_any_order))
     yield from _decode_specs(replace(eight, dtype=torch.float16, kv_format="fp16"), _DECODE, CallForm())
     yield from _decode_specs(replace(eight, kv_format="fp8_e4m3"), _DECODE, CallForm(k_scales=True, v_scales=True))
+    all_fp8 = replace(eight, kv_format="fp8_e4m3", q_format="fp8_e4m3")
+    yield from _decode_specs(all_fp8, _DECODE, CallForm(q_scales=True, k_scales=True, v_scales=True))
+    for keys in (False, True):
+        yield from _decode_specs(replace(eight, rope=FusedRope(128, keys=keys)), _DECODE, CallForm())
+    yield from _decode_specs(eight, _MANY_TOKENS, CallForm())
     yield from _decode_specs(replace(eight, batch_invariant=True), _DECODE, CallForm())
     yield from _decode_specs(replace(eight, features=frozenset({"mask"})), _SPECULATIVE, CallForm(mask_columns="new"))
     sinks = AttentionSpec(64, 8, 64, windows=(None, 128), features=frozenset({"sinks"}))

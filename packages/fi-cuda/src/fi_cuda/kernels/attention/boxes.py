@@ -23,19 +23,18 @@ def tokens_of_box(page_size: int | None, chunk_tokens: int) -> int | None:
 
 
 def maps_of(kv: KVCache, num_tokens: int) -> tuple[TensorMap, TensorMap] | None:
-    """The maps of K and V with dims page (ragged: one), KV head, token, element, and boxes of ``num_tokens`` of a head;
-    None for tensors that no map describes."""
-    k, v = (_heads_first(tensor, kv.is_paged) for tensor in kv.as_nhd())
+    """The maps of K and V with dims page (ragged: one), KV head, column of the swizzle's width, token, element, and boxes of
+    ``num_tokens`` of a head; None for tensors that no map describes."""
+    k, v = (tensor if kv.is_paged else tensor[None] for tensor in kv.as_nhd())
     if not (_describable(k) and _describable(v)):
         return None
     return _map_of(k, num_tokens), _map_of(v, num_tokens)
 
 
-def _heads_first(tensor: Tensor, paged: bool) -> Tensor:
-    return (tensor if paged else tensor[None]).transpose(1, 2)
-
-
 def _describable(tensor: Tensor) -> bool:
+    row_bytes = tensor.shape[-1] * tensor.element_size()
+    if row_bytes % swizzle_of(row_bytes):
+        return False
     steps = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     return tensor.numel() > 0 and all(stride * tensor.element_size() < _MAX_STRIDE_BYTES for stride in steps)
 
@@ -45,4 +44,6 @@ def _map_of(tensor: Tensor, num_tokens: int) -> TensorMap:
     swizzle = swizzle_of(row_bytes)
     # L2 must not fetch more than a row: what follows it may belong to another head, which another block reads much later.
     promotion = 256 if row_bytes % 256 == 0 else 128
-    return tensor_map_of(tensor, Box((1, 1, num_tokens, swizzle // tensor.element_size()), swizzle, promotion))
+    width = swizzle // tensor.element_size()
+    columns = tensor.unflatten(-1, (row_bytes // swizzle, width)).permute(0, 2, 3, 1, 4)
+    return tensor_map_of(columns, Box((1, 1, row_bytes // swizzle, num_tokens, width), swizzle, promotion))

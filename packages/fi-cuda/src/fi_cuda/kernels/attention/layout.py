@@ -34,8 +34,9 @@ class Layout:
     """Regions of a plan's buffer.
 
     ``lists`` has a work list for each distinct window; these make up the first ``host_bytes``, which an update from the
-    CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it needs none). ``arrivals`` counts the
-    pieces of each split tile that are there; ``partials`` and ``partial_lses`` (base 2) are the slots of their results.
+    CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it needs none). ``partials`` and
+    ``partial_rows`` (base and mass of the softmax, once for every four dims) are the slots of pieces' results; all bits are
+    set while a piece is not there.
     """
 
     tuning: DecodeTuning
@@ -44,9 +45,8 @@ class Layout:
     lists: dict[int | None, ListRegions]
     host_bytes: int
     scratch: Region
-    arrivals: Region
     partials: Region
-    partial_lses: Region
+    partial_rows: Region
     num_bytes: int
 
     @classmethod
@@ -80,8 +80,7 @@ class Layout:
             lists=lists,
             host_bytes=host_bytes,
             scratch=build.add((scratch_bytes(capacity.max_batch),), torch.uint8),
-            arrivals=build.add((max_merges,), torch.int32),
             partials=build.add((bounds.num_slots, tuning.rows, spec.head_dim_vo or 0), torch.float32),
-            partial_lses=build.add((bounds.num_slots, tuning.rows), torch.float32),
+            partial_rows=build.add((bounds.num_slots, tuning.rows, (spec.head_dim_vo or 0) // 4, 2), torch.float32),
             num_bytes=build.end,
         )
