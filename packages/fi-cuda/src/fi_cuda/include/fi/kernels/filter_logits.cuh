@@ -84,19 +84,22 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
     return;
   }
   RankPrefix prefix = every_token();
-  Winner unused;
-  if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters, false, unused);
-  const auto kept_mass = [&](int place, float logit) -> uint64 {
+  Answer total;
+  if constexpr (Config::kTopK || Config::kTopP) {
+    prefix = kept_prefix(row, filters, Config::kProbs ? Wish::kTotal : Wish::kNothing, total);
+  }
+  const auto kept_weight = [&](int token, float logit) {
     const float weight = weight_of(row.largest - logit);
-    return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? mass_of(weight) : 0;
+    return prefix.has(logit, token) && weight >= filters.min_p ? weight : 0.0f;
   };
   if constexpr (Config::kProbs) {
-    row.sum_over_warps(kept_mass);
-    uint64 before;
-    const float scale = 1.0f / static_cast<float>(row.sum_over_blocks(before));
-    write_slice(row, params, [&](int token, float logit) {
-      return static_cast<float>(kept_mass(token - row.first_token, logit)) * scale;
-    });
+    if (!total.known()) {
+      row.sum_over_warps([&](int place, float logit) { return mass_of(kept_weight(row.first_token + place, logit)); });
+      uint64 before;
+      total.amount = row.sum_over_blocks(before);
+    }
+    const float scale = 1.0f / static_cast<float>(total.amount);
+    write_slice(row, params, [&](int token, float logit) { return float_mass_of(kept_weight(token, logit)) * scale; });
   } else {
     write_slice(row, params, [&](int token, float logit) {
       const bool kept = prefix.has(logit, token) && (filters.min_p <= 0.0f || weight_of(row.largest - logit) >= filters.min_p);

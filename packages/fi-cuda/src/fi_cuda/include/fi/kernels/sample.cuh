@@ -52,13 +52,13 @@ struct SampleKernel {
   }
 
   // The first token in index order whose inclusive cumulative mass exceeds the random target; mass(place, logit) is 0 for
-  // tokens that are not kept. A decided winner alone has work to do.
+  // tokens that are not kept. Where it is known which block has it, the others have no work.
   template <class Mass>
-  __device__ __forceinline__ void draw(Mass mass, Winner winner) {
-    if (winner.decided() && static_cast<int>(winner.block) != row.rank) return;
+  __device__ __forceinline__ void draw(Mass mass, Answer end) {
+    if (end.known() && static_cast<int>(end.block) != row.rank) return;
     row.sum_over_warps(mass);
-    uint64 target = winner.target;
-    if (!winner.decided()) {
+    uint64 target = end.amount;
+    if (!end.known()) {
       uint64 before;
       const uint64 total = row.sum_over_blocks(before);
       target = static_cast<uint64>(scale_bits(row.shared.random, static_cast<int64>(total)));
@@ -88,24 +88,20 @@ struct SampleKernel {
     // A min_p above 1 leaves nothing, and then the first token in rank order is kept.
     if (filters.greedy || filters.min_p > 1.0f) return write_first_of_largest();
     if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP) {
-      return draw([&](int, float logit) { return mass_at(row.largest - logit); }, Winner{});
+      return draw([&](int, float logit) { return mass_at(row.largest - logit); }, Answer{});
     }
     if constexpr (Config::kTopK) {
       if (listed && drawn_from_list(filters)) return;
     }
     RankPrefix prefix = every_token();
-    Winner winner;
-    if constexpr (Config::kTopK || Config::kTopP) {
-      // top_k beside a joint top_p, and min_p, may shorten what top_p leaves.
-      const bool last = filters.has_top_p() && filters.min_p <= 0.0f && !(filters.joint && filters.top_k > 0);
-      prefix = kept_prefix(row, filters, last, winner);
-    }
+    Answer end;
+    if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters, Wish::kDraw, end);
     draw(
         [&](int place, float logit) -> uint64 {
           const float weight = weight_of(row.largest - logit);
           return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? mass_of(weight) : 0;
         },
-        winner);
+        end);
   }
 
   // False, in all blocks, if the list cannot decide the row.

@@ -75,7 +75,7 @@ struct SearchShared {
   // This block's tokens, (logit, token), in the bin that the first level chose, if they fit.
   uint2 local[kLocalTokens];
   BoundaryShare shares[kBlocks];
-  uint4 found;             // RankPrefix and Winner
+  uint4 found;             // RankPrefix and Answer
   uint64 above[kBlocks];   // mass of each block's tokens before the boundary
   unsigned kept[2][kBlocks];  // and of the kept ones at it, lower 16 bits and the rest
   uint64 boundary_wanted;

@@ -41,22 +41,25 @@ __device__ __forceinline__ void normalise(RowFilters& filters, int vocab_size) {
   if (filters.top_k < 0 || filters.top_k >= vocab_size) filters.top_k = 0;
 }
 
-// What top_k and top_p keep of a row. With `draws` also where a draw from it ends, if that was cheap to know: row.shared.random
-// is set, and no other filter follows.
+// What top_k and top_p keep of a row, and the answer to a wish if no other filter follows; of a draw only once
+// row.shared.random is set.
 template <class Config>
-__device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const RowFilters& filters, bool draws,
-                                                  Winner& winner) {
+__device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const RowFilters& filters, Wish wish,
+                                                  Answer& answer) {
+  // top_k beside a joint top_p, and min_p, may shorten what top_p leaves.
+  if (filters.min_p > 0.0f || (filters.joint && filters.top_k > 0)) wish = Wish::kNothing;
   RankPrefix kept = every_token();
   // One copy of the search's code serves both.
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
     const bool by_count = filter == 0;
     if (by_count ? !Config::kTopK || filters.top_k == 0 : !Config::kTopP || !filters.has_top_p()) continue;
-    PrefixSearch<Config> search{row, filters.joint ? every_token() : kept, by_count, draws && !by_count};
+    PrefixSearch<Config> search{row, filters.joint ? every_token() : kept, by_count,
+                                by_count ? Wish::kNothing : wish};
     kept = shorter(kept, search.find([&](uint64 total) {
       return by_count ? static_cast<uint64>(filters.top_k) : filters.mass_target(total);
     }));
-    winner = search.winner;
+    answer = search.answer;
   }
   return kept;
 }

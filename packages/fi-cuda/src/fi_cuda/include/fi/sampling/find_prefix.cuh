@@ -7,50 +7,25 @@
 // the logit, so no rounding changes the result, and the work hardly depends on the distribution.
 #pragma once
 
+#include "fi/sampling/rank_scale.cuh"
 #include "fi/sampling/ranked_tokens.cuh"
 
 namespace fi {
 
-// Bins for logits from `top` down to `bottom`, the first for the largest. Of equal width in the logit, the last one taking what
-// lies below its own width too; of these, with `outer` of 0 or more, bin `outer` cut into as many again. Or, with a `shift` of 0
-// or more, of equal width in the bits of the floats, infinities included.
-struct RankScale {
-  float top, bottom, per_unit;
-  int shift, outer;
-
-  __device__ __forceinline__ bool covers(float logit) const {
-    return logit <= top && logit >= bottom && (outer < 0 || whole_bin((top - logit) * per_unit) == outer);
-  }
-  __device__ __forceinline__ int bin(float logit) const {
-    if (shift >= 0) return static_cast<int>((order_key(top) - order_key(logit)) >> shift);
-    const float place = (top - logit) * per_unit;
-    return whole_bin(outer < 0 ? place : (place - static_cast<float>(outer)) * kRankBins);
-  }
-  __device__ __forceinline__ static int whole_bin(float place) { return min(__float2int_rz(place), kRankBins - 1); }
+// What the first block can say about the kept tokens when it has found the last of them.
+enum class Wish {
+  kNothing,
+  kDraw,   // the block that holds the token drawn, and what the running sum over that block is to exceed
+  kTotal,  // their mass
 };
 
-__device__ __forceinline__ RankScale bit_scale(float top, float bottom) {
-  // The least shift that leaves no more bins than there are.
-  static_assert(kRankBins == 64);
-  const int shift = 26 - __clz(static_cast<int>(order_key(top) - order_key(bottom)));
-  return {top, bottom, 0.0f, max(shift, 0), -1};
-}
+// The answer to a wish; kUnknown where it was not cheap to know.
+struct Answer {
+  static constexpr unsigned kUnknown = 0xff;
+  unsigned block = kUnknown;
+  uint64 amount = 0;  // below 2^52
 
-// Of a whole row: as wide as tokens have mass. Tokens without are counted, but those at -inf are not.
-__device__ __forceinline__ RankScale row_scale(float largest, float smallest, bool by_count) {
-  const float bottom = fmaxf(largest - kMasslessShortfall, smallest);
-  const float per_unit = largest > bottom ? __fdividef(static_cast<float>(kRankBins), largest - bottom) : 0.0f;
-  return {largest, by_count ? -3.402823466e38f : bottom, per_unit, -1, -1};
-}
-
-// Where a draw from a prefix ends: the block that holds the token, and what the running sum over that block is to exceed.
-// kUndecided: not known yet.
-struct Winner {
-  static constexpr unsigned kUndecided = 0xff;
-  unsigned block = kUndecided;
-  uint64 target = 0;  // below 2^52
-
-  __device__ __forceinline__ bool decided() const { return block != kUndecided; }
+  __device__ __forceinline__ bool known() const { return block != kUnknown; }
 };
 
 template <class Config>
@@ -61,8 +36,8 @@ struct PrefixSearch {
   Row& row;
   RankPrefix considered;  // only these tokens are weighed
   bool by_count;          // each as 1, else by its mass
-  bool draws;             // a token is drawn from what is found: say which block has it, where that is cheap
-  Winner winner = {};
+  Wish wish;
+  Answer answer = {};
 
   __device__ __forceinline__ uint64 amount_of(float logit) const { return by_count ? 1 : mass_at(row.largest - logit); }
 
@@ -274,8 +249,8 @@ struct PrefixSearch {
     return sum;
   }
 
-  __device__ __forceinline__ static uint4 message(RankPrefix found, Winner end) {
-    const uint64 packed = end.target | static_cast<uint64>(end.block) << 56;
+  __device__ __forceinline__ static uint4 message(RankPrefix found, Answer end) {
+    const uint64 packed = end.amount | static_cast<uint64>(end.block) << 56;
     return make_uint4(__float_as_uint(found.value), static_cast<unsigned>(found.last), static_cast<unsigned>(packed),
                       static_cast<unsigned>(packed >> 32));
   }
@@ -284,14 +259,14 @@ struct PrefixSearch {
   __device__ __forceinline__ void publish(RankPrefix found) {
 #pragma unroll 1
     for (unsigned block = 0; block < kBlocks; ++block) {
-      row.mailbox.send(kFound, block, &row.shared.search.found, message(found, Winner{}));
+      row.mailbox.send(kFound, block, &row.shared.search.found, message(found, Answer{}));
     }
   }
 
   __device__ __forceinline__ RankPrefix receive() {
     row.mailbox.receive(kFound, 16);
     const uint4 found = row.shared.search.found;
-    winner = {found.w >> 24, found.z | static_cast<uint64>(found.w & 0xffffffu) << 32};
+    answer = {found.w >> 24, found.z | static_cast<uint64>(found.w & 0xffffffu) << 32};
     return {__uint_as_float(found.x), static_cast<int>(found.y)};
   }
 
@@ -335,7 +310,7 @@ struct PrefixSearch {
   }
 
   // By the first block, whose list has `count` tokens: the one at which the running sum in rank order reaches `wanted`; and with
-  // `draws`, after sum_above, the end of the draw.
+  // a wish, after sum_above, its answer.
   __device__ __forceinline__ void publish_from_list(int count, uint64 wanted) {
     auto& search = row.shared.search;
     const RankedToken* tokens = gather_list(row, [&](float logit) { return amount_of(logit); });
@@ -347,7 +322,7 @@ struct PrefixSearch {
     __syncthreads();  // what follows a published prefix overwrites the tokens
     const RankPrefix mine = {logit_of(own.rank_key), static_cast<int>(token_of(own.rank_key))};
     const bool last = leads && before < wanted && wanted <= before + own.amount;
-    if (!draws) {
+    if (wish == Wish::kNothing) {
       if (last) publish(mine);
       return;
     }
@@ -356,16 +331,19 @@ struct PrefixSearch {
       atomicAdd(&search.kept[0][block], static_cast<unsigned>(own.amount) & 0xffffu);
       atomicAdd(&search.kept[1][block], static_cast<unsigned>(own.amount >> 16));
     }
-    if (last) search.found = message(mine, Winner{});
+    if (last) search.found = message(mine, Answer{});
     __syncthreads();
     if (threadIdx.x >= 32) return;
     const unsigned lane = threadIdx.x;
     uint64 kept = 0;
     if (lane < kBlocks) kept = search.above[lane] + search.kept[0][lane] + (static_cast<uint64>(search.kept[1][lane]) << 16);
     const Prefix<uint64> prefix = prefix_over_lanes<32>(kept);
-    const uint64 target = static_cast<uint64>(scale_bits(row.shared.random, static_cast<int64>(prefix.total)));
-    const unsigned block = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, target < prefix.inclusive))) - 1;
-    const Winner end = {block, target - __shfl_sync(0xffffffffu, prefix.exclusive, static_cast<int>(block))};
+    Answer end = {0, prefix.total};
+    if (wish == Wish::kDraw) {
+      const uint64 target = static_cast<uint64>(scale_bits(row.shared.random, static_cast<int64>(prefix.total)));
+      end.block = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, target < prefix.inclusive))) - 1;
+      end.amount = target - __shfl_sync(0xffffffffu, prefix.exclusive, static_cast<int>(end.block));
+    }
     const uint4 found = search.found;
     __syncwarp();  // all have read what the next line overwrites
     row.mailbox.send_to_all(
@@ -402,7 +380,7 @@ struct PrefixSearch {
       const uint64 left = wanted;
       const int bin = boundary_bin(scale, [&](uint64 total) { return has_target ? left : target_of(total); }, wanted);
       if (bin < 0) return considered;
-      if (draws && scale.shift < 0 && row.rank == 0) sum_above(scale.outer, bin);
+      if (wish != Wish::kNothing && scale.shift < 0 && row.rank == 0) sum_above(scale.outer, bin);
       bool fits;
       const BoundaryShare boundary = collect(scale, bin, fits);
       if (boundary.smallest == boundary.largest) {
@@ -414,7 +392,7 @@ struct PrefixSearch {
         if (row.rank == 0) publish_from_list(boundary.count, wanted);
       } else {
         scale = bit_scale(boundary.largest, boundary.smallest);
-        draws = false;
+        wish = Wish::kNothing;
         clear();
         continue;
       }

@@ -53,7 +53,7 @@ struct FirstK {
     }
     // Infinities are no part of an even scale.
     const bool finite = row.usable() && row.smallest > minus_infinity();
-    PrefixSearch<Config> search{row, every_token(), true, false};
+    PrefixSearch<Config> search{row, every_token(), true, Wish::kNothing};
     const RankScale scale =
         finite ? row_scale(row.largest, row.smallest, true) : bit_scale(row.largest, row.smallest);
     const RankPrefix prefix = search.find_from(scale, [&](uint64) { return static_cast<uint64>(k); });

@@ -31,6 +31,13 @@ __device__ __forceinline__ uint2 mass_limbs(float weight) {
   return make_uint2((mass & 0xffffu) + (weight >= 1.0f ? 1u : 0u), mass >> 16);
 }
 
+// The mass as a float, exactly: weights have 24 bits.
+__device__ __forceinline__ float float_mass_of(float weight) {
+  const float mass = weight * 4294967296.0f;
+  // Adding 2^23, rounded down, and taking it away again truncates smaller numbers.
+  return mass < 8388608.0f ? __fadd_rd(mass, 8388608.0f) - 8388608.0f : mass;
+}
+
 __device__ __forceinline__ uint64 mass_at(float shortfall) { return mass_of(weight_of(shortfall)); }
 
 // Unsigned integers in the order of the floats, -0 and 0 equal; for numbers that are not NaN.

@@ -1,0 +1,40 @@
+// Bins of a histogram over logits.
+#pragma once
+
+#include "fi/sampling/cluster_row.cuh"
+
+namespace fi {
+
+// Bins for logits from `top` down to `bottom`, the first for the largest. Of equal width in the logit, the last one taking what
+// lies below its own width too; of these, with `outer` of 0 or more, bin `outer` cut into as many again. Or, with a `shift` of 0
+// or more, of equal width in the bits of the floats, infinities included.
+struct RankScale {
+  float top, bottom, per_unit;
+  int shift, outer;
+
+  __device__ __forceinline__ bool covers(float logit) const {
+    return logit <= top && logit >= bottom && (outer < 0 || whole_bin((top - logit) * per_unit) == outer);
+  }
+  __device__ __forceinline__ int bin(float logit) const {
+    if (shift >= 0) return static_cast<int>((order_key(top) - order_key(logit)) >> shift);
+    const float place = (top - logit) * per_unit;
+    return whole_bin(outer < 0 ? place : (place - static_cast<float>(outer)) * kRankBins);
+  }
+  __device__ __forceinline__ static int whole_bin(float place) { return min(__float2int_rz(place), kRankBins - 1); }
+};
+
+__device__ __forceinline__ RankScale bit_scale(float top, float bottom) {
+  // The least shift that leaves no more bins than there are.
+  static_assert(kRankBins == 64);
+  const int shift = 26 - __clz(static_cast<int>(order_key(top) - order_key(bottom)));
+  return {top, bottom, 0.0f, max(shift, 0), -1};
+}
+
+// Of a whole row: as wide as tokens have mass. Tokens without are counted, but those at -inf are not.
+__device__ __forceinline__ RankScale row_scale(float largest, float smallest, bool by_count) {
+  const float bottom = fmaxf(largest - kMasslessShortfall, smallest);
+  const float per_unit = largest > bottom ? __fdividef(static_cast<float>(kRankBins), largest - bottom) : 0.0f;
+  return {largest, by_count ? -3.402823466e38f : bottom, per_unit, -1, -1};
+}
+
+}  // namespace fi
