@@ -94,7 +94,7 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   };
   if constexpr (Config::kProbs) {
     if (!total.known()) {
-      row.sum_over_warps([&](int place, float logit) { return mass_of(kept_weight(row.first_token + place, logit)); });
+      row.sum_over_warps([&](int place, float logit) { return mass_limbs(kept_weight(row.first_token + place, logit)); });
       uint64 before;
       total.amount = row.sum_over_blocks(before);
     }

@@ -88,7 +88,7 @@ struct SampleKernel {
     // A min_p above 1 leaves nothing, and then the first token in rank order is kept.
     if (filters.greedy || filters.min_p > 1.0f) return write_first_of_largest();
     if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP) {
-      return draw([&](int, float logit) { return mass_at(row.largest - logit); }, Answer{});
+      return draw([&](int, float logit) { return mass_limbs(weight_of(row.largest - logit)); }, Answer{});
     }
     if constexpr (Config::kTopK) {
       if (listed && drawn_from_list(filters)) return;
@@ -97,9 +97,9 @@ struct SampleKernel {
     Answer end;
     if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters, Wish::kDraw, end);
     draw(
-        [&](int place, float logit) -> uint64 {
+        [&](int place, float logit) {
           const float weight = weight_of(row.largest - logit);
-          return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? mass_of(weight) : 0;
+          return mass_limbs(prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? weight : 0.0f);
         },
         end);
   }

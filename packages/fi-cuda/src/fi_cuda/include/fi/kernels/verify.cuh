@@ -16,9 +16,10 @@
 namespace fi {
 
 // int64(p * 2^32) of 0 <= p < 2, else 0; places past the vocabulary hold NaN.
-__device__ __forceinline__ uint64 mass_of_probability(float probability) {
-  return probability >= 0.0f && probability < 2.0f ? __float2ull_rz(probability * 4294967296.0f) : 0;
+__device__ __forceinline__ uint2 probability_limbs(float probability) {
+  return mass_limbs(probability < 2.0f ? probability : 0.0f);
 }
+__device__ __forceinline__ uint64 mass_of_probability(float probability) { return join_limbs(probability_limbs(probability)); }
 
 template <class Config, class Params>
 struct VerifyKernel {
@@ -107,15 +108,16 @@ struct VerifyKernel {
     if (!target_usable) return -1;
     if (token >= 0 && proposal_usable) {
       const int redrawn = draw(
-          [&](int place, float probability) -> uint64 {
+          [&](int place, float probability) {
             const uint64 mine = mass_of_probability(probability);
-            const uint64 theirs = place == kNoPlace ? 0 : mass_of_probability(proposal[place]);
-            return mine > theirs ? mine - theirs : 0;
+            const uint64 theirs = place >= kNoPlace ? 0 : mass_of_probability(proposal[place]);
+            const uint64 left = mine > theirs ? mine - theirs : 0;
+            return make_uint2(static_cast<unsigned>(left) & 0xffffu, static_cast<unsigned>(left >> 16));
           },
           step, Purpose::kResidual);
       if (redrawn >= 0) return redrawn;
     }
-    return draw([](int, float probability) { return mass_of_probability(probability); }, step, Purpose::kResidual);
+    return draw([](int, float probability) { return probability_limbs(probability); }, step, Purpose::kResidual);
   }
 
   __device__ __forceinline__ void run() {
@@ -135,7 +137,7 @@ struct VerifyKernel {
         if (Config::kProposals && step < params.num_draft) {
           token = accept_or_redraw(step, usable, accepted);
         } else if (usable) {
-          token = draw([](int, float probability) { return mass_of_probability(probability); }, step,
+          token = draw([](int, float probability) { return probability_limbs(probability); }, step,
                        Config::kProposals ? Purpose::kResidual : Purpose::kDraw);
         }
         if constexpr (Config::kTree) {

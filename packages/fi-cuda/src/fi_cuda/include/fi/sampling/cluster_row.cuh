@@ -204,13 +204,21 @@ struct ClusterRow {
   // Whether a token can be drawn: no logit is NaN or +inf, and one is finite.
   __device__ __forceinline__ bool usable() const { return fabsf(largest) < -minus_infinity(); }
 
-  // Each warp's sum of amount(place, logit) into shared.warp_amount, whose previous use is behind a barrier.
+  // Each warp's sum of amount(place, logit), in limbs of 16 bits and the rest, into shared.warp_amount, whose previous use is
+  // behind a barrier.
   template <class Amount>
   __device__ __forceinline__ void sum_over_warps(Amount amount) {
-    uint64 sum = 0;
+    unsigned low = 0, high = 0;
     for_each_four<Config, Config::kSearch ? 1 : 2>(shared.slice, [&](int place, float4 four) {
-      sum += amount(place, four.x) + amount(place + 1, four.y) + amount(place + 2, four.z) + amount(place + 3, four.w);
+      const float logits[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint2 limbs = amount(place + e, logits[e]);
+        low += limbs.x;
+        high += limbs.y;
+      }
     });
+    uint64 sum = join_limbs(make_uint2(low, high));
     sum = sum_over_warp(sum);
     if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
     __syncthreads();
@@ -274,7 +282,7 @@ struct ClusterRow {
     uint64 sum = 0;
 #pragma unroll 1
     for (int idx = first; idx < first + kEach; ++idx) {
-      if (idx < Shape::kWarpTokens) sum += amount(base + idx, shared.slice[base + idx]);
+      if (idx < Shape::kWarpTokens) sum += join_limbs(amount(base + idx, shared.slice[base + idx]));
     }
     const Prefix<uint64> prefix = prefix_over_block(sum);
     if (prefix.exclusive <= target && target < prefix.inclusive) {
@@ -283,7 +291,7 @@ struct ClusterRow {
 #pragma unroll 1
       do {
         ++place;
-        before += amount(place, shared.slice[place]);
+        before += join_limbs(amount(place, shared.slice[place]));
       } while (before <= target);
       found(place);
     }

@@ -279,8 +279,8 @@ struct PrefixSearch {
       before += row.shared.search.shares[owner++].count;
     }
     if (owner != row.rank) return;
-    const auto tied = [&](int place, float logit) -> uint64 {
-      return logit == value && considered.has(logit, row.first_token + place) ? 1 : 0;
+    const auto tied = [&](int place, float logit) {
+      return make_uint2(logit == value && considered.has(logit, row.first_token + place) ? 1 : 0, 0);
     };
     row.sum_over_warps(tied);
     row.locate(tied, static_cast<uint64>(number - before),

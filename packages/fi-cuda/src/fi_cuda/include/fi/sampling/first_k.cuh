@@ -74,7 +74,8 @@ struct FirstK {
   __device__ __forceinline__ void send_all(RankPrefix prefix, uint64* sorted) {
     auto& shared = row.shared;
     if (threadIdx.x == 0) shared.search.num_ranked = 0;
-    row.sum_over_warps([&](int place, float logit) -> uint64 { return prefix.has(logit, row.first_token + place) ? 1 : 0; });
+    row.sum_over_warps(
+        [&](int place, float logit) { return make_uint2(prefix.has(logit, row.first_token + place) ? 1 : 0, 0); });
     uint64 before;
     row.sum_over_blocks(before);
     for_each_four<Config, 1>(shared.slice, [&](int place, float4 four) {

@@ -20,16 +20,21 @@ __device__ __forceinline__ float weight_of(float shortfall) {
   return fmaf(power, rest, power);
 }
 
-// The conversion takes NaN as 0. It saturates below 2^32, which is the mass of weight 1.
-__device__ __forceinline__ uint64 mass_of(float weight) {
-  return static_cast<uint64>(__float2uint_rz(weight * 4294967296.0f)) + (weight >= 1.0f ? 1u : 0u);
+// The mass as its lower 16 bits and the rest; 0 for NaN. Rounding sums with 2^23 down leaves whole parts in the lowest bits, and
+// what each takes away is exact: no conversion to an integer, of which a multiprocessor makes only 16 a cycle. Weights below 2
+// have at most 2^17 in the second limb.
+__device__ __forceinline__ uint2 mass_limbs(float weight) {
+  constexpr float kWhole = 8388608.0f, kLimb = 65536.0f;
+  const float bounded = fmaxf(weight, 0.0f);
+  const float high = __fmaf_rd(bounded, kLimb, kWhole);
+  const float rest = __fmaf_rn(bounded, kLimb, kWhole - high);
+  const float low = __fmaf_rd(rest, kLimb, kWhole);
+  return make_uint2(__float_as_uint(low) & 0xffffu, __float_as_uint(high) & 0x3ffffu);
 }
 
-// The mass as its lower 16 bits, which are 2^16 for weight 1, and the rest.
-__device__ __forceinline__ uint2 mass_limbs(float weight) {
-  const unsigned mass = __float2uint_rz(weight * 4294967296.0f);
-  return make_uint2((mass & 0xffffu) + (weight >= 1.0f ? 1u : 0u), mass >> 16);
-}
+__device__ __forceinline__ uint64 join_limbs(uint2 limbs) { return limbs.x + (static_cast<uint64>(limbs.y) << 16); }
+
+__device__ __forceinline__ uint64 mass_of(float weight) { return join_limbs(mass_limbs(weight)); }
 
 // The mass as a float, exactly: weights have 24 bits.
 __device__ __forceinline__ float float_mass_of(float weight) {
