@@ -36,7 +36,7 @@ def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
     two_rows = geometry_for(min(vocab_size, 2**18), num_rows, rows_held=2)  # the entry serves no more
     specs = (
         SampleSpec.of(torch.float32, 16, form, every),
-        SampleSpec.of(torch.float32, 16, form, frozenset()),
+        SampleSpec.of(torch.float32, 16, geometry_for(vocab_size, num_rows, search=False), frozenset()),
         FilterLogitsSpec.of(torch.float32, 16, form, every, 16, True),
         TopKSpec(torch.float32, 16, *form, 2048, False),
         VerifySpec(torch.float32, 16, *form, tree=True, proposals=False),
@@ -52,4 +52,5 @@ def test_few_rows_are_spread_and_many_share_multiprocessors():
     few, some, many = (geometry_for(128256, rows) for rows in (1, 16, 256))
     assert (few.cluster_size, some.cluster_size, many.cluster_size) == (16, 8, 8)
     assert (few.resident_blocks, some.resident_blocks, many.resident_blocks) == (1, 1, 2)
+    assert geometry_for(128256, 256, search=False).resident_blocks == 3
     assert geometry_for(32000, 256).cluster_size == 2

@@ -19,6 +19,7 @@ from .kernels.merge_states import MergeStatesSpec
 from .kernels.rmsnorm import RmsNormSpec
 from .kernels.rope import spec_for as rope_spec_for
 from .kernels.sampling.filter_logits import FilterLogitsSpec
+from .kernels.sampling.forms import searches
 from .kernels.sampling.geometry import geometry_for
 from .kernels.sampling.sample import SampleSpec
 from .kernels.sampling.top_k import TopKSpec
@@ -129,8 +130,8 @@ def _sampling_specs() -> Iterator[KernelSpec]:
     dtype = torch.float32
     for vocab_size in VOCABULARIES:
         for num_rows in _SAMPLED_ROWS:
-            form = geometry_for(vocab_size, num_rows)
             for filters in _FILTERS:
+                form = geometry_for(vocab_size, num_rows, search=searches(filters))
                 yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
     for num_rows in _SAMPLED_ROWS:
         form = geometry_for(128256, num_rows)

@@ -52,7 +52,7 @@ class ClusterRowSpec(KernelSpec):
         warps, blocks = self.block_threads // 32, self.cluster_blocks
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 32
         searched = max(256 * _RANK_BINS, 8 * _LIST_PER_BLOCK * blocks) + 16 * max(_RANK_BINS * blocks, 512)
-        searched += 8 * _LOCAL_TOKENS + (16 + 16) * blocks + 64
+        searched += 8 * (_RANK_BINS + _LOCAL_TOKENS) + (16 + 16) * blocks + 64
         return 4 * warps * self.warp_tokens + exchanged + (searched if self.search else 0)
 
     def config_lines(self) -> list[str]:
@@ -81,6 +81,11 @@ class FilteringSpec(ClusterRowSpec):
         """The spec for a row's form and active filters."""
         used = ("top_k" in filters, "top_p" in filters, "min_p" in filters)
         return cls(dtype, vector, *geometry, *used, *more)
+
+
+def searches(filters: frozenset[str]) -> bool:
+    """Whether a kernel with these filters looks for the last token that they keep; min_p alone is a limit."""
+    return bool(filters & {"top_k", "top_p"})
 
 
 def address(tensor: Tensor | None) -> int:

@@ -13,6 +13,8 @@ _TWO_BLOCKS_BYTES = 80 * 1024
 """Slices of rows up to which two blocks fit on a multiprocessor, whatever else the kernels keep."""
 
 _ONE_BLOCK_BYTES = 160 * 1024
+_THREE_BLOCKS_BYTES = 72 * 1024
+"""Likewise three blocks, of kernels that keep little else."""
 
 _PROCESSORS = 132
 _CYCLES_PER_BYTE = 0.077
@@ -41,11 +43,12 @@ def geometry(vocab_size: int, cluster_size: int, num_threads: int, resident_bloc
     return Geometry(cluster_size, num_threads, -(-tokens // _GRANULE) * _GRANULE, resident_blocks)
 
 
-def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1) -> Geometry:
-    """What measured best on an H100 (docs/kernels/sampling.md) for ``num_rows`` clusters that hold ``rows_held`` rows each.
+def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, search: bool = True) -> Geometry:
+    """What measured best on an H100 (docs/kernels/sampling.md) for ``num_rows`` clusters that hold ``rows_held`` rows each;
+    ``search``: of a kernel that looks for the last token that a filter keeps.
 
-    Few rows are spread over as many multiprocessors as a cluster may have; of many, two blocks of different rows share one,
-    so that one row is read while the other is searched.
+    Few rows are spread over as many multiprocessors as a cluster may have; of many, two or three blocks of different rows share
+    one, so that one row is read while another is searched.
     """
     threads = 128 if vocab_size <= 1024 else 256 if vocab_size <= 4096 else 512
     if vocab_size <= 4096:
@@ -59,8 +62,9 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1) -> Geometry
     while cluster_size < _MAX_CLUSTER and rows_held * geometry(vocab_size, cluster_size, threads).slice_bytes > limit:
         cluster_size *= 2
     found = geometry(vocab_size, cluster_size, threads)
-    fits_twice = many and rows_held * found.slice_bytes <= _TWO_BLOCKS_BYTES
-    return found._replace(resident_blocks=2 if fits_twice else 1)
+    held = rows_held * found.slice_bytes
+    resident = 1 if not many or held > _TWO_BLOCKS_BYTES else 2 if search or held > _THREE_BLOCKS_BYTES else 3
+    return found._replace(resident_blocks=resident)
 
 
 def start_delay(form: Geometry, num_rows: int, element_size: int) -> tuple[int, int]:

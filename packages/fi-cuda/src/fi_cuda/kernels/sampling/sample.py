@@ -14,7 +14,7 @@ from ...launch import LaunchableKernel
 from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
-from .forms import FilteringSpec, address
+from .forms import FilteringSpec, address, searches
 from .geometry import Geometry, geometry_for, start_delay
 
 
@@ -56,7 +56,7 @@ def _bound(
 def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor) -> None:
     """The ``Sample`` protocol of fi-core, a cluster an output."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    chosen = geometry_for(vocab_size, num_outputs)
+    chosen = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
     kernel = _bound(device, logits.dtype, vector_bytes(logits, multiple_of=vocab_size), chosen, filters.active)
     kernel.launch(
         device,

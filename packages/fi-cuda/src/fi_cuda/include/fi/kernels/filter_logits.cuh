@@ -18,7 +18,7 @@ __device__ __forceinline__ void write_slice(const ClusterRow<Config>& row, const
   constexpr int kCount = Config::kOutVectorBytes / 4;
   const int64 index = static_cast<int>(blockIdx.x) / Config::kClusterBlocks;
   float* out = static_cast<float*>(params.out) + index * params.out_stride;
-  for_each_four<Config>(row.shared.slice, [&](int place, float4 four) {
+  for_each_four<Config, 1>(row.shared.slice, [&](int place, float4 four) {
     const int token = row.first_token + place;
     const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll

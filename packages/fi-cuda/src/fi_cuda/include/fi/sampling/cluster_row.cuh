@@ -40,7 +40,7 @@ constexpr int kRankBins = 64;
 constexpr int kListPerBlock = 128;
 constexpr int kLocalTokens = 1024;
 constexpr int kGroupBins = 256;
-constexpr int kMaxGroups = 512;
+constexpr int kMaxGroups = 256;
 
 // What a block found among the tokens at a boundary.
 struct BoundaryShare {
@@ -51,7 +51,7 @@ struct BoundaryShare {
 
 // What finding the last token that a filter keeps needs.
 template <class Config>
-struct SearchShared {
+struct alignas(16) SearchShared {
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kPartWords = kBlocks * kRankBins > 512 ? kBlocks * kRankBins : 512;
 
@@ -61,7 +61,7 @@ struct SearchShared {
   union {
     unsigned columns[2][kRankBins][32];
     uint2 list[kBlocks * kListPerBlock];
-    uint2 own_groups[kMaxGroups / 2];
+    uint4 own_groups[kMaxGroups / 4];
   };
   // Every block's histogram, [block][bin], twice, because a second may come before the first is read. Before that the largest
   // logits of all groups and their histogram; after it the few tokens that are ranked.
@@ -72,6 +72,7 @@ struct SearchShared {
       unsigned group_bins[kGroupBins];
     };
   };
+  alignas(16) uint64 own_bins[kRankBins];
   // This block's tokens, (logit, token), in the bin that the first level chose, if they fit.
   uint2 local[kLocalTokens];
   BoundaryShare shares[kBlocks];
@@ -91,10 +92,11 @@ template <class Config>
 struct ClusterShared {
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kWarps = RowShape<Config>::kWarps;
-  static constexpr int kGroupLanes = kBlocks * kWarps * 4 <= kMaxGroups ? 8 : 16;
+  static constexpr int kMostGroups = kMaxGroups / (kBlocks * kWarps);  // of a warp
+  static constexpr int kGroupLanes = kMostGroups >= 4 ? 8 : kMostGroups >= 2 ? 16 : 32;
   static constexpr int kWarpGroups = 32 / kGroupLanes;
   static constexpr int kGroups = kBlocks * kWarps * kWarpGroups;
-  static_assert(kGroups <= kMaxGroups);
+  static_assert(kGroups <= kMaxGroups && kWarps * kWarpGroups % 4 == 0);
 
   alignas(16) float slice[RowShape<Config>::kBlockTokens];
   alignas(16) typename Choose<Config::kSearch, SearchShared<Config>, NoSearchShared>::Type search;
@@ -178,17 +180,17 @@ struct ClusterRow {
       mailbox.send_to_all(kind, &shared.extremes[rank],
                           make_uint2(__float_as_uint(block_largest), __float_as_uint(block_smallest)));
     }
-    constexpr int kPairs = kWarps * Shared::kWarpGroups / 2;
+    constexpr int kFours = kWarps * Shared::kWarpGroups / 4;
     if constexpr (Config::kSearch) {
       if (with_groups) {
-        uint2* pairs = reinterpret_cast<uint2*>(shared.search.groups) + rank * kPairs;
+        uint4* fours = reinterpret_cast<uint4*>(shared.search.groups) + rank * kFours;
 #pragma unroll 1
-        for (int idx = static_cast<int>(threadIdx.x); idx < kPairs * kBlocks; idx += kThreads) {
-          mailbox.send(kind, static_cast<unsigned>(idx / kPairs), &pairs[idx % kPairs], shared.search.own_groups[idx % kPairs]);
+        for (int idx = static_cast<int>(threadIdx.x); idx < kFours * kBlocks; idx += kThreads) {
+          mailbox.send(kind, static_cast<unsigned>(idx / kFours), &fours[idx % kFours], shared.search.own_groups[idx % kFours]);
         }
       }
     }
-    mailbox.receive(kind, kBlocks * (8 + (with_groups ? 8 * kPairs : 0)));
+    mailbox.receive(kind, kBlocks * (8 + (with_groups ? 16 * kFours : 0)));
     const uint2 theirs = shared.extremes[lane % kBlocks];
     largest = reduce_over_lanes<kBlocks>(__uint_as_float(theirs.x), larger);
     smallest = reduce_over_lanes<kBlocks>(__uint_as_float(theirs.y), smaller);

@@ -164,7 +164,14 @@ struct PrefixSearch {
       const unsigned high = __reduce_add_sync(0xffffffffu, search.columns[1][bin][lane]);
       search.columns[0][bin][lane] = 0;
       search.columns[1][bin][lane] = 0;
-      row.mailbox.send_to_all(kind, &parts[row.rank * kRankBins + bin], low + (static_cast<uint64>(high) << 16));
+      if (lane == 0) search.own_bins[bin] = low + (static_cast<uint64>(high) << 16);
+    }
+    __syncthreads();
+    // A warp's stores go to one block, side by side: scattered ones take several times as long.
+#pragma unroll 1
+    for (int block = warp; block < kBlocks; block += kWarps) {
+      row.mailbox.send(kind, static_cast<unsigned>(block), reinterpret_cast<uint4*>(&parts[row.rank * kRankBins]) + lane,
+                       reinterpret_cast<const uint4*>(search.own_bins)[lane]);
     }
     row.mailbox.receive(kind, kBlocks * kRankBins * 8);
   }
@@ -178,7 +185,7 @@ struct PrefixSearch {
     if (threadIdx.x < 32) {
       const int lane = static_cast<int>(threadIdx.x);
       uint64 first = 0, second = 0;
-#pragma unroll 4
+#pragma unroll 2
       for (int block = 0; block < kBlocks; ++block) {
         const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(&parts[block * kRankBins + 2 * lane]);
         first += two.x;

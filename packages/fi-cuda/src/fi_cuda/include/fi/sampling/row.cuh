@@ -64,7 +64,8 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
   constexpr int kPerRound = 32 * kCount;
   constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;
-  constexpr int kMost = Config::kResidentBlocks > 2 ? 4 : 8;  // beside others, half is enough
+  // Beside other blocks half as much in flight is enough, and leaves registers.
+  constexpr int kMost = Config::kResidentBlocks > 1 ? 4 : 8;
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   Extremes found = {minus_infinity(), -minus_infinity()};
