@@ -102,9 +102,12 @@ __device__ __forceinline__ void rope(const Params& params) {
     // A row of a table for each token of the block.
     alignas(16) __shared__ float rows[Config::kTokensPerBlock][2 * kNumPairs];
     if (live) {
+      // The first frequency is on its way beside the position.
+      float frequency = lane < kNumPairs ? table[lane] : 0.0f;
       const int64 position = positions[token];
       for (int pair = lane; pair < kNumPairs; pair += kThreadsPerToken) {
-        const Rotation<1> one = rotation_of_pair(position, table[pair], params.factor);
+        if (pair > lane) frequency = table[pair];
+        const Rotation<1> one = rotation_of_pair(position, frequency, params.factor);
         rows[place][pair] = one.cos[0];
         rows[place][kNumPairs + pair] = one.sin[0];
       }
