@@ -3,9 +3,9 @@
 // kThreadsPerToken threads (whole warps) take a slice of a token's heads. Each loads its packs, and meanwhile (or before,
 // kFoundFirst) every warp finds the token's request, position and place; what has a place is then rotated, converted and stored.
 // Config: Dtype, Stored, kHeadDim, kHeadDimVo, kPageSize (0: ragged), kAddressing, kCount (elements a pack), kRotaryDim
-// (0: no RoPE), kPairs, kAngleBytes (0: computed), kThreadsPerToken, kQRounds (0: no q), kKRounds, kVRounds, kNumThreads; kWhole: bits 0
-// to 2 for q, K and V: the rounds of all threads are just the heads; kPacked: heads follow each other; kScalesPerHead: some
-// stride of scales is not 0; kStreaming: cached lines leave L2 first.
+// (0: no RoPE), kPairs, kAngleBytes (0: computed), kThreadsPerToken, kQRounds (0: no q), kKRounds, kVRounds, kNumThreads;
+// kWhole: bits 0 to 2 for q, K and V: the rounds of all threads are just the heads; kPacked: heads follow each other;
+// kScalesPerHead: some stride of scales is not 0; kStreaming: cached lines leave L2 first.
 // Params: k, v, q [tokens, heads, dim]; *_strides (outer: token, inner: head); k_cache, v_cache with *_cache_strides (outer:
 // page, inner: token) and *_head_stride; *_scales (null: the scale is *_scale) with *_scale_stride (0: one for all heads);
 // q_indptr, kv_lens; table, table_row, indptr, slots, what kAddressing needs; rope (cos_sin or inv_freq), rope_stride, factor.

@@ -1,8 +1,9 @@
 // Copies pages of K and V from one paged cache to another, or within one, bit for bit (Kwon et al., 2023, section 4).
 //
-// A block copies kPacksPerBlock packs of one pair of pages, K's packs before V's; pinned host memory is reached by its
-// address. All loads of a thread are in flight before its first store.
-// Config: Index, kVectorBytes, kFlat (pages are contiguous), kStreaming (written lines leave L2 first), kPacksPerThread, kNumThreads.
+// A block copies kPacksPerThread * kNumThreads packs of one pair of pages, K's packs before V's; pinned host memory is reached
+// by its address. All loads of a thread are in flight before its first store.
+// Config: Index, kVectorBytes, kFlat (pages are contiguous), kStreaming (written lines leave L2 first), kPacksPerThread,
+// kNumThreads.
 // Params: *_k and *_v (begin of the cache), source_pages and target_pages [pairs], ids below 0 skip the pair;
 // *_page_stride and *_strides (outer, inner dim of a page) in packs; k_packs and v_packs a page, of which k_width and
 // v_width are contiguous, and k_inner and v_inner such rows make up an outer index.

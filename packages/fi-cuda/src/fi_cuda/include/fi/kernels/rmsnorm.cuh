@@ -76,30 +76,25 @@ __device__ __forceinline__ void rmsnorm(const Params& params) {
     }
   }
   const float mean = sum_over_threads<Config::kThreadsPerRow>(squares, scratch) * (1.0f / Config::kWidth);
-  float scale = rsqrtf(mean + params.eps);
-  Divisor divisor = {};
-  if constexpr (kIsFp8<Out>) {
-    divisor = divisor_of(out_scale);
-    scale *= divisor.inverse;
-  }
+  const float scale = rsqrtf(mean + params.eps);
 
+  const Divisor divisor = divisor_of(out_scale);
   Out* out = static_cast<Out*>(params.out) + row_offset(row, inner_size, params.out_strides);
 #pragma unroll
   for (int idx = 0; idx < kPacksPerThread; ++idx) {
     const int pack = lane + idx * Config::kThreadsPerRow;
     if (live && pack < kPacks) {
       if constexpr (Config::kWeightsLast) weights[idx] = load_pack<Config::kVectorBytes>(weight + pack * kCount);
-      float normalised[kCount];
+      Pack<float, kCount * 4> normalised;
 #pragma unroll
       for (int e = 0; e < kCount; ++e) {
         const float factor = to_float(weights[idx].data[e]) + params.weight_bias;
-        normalised[e] = to_float(held[idx].data[e]) * scale * factor;
+        normalised.data[e] = to_float(held[idx].data[e]) * scale * factor;
       }
       if constexpr (kIsFp8<Out>) {
-        lift(normalised, divisor);
-        store_pack(out + pack * kCount, saturated<Out>(normalised));
+        store_pack(out + pack * kCount, quantise<Out, false>(normalised, divisor));
       } else {
-        store_pack(out + pack * kCount, rounded_pack<Out>(normalised));
+        store_pack(out + pack * kCount, rounded_pack<Out>(normalised.data));
       }
     }
   }

@@ -72,20 +72,24 @@ __device__ __forceinline__ float quotient(float x, const Divisor& divisor) {
   return result;
 }
 
-// What extreme scales need (Divisor).
-template <int kCount>
-__device__ __forceinline__ void lift(float (&values)[kCount], const Divisor& divisor) {
+// x / scale, saturated to the largest finite value, infinities included, and rounded to nearest even; NaN stays NaN.
+// kExact: always what IEEE division gives. Otherwise floats, too, take the short way, which can differ only where the quotient
+// is within 2^-20 ulp of a middle between two floats, one of them a tie of the FP8 format: for results of a computation, which
+// are themselves rounded more than that. sm_89 and newer convert two values an instruction.
+template <class Stored, bool kExact = true, class T, int kBytes>
+__device__ __forceinline__ Pack<Stored, Pack<T, kBytes>::kCount> quantise(const Pack<T, kBytes>& x, const Divisor& divisor) {
+  constexpr int kCount = Pack<T, kBytes>::kCount;
+  constexpr bool kIsShort = sizeof(T) == 2 || !kExact;
+  float values[kCount];
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) values[e] = to_float(x.data[e]);
   if (divisor.lift != 1.0f) {
     asm volatile("");  // a branch, seldom taken, instead of predicated instructions
 #pragma unroll
     for (int e = 0; e < kCount; ++e) values[e] = __fmul_rn(values[e], divisor.lift);
   }
-}
-
-// Saturated to the largest finite value, infinities included, and rounded to nearest even; NaN stays NaN. sm_89 and newer
-// convert two values an instruction.
-template <class Stored, int kCount>
-__device__ __forceinline__ Pack<Stored, kCount> saturated(const float (&values)[kCount]) {
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) values[e] = kIsShort ? short_quotient(values[e], divisor) : quotient(values[e], divisor);
   Pack<Stored, kCount> stored;
   if constexpr (kCount == 1) {
     stored.data[0].__x = __nv_cvt_float_to_fp8(values[0], __NV_SATFINITE, kFp8Format<Stored>);
@@ -99,21 +103,6 @@ __device__ __forceinline__ Pack<Stored, kCount> saturated(const float (&values)[
     }
   }
   return stored;
-}
-
-// x / scale as IEEE division rounds it, then saturated.
-template <class Stored, class T, int kBytes>
-__device__ __forceinline__ Pack<Stored, Pack<T, kBytes>::kCount> quantise(const Pack<T, kBytes>& x, const Divisor& divisor) {
-  constexpr int kCount = Pack<T, kBytes>::kCount;
-  float values[kCount];
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) values[e] = to_float(x.data[e]);
-  lift(values, divisor);
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    values[e] = sizeof(T) == 2 ? short_quotient(values[e], divisor) : quotient(values[e], divisor);
-  }
-  return saturated<Stored>(values);
 }
 
 }  // namespace fi

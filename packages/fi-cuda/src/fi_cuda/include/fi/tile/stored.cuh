@@ -6,14 +6,14 @@
 
 namespace fi {
 
-template <class Stored, class T, int kBytes>
+template <class Stored, bool kExact, class T, int kBytes>
 struct StoredAs {
   static constexpr int kCount = Pack<T, kBytes>::kCount;
   using Result = Pack<Stored, kCount * static_cast<int>(sizeof(Stored))>;
 
   static __device__ __forceinline__ Result from(const Pack<T, kBytes>& x, const Divisor& divisor) {
     if constexpr (kIsFp8<Stored>) {
-      return quantise<Stored>(x, divisor);
+      return quantise<Stored, kExact>(x, divisor);
     } else {
       Result result;
 #pragma unroll
@@ -24,15 +24,15 @@ struct StoredAs {
 };
 
 // What is stored as it is keeps its bits.
-template <class T, int kBytes>
-struct StoredAs<T, T, kBytes> {
+template <bool kExact, class T, int kBytes>
+struct StoredAs<T, kExact, T, kBytes> {
   static __device__ __forceinline__ Pack<T, kBytes> from(const Pack<T, kBytes>& x, const Divisor&) { return x; }
 };
 
-// FP8: x / divisor, rounded and saturated (fi/tile/fp8.cuh); others: rounded to nearest even, `divisor` is not used.
-template <class Stored, class T, int kBytes>
+// FP8: x / divisor, rounded and saturated (kExact: fi/tile/fp8.cuh); others: rounded to nearest even, `divisor` is not used.
+template <class Stored, bool kExact = true, class T, int kBytes>
 __device__ __forceinline__ auto stored_as(const Pack<T, kBytes>& x, const Divisor& divisor) {
-  return StoredAs<Stored, T, kBytes>::from(x, divisor);
+  return StoredAs<Stored, kExact, T, kBytes>::from(x, divisor);
 }
 
 }  // namespace fi
