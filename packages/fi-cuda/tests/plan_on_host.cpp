@@ -67,7 +67,11 @@ extern "C" void plan_on_host(const int* q_indptr, const int* kv_lens, int num_re
       RowWriter rows = {line, items, merges, starts + worker * kStartQuads, worker, lane, num_lanes,
                         places[worker].last_first, begin, places[worker].first_merge(line, cuts[worker]), false};
       Cursor cursor = cursors[worker];
-      emit_worker(line, cursor, worker, rows);
+      if (items_follow_from_cuts(line.params)) {
+        write_items(rows, cuts[worker], cuts[worker + 1], end - begin);
+      } else {
+        emit_worker(line, cursor, worker, rows);
+      }
     }
   }
 }

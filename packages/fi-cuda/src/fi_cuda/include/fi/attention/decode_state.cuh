@@ -50,14 +50,21 @@ struct DecodeState {
 
   __device__ __forceinline__ DecodeState() : softmax(1.0f) {}
 
-  // Takes up an item; `first`: of this warp's rows in the tile.
-  __device__ __forceinline__ void begin(
-      const Params& params, const AttentionItem& item, const Rotator<Config>& rotator, int first, int lane) {
+  // Loads an item's query rows, `first` the first of this warp's in the tile, which begin() then takes up: what is held of the
+  // item before stays, but for its rows.
+  __device__ __forceinline__ void load(const Params& params, const AttentionItem& item, int first, int lane) {
     first_row = first;
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) load_query(params, item, n, lane);
+  }
+
+  // Takes up the item whose query rows were loaded.
+  __device__ __forceinline__ void begin(
+      const Params& params, const AttentionItem& item, const Rotator<Config>& rotator, int lane) {
     softmax = OnlineSoftmax<kRowTiles * 2, 8, 4>(1.0f);
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-      load_query(params, item, rotator, n, lane);
+      settle_query(params, item, rotator, n, lane);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const Row row(item, first_row + n * 8 + lane % 4 * 2 + r);
@@ -71,15 +78,27 @@ struct DecodeState {
     }
   }
 
+  // Brings an item's query rows into L2, shared among all threads of the block.
+  static __device__ __forceinline__ void prefetch(const Params& params, const AttentionItem& item) {
+    constexpr int kSectorElements = 32 / static_cast<int>(sizeof(Query));
+    constexpr int kSectors = (Config::kHeadDim + kSectorElements - 1) / kSectorElements;
+#pragma unroll 1
+    for (int unit = static_cast<int>(threadIdx.x); unit < Config::kRows * kSectors; unit += Config::kNumThreads) {
+      const Row row(item, unit / kSectors);
+      const Query* q = static_cast<const Query*>(params.q) + (item.q_begin + row.token) * params.q_stride_token +
+                       row.head * params.q_stride_head;
+      if (row.live) ptx::prefetch_to_l2(q + unit % kSectors * kSectorElements);
+    }
+  }
+
   // Element e of the accumulator of row tile n and token tile `tile` among a lane's scores, and the row it belongs to.
   static __device__ __forceinline__ constexpr int score_idx(int n, int tile, int e) { return (n * kTokenTiles + tile) * 4 + e; }
   struct ScoreRow {
     static __device__ __forceinline__ constexpr int row(int idx) { return idx / (4 * kTokenTiles) * 2 + idx % 2; }
   };
 
-  // Row 8 n + g of Q, and the scale of rows 8 n + 2 t and 8 n + 2 t + 1.
-  __device__ __forceinline__ void load_query(
-      const Params& params, const AttentionItem& item, const Rotator<Config>& rotator, int n, int lane) {
+  // Row 8 n + g of Q.
+  __device__ __forceinline__ void load_query(const Params& params, const AttentionItem& item, int n, int lane) {
     const Row row(item, first_row + n * 8 + lane / 4);
     const Query* q = static_cast<const Query*>(params.q);
     if (row.live) q += (item.q_begin + row.token) * params.q_stride_token + row.head * params.q_stride_head;
@@ -91,7 +110,13 @@ struct DecodeState {
         query[step][n][half] = row.live ? held_pair(q + dim) : 0u;
       }
     }
+  }
+
+  // Makes row 8 n + g of Q a factor; the scale of rows 8 n + 2 t and 8 n + 2 t + 1.
+  __device__ __forceinline__ void settle_query(
+      const Params& params, const AttentionItem& item, const Rotator<Config>& rotator, int n, int lane) {
     if constexpr (Rotations<Config>::kQueries) {
+      const Row row(item, first_row + n * 8 + lane / 4);
       const Row first(item, first_row + n * 8), last(item, first_row + n * 8 + 7);
       rotator.template rotate_query<Held>(query, n, row.live ? row.token : -1, first.token, min(last.token, item.q_len - 1),
                                           item.offset());

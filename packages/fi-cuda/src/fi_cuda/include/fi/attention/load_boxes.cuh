@@ -1,4 +1,4 @@
-// Copies of a chunk as boxes of a tensor map, issued by one lane: pages of 8 tokens and more, and ragged K and V.
+// Copies of a chunk as boxes of a tensor map, a lane a box: pages of 8 tokens and more, and ragged K and V.
 #pragma once
 
 #include "fi/attention/stage.cuh"
@@ -27,30 +27,26 @@ class BoxLoader {
       : keys_(keys), values_(values) {}
 
   // Starts the copies of the walk's chunk; `barrier` completes a phase when they have landed. Boxes without a readable token
-  // are left out, others are copied whole.
+  // are left out, others are copied whole. A lane a box: what they copy is then found at once.
   __device__ __forceinline__ void load(const Walk& walk, unsigned char* stage, unsigned long long* barrier) const {
-    constexpr int kBoxBytes = Stage::Keys::kBoxBytes + Stage::Values::kBoxBytes;
-    int num_boxes = 0;
-#pragma unroll
-    for (int box = 0; box < Lookup::kEntries; ++box) {
-      num_boxes += walk.some_readable(walk.begin() + box * kBoxTokens, kBoxTokens);
+    constexpr int kEntries = Lookup::kEntries;
+    const int box = walk.lane() % kEntries, position = walk.begin() + box * kBoxTokens;
+    const bool of_keys = walk.lane() < kEntries, readable = walk.some_readable(position, kBoxTokens);
+    int page = 0, token;
+    if constexpr (kPaged) {
+      page = walk.page_of(box * kBoxTokens);
+      token = static_cast<int>(static_cast<unsigned>(position) % Config::kPageSize);
+    } else {
+      token = static_cast<int>(walk.first_row()) + position;
     }
-    if (walk.lane() == 0) ptx::arrive_and_expect_bytes(barrier, num_boxes * kBoxBytes);
-#pragma unroll
-    for (int box = 0; box < Lookup::kEntries; ++box) {
-      const int position = walk.begin() + box * kBoxTokens;
-      int page = 0, token;
-      if constexpr (kPaged) {
-        page = walk.page_of(box * kBoxTokens);
-        token = static_cast<int>(static_cast<unsigned>(position) % Config::kPageSize);
-      } else {
-        token = static_cast<int>(walk.first_row()) + position;
-      }
-      if (walk.lane() == 0 && walk.some_readable(position, kBoxTokens)) {
-        ptx::tma_load_5d(stage + box * Stage::Keys::kBoxBytes, &keys_, barrier, 0, token, 0, walk.kv_head(), page);
-        ptx::tma_load_5d(stage + Stage::kValueBegin + box * Stage::Values::kBoxBytes, &values_, barrier, 0, token, 0,
-                         walk.kv_head(), page);
-      }
+    const int num_boxes = kEntries == 1 ? readable : __popc(__ballot_sync(0xffffffffu, of_keys && readable));
+    if (walk.lane() == 0) {
+      ptx::arrive_and_expect_bytes(barrier, num_boxes * (Stage::Keys::kBoxBytes + Stage::Values::kBoxBytes));
+    }
+    __syncwarp();  // the expectation comes first
+    if (walk.lane() < 2 * kEntries && readable) {
+      unsigned char* to = stage + (of_keys ? box * Stage::Keys::kBoxBytes : Stage::kValueBegin + box * Stage::Values::kBoxBytes);
+      ptx::tma_load_5d(to, of_keys ? &keys_ : &values_, barrier, 0, token, 0, walk.kv_head(), page);
     }
   }
 

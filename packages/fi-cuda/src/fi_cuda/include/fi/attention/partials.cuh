@@ -144,7 +144,7 @@ class ItemFinisher {
   }
 
   __device__ __forceinline__ void leave_share(const State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
     const WarpPlace<Config> warp;
 #pragma unroll
     for (int n = 0; n < State::kRowTiles; ++n) {
@@ -190,7 +190,12 @@ class ItemFinisher {
     return static_cast<float2*>(params_.partial_rows) + (slot * (Config::kRows * kQuads) + unit);
   }
 
-  static __device__ __forceinline__ bool is_absent(float word) { return __float_as_uint(word) == kAbsent; }
+  static __device__ __forceinline__ unsigned largest_word(const RowPart& part) {
+    const float* values = part.values;
+    return max(max(max(__float_as_uint(values[0]), __float_as_uint(values[1])),
+                   max(__float_as_uint(values[2]), __float_as_uint(values[3]))),
+               max(__float_as_uint(part.row.base), __float_as_uint(part.row.mass)));
+  }
   // Any other NaN as it is.
   static __device__ __forceinline__ float present(float word) { return __uint_as_float(min(__float_as_uint(word), kAbsent - 1)); }
 
@@ -220,6 +225,7 @@ class ItemFinisher {
         wait_for_pieces<1>(parts, item, piece - lanes, lanes, unit);
         sum = sum_of(parts);
       }
+      __syncwarp();  // lanes that waited longer are with the others again, or every exchange would cost a detour
       sum = sum_over_lanes(sum, lanes);
       if (unit < num_units && lane == 0) store(item, unit, sum);
     }
@@ -230,9 +236,10 @@ class ItemFinisher {
   template <int kFrom, int kCount>
   __device__ __forceinline__ void wait_for_pieces(RowPart (&parts)[kCount], const AttentionItem& item, int first, int step,
                                                   int unit) const {
-    bool complete;
+    // Compared as a whole: a comparison for each word would wait for its load before the next load is issued.
+    unsigned largest;
     do {
-      complete = true;
+      largest = 0;
 #pragma unroll
       for (int idx = kFrom; idx < kCount; ++idx) {
         const int piece = first + idx * step;
@@ -244,12 +251,8 @@ class ItemFinisher {
         }
       }
 #pragma unroll
-      for (int idx = kFrom; idx < kCount; ++idx) {
-        complete &= !is_absent(parts[idx].row.base) && !is_absent(parts[idx].row.mass);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) complete &= !is_absent(parts[idx].values[e]);
-      }
-    } while (!complete);
+      for (int idx = kFrom; idx < kCount; ++idx) largest = max(largest, largest_word(parts[idx]));
+    } while (largest == kAbsent);
     const float absent = __uint_as_float(kAbsent);
 #pragma unroll
     for (int idx = kFrom; idx < kCount; ++idx) {

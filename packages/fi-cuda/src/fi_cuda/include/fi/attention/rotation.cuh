@@ -150,8 +150,8 @@ class Rotator {
   // `shared`: Rotations::kBytes, a multiple of 16.
   __device__ __forceinline__ Rotator(unsigned char* shared, const float* inv_freq, float factor)
       : step_(shared), table_(shared + Size::kStepBytes), inv_freq_(inv_freq), factor_(factor),
-        lane_(static_cast<int>(threadIdx.x) % 32) {
-    scratch_ = table_ + Size::kTableBytes + static_cast<int>(threadIdx.x) / 32 * Size::kScratchBytes;
+        lane_(static_cast<int>(threadIdx.x % 32)) {
+    scratch_ = table_ + Size::kTableBytes + static_cast<int>(threadIdx.x / 32) * Size::kScratchBytes;
   }
 
   // What the warps of the block share; a barrier of the block has to follow.

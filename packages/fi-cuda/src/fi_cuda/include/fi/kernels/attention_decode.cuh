@@ -116,11 +116,20 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
       num_due = warp.row_warp == 0;
       continue;
     }
+    AttentionItem next = {};
+    if (idx + 1 < count) {
+      next = items[idx + 1];
+      state.load(params, next, warp.first_row(), lane);  // arrives while the item before is finished
+    }
     if (idx >= 0) finisher.finish(item, state, before + idx, after + count - 1 - idx);
     if (++idx == count) break;
-    item = items[idx];
-    state.begin(params, item, rotator, warp.first_row(), lane);
+    item = next;
+    state.begin(params, item, rotator, lane);
     finisher.prepare(item);
+    if (idx + 1 < count) {
+      State::prefetch(params, items[idx + 1]);
+      ChunkWalk<Config, Params>::prefetch(params, items[idx + 1]);
+    }
     whole = State::seen_by_all(params, item);
     lowest = lowest_position<Config>(item, params.window);
     turn.pass(num_chunks);

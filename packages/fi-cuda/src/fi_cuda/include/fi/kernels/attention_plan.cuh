@@ -207,7 +207,11 @@ __device__ __forceinline__ void write_worker(
   if (!has_work) return;
   plan::RowWriter rows = {line, static_cast<plan::Quad*>(params.items), static_cast<plan::Quad*>(params.merges), start_row,
                           worker, lane, 32, place.last_first, begin, merge_idx, false};
-  plan::emit_worker(line, cursor, worker, rows);
+  if (plan::items_follow_from_cuts(line.params)) {
+    plan::write_items(rows, cuts[worker], next, end - begin);
+  } else {
+    plan::emit_worker(line, cursor, worker, rows);
+  }
 }
 
 template <class Config, class Params>
@@ -240,7 +244,7 @@ __device__ __forceinline__ void attention_plan(const Params& params) {
       const plan::Cursor cursor = plan::seek(line, position);
       cut = plan::cut_at(line, tables.before, cursor, position);
       const int own = worker - first_worker;
-      if (own >= 0 && own < kPerBlock) cursors[own] = cursor;
+      if (!plan::items_follow_from_cuts(line.params) && own >= 0 && own < kPerBlock) cursors[own] = cursor;
     }
     cuts[worker] = cut;
   }
