@@ -68,7 +68,7 @@ def shipped_specs() -> list[KernelSpec]:
         for dtype in DTYPES:
             found.update(dict.fromkeys(_specs_of(model, dtype)))
     # Pages of every model are copied by the same kernels.
-    found.update(dict.fromkeys(CopyPagesSpec(index, VECTOR_BYTES) for index in (torch.int32, torch.int64)))
+    found.update(dict.fromkeys(CopyPagesSpec(index, VECTOR_BYTES, True) for index in (torch.int32, torch.int64)))
     found.update(dict.fromkeys(_attention_specs()))
     return list(found)
 

@@ -14,16 +14,18 @@ from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
 
-_THREADS = 256
-_PACKS_PER_THREAD = 4
+_THREADS = 128
+_PACKS_PER_THREAD = 2
 
 
 @dataclass(frozen=True)
 class CopyPagesSpec(KernelSpec):
-    """One width of loads and stores and one dtype of page ids; formats and layouts are strides to it."""
+    """One width of loads and stores and one dtype of page ids; formats and layouts are strides to it. ``flat``: a page of K
+    and one of V are contiguous in both caches."""
 
     index: torch.dtype
     vector_bytes: int
+    flat: bool
 
     stem: ClassVar = "copy_pages"
     overlapping: ClassVar = True
@@ -89,6 +91,7 @@ class _Launch(NamedTuple):
     """What a launch takes besides page ids and addresses: ``values`` follow those in the struct."""
 
     vector: int
+    flat: bool
     num_blocks: int
     values: tuple[int, ...]
 
@@ -111,12 +114,13 @@ def _launch(size: int, alignment: int, shapes: tuple[torch.Size, torch.Size], *s
     in_elements = (*k.source, *v.source, *k.target, *v.target, *(tensor[0] for tensor in strides))
     widths = (k.width // unit, v.width // unit, k.inner, v.inner)
     values = (*(stride // unit for stride in in_elements), k_packs, v_packs, *widths)
-    return _Launch(vector, -(-(k_packs + v_packs) // (_THREADS * _PACKS_PER_THREAD)), values)
+    flat = k.num_rows == v.num_rows == 1
+    return _Launch(vector, flat, -(-(k_packs + v_packs) // (_THREADS * _PACKS_PER_THREAD)), values)
 
 
 @lru_cache(maxsize=64)
-def _bound(device: torch.device, index: torch.dtype, vector: int) -> LaunchableKernel:
-    return kernel_for(CopyPagesSpec(index, vector), device)
+def _bound(device: torch.device, index: torch.dtype, vector: int, flat: bool) -> LaunchableKernel:
+    return kernel_for(CopyPagesSpec(index, vector, flat), device)
 
 
 def copy_pages(source: KVCache, target: KVCache, source_pages: Tensor, target_pages: Tensor) -> None:
@@ -126,7 +130,7 @@ def copy_pages(source: KVCache, target: KVCache, source_pages: Tensor, target_pa
     bits = 16 | source_at[0] | source_at[1] | target_at[0] | target_at[1]
     strides = (source_k.stride(), source_v.stride(), target_k.stride(), target_v.stride())
     launch = _launch(source_k.element_size(), bits & -bits, (source_k.shape, source_v.shape), *strides)
-    _bound(device, source_pages.dtype, launch.vector).launch(
+    _bound(device, source_pages.dtype, launch.vector, launch.flat).launch(
         device,
         source_pages.shape[0],
         launch.num_blocks,
