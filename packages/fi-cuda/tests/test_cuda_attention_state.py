@@ -90,9 +90,8 @@ class Override:
 
 def test_tuning_reaches_kernel_and_partition(launches):
     manager = registry().manager
-    plugin = Override(
-        {"rows": 16, "chunk_tokens": 32, "num_stages": 2, "workers_per_processor": 2, "item_cost": 9, "step_cost": 2}
-    )
+    sizes = {"rows": 16, "chunk_tokens": 32, "num_warps": 4, "num_stages": 2}
+    plugin = Override({**sizes, "workers_per_processor": 2, "item_cost": 9, "step_cost": 2})
     manager.register(plugin)
     try:
         made = attention_decode.plan(SPEC, CAPACITY, "cpu")

@@ -49,10 +49,10 @@ def test_every_served_shape_has_a_tile_and_two_stages(limit):
         assert (kind.max_packed_rows == found.rows) == (rows <= found.rows)
 
 
-def test_decode_of_an_8b_model_keeps_200_kib_in_flight():
-    assert built_in_tuning(AttentionSpec(32, 8, 128), CAPACITY) == DecodeTuning(8, 32, 4, 3, 1, 2, 1)
+def test_decode_of_an_8b_model_keeps_128_kib_and_more_in_flight():
+    assert built_in_tuning(AttentionSpec(32, 8, 128), CAPACITY) == DecodeTuning(8, 32, 4, 3, 1, 4, 1)
     fp8 = built_in_tuning(AttentionSpec(32, 8, 128, kv_format="fp8_e5m2"), CAPACITY)
-    assert (fp8.num_warps, fp8.num_stages) == (4, 6)
+    assert (fp8.num_warps, fp8.num_stages) == (8, 2)
 
 
 class Override:
@@ -70,11 +70,12 @@ class Override:
         ({"stages": 3}, "fi_tuning: expected names among"),
         ({"rows": 64}, r"tuning.row_warps: expected 64 rows in parts of \(8, 16\)"),
         ({"rows": 24}, r"tuning.rows: expected one of \(8, 16, 32, 64, 128\)"),
-        ({"rows": 64, "row_warps": 8}, "tuning.row_warps"),
+        ({"rows": 64, "num_warps": 4, "row_warps": 8}, "tuning.row_warps"),
         ({"chunk_tokens": 64}, "tuning.chunk_tokens"),
         ({"num_stages": 1}, "tuning.num_stages: expected an int of at least 2"),
         ({"workers_per_processor": 2}, "tuning.workers_per_processor: expected at most 1"),  # in shared memory
-        ({"num_stages": 2, "chunk_tokens": 16, "workers_per_processor": 3}, "expected at most 2"),  # in registers
+        # In registers.
+        ({"num_warps": 4, "num_stages": 2, "chunk_tokens": 16, "workers_per_processor": 3}, "expected at most 2"),
     ],
 )
 def test_bad_tuning_is_named(given, message, monkeypatch):

@@ -36,8 +36,8 @@ class Emulated:
         self.launches = 0
         monkeypatch.setattr(module, "_bound", self.bound)
 
-    def bound(self, device, index, vector, flat):
-        self.spec = CopyPagesSpec(index, vector, flat)
+    def bound(self, device, index, vector, flat, streaming):
+        self.spec = CopyPagesSpec(index, vector, flat, streaming)
         return self
 
     def launch(self, device, grid_x, grid_y, *values):
@@ -121,3 +121,6 @@ def test_a_page_larger_than_one_block_takes_more_rows_of_blocks(monkeypatch):
     copy_pages(cache, cache, torch.arange(3), torch.arange(3))
     assert emulated.grid == (3, 2 * 16 * 8 * 128 * 2 // 16 // 256)
     assert (emulated.values["k_packs"], emulated.values["k_width"]) == (2048, 2048)
+    assert not emulated.spec.streaming
+    copy_pages(cache, cache, *torch.zeros(2, 64, dtype=torch.int64))
+    assert emulated.spec.streaming

@@ -80,7 +80,9 @@ def shipped_specs() -> list[KernelSpec]:
         for dtype in DTYPES:
             found.update(dict.fromkeys(_specs_of(model, dtype)))
     # Pages of every model are copied by the same kernels.
-    found.update(dict.fromkeys(CopyPagesSpec(index, VECTOR_BYTES, True) for index in (torch.int32, torch.int64)))
+    for streaming in (False, True):
+        pages = (CopyPagesSpec(index, VECTOR_BYTES, True, streaming) for index in (torch.int32, torch.int64))
+        found.update(dict.fromkeys(pages))
     found.update(dict.fromkeys(_attention_specs()))
     found.update(dict.fromkeys(_sampling_specs()))
     return list(found)
@@ -89,10 +91,11 @@ def shipped_specs() -> list[KernelSpec]:
 def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
     """Append: K and V alone through slots, as for engines that rotate by themselves; and with RoPE through a table."""
     for out_dtype in (dtype, torch.float8_e4m3fn):
-        for add in (False, True):
-            yield RmsNormSpec(dtype, out_dtype, model.hidden_size, VECTOR_BYTES, add)
+        for add, many_rows in ((False, False), (False, True), (True, False)):
+            yield RmsNormSpec(dtype, out_dtype, model.hidden_size, VECTOR_BYTES, add, many_rows)
     if model.head_norm:
-        yield RmsNormSpec(dtype, dtype, model.head_dim, VECTOR_BYTES, add=False)
+        for many_rows in (False, True):
+            yield RmsNormSpec(dtype, dtype, model.head_dim, VECTOR_BYTES, False, many_rows, nested=True)
     yield GatedActivationSpec(dtype, model.intermediate_size, VECTOR_BYTES, SILU)
     yield MergeStatesSpec(dtype, model.head_dim, VECTOR_BYTES)
     for table in (False, True):

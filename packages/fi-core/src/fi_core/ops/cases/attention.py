@@ -236,6 +236,14 @@ def _shapes() -> Iterator[Case]:
         yield _case(f"group_{group}", (1, 6), (19, 122), dtype=_BF16, heads=(group, 1))
     for group in (8, 16, 128):
         yield _case(f"group_{group}_verify", (16, 1, 5), (150, 70, 5), dtype=_BF16, heads=(group, 1), features={"lse"})
+    many: dict[str, Any] = {"dtype": _BF16, "heads": (48, 1), "features": {"soft_cap", "sinks", "alibi", "mask", "lse"}}
+    yield _case("group_48_features", (9, 16), (50, 170), **many, mask="new", windows=(None, 60), window=60)
+    yield _case("group_48_mask_kv", (9, 16), (50, 170), **many, mask="kv", causal=False)
+    yield _case("group_48_invariant", (9, 16), (50, 370), dtype=_BF16, heads=(48, 1), batch_invariant=True)
+    yield _case("group_48_ragged", (9, 16), (50, 170), dtype=_FP16, heads=(48, 1), table="ragged", head_dim=96)
+    yield _case(
+        "group_48_fp8", (9, 2), (50, 170), dtype=_BF16, heads=(48, 1), kv_format="fp8_e4m3", scale="heads", page_size=5
+    )
     yield _case("group_32_d128", (3, 16), (80, 200), dtype=_FP16, head_dim=128, heads=(64, 2), windows=(90,))
     yield _case("group_16_d256", (1, 4), (200, 90), dtype=_BF16, head_dim=256, heads=(32, 2), features={"sinks", "lse"})
     for head_dim in (80, 96, 192, 256):

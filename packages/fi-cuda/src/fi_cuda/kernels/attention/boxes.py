@@ -11,6 +11,7 @@ from .tuning import swizzle_of
 
 _PATTERN_TOKENS = 8
 _MAX_STRIDE_BYTES = 2**40
+_PROMOTION = 128  # bytes that L2 fetches at once: a column of a row. More is slower, also where rows are longer
 
 
 def tokens_of_box(page_size: int | None, chunk_tokens: int) -> int | None:
@@ -42,8 +43,6 @@ def _describable(tensor: Tensor) -> bool:
 def _map_of(tensor: Tensor, num_tokens: int) -> TensorMap:
     row_bytes = tensor.shape[-1] * tensor.element_size()
     swizzle = swizzle_of(row_bytes)
-    # L2 must not fetch more than a row: what follows it may belong to another head, which another block reads much later.
-    promotion = 256 if row_bytes % 256 == 0 else 128
     width = swizzle // tensor.element_size()
     columns = tensor.unflatten(-1, (row_bytes // swizzle, width)).permute(0, 2, 3, 1, 4)
-    return tensor_map_of(columns, Box((1, 1, row_bytes // swizzle, num_tokens, width), swizzle, promotion))
+    return tensor_map_of(columns, Box((1, 1, row_bytes // swizzle, num_tokens, width), swizzle, _PROMOTION))

@@ -22,7 +22,7 @@ _ROW_CHOICES = (8, 16, 32, 64, 128)
 _WARP_ROWS = (8, 16)
 _CHUNK_CHOICES = (16, 32)
 _WIDE_HEAD_DIM = 128
-_LONG_ROW_BYTES = 128
+_SHORT_ROW_BYTES = 128
 _MAX_STAGES = 6
 _FEW_WARPS = 4
 _MANY_WARPS = 8  # as many as find 255 registers a thread
@@ -35,6 +35,7 @@ _MAX_REGISTERS = 256
 _ITEM_ROWS_BYTES = 64 * 64
 _ANGLE_BYTES, _HALF_ANGLE_BYTES = 8, 4
 _GROUP_TOKENS = 8
+_PART_BYTES = 24  # four dims of a row, and what is known of it
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def shared_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
     row_bytes = (heads.head_dim * heads.stored_bytes, heads.head_dim_vo * heads.stored_bytes)
     rings = tuning.token_warps * tuning.num_stages * _stage_bytes(tuning.chunk_tokens, row_bytes)
     barriers = -(-tuning.token_warps * tuning.num_stages * _BARRIER_BYTES // 16) * 16
-    shares = tuning.token_warps * tuning.rows * ((heads.head_dim_vo + 4) * 4 + 8)
+    shared_rows = tuning.token_warps * tuning.rows
+    shares = max(shared_rows * (heads.head_dim_vo + 4) * 4, tuning.num_warps * 32 * _PART_BYTES) + shared_rows * 8
     rotations = _rotation_bytes(tuning, heads)
     return rings + barriers + shares + rotations + _ITEM_ROWS_BYTES + _STAGE_ALIGNMENT
 
@@ -174,24 +176,25 @@ def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) ->
 def built_in_tuning(spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER_SHARED_BYTES) -> DecodeTuning:
     """The smallest tile that holds a request's rows, of at most 16 (8 for wide heads) for each of at most 8 warps, which share
     chunks where rows are more than that: more accumulators would not fit the registers; chunks of 32 tokens (16 for wide
-    heads); and as many stages as fit into ``limit`` bytes of shared memory. Rotating keys takes 8 warps, and chunks of 16
-    where 8 rings of 32 or the registers would not fit. Measured on an H100 for head dims of 128 (docs/kernels/decode.md)."""
+    heads); and as many stages as fit into ``limit`` bytes of shared memory. Short rows take 8 warps, whose work on a chunk
+    would otherwise not keep up with loading it; rotating keys too, and chunks of 16 where 8 rings of 32 or the registers would
+    not fit. Measured on an H100 for head dims of 128 (docs/kernels/decode.md)."""
     heads = HeadForm.of(spec)
     wide = max(heads.head_dim, heads.head_dim_vo) > _WIDE_HEAD_DIM
     tallest = _WARP_ROWS[0 if wide else -1]
     wanted = min(capacity.max_q_len * spec.group_size, tallest * _MANY_WARPS)
     rows = next(choice for choice in _ROW_CHOICES if choice >= wanted)
     row_warps = max(rows // tallest, 1)
-    long_rows = heads.head_dim * heads.stored_bytes > _LONG_ROW_BYTES
-    crowded = wide or (heads.rope_keys and (long_rows or rows // row_warps > _WARP_ROWS[0]))
-    num_warps = _FEW_WARPS if row_warps == 1 and not heads.rope_keys else _MANY_WARPS
+    short_rows = heads.head_dim * heads.stored_bytes <= _SHORT_ROW_BYTES
+    crowded = wide or (heads.rope_keys and (not short_rows or rows // row_warps > _WARP_ROWS[0]))
+    num_warps = _FEW_WARPS if row_warps == 1 and not heads.rope_keys and not short_rows else _MANY_WARPS
     best = DecodeTuning(
         rows=rows,
         chunk_tokens=_CHUNK_CHOICES[0 if crowded else -1],
         num_warps=num_warps,
         num_stages=_MAX_STAGES * max(_FEW_WARPS * row_warps // num_warps, 1),
         workers_per_processor=1,
-        item_cost=2,
+        item_cost=4,
         step_cost=1,
         row_warps=row_warps,
     )

@@ -47,14 +47,27 @@ __device__ __forceinline__ RowPart sum_of(const RowPart (&parts)[kCount]) {
   return sum;
 }
 
-// The warps' shares of an item.
+// The warps' shares of an item; where a block merges pieces, instead the warps' sums of them.
 template <class Config>
 struct Shares {
   static constexpr int kPitch = Config::kHeadDimVo + 4;  // lanes of one store then differ in bank
   static constexpr int kRows = WarpPlace<Config>::kTokenWarps * Config::kRows;
+  static constexpr int kSums = Config::kNumWarps * 32;
+  static constexpr int kSumFloats = kSums * static_cast<int>(sizeof(RowPart) / sizeof(float));
+  static constexpr int kTotals = kRows * kPitch > kSumFloats ? kRows * kPitch : kSumFloats;
 
-  float totals[kRows * kPitch];  // [token warps, rows, pitch], unnormalised
-  PartialRow rows[kRows];        // [token warps, rows]
+  alignas(16) float totals[kTotals];  // [warps, rows, pitch], unnormalised
+  PartialRow rows[kRows];             // [warps, rows]
+
+  // The sum that a warp's lane left: values first, then rows.
+  __device__ __forceinline__ void put_sum(int idx, const RowPart& part) {
+    reinterpret_cast<float4*>(totals)[idx] = {part.values[0], part.values[1], part.values[2], part.values[3]};
+    reinterpret_cast<PartialRow*>(totals + 4 * kSums)[idx] = part.row;
+  }
+  __device__ __forceinline__ RowPart sum(int idx) const {
+    const float4 values = reinterpret_cast<const float4*>(totals)[idx];
+    return {reinterpret_cast<const PartialRow*>(totals + 4 * kSums)[idx], {values.x, values.y, values.z, values.w}};
+  }
 };
 
 // Pieces from which on a tile is merged in slices, and those that a lane loads at once.
@@ -96,8 +109,8 @@ class ItemFinisher {
     const int num_units = num_units_of(item), pieces = item.num_pieces(), piece = item.piece();
     const bool is_last = piece == pieces - 1;
     const bool owns = piece <= before && (is_last || after == 0);
-    // Of few pieces the first need not go through memory.
-    const bool at_once = owns && piece == 0 && pieces <= kPiecesAtOnce;
+    // Of few pieces the first need not go through memory; batch-invariant ones are added up in one way alone.
+    const bool at_once = owns && piece == 0 && pieces <= (Config::kBatchInvariant ? 1 : kPiecesAtOnce);
     add_shares(item, num_units, at_once);
     if (!at_once) {
       // Which workers continue a tile follows from slots only where these are numbered by worker.
@@ -206,28 +219,35 @@ class ItemFinisher {
                        float4{present(values[0]), present(values[1]), present(values[2]), present(values[3])});
   }
 
-  // This block's part of the tile. One piece of code for any number of lanes: a kernel that runs once reads its instructions
-  // from memory too.
-  __device__ __forceinline__ void merge_slice(const AttentionItem& item, int num_units, int rank, int num_mergers) const {
-    const int num_pieces = item.num_pieces();
-    // As few lanes for a unit as leave none with more pieces than are loaded at once.
-    const int log_lanes = num_pieces <= kPiecesAtOnce ? 0 : num_pieces <= 8 * kPiecesAtOnce ? 3 : 5;
-    const int lanes = 1 << log_lanes, units_at_once = kThreads >> log_lanes;
-    const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-    // All lanes stay in the loop as long as one of their warp has a unit: they exchange what they hold.
+  // This block's part of the tile. Neighbouring lanes take neighbouring units, so that their loads share lines, at least 8 and
+  // as many as leave no merger with a second round; the other lanes and all warps share the pieces.
+  __device__ __forceinline__ void merge_slice(const AttentionItem& item, int num_units, int rank, int num_mergers) {
+    int log_units = 3;
+    while (log_units < 5 && num_units >> log_units > num_mergers) ++log_units;
+    const int units_at_once = 1 << log_units, step = kThreads >> log_units;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const int in_group = lane & (units_at_once - 1), first_piece = (warp << (5 - log_units)) + (lane >> log_units);
 #pragma unroll 1
-    for (int first = rank * units_at_once; first < num_units; first += num_mergers * units_at_once) {
-      const int unit = first + (static_cast<int>(threadIdx.x) >> log_lanes);
+    for (int first = rank << log_units; first < num_units; first += num_mergers << log_units) {
+      const int unit = first + in_group;
       RowPart sum = empty_part();
 #pragma unroll 1
-      for (int piece = lane; unit < num_units && piece < num_pieces; piece += lanes * kPiecesAtOnce) {
+      for (int piece = first_piece; unit < num_units && piece < item.num_pieces(); piece += step * kPiecesAtOnce) {
         RowPart parts[1 + kPiecesAtOnce] = {sum};
-        wait_for_pieces<1>(parts, item, piece - lanes, lanes, unit);
+        wait_for_pieces<1>(parts, item, piece - step, step, unit);
         sum = sum_of(parts);
       }
       __syncwarp();  // lanes that waited longer are with the others again, or every exchange would cost a detour
-      sum = sum_over_lanes(sum, lanes);
-      if (unit < num_units && lane == 0) store(item, unit, sum);
+      sum = sum_over_lanes(sum, units_at_once);
+      __syncthreads();  // what the sums are put over has been read
+      if (lane < units_at_once) shares_.put_sum(warp * 32 + lane, sum);
+      __syncthreads();
+      if (static_cast<int>(threadIdx.x) < units_at_once && unit < num_units) {
+        RowPart sums[Config::kNumWarps];
+#pragma unroll
+        for (int idx = 0; idx < Config::kNumWarps; ++idx) sums[idx] = shares_.sum(idx * 32 + lane);
+        store(item, unit, sum_of(sums));
+      }
     }
   }
 
@@ -264,14 +284,14 @@ class ItemFinisher {
     }
   }
 
-  // The sum of what `lanes` neighbouring lanes hold, the same in all of them.
-  static __device__ __forceinline__ RowPart sum_over_lanes(const RowPart& part, int lanes) {
+  // The sum of what lanes hold that are a multiple of `stride` (a power of two) apart, the same in all of them.
+  static __device__ __forceinline__ RowPart sum_over_lanes(const RowPart& part, int stride) {
     float base = part.row.base;
 #pragma unroll 1
-    for (int distance = 1; distance < lanes; distance *= 2) base = Largest()(base, from_lane_xor(base, distance));
+    for (int distance = stride; distance < 32; distance *= 2) base = Largest()(base, from_lane_xor(base, distance));
     RowPart sum = rebased(part, base);
 #pragma unroll 1
-    for (int distance = 1; distance < lanes; distance *= 2) {
+    for (int distance = stride; distance < 32; distance *= 2) {
       sum.row.mass += from_lane_xor(sum.row.mass, distance);
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum.values[e] += from_lane_xor(sum.values[e], distance);

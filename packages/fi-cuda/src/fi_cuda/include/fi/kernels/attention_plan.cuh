@@ -233,13 +233,15 @@ __device__ __forceinline__ void attention_plan(const Params& params) {
   ptx::wait_for_previous_kernel();
   line.total_cost = sum_requests<Config>(params, tables, line) * line.params.num_kv_heads;
   const bool has_work = line.total_cost > 0;
+  line.params.num_workers = plan::num_sharing(line);
 
   const int first_worker = static_cast<int>(blockIdx.x) * kPerBlock;
 #pragma unroll 1
   for (int worker = threadIdx.x; worker <= kWorkers; worker += Config::kNumThreads) {
     plan::Cut cut = {0, 0, 0, 0};
-    if (has_work && worker == kWorkers) cut = plan::last_cut(line, tables.before);
-    if (has_work && worker < kWorkers) {
+    const bool shares = worker < line.params.num_workers;
+    if (has_work && !shares) cut = plan::last_cut(line, tables.before);
+    if (has_work && shares) {
       const plan::Int position = plan::worker_begin(line, worker);
       const plan::Cursor cursor = plan::seek(line, position);
       cut = plan::cut_at(line, tables.before, cursor, position);
@@ -249,10 +251,10 @@ __device__ __forceinline__ void attention_plan(const Params& params) {
     cuts[worker] = cut;
   }
   __syncthreads();
-  const int own = static_cast<int>(threadIdx.x / 32);
-  if (own < kPerBlock && first_worker + own <= kWorkers) {
+  const int own = static_cast<int>(threadIdx.x / 32), worker = first_worker + own;
+  if (own < kPerBlock && worker <= kWorkers) {
     plan::Cursor cursor = cursors[own];
-    write_worker<Config>(params, line, cuts, cursor, first_worker + own, has_work);
+    write_worker<Config>(params, line, cuts, cursor, worker, has_work && worker < line.params.num_workers);
   }
 }
 
