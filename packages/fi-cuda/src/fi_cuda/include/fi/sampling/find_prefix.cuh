@@ -7,26 +7,11 @@
 // the logit, so no rounding changes the result, and the work hardly depends on the distribution.
 #pragma once
 
+#include "fi/sampling/answer.cuh"
 #include "fi/sampling/rank_scale.cuh"
 #include "fi/sampling/ranked_tokens.cuh"
 
 namespace fi {
-
-// What the first block can say about the kept tokens when it has found the last of them.
-enum class Wish {
-  kNothing,
-  kDraw,   // the block that holds the token drawn, and what the running sum over that block is to exceed
-  kTotal,  // their mass
-};
-
-// The answer to a wish; kUnknown where it was not cheap to know.
-struct Answer {
-  static constexpr unsigned kUnknown = 0xff;
-  unsigned block = kUnknown;
-  uint64 amount = 0;  // below 2^52
-
-  __device__ __forceinline__ bool known() const { return block != kUnknown; }
-};
 
 template <class Config>
 struct PrefixSearch {
@@ -256,12 +241,6 @@ struct PrefixSearch {
     return sum;
   }
 
-  __device__ __forceinline__ static uint4 message(RankPrefix found, Answer end) {
-    const uint64 packed = end.amount | static_cast<uint64>(end.block) << 56;
-    return make_uint4(__float_as_uint(found.value), static_cast<unsigned>(found.last), static_cast<unsigned>(packed),
-                      static_cast<unsigned>(packed >> 32));
-  }
-
   // By one thread of the cluster.
   __device__ __forceinline__ void publish(RankPrefix found) {
 #pragma unroll 1
@@ -272,9 +251,7 @@ struct PrefixSearch {
 
   __device__ __forceinline__ RankPrefix receive() {
     row.mailbox.receive(kFound, 16);
-    const uint4 found = row.shared.search.found;
-    answer = {found.w >> 24, found.z | static_cast<uint64>(found.w & 0xffffffu) << 32};
-    return {__uint_as_float(found.x), static_cast<int>(found.y)};
+    return read_message(row.shared.search.found, answer);
   }
 
   // Of equal logits, the token that is number `number` (from 0) in index order ends the prefix.
@@ -351,10 +328,10 @@ struct PrefixSearch {
       end.block = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, target < prefix.inclusive))) - 1;
       end.amount = target - __shfl_sync(0xffffffffu, prefix.exclusive, static_cast<int>(end.block));
     }
-    const uint4 found = search.found;
+    Answer none;
+    const RankPrefix found = read_message(search.found, none);
     __syncwarp();  // all have read what the next line overwrites
-    row.mailbox.send_to_all(
-        kFound, &search.found, message({__uint_as_float(found.x), static_cast<int>(found.y)}, end));
+    row.mailbox.send_to_all(kFound, &search.found, message(found, end));
   }
 
   // The prefix; `target_of(total)` (1 or more) says what it is to reach, from the amount of all considered tokens. Every
