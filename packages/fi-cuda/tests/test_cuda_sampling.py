@@ -1,0 +1,103 @@
+"""Sampling of whole vocabularies on the GPU: distributions that the conformance cases are too small for, against the float64
+reference, in every form of a row's cluster; the same bits on every run and in any batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fi_core.reference.sampling.draw import filter_logits as reference_filter
+from fi_core.reference.sampling.draw import sample as reference_sample
+from fi_core.sampling import DrawKeys, FilterParams
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
+
+VOCAB = 128256
+MOST_BOUNDARY_ROWS = 0.01
+"""Share of draws that a rounding of the exponential may tip."""
+
+COLUMNS = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32, "temperature": torch.float32}
+FILTERS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "greedy": {"temperature": 0.0},
+    "top_k": {"top_k": 50},
+    "top_p": {"top_p": 0.9},
+    "min_p": {"min_p": 0.1},
+    "large_top_k": {"top_k": 5000},
+    "large_top_k_top_p": {"top_k": 5000, "top_p": 0.9},
+    "all": {"top_k": 50, "top_p": 0.9, "min_p": 0.05, "temperature": 0.7},
+}
+
+
+def rows_of(kind: str, num_rows: int, vocab_size: int) -> torch.Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(3)
+    normal = torch.randn((num_rows, vocab_size), device="cuda", generator=generator)
+    made = {
+        "normal": lambda: 3 * normal,
+        "narrow": lambda: 0.01 * normal,
+        "uniform": lambda: torch.rand((num_rows, vocab_size), device="cuda", generator=generator),
+        "equal": lambda: torch.full_like(normal, 0.25),
+        "tied": lambda: (1.5 * normal).round(),
+        "rounded": lambda: (3 * normal).bfloat16().float(),
+        "few": lambda: torch.where(normal > 3.1, 3 * normal, -torch.inf),
+        "one_group": lambda: torch.where(torch.arange(vocab_size, device="cuda") < 200, 20 + normal, normal),
+    }
+    return made[kind]()
+
+
+def parameters(values: dict[str, float], num_rows: int, order: str = "sequential") -> tuple[FilterParams, DrawKeys]:
+    columns = {
+        name: torch.full((num_rows,), value, dtype=COLUMNS[name], device="cuda") for name, value in values.items()
+    }
+    seed = torch.arange(num_rows, device="cuda") * 7919 + 5
+    keys = DrawKeys(seed, torch.zeros_like(seed, dtype=torch.int32), seed + 100)
+    return FilterParams(**columns, order=order), keys
+
+
+def drawn(logits: torch.Tensor, filters: FilterParams, keys: DrawKeys) -> torch.Tensor:
+    from fi_cuda.kernels.sampling.sample import sample
+
+    tokens = torch.full_like(keys.seed, -77)
+    sample(logits, filters, keys, None, tokens)
+    return tokens
+
+
+@pytest.mark.parametrize("num_rows", [3, 20, 70])
+@pytest.mark.parametrize("kind", ["normal", "narrow", "uniform", "equal", "tied", "rounded", "few", "one_group"])
+def test_draws_are_those_of_the_reference(kind, num_rows):
+    logits = rows_of(kind, num_rows, VOCAB)
+    for name, values in FILTERS.items():
+        for order in ("sequential", "joint"):
+            filters, keys = parameters(values, num_rows, order)
+            expected = torch.empty_like(keys.seed)
+            reference_sample(logits, filters, keys, None, expected)
+            other = int((drawn(logits, filters, keys) != expected).sum())
+            assert other <= max(1, MOST_BOUNDARY_ROWS * num_rows), (name, order)
+
+
+@pytest.mark.parametrize("kind", ["normal", "narrow", "equal", "tied"])
+def test_probabilities_are_those_of_the_reference(kind):
+    from fi_cuda.kernels.sampling.filter_logits import filter_logits
+
+    logits = rows_of(kind, 5, VOCAB)
+    for name in ("top_p", "top_k", "all"):
+        filters, _ = parameters(FILTERS[name], 5)
+        out = torch.full_like(logits, -7.0)
+        expected = torch.empty_like(logits, dtype=torch.float64)
+        filter_logits(logits, filters, "probs", out)
+        reference_filter(logits, filters, "probs", expected)
+        assert torch.allclose(out.sum(dim=1), torch.ones(5, device="cuda"), atol=1e-4), name
+        # A token at the limit may go either way.
+        assert int(((out > 0) != (expected > 0)).sum(dim=1).max()) <= 1, name
+        assert float((out - expected).abs().max()) < 1e-4, name
+
+
+def test_a_row_draws_the_same_alone_and_in_any_batch():
+    logits = rows_of("normal", 70, VOCAB)
+    for values in FILTERS.values():
+        filters, keys = parameters(values, 70)
+        tokens = drawn(logits, filters, keys)
+        assert torch.equal(tokens, drawn(logits, filters, keys))
+        for row in (0, 33, 69):
+            one, _ = parameters(values, 1)
+            key = DrawKeys(keys.seed[row : row + 1], keys.sample[row : row + 1], keys.position[row : row + 1])
+            assert drawn(logits[row : row + 1], one, key).item() == tokens[row].item()
