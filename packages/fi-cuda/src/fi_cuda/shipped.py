@@ -37,8 +37,7 @@ PAGE_SIZE = 16
 VOCABULARIES = (32000, 49152, 128256, 151936, 201088)
 """Tokens of common models' vocabularies; forms of a row's cluster are often the same for several."""
 
-_SAMPLED_ROWS = (1, 16, 256)
-_FILTERS = (frozenset[str](), frozenset({"top_p"}), frozenset({"top_k", "top_p"}))
+_SAMPLED_ROWS = (1, 256)
 
 _HOPPER_PROCESSORS = 132
 _DECODE = Capacity(max_batch=256, max_q_tokens=256, max_q_len=1, max_kv_len=2**17)
@@ -129,23 +128,24 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
 
 
 def _sampling_specs() -> Iterator[KernelSpec]:
-    """float32 logits of every vocabulary; the rarer forms for one of them."""
-    dtype = torch.float32
+    """float32 logits: one and many rows of each vocabulary with the usual filters; the rarer kernels for one vocabulary."""
+    dtype, usual = torch.float32, frozenset({"top_k", "top_p"})
     for vocab_size in VOCABULARIES:
         for num_rows in _SAMPLED_ROWS:
-            for filters in _FILTERS:
-                form = geometry_for(vocab_size, num_rows, search=searches(filters))
-                yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
+            yield SampleSpec.of(dtype, VECTOR_BYTES, geometry_for(vocab_size, num_rows), usual)
+    every = frozenset({"top_k", "top_p", "min_p"})
     for num_rows in _SAMPLED_ROWS:
+        for filters in (frozenset[str](), frozenset({"top_p"})):
+            form = geometry_for(128256, num_rows, search=searches(filters))
+            yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
         form = geometry_for(128256, num_rows)
-        every = frozenset({"top_k", "top_p", "min_p"})
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
-        yield FilterLogitsSpec.of(dtype, VECTOR_BYTES, form, every, VECTOR_BYTES, True)
-        yield FilterLogitsSpec.of(dtype, VECTOR_BYTES, form, every, VECTOR_BYTES, False)
+        for probs in (False, True):
+            yield FilterLogitsSpec.of(dtype, VECTOR_BYTES, form, every, VECTOR_BYTES, probs)
         for logprobs in (False, True):
             yield TopKSpec(dtype, VECTOR_BYTES, *form, 0, logprobs)
-        yield VerifySpec(dtype, VECTOR_BYTES, *form, tree=False, proposals=False)
-        yield VerifySpec(dtype, VECTOR_BYTES, *form, tree=True, proposals=False)
+        for tree in (False, True):
+            yield VerifySpec(dtype, VECTOR_BYTES, *form, tree=tree, proposals=False)
         two_rows = geometry_for(128256, num_rows, rows_held=2)
         yield VerifySpec(dtype, VECTOR_BYTES, *two_rows, tree=False, proposals=True)
     yield TopKSpec(dtype, VECTOR_BYTES, *geometry_for(131072, 1), 2048, False)

@@ -37,12 +37,21 @@ struct PrefixSearch {
 
   // The first level, over the whole slice.
   __device__ __forceinline__ void add_slice(const RankScale& scale) {
-    unsigned* low = &row.shared.search.columns[0][0][threadIdx.x % 32];
-    unsigned* high = &row.shared.search.columns[1][0][threadIdx.x % 32];
-    // Adding 2^23 leaves the whole part in the lowest bits; NaN and what lies further off go to the last bin.
+    auto& columns = row.shared.search.columns;
+    static_assert(sizeof(columns[0][0]) == 128 && kRankBins == 64);
+    unsigned char* low = reinterpret_cast<unsigned char*>(columns[0]);
+    unsigned char* high = reinterpret_cast<unsigned char*>(columns[1]);
+    const unsigned lane_bytes = threadIdx.x % 32 * 4;
+    // Adding 2^16, rounded down, leaves multiples of 2^-7: the whole part times 128, which is a bin's bytes, is in place. NaN and
+    // what lies further off go to the last bin.
     const auto offset = [&](float shortfall) {
-      const float bin = __fadd_rd(fminf(shortfall * scale.per_unit, kRankBins - 1), 8388608.0f);
-      return (__float_as_uint(bin) & (kRankBins - 1)) * 32;
+      const float bin = __fadd_rd(fminf(shortfall * scale.per_unit, kRankBins - 1), 65536.0f);
+      return (__float_as_uint(bin) & 0x1f80u) | lane_bytes;
+    };
+    const auto add = [&](float shortfall, uint2 limbs) {
+      const unsigned at = offset(shortfall);
+      atomicAdd(reinterpret_cast<unsigned*>(low + at), limbs.x);
+      atomicAdd(reinterpret_cast<unsigned*>(high + at), limbs.y);
     };
     if (!by_count && !(considered.value > minus_infinity())) {
       // Without a branch: tokens without mass add nothing.
@@ -51,19 +60,13 @@ struct PrefixSearch {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float shortfall = scale.top - logits[e];
-          const uint2 limbs = mass_limbs(weight_of(shortfall));
-          const unsigned at = offset(shortfall);
-          atomicAdd(low + at, limbs.x);
-          if (limbs.y != 0) atomicAdd(high + at, limbs.y);
+          add(shortfall, mass_limbs(weight_of(shortfall)));
         }
       });
     } else {
       visit_slice(scale, [&](float logit, int) {
         const float shortfall = scale.top - logit;
-        const uint2 limbs = by_count ? make_uint2(1, 0) : mass_limbs(weight_of(shortfall));
-        const unsigned at = offset(shortfall);
-        atomicAdd(low + at, limbs.x);
-        if (limbs.y != 0) atomicAdd(high + at, limbs.y);
+        add(shortfall, by_count ? make_uint2(1, 0) : mass_limbs(weight_of(shortfall)));
       });
     }
   }
