@@ -65,9 +65,7 @@ class VerifySpec(ClusterRowSpec):
 
 
 @lru_cache(maxsize=1024)
-def _bound(
-    device: torch.device, vector: int, geometry: Geometry, tree: bool, proposals: bool
-) -> LaunchableKernel:
+def _bound(device: torch.device, vector: int, geometry: Geometry, tree: bool, proposals: bool) -> LaunchableKernel:
     return kernel_for(VerifySpec(torch.float32, vector, *geometry, tree, proposals), device)
 
 

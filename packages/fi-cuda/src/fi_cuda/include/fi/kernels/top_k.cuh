@@ -1,7 +1,7 @@
 // The k largest logits of each row with their tokens, and log-probabilities of them and of a chosen token, with one read of the
 // logits: fi_core.top_k and fi_core.logprobs.
-// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kSorted: room for so many
-// tokens to sort, a power of 2 that is at least k, or 0 for k up to kSortedInRow; kLogprobs: values are log-probabilities, and `chosen` gets that of `tokens`.
+// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kSorted: room for so many tokens to sort, a power of 2
+// that is at least k, or 0 for k up to kSortedInRow; kLogprobs: values are log-probabilities, and `chosen` gets that of `tokens`.
 // Params: logits [rows, vocab_size]; values float32 and indices int64 [rows, k], contiguous; k (may be 0 with kLogprobs); tokens
 // int64 and chosen float32 [rows], with kLogprobs.
 #pragma once
