@@ -13,11 +13,6 @@ from .geometry import Geometry
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
 _RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 8
-    64,
-    1024,
-    128,
-    8,
-)  # as fi/sampling/cluster_row.cuh and exchange.cuh have them
 
 
 @dataclass(frozen=True)
