@@ -160,12 +160,11 @@ struct ClusterRow {
   // been opened by all.
   __device__ __forceinline__ void share_extremes(Extremes mine, bool with_groups, Message kind = kExtremes) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const auto larger = [](float first, float second) { return ptx::max_or_nan(first, second); };
-    const auto smaller = [](float first, float second) { return fminf(first, second); };
-    const float group = reduce_over_lanes<Shared::kGroupLanes>(mine.largest, larger);
-    const float in_warp = reduce_over_lanes<Shared::kWarpGroups, Shared::kGroupLanes>(group, larger);
-    const float least = reduce_over_lanes<32>(mine.smallest, smaller);
+    const float in_warp = largest_of_warp(mine.largest);
+    const float least = smallest_of_warp(mine.smallest);
     if constexpr (Config::kSearch) {
+      const auto larger = [](float first, float second) { return ptx::max_or_nan(first, second); };
+      const float group = reduce_over_lanes<Shared::kGroupLanes>(mine.largest, larger);
       float* own = reinterpret_cast<float*>(shared.search.own_groups);
       if (lane % Shared::kGroupLanes == 0) own[warp * Shared::kWarpGroups + lane / Shared::kGroupLanes] = group;
     }
@@ -175,8 +174,8 @@ struct ClusterRow {
     }
     __syncthreads();
     if (warp == 0) {
-      const float block_largest = reduce_over_lanes<32>(shared.warp_largest[lane % kWarps], larger);
-      const float block_smallest = reduce_over_lanes<32>(shared.warp_smallest[lane % kWarps], smaller);
+      const float block_largest = largest_of_warp(shared.warp_largest[lane % kWarps]);
+      const float block_smallest = smallest_of_warp(shared.warp_smallest[lane % kWarps]);
       mailbox.send_to_all(kind, &shared.extremes[rank],
                           make_uint2(__float_as_uint(block_largest), __float_as_uint(block_smallest)));
     }
@@ -192,8 +191,8 @@ struct ClusterRow {
     }
     mailbox.receive(kind, kBlocks * (8 + (with_groups ? 16 * kFours : 0)));
     const uint2 theirs = shared.extremes[lane % kBlocks];
-    largest = reduce_over_lanes<kBlocks>(__uint_as_float(theirs.x), larger);
-    smallest = reduce_over_lanes<kBlocks>(__uint_as_float(theirs.y), smaller);
+    largest = largest_of_warp(__uint_as_float(theirs.x));
+    smallest = smallest_of_warp(__uint_as_float(theirs.y));
   }
 
   // After load_slice: divides by `temperature` and shares the extremes.

@@ -213,17 +213,16 @@ struct PrefixSearch {
                          make_uint2(__float_as_uint(logit), static_cast<unsigned>(token)));
       }
     });
-    const auto smaller = [](float first, float second) { return fminf(first, second); };
-    low = reduce_over_lanes<32>(low, smaller);
-    high = reduce_over_lanes<32>(high, LargestNumber());
+    low = smallest_of_warp(low);
+    high = largest_of_warp(high);
     if (lane == 0) {
       shared.warp_smallest[warp] = low;
       shared.warp_largest[warp] = high;
     }
     __syncthreads();
     if (warp == 0) {
-      low = reduce_over_lanes<32>(shared.warp_smallest[lane % kWarps], smaller);
-      high = reduce_over_lanes<32>(shared.warp_largest[lane % kWarps], LargestNumber());
+      low = smallest_of_warp(shared.warp_smallest[lane % kWarps]);
+      high = largest_of_warp(shared.warp_largest[lane % kWarps]);
       const unsigned count = static_cast<unsigned>(search.list_count);
       row.mailbox.send_to_all(kShares, reinterpret_cast<uint4*>(&search.shares[row.rank]),
                               make_uint4(count, __float_as_uint(low), __float_as_uint(high), 0u));

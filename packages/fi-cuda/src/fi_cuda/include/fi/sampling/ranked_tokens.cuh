@@ -28,10 +28,7 @@ __device__ __forceinline__ RankedToken ranked_token(float logit, int token, uint
 
 __device__ __forceinline__ unsigned token_of(uint64 rank_key) { return 0xffffffffu - static_cast<unsigned>(rank_key); }
 
-__device__ __forceinline__ float logit_of(uint64 rank_key) {
-  const unsigned key = static_cast<unsigned>(rank_key >> 32);
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
+__device__ __forceinline__ float logit_of(uint64 rank_key) { return float_of_key(static_cast<unsigned>(rank_key >> 32)); }
 
 // Where the first block keeps up to kMaxRanked of them while no histogram is needed.
 constexpr int kMaxRanked = 256;

@@ -45,10 +45,22 @@ __device__ __forceinline__ float float_mass_of(float weight) {
 
 __device__ __forceinline__ uint64 mass_at(float shortfall) { return mass_of(weight_of(shortfall)); }
 
-// Unsigned integers in the order of the floats, -0 and 0 equal; for numbers that are not NaN.
+// Unsigned integers in the order of the floats, -0 and 0 equal, NaN (which the sum makes positive) above all.
 __device__ __forceinline__ unsigned order_key(float value) {
   const unsigned bits = __float_as_uint(value + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float float_of_key(unsigned key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// Over a warp, in one instruction that compares integers: the largest, NaN if any is; the smallest of numbers.
+__device__ __forceinline__ float largest_of_warp(float value) {
+  return float_of_key(__reduce_max_sync(0xffffffffu, order_key(value)));
+}
+__device__ __forceinline__ float smallest_of_warp(float value) {
+  return float_of_key(__reduce_min_sync(0xffffffffu, order_key(value)));
 }
 
 }  // namespace fi
