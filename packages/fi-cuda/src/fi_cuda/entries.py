@@ -13,6 +13,7 @@ from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, format_of
 BACKEND = "cuda"
 MIN_CAPABILITY = (8, 0)
 BARRIER_CAPABILITY = (9, 0)  # of barriers in shared memory that copies complete
+WARPGROUP_CAPABILITY = (9, 0)  # of warpgroups' matrix products, which no other architecture has
 
 _MAX_NORM_WIDTH = 16384  # a row stays in the registers of one block
 _MAX_ROPE_DIM = 1024  # a head's units are threads of one block
@@ -102,6 +103,14 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "max_q_len": Between(1, _MAX_SHORT_QUERY),
 }
 
+_MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of one warpgroup
+
+_LONG_QUERIES: Mapping[str, Rule] = {
+    **_SHORT_QUERIES,
+    "group_size": Between(1, _MAX_LONG_GROUP),
+    "max_q_len": Between(1),
+}
+
 
 def _same_or_fp8(request: Request) -> bool:
     return request["kv_format"] in (format_of(request["dtype"]), "fp8_e4m3", "fp8_e5m2")
@@ -111,8 +120,21 @@ def _few_rows(request: Request) -> bool:
     return int(request["max_q_len"]) * int(request["group_size"]) <= _MAX_PACKED_ROWS
 
 
+def _more_rows(request: Request) -> bool:
+    return int(request["max_q_len"]) > _MAX_SHORT_QUERY or not _few_rows(request)
+
+
+def _on_hopper(request: Request) -> bool:
+    capability = request.target.capability
+    return capability is None or capability[0] == WARPGROUP_CAPABILITY[0]
+
+
 def _load_attention_decode() -> Any:
     return importlib.import_module("fi_cuda.kernels.attention.state").attention_decode
+
+
+def _load_attention_prefill() -> Any:
+    return importlib.import_module("fi_cuda.kernels.attention.prefill_state").attention_prefill
 
 
 ATTENTION_ENTRIES: list[KernelEntry] = [
@@ -128,6 +150,20 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
             Condition("K and V in q's dtype or in FP8", _same_or_fp8),
             Condition(f"at most {_MAX_PACKED_ROWS} rows of q for a KV head of a request", _few_rows),
         ),
-    )
+    ),
+    KernelEntry(
+        "attention",
+        "attention_prefill",
+        BACKEND,
+        _LONG_QUERIES,
+        _load_attention_prefill,
+        devices=("cuda",),
+        min_capability=WARPGROUP_CAPABILITY,
+        conditions=(
+            Condition("a Hopper GPU", _on_hopper),
+            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+            Condition(f"more than {_MAX_SHORT_QUERY} tokens, or {_MAX_PACKED_ROWS} rows for a KV head", _more_rows),
+        ),
+    ),
 ]
 """Kernels of attention, each for some lengths of queries."""

@@ -1,4 +1,4 @@
-"""The device memory of a decode plan: one buffer, laid out from capacities alone."""
+"""The device memory of an attention plan: one buffer, laid out from capacities alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fi_scheduler.regions import Region, RegionBuilder
 from torch import Tensor
 
 from .plan import ITEM_WIDTH, START_WIDTH, DeviceWorkList, scratch_bytes
+from .prefill_tuning import PrefillTuning, prefill_params, prefill_tuning_for
 from .tuning import DecodeTuning, num_processors, partition_params, tuning_for
 
 
@@ -30,6 +31,17 @@ class ListRegions:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """What a kernel keeps of split tiles: ``rows`` rows of ``head_dim_vo`` float32 a slot, ``counters`` a tile; all of it
+    ``copies`` times."""
+
+    rows: int
+    head_dim_vo: int
+    counters: int = 1
+    copies: int = 1
+
+
+@dataclass(frozen=True)
 class Layout:
     """Regions of a plan's buffer.
 
@@ -38,7 +50,7 @@ class Layout:
     pieces of each split tile that are there; ``partials`` and ``partial_lses`` (base 2) are the slots of their results.
     """
 
-    tuning: DecodeTuning
+    tuning: DecodeTuning | PrefillTuning
     params: dict[int | None, PartitionParams]
     bounds: PartitionBounds
     lists: dict[int | None, ListRegions]
@@ -51,13 +63,35 @@ class Layout:
 
     @classmethod
     def of(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
-        """The layout of a plan; raises CapacityError where no work list can hold the capacity."""
+        """The layout of a decode plan; raises CapacityError where no work list can hold the capacity."""
         tuning = tuning_for(spec, capacity, device)
         processors = num_processors(device)
         params = {
             window: partition_params(spec, capacity, tuning, window, processors)
             for window in dict.fromkeys(spec.windows)
         }
+        return cls._arranged(tuning, params, capacity, Slots(tuning.rows, spec.head_dim_vo or 0))
+
+    @classmethod
+    def of_prefill(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
+        """The layout of a prefill plan; raises CapacityError likewise."""
+        tuning = prefill_tuning_for(spec, capacity, device)
+        processors = num_processors(device)
+        params = {
+            window: prefill_params(spec, capacity, tuning, window, processors)
+            for window in dict.fromkeys(spec.windows)
+        }
+        slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers, copies=tuning.sections)
+        return cls._arranged(tuning, params, capacity, slots)
+
+    @classmethod
+    def _arranged(
+        cls,
+        tuning: DecodeTuning | PrefillTuning,
+        params: dict[int | None, PartitionParams],
+        capacity: Capacity,
+        slots: Slots,
+    ) -> Layout:
         some = next(iter(params.values()))
         bounds = PartitionBounds.from_capacity(some, capacity)  # a window changes no bound
         max_merges = max(bounds.max_merges, 1)
@@ -73,6 +107,7 @@ class Layout:
             for window in params
         }
         host_bytes = build.end
+        num_slots = slots.copies * bounds.num_slots
         return cls(
             tuning=tuning,
             params=params,
@@ -80,8 +115,8 @@ class Layout:
             lists=lists,
             host_bytes=host_bytes,
             scratch=build.add((scratch_bytes(capacity.max_batch),), torch.uint8),
-            arrivals=build.add((max_merges,), torch.int32),
-            partials=build.add((bounds.num_slots, tuning.rows, spec.head_dim_vo or 0), torch.float32),
-            partial_lses=build.add((bounds.num_slots, tuning.rows), torch.float32),
+            arrivals=build.add((slots.copies * max_merges * slots.counters,), torch.int32),
+            partials=build.add((num_slots, slots.rows, slots.head_dim_vo), torch.float32),
+            partial_lses=build.add((num_slots, slots.rows), torch.float32),
             num_bytes=build.end,
         )

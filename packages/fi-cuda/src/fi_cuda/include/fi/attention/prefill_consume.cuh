@@ -1,0 +1,197 @@
+// The work of a consumer warpgroup of prefill: its rows of every item, step after step.
+//
+// The scores of a step are started before the values of the step before, so that one step's softmax runs beside products. With
+// kPingPong warpgroups take turns in starting products, so that one's softmax runs beside another's products.
+#pragma once
+
+#include "fi/attention/prefill_store.cuh"
+
+namespace fi {
+
+template <class Config, class Params>
+class PrefillConsumer {
+  using Tile = PrefillTile<Config>;
+  using Shared = PrefillShared<Config>;
+  using Rows = GroupRows<Config, Params>;
+  using Steps = ItemSteps<Config>;
+  static constexpr int kTokens = Config::kTokens;
+  static constexpr int kEdge = Config::kEdgeTokens;
+  static_assert(kTokens % kEdge == 0 && kEdge % 16 == 0);
+
+ public:
+  __device__ __forceinline__ PrefillConsumer(const Params& params, Shared& shared, int warpgroup)
+      : params_(params), shared_(shared), warpgroup_(warpgroup), store_(params, shared.flags + warpgroup, warpgroup) {}
+
+  __device__ __forceinline__ void run() {
+    if (Config::kPingPong && warpgroup_ == Config::kConsumers - 1) pass_turn();
+#pragma unroll 1
+    while (true) {
+      shared_.query_ring.wait_full(query_);
+      const AttentionItem& item = shared_.items[item_.stage];
+      if (item.request == kNoRequest) return;
+      attend(item);
+      query_.advance();
+      item_.advance();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void attend(const AttentionItem& item) {
+    const Rows rows(params_, item, warpgroup_);
+    const Steps steps(item, params_.window);
+    state_.begin(score_of(item));
+    if (steps.num_steps == 0) {
+      release(shared_.query_ring, query_);
+      store_.finish(item, state_);
+      return;
+    }
+    // Keys of the first step that no row sees are left out.
+    first_step<kEdge>(item, rows, steps, rows.by_any.high - steps.last);
+    const int from_right = (steps.last + 2 * kTokens - 1 - rows.by_all.high) / kTokens;
+    const int from_left = Config::kWindowed ? max(rows.by_all.low - item.kv_begin + kTokens - 1, 0) / kTokens : 0;
+    const int right_end = min(from_right, steps.num_steps), left_begin = max(steps.num_steps - from_left, 0);
+    int step = 2;
+#pragma unroll 1
+    for (; step < right_end; ++step) next_step<true, kTokens, false>(item, rows, steps, step);
+#pragma unroll 1
+    for (; step < left_begin; ++step) next_step<false, kTokens, false>(item, rows, steps, step);
+    if constexpr (Config::kWindowed) {
+#pragma unroll 1
+      for (; step < steps.num_steps; ++step) next_step<true, kTokens, false>(item, rows, steps, step);
+    }
+    if (steps.num_steps > 1) last_values<kTokens, false>(item, steps);
+    store_.finish(item, state_);
+  }
+
+  // The first step, of which some row sees `width` keys, and what follows it: the next step's scores, or nothing.
+  template <int kWidth>
+  __device__ __forceinline__ void first_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int width) {
+    if constexpr (kWidth < kTokens) {
+      if (width > kWidth) {
+        first_step<kWidth + kEdge>(item, rows, steps, width);
+        return;
+      }
+    }
+    wait_full(shared_.key_ring, key_);
+    state_.template multiply_keys<kWidth>(queries(), shared_.keys[key_.stage]);
+    ptx::wgmma_wait<0>();
+    scores_are_there(steps, 0);
+    float rescale[2];
+    state_.template weigh<kWidth, true>(params_, item, rows.first, steps.last, rescale);
+    state_.template pack<kWidth>();
+    if (steps.num_steps > 1) {
+      next_step<true, kWidth, true>(item, rows, steps, 1);
+    } else {
+      last_values<kWidth, true>(item, steps);
+    }
+  }
+
+  // The scores of `step` beside the values of the step before, of which kWidth keys have weights.
+  template <bool kMasked, int kWidth, bool kFresh>
+  __device__ __forceinline__ void next_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
+    wait_full(shared_.key_ring, key_);
+    if constexpr (Config::kPingPong) wait_turn();
+    state_.template multiply_keys<kTokens>(queries(), shared_.keys[key_.stage]);
+    wait_full(shared_.value_ring, value_);
+    if constexpr (kFresh && Config::kBoxes) clear(item.kv_end - steps.last, kWidth);
+    state_.template multiply_values<kWidth, kFresh>(shared_.values[value_.stage]);
+    if constexpr (Config::kPingPong) pass_turn();
+    ptx::wgmma_wait<1>();
+    scores_are_there(steps, step);
+    float rescale[2];
+    state_.template weigh<kTokens, kMasked>(params_, item, rows.first, steps.position(step), rescale);
+    ptx::wgmma_wait<0>();
+    release(shared_.value_ring, value_);
+    value_.advance();
+    state_.rescale_output(rescale);
+    state_.template pack<kTokens>();
+  }
+
+  template <int kWidth, bool kFresh>
+  __device__ __forceinline__ void last_values(const AttentionItem& item, const Steps& steps) {
+    wait_full(shared_.value_ring, value_);
+    if constexpr (kFresh && Config::kBoxes) clear(item.kv_end - steps.last, kWidth);
+    if constexpr (Config::kWindowed && Config::kBoxes) clear(0, steps.lowest - item.kv_begin);
+    state_.template multiply_values<kWidth, kFresh>(shared_.values[value_.stage]);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(state_.output);
+    release(shared_.value_ring, value_);
+    value_.advance();
+  }
+
+  // Zeros in the place of the stage's values [begin, end) that are not readable: a weight of zero does not cancel a NaN. Every
+  // warpgroup does it for itself; what others write meanwhile are the same zeros.
+  __device__ __forceinline__ void clear(int begin, int end) {
+    if (begin >= end) return;
+    constexpr int kUnits = kBoxRowBytes / 16;
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+    unsigned char* stage = shared_.values[value_.stage];
+    for (int unit = begin * kUnits + thread; unit < end * kUnits; unit += kWarpgroupThreads) {
+#pragma unroll
+      for (int column = 0; column < Tile::kValueColumns; ++column) {
+        *reinterpret_cast<int4*>(stage + column * Tile::kKeyColumnBytes + unit * 16) = int4{};
+      }
+    }
+    ptx::fence_proxy_async_shared();
+    ptx::named_barrier_sync(kOwnBarrier + warpgroup_, kWarpgroupThreads);
+  }
+
+  __device__ __forceinline__ void scores_are_there(const Steps& steps, int step) {
+    release(shared_.key_ring, key_);
+    key_.advance();
+    if (step == steps.num_steps - 1) release(shared_.query_ring, query_);
+  }
+
+  __device__ __forceinline__ const unsigned char* queries() const { return shared_.queries[query_.stage][warpgroup_]; }
+
+  // What was not copied by the copy engine has to be shown to the products.
+  template <class AnyRing, class Cursor>
+  static __device__ __forceinline__ void wait_full(AnyRing& ring, Cursor cursor) {
+    ring.wait_full(cursor);
+    if constexpr (!Config::kBoxes) ptx::fence_proxy_async_shared();
+  }
+
+  // One arrival a warp: its lanes' products are complete, as all call wgmma_wait together.
+  template <class AnyRing, class Cursor>
+  static __device__ __forceinline__ void release(AnyRing& ring, Cursor cursor) {
+    if (threadIdx.x % kWarpThreads == 0) ring.release(cursor);
+  }
+
+  __device__ __forceinline__ void wait_turn() const {
+    ptx::named_barrier_sync(kTurnBarrier + warpgroup_, 2 * kWarpgroupThreads);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    ptx::named_barrier_arrive(kTurnBarrier + (warpgroup_ + 1) % Config::kConsumers, 2 * kWarpgroupThreads);
+  }
+
+  __device__ __forceinline__ PrefillScore<Config> score_of(const AttentionItem& item) const {
+    float scale = params_.scale;
+    if constexpr (Config::kKScales) scale *= static_cast<const float*>(params_.k_scales)[item.kv_head * params_.k_scale_stride];
+    PrefillScore<Config> score = {scale, 0.0f, {0.0f, 0.0f}};
+    if constexpr (Config::kSoftCap) {
+      score.unit = params_.soft_cap;
+      score.inner = scale / params_.soft_cap;
+    } else if constexpr (Config::kSignedScale) {
+      score = {1.0f, scale, {0.0f, 0.0f}};
+    }
+    if constexpr (Config::kAlibi) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        score.slope[row] = static_cast<const float*>(params_.slopes)[store_.head_of(item, row)] / score.unit;
+      }
+    }
+    return score;
+  }
+
+  const Params& params_;
+  Shared& shared_;
+  const int warpgroup_;
+  PrefillStore<Config, Params> store_;
+  PrefillState<Config, Params> state_;
+  RingCursor<Config::kQueryStages> query_ = RingCursor<Config::kQueryStages>::consumer();
+  RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::consumer();
+  RingCursor<Config::kStages> key_ = RingCursor<Config::kStages>::consumer();
+  RingCursor<Config::kStages> value_ = RingCursor<Config::kStages>::consumer();
+};
+
+}  // namespace fi

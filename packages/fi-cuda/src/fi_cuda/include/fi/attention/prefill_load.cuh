@@ -1,0 +1,112 @@
+// The producer of prefill: brings a worker's items, their queries, keys and values into shared memory.
+#pragma once
+
+#include "fi/attention/prefill_boxes.cuh"
+#include "fi/attention/prefill_rows.cuh"
+#include "fi/ptx/tma.cuh"
+
+namespace fi {
+
+// Copies: BoxCopies or RowCopies. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
+// (map: token, head, element).
+template <class Config, class Params, class Copies>
+class PrefillLoader {
+  using Tile = PrefillTile<Config>;
+  using Shared = PrefillShared<Config>;
+  static constexpr int kColumns = sizeof(AttentionItem) / sizeof(int);
+
+ public:
+  __device__ __forceinline__ PrefillLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
+      : params_(params), queries_(queries), copies_(copies), shared_(shared),
+        lane_(static_cast<int>(threadIdx.x) % kWarpThreads), is_first_(warp_idx() == 0) {}
+
+  // Each section repeats the worker's list for the next params.section_heads KV heads.
+  __device__ __forceinline__ void run() {
+    const WorkerStart* start = static_cast<const WorkerStart*>(params_.starts) + blockIdx.x;
+    const int* rows = static_cast<const int*>(params_.items);
+    const int begin = start->begin, end = start->end, column = lane_ % kColumns;
+#pragma unroll 1
+    for (int section = 0; section < params_.num_sections; ++section) {
+      int mine = reinterpret_cast<const int*>(&start->first)[column];
+#pragma unroll 1
+      for (int idx = begin; idx < end; ++idx) {
+        const int next = rows[static_cast<int64>(min(idx + 1, end - 1)) * kColumns + column];
+        load_item(of_section(mine, section));
+        mine = next;
+      }
+    }
+    if (is_first_) end_list();
+  }
+
+ private:
+  // Column lane % 16 of an item's row, moved to a section: other heads, and slots and merges of its own.
+  __device__ __forceinline__ int of_section(int value, int section) const {
+    const int column = lane_ % kColumns;
+    const bool split = __shfl_sync(0xffffffffu, value, 6) >= 0;
+    if (column == 1) return value + section * params_.section_heads;
+    if (split && (column == 6 || (column >= 12 && column <= 14))) return value + section * params_.section_slots;
+    if (split && column == 11) return value + section * params_.section_merges;
+    return value;
+  }
+
+  __device__ __forceinline__ void load_item(int value) {
+    AttentionItem item;
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      reinterpret_cast<int*>(&item)[column] = __shfl_sync(0xffffffffu, value, column);
+    }
+    if (is_first_) load_queries(item, value);
+    const ItemSteps<Config> steps(item, params_.window);
+    copies_.enter(item, steps);
+    auto place = copies_.place_of(0), before = place;
+#pragma unroll 1
+    for (int step = 0; step < steps.num_steps; ++step) {
+      const auto next = copies_.place_of(min(step + 1, steps.num_steps - 1));
+      copies_.load_keys(shared_, step, place);
+      if (step > 0) copies_.load_values(shared_, step - 1, before);
+      before = place;
+      place = next;
+    }
+    if (steps.num_steps > 0) copies_.load_values(shared_, steps.num_steps - 1, before);
+  }
+
+  __device__ __forceinline__ void load_queries(const AttentionItem& item, int value) {
+    shared_.query_ring.acquire(query_);
+    if (lane_ < kColumns) reinterpret_cast<int*>(&shared_.items[item_.stage])[lane_] = value;
+    __syncwarp();
+    if (lane_ == 0) {
+      constexpr int kBytes = Config::kConsumers * Tile::kKeyColumns * Tile::kGroupRows * kBoxRowBytes;
+      unsigned long long* full = shared_.query_ring.expect(query_, kBytes);
+#pragma unroll
+      for (int group = 0; group < Config::kConsumers; ++group) {
+        const int token = item.q_begin + item.q_tile * Tile::kTileTokens + group * Tile::kGroupTokens;
+#pragma unroll
+        for (int column = 0; column < Tile::kKeyColumns; ++column) {
+          ptx::tma_load_3d(shared_.queries[query_.stage][group] + column * Tile::kQueryColumnBytes, &queries_, full,
+                           column * Tile::kBoxElements, item.kv_head * Tile::kGroup, token);
+        }
+      }
+    }
+    query_.advance();
+    item_.advance();
+  }
+
+  __device__ __forceinline__ void end_list() {
+    shared_.query_ring.acquire(query_);
+    if (lane_ == 0) {
+      shared_.items[item_.stage].request = kNoRequest;
+      ptx::arrive(&shared_.query_ring.full[query_.stage]);
+    }
+  }
+
+  const Params& params_;
+  const ptx::TensorMap& queries_;
+  Copies copies_;
+  Shared& shared_;
+  const int lane_;
+  const bool is_first_;
+  RingCursor<Config::kQueryStages> query_ = RingCursor<Config::kQueryStages>::producer();
+  RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::producer();
+};
+
+}  // namespace fi

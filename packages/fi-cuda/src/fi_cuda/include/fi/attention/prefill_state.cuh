@@ -1,0 +1,169 @@
+// What a consumer warpgroup of prefill holds of an item: scores of a step, the weights of the step before, the online softmax and
+// the output. Thread's rows 0 and 1 are accumulator rows lane / 4 and lane / 4 + 8 of its warp.
+#pragma once
+
+#include "fi/attention/prefill_tiles.cuh"
+#include "fi/ptx/fence.cuh"
+#include "fi/ptx/named_barrier.cuh"
+#include "fi/ptx/wgmma.cuh"
+#include "fi/softmax/online.cuh"
+#include "fi/softmax/score.cuh"
+#include "fi/tile/pack.cuh"
+#include "fi/tile/swizzle.cuh"
+
+namespace fi {
+
+// The scores of one step, by features that are there; `offset` is what ALiBi adds at the step's first column.
+template <class Config>
+struct PrefillScore {
+  static constexpr bool kPlain = !Config::kSoftCap && !Config::kAlibi && !Config::kSignedScale;
+  float unit;   // what a score of 1 is in natural units
+  float inner;  // what raw products are multiplied by before the cap, or where that is not above 0
+  float slope[2];
+
+  __device__ __forceinline__ float operator()(float raw, float offset, int column, int row) const {
+    float score = raw;
+    if constexpr (Config::kSoftCap) score = ptx::tanh_approx(raw * inner);
+    else if constexpr (Config::kSignedScale) score = raw * inner;
+    if constexpr (Config::kAlibi) score = score + fmaf(slope[row], static_cast<float>(column), offset);
+    return score;
+  }
+};
+
+template <class Config, class Params>
+class PrefillState {
+ public:
+  using Tile = PrefillTile<Config>;
+  using Dtype = typename Config::Dtype;
+  using Rows = QueriesAsRows;
+  static constexpr int kTokens = Tile::kTokens;
+
+  float output[Config::kHeadDimVo / 2];
+  OnlineSoftmax<2> softmax;
+
+  __device__ __forceinline__ PrefillState() : softmax(1.0f) {}
+
+  __device__ __forceinline__ void begin(const PrefillScore<Config>& score) {
+    score_ = score;
+    softmax = OnlineSoftmax<2>(score.unit);
+  }
+
+  // Starts S = Q K^T for the first kWidth keys of a stage.
+  template <int kWidth>
+  __device__ __forceinline__ void multiply_keys(const unsigned char* queries, const unsigned char* keys) {
+    const unsigned long long q = ptx::k_major_descriptor<kBoxRowBytes>(ptx::shared_address(queries));
+    const unsigned long long k = ptx::k_major_descriptor<kBoxRowBytes>(ptx::shared_address(keys));
+    float(&scores)[kWidth / 2] = reinterpret_cast<float(&)[kWidth / 2]>(scores_);
+    ptx::pin_registers(scores);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Config::kHeadDim / 16; ++step) {
+      const int column = step / 4, inside = step % 4 * 32;
+      ptx::wgmma_ss<Dtype, kWidth>(scores, ptx::advance(q, column * Tile::kQueryColumnBytes + inside),
+                                   ptx::advance(k, column * Tile::kKeyColumnBytes + inside), step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // Starts O += P V for the first kWidth keys of a stage; kFresh: O = P V.
+  template <int kWidth, bool kFresh>
+  __device__ __forceinline__ void multiply_values(const unsigned char* values) {
+    const unsigned long long v =
+        ptx::mn_major_descriptor<kBoxRowBytes>(ptx::shared_address(values), Tile::kKeyColumnBytes);
+    ptx::pin_registers(output);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kWidth / 16; ++step) {
+      ptx::wgmma_rs<Dtype, Config::kHeadDimVo, ptx::Major::kMN>(output, weights_[step],
+                                                                ptx::advance(v, step * 16 * kBoxRowBytes), !kFresh || step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // The softmax of a step of kWidth keys at `position`; `rescale` is what the output so far has to be multiplied by.
+  template <int kWidth, bool kMasked>
+  __device__ __forceinline__ void weigh(const Params& params, const AttentionItem& item, int first_token, int position,
+                                        float (&rescale)[2]) {
+    float(&scores)[kWidth / 2] = reinterpret_cast<float(&)[kWidth / 2]>(scores_);
+    ptx::pin_registers(scores);
+    const int lane = static_cast<int>(threadIdx.x) % kWarpThreads, warp = static_cast<int>(threadIdx.x) / kWarpThreads % 4;
+    int tokens[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) tokens[row] = first_token + (warp * 16 + row * 8 + lane / 4) / Tile::kGroup;
+    if constexpr (!PrefillScore<Config>::kPlain) {
+      float offset[2] = {};
+      if constexpr (Config::kAlibi) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          const int distance = position + lane % 4 * 2 - query_position(tokens[row], item.q_len, item.kv_len);
+          offset[row] = score_.slope[row] * static_cast<float>(distance);
+        }
+      }
+#pragma unroll
+      for (int idx = 0; idx < kWidth / 2; ++idx) {
+        scores[idx] = score_(scores[idx], offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
+      }
+    }
+    if constexpr (kMasked) hide(params, item, tokens, position + lane % 4 * 2, scores);
+    float tops[2];
+    softmax.template find_tops<Rows>(scores, tops);
+    softmax.raise(tops, rescale);
+    softmax.template weigh<Rows>(scores);
+  }
+
+  // Makes the weights the next product's operand: once the product before is complete.
+  template <int kWidth>
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int step = 0; step < kWidth / 16; ++step) {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        weights_[step][part] = pair_of<Dtype>(scores_[step * 8 + part * 2], scores_[step * 8 + part * 2 + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
+    ptx::pin_registers(output);
+    if (!__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;
+#pragma unroll
+    for (int idx = 0; idx < Config::kHeadDimVo / 2; ++idx) output[idx] *= rescale[Rows::row(idx)];
+  }
+
+ private:
+  // -inf in the place of the scores of tokens that their rows do not see; `position` is that of the thread's first column.
+  template <int kCount>
+  static __device__ __forceinline__ void hide(const Params& params, const AttentionItem& item, const int (&tokens)[2],
+                                              int position, float (&scores)[kCount]) {
+    int low[2], high[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const ColumnLimits seen = GroupRows<Config, Params>::rule(params).limits(
+          query_position(tokens[row], item.q_len, item.kv_len), item.kv_len);
+      low[row] = seen.low - position;
+      high[row] = min(seen.high, item.kv_end) - position;
+    }
+#pragma unroll
+    for (int idx = 0; idx < kCount; ++idx) {
+      const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
+      bool visible = column < high[row];
+      if constexpr (Config::kWindowed) visible = visible && column >= low[row];
+      if constexpr (Config::kMask != kNoMask) {
+        if (visible && tokens[row] < item.q_len) visible = mask_row(params, item, tokens[row]).visible(position + column);
+      }
+      scores[idx] = fi::masked(scores[idx], visible);
+    }
+  }
+
+  static __device__ __forceinline__ PackedMaskRow mask_row(const Params& params, const AttentionItem& item, int token) {
+    const unsigned char* bits = static_cast<const unsigned char*>(params.mask_bits) +
+                                static_cast<const int64*>(params.mask_indptr)[item.request];
+    return packed_mask_row(bits, Config::kMask == kMaskNew, token, item.q_len, item.kv_len);
+  }
+
+  PrefillScore<Config> score_;
+  float scores_[kTokens / 2];
+  unsigned weights_[kTokens / 16][4];
+};
+
+}  // namespace fi

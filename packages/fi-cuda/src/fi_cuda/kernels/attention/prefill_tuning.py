@@ -1,0 +1,152 @@
+"""Tiles, rings and costs of the prefill kernel: built-in rules, which the hook ``fi_tuning`` may override."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from fi_core.contract import target_of
+from fi_core.errors import ArgumentError
+from fi_core.records import AttentionSpec, Capacity
+from fi_core.registry import registry
+from fi_scheduler.partition import UNLIMITED_ROWS, PartitionParams, TileKind, plan_params
+
+from .tuning import HOPPER_SHARED_BYTES, shared_limit
+
+TUNED_OP = "attention_prefill"
+"""What ``fi_tuning`` is asked for."""
+
+WARPGROUP_ROWS = 64
+MAX_GROUP = 64
+"""Query heads of a KV head: a token's lie in one warpgroup's rows."""
+
+BOX_ROW_BYTES = 128
+_PATTERN_TOKENS = 8
+_ITEM_BYTES = 64
+_BARRIER_BYTES = 512
+_ALIGNMENT = 1024
+_MAX_STAGES = 4
+_SECTION_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class PrefillTuning:
+    """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
+    item's first step; ``stages`` of the rings of K and V, ``query_stages`` of Q's; ``ping_pong``: warpgroups take turns in
+    starting products; ``sections``: parts of the KV heads that are worked through one after another, so that their K and V
+    stay in L2; costs as in TileKind, in any common unit."""
+
+    consumers: int
+    tokens: int
+    edge_tokens: int
+    stages: int
+    query_stages: int
+    ping_pong: bool
+    sections: int
+    item_cost: int
+    step_cost: int
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("consumers", (1, 2, 3)),
+            ("tokens", tuple(range(16, 257, 16))),
+            ("edge_tokens", tuple(size for size in range(16, self.tokens + 1, 16) if self.tokens % size == 0)),
+            ("ping_pong", (False, True)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
+        for name in ("stages", "query_stages", "sections"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ArgumentError(f"tuning.{name}", "an int of at least 1", getattr(self, name))
+
+    @property
+    def slot_rows(self) -> int:
+        return self.consumers * WARPGROUP_ROWS
+
+    def kind(self, group_size: int) -> TileKind:
+        """The only kind of q tile: as many whole tokens as the warpgroups hold."""
+        rows = self.consumers * (WARPGROUP_ROWS // group_size * group_size)
+        return TileKind(rows, self.tokens, UNLIMITED_ROWS, self.item_cost, self.step_cost)
+
+
+def box_tokens(page_size: int | None, tokens: int) -> int | None:
+    """Tokens of a copy: a step's, or those of a page where it is smaller; None where pages and steps do not fit into each
+    other, or a copy would not begin where the swizzle's pattern does."""
+    size = tokens if page_size is None else page_size
+    fits = size % tokens == 0 or tokens % size == 0
+    box = min(size, tokens)
+    return box if fits and box % _PATTERN_TOKENS == 0 else None
+
+
+def prefill_shared_bytes(tuning: PrefillTuning, head_dim: int, head_dim_vo: int, element_bytes: int) -> int:
+    """Shared memory of a block: rings of queries, keys and values, items and barriers, and what aligning them may take."""
+    key_columns, value_columns = (-(-dim * element_bytes // BOX_ROW_BYTES) for dim in (head_dim, head_dim_vo))
+    queries = tuning.query_stages * tuning.slot_rows * key_columns
+    rings = tuning.stages * tuning.tokens * (key_columns + value_columns)
+    items = (tuning.query_stages + 1) * _ITEM_BYTES
+    return (queries + rings) * BOX_ROW_BYTES + items + _BARRIER_BYTES + _ALIGNMENT
+
+
+def prefill_tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> PrefillTuning:
+    """The parameters for a plan, from capacities alone. Raises ArgumentError for unknown names or values in what
+    ``fi_tuning`` returns, and for tiles that do not fit the pages or the shared memory."""
+    limit = shared_limit(device)
+    built_in = built_in_prefill_tuning(spec, capacity, limit)
+    given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
+    if not given:
+        return built_in
+    names = [item.name for item in fields(PrefillTuning)]
+    unknown = set(given) - set(names)
+    if unknown:
+        raise ArgumentError("fi_tuning", f"names among {names}", sorted(unknown))
+    tuning = replace(built_in, **given)
+    if spec.num_kv_heads % tuning.sections:
+        raise ArgumentError("tuning.sections", f"a divisor of {spec.num_kv_heads} KV heads", tuning.sections)
+    size = prefill_shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.dtype.itemsize)
+    if size > limit:
+        raise ArgumentError("tuning.stages", f"rings that fit into {limit} bytes", size)
+    return tuning
+
+
+def built_in_prefill_tuning(
+    spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER_SHARED_BYTES
+) -> PrefillTuning:
+    """Tiles of 128 rows, and as many keys a step as the registers of a thread can hold scores of beside its output
+    (docs/kernels/prefill.md)."""
+    widest = max(spec.head_dim, spec.head_dim_vo or 0)
+    tokens = 128 if (spec.head_dim_vo or 0) <= 128 else 64
+    tuning = PrefillTuning(
+        consumers=2,
+        tokens=tokens,
+        edge_tokens=32,
+        stages=_MAX_STAGES,
+        query_stages=2 if widest <= 128 else 1,
+        ping_pong=True,
+        sections=_sections(spec, capacity),
+        item_cost=1,
+        step_cost=2,
+    )
+    while prefill_shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.dtype.itemsize) > limit:
+        tuning = replace(tuning, stages=tuning.stages - 1)
+    return replace(tuning, stages=min(tuning.stages, 2)) if tuning.stages > 2 else tuning
+
+
+def _sections(spec: AttentionSpec, capacity: Capacity) -> int:
+    """The fewest sections of which each one's K and V of as many tokens as there are queries fit into the useful part of
+    L2; one where results must not depend on the batch's capacity."""
+    if spec.batch_invariant:
+        return 1
+    row_bytes = (spec.head_dim + (spec.head_dim_vo or 0)) * spec.kv_dtype.itemsize
+    wanted = capacity.max_q_tokens * spec.num_kv_heads * row_bytes // _SECTION_BYTES
+    divisors = [size for size in range(1, spec.num_kv_heads + 1) if spec.num_kv_heads % size == 0]
+    return next((size for size in divisors if size >= wanted), divisors[-1])
+
+
+def prefill_params(
+    spec: AttentionSpec, capacity: Capacity, tuning: PrefillTuning, window: int | None, processors: int
+) -> PartitionParams:
+    """The scheduler's parameters for one window of ``spec``: the work of one section's heads."""
+    params = plan_params(spec, capacity, window, (tuning.kind(spec.group_size),), tuning.slot_rows, processors)
+    return replace(params, num_kv_heads=spec.num_kv_heads // tuning.sections)
