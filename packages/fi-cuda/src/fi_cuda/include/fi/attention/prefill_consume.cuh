@@ -39,6 +39,10 @@ class PrefillConsumer {
   __device__ __forceinline__ void attend(const AttentionItem& item) {
     const Rows rows(params_, item, warpgroup_);
     const Steps steps(item, params_.window);
+    if (rows.first >= rows.end) {
+      skip(steps);
+      return;
+    }
     state_.begin(score_of(item));
     if (steps.num_steps == 0) {
       release(shared_.query_ring, query_);
@@ -61,6 +65,25 @@ class PrefillConsumer {
     }
     if (steps.num_steps > 1) last_values<kTokens, false>(item, steps);
     store_.finish(item, state_);
+  }
+
+  // A warpgroup without rows of the item only keeps the rings and the turns going.
+  __device__ __forceinline__ void skip(const Steps& steps) {
+    if (steps.num_steps == 0) release(shared_.query_ring, query_);
+#pragma unroll 1
+    for (int step = 0; step < steps.num_steps; ++step) {
+      shared_.key_ring.wait_full(key_);
+      scores_are_there(steps, step);
+      if constexpr (Config::kPingPong) {
+        if (step > 0) {
+          wait_turn();
+          pass_turn();
+        }
+      }
+      shared_.value_ring.wait_full(value_);
+      release(shared_.value_ring, value_);
+      value_.advance();
+    }
   }
 
   // The first step, of which some row sees `width` keys, and what follows it: the next step's scores, or nothing.
@@ -97,9 +120,9 @@ class PrefillConsumer {
     state_.template multiply_values<kWidth, kFresh>(shared_.values[value_.stage]);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
-    scores_are_there(steps, step);
     float rescale[2];
     state_.template weigh<kTokens, kMasked>(params_, item, rows.first, steps.position(step), rescale);
+    scores_are_there(steps, step, state_.after_weights());
     ptx::wgmma_wait<0>();
     release(shared_.value_ring, value_);
     value_.advance();
@@ -136,8 +159,10 @@ class PrefillConsumer {
     ptx::named_barrier_sync(kOwnBarrier + warpgroup_, kWarpgroupThreads);
   }
 
-  __device__ __forceinline__ void scores_are_there(const Steps& steps, int step) {
-    release(shared_.key_ring, key_);
+  // The keys are free, and with the last step the queries. `zero` is 0: what comes after an arrival is not moved before it, so
+  // what `zero` is made of is computed before a wait for products that follows, beside those products.
+  __device__ __forceinline__ void scores_are_there(const Steps& steps, int step, int zero = 0) {
+    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(&shared_.key_ring.empty[key_.stage] + zero);
     key_.advance();
     if (step == steps.num_steps - 1) release(shared_.query_ring, query_);
   }

@@ -123,6 +123,9 @@ class PrefillState {
     }
   }
 
+  // 0, as weights are never negative; but the compiler does not know, so what depends on it comes after the exponentials.
+  __device__ __forceinline__ int after_weights() const { return softmax.mass[0] < 0.0f || softmax.mass[1] < 0.0f; }
+
   __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
     ptx::pin_registers(output);
     if (!__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;

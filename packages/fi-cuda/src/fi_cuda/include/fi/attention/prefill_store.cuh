@@ -134,6 +134,7 @@ class PrefillStore {
                                               const float (&output)[kOutputs], float scale) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
+      if (!is_live(item, row)) continue;
       const RowResult result = finish_row(rows[row]);
       const bool none = result.scale == 0.0f;
       const float factor = result.scale * scale;
