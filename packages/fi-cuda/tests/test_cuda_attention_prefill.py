@@ -15,7 +15,7 @@ from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, 
 from fi_core.registry import registry
 from fi_cuda.compile import compile_source
 from fi_cuda.entries import ATTENTION_ENTRIES
-from fi_cuda.kernels.attention import layout, plan, prefill_state, prefill_tuning
+from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning
 from fi_cuda.kernels.attention.plan import DeviceWorkList, fill_on_host
 from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillForm, PrefillSpec, prefill_spec
 from fi_cuda.kernels.attention.prefill_state import attention_prefill
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(120)
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(8, 2, 64)
 CAPACITY = Capacity(max_batch=5, max_q_tokens=300, max_q_len=200, max_kv_len=500)
-TUNING = PrefillTuning(2, 64, 64, 2, 1, True, 1, 1, 2)
+TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, 1, 2)
 
 
 class Launches:
@@ -61,7 +61,7 @@ class Launches:
 def launches(monkeypatch):
     """A machine of 7 processors whose kernels are recorded instead of launched."""
     recorder = Launches()
-    for module in (plan, prefill_state):
+    for module in (order, plan, prefill_state):
         monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
     monkeypatch.setattr(layout, "num_processors", lambda device: 7)
     monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
@@ -97,7 +97,7 @@ def overridden(given, capacity=CAPACITY):
 def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size):
     spec = AttentionSpec(32, 8, head_dim, head_dim_vo, page_size=page_size, table="dense" if page_size else "ragged")
     tuning = built_in_prefill_tuning(spec, CAPACITY)
-    assert prefill_shared_bytes(tuning, head_dim, head_dim_vo, 2) <= HOPPER_SHARED_BYTES and tuning.stages >= 2
+    assert prefill_shared_bytes(tuning, head_dim, head_dim_vo, 2) <= HOPPER_SHARED_BYTES and tuning.key_stages >= 2
     assert box_tokens(page_size, tuning.tokens) == {None: tuning.tokens, 1: None, 16: 16, 256: tuning.tokens}[page_size]
 
 
@@ -116,8 +116,8 @@ def test_sections_keep_the_cache_of_long_prompts_in_l2():
         ({"consumers": 4}, "consumers"),
         ({"tokens": 100}, "tokens"),
         ({"tokens": 96, "edge_tokens": 64}, "edge_tokens"),
-        ({"stages": 0}, "stages"),
-        ({"stages": 20}, "stages"),
+        ({"value_stages": 0}, "value_stages"),
+        ({"key_stages": 20}, "key_stages"),
         ({"sections": 3}, "sections"),
     ],
 )
@@ -217,6 +217,39 @@ def test_an_update_from_the_cpu_fills_the_list(launches):
     assert found.partials.shape == (14, 128, 64)
     assert found.num_bytes == attention_prefill.workspace_bytes(SPEC, CAPACITY, "cpu") == made.workspace[0].numel()
     assert (found.arrivals.of(made.workspace[0]) == 0).all()
+    assert made._orders[None].header.tolist() == [6, 0, 0, 0]  # too few tiles for 7 processors
+
+
+def test_many_tiles_are_ordered_by_their_steps(launches):
+    capacity = Capacity(max_batch=9, max_q_tokens=5000, max_q_len=3000, max_kv_len=4000)
+    spec = replace(SPEC, windows=(None, 100))
+    made = attention_prefill.plan(spec, capacity, "cpu")
+    batch = dense_batch([3000, 1, 0, 700, 40], [3100, 3500, 3, 650, 40])
+    made.update(batch)
+    tiles = {
+        (request, tile)
+        for request, tokens in enumerate((3000, 1, 0, 700, 40))
+        for tile in range(-(-tokens // 32))
+    }
+    for window, (items, header, _) in made._orders.items():
+        rows = items[: len(tiles)].tolist()
+        assert header.tolist() == [len(tiles), 1, 0, 0]
+        assert {(row[0], row[2]) for row in rows} == tiles
+        steps = [-(-(row[5] - row[4]) // 128) for row in rows]
+        assert steps == sorted(steps, reverse=True)
+        for request, _, tile, _, begin, stop, slot, _, q_begin, q_len, kv_len, merge, *rest in rows:
+            q_indptr = batch.q_indptr.tolist()
+            assert (q_begin, q_begin + q_len) == (q_indptr[request], q_indptr[request + 1])
+            assert kv_len == batch.kv_lens[request] and (slot, merge, any(rest)) == (-1, -1, False)
+            assert stop == max(kv_len - q_len + min((tile + 1) * 32, q_len), 0)
+            first = 0 if window is None else max(kv_len - q_len + tile * 32 - window + 1, 0)
+            assert begin == min(first, stop) // 128 * 128
+
+
+def test_split_points_of_a_batch_invariant_plan_depend_on_no_order(launches):
+    made = attention_prefill.plan(replace(SPEC, batch_invariant=True), CAPACITY, "cpu")
+    made.update(dense_batch([100, 200], [400, 400]))
+    assert not made._orders[None].header.any()
 
 
 def test_sections_have_lists_of_their_heads_and_slots_of_their_own(launches):
@@ -264,6 +297,7 @@ def test_a_call_passes_each_value_under_its_name(launches):
     lists = found.lists[64].of(buffer)
     tensors = {
         **{"starts": lists.starts, "items": lists.items, "k": kv.k, "v": kv.v, "out": out, "lse": lse},
+        **{"order_items": made._orders[64].items, "order": made._orders[64].header},
         **{name: getattr(found, name).of(buffer) for name in ("arrivals", "partials", "partial_lses")},
         **{"table": batch.table, "table_row": rows, "mask_bits": mask.bits, "mask_indptr": mask.indptr},
         **{"sinks": sinks, "slopes": slopes, "k_scales": scales},

@@ -19,10 +19,11 @@ MAX_REGISTERS = {
     "copy_pages": 64,
     "attention_plan": 80,
     "attention_decode": 255,
+    "attention_prefill": 168,
 }
 """A thread; more would cost the resident warps that hide the latency of memory."""
 
-HOPPER_ONLY = {"attention_decode"}
+HOPPER_ONLY = {"attention_decode", "attention_prefill"}
 
 SPECS = shipped_specs()
 

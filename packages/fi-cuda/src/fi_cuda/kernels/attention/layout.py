@@ -10,6 +10,7 @@ from fi_scheduler.partition import RECORD_WIDTH, PartitionBounds, PartitionParam
 from fi_scheduler.regions import Region, RegionBuilder
 from torch import Tensor
 
+from .order import HEADER_WIDTH, OrderList
 from .plan import ITEM_WIDTH, START_WIDTH, DeviceWorkList, scratch_bytes
 from .prefill_tuning import PrefillTuning, prefill_params, prefill_tuning_for
 from .tuning import DecodeTuning, num_processors, partition_params, tuning_for
@@ -31,6 +32,18 @@ class ListRegions:
 
 
 @dataclass(frozen=True)
+class OrderRegions:
+    """Where one list of tiles in order lies (see OrderList)."""
+
+    items: Region
+    header: Region
+    tile_prefix: Region
+
+    def of(self, buffer: Tensor) -> OrderList:
+        return OrderList(*(region.of(buffer) for region in (self.items, self.header, self.tile_prefix)))
+
+
+@dataclass(frozen=True)
 class Slots:
     """What a kernel keeps of split tiles: ``rows`` rows of ``head_dim_vo`` float32 a slot, ``counters`` a tile; all of it
     ``copies`` times."""
@@ -45,7 +58,7 @@ class Slots:
 class Layout:
     """Regions of a plan's buffer.
 
-    ``lists`` has a work list for each distinct window; these make up the first ``host_bytes``, which an update from the
+    ``lists`` has a work list for each distinct window, and ``orders`` that of a prefill plan's tiles; these make up the first ``host_bytes``, which an update from the
     CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it needs none). ``arrivals`` counts the
     pieces of each split tile that are there; ``partials`` and ``partial_lses`` (base 2) are the slots of their results.
     """
@@ -54,6 +67,7 @@ class Layout:
     params: dict[int | None, PartitionParams]
     bounds: PartitionBounds
     lists: dict[int | None, ListRegions]
+    orders: dict[int | None, OrderRegions]
     host_bytes: int
     scratch: Region
     arrivals: Region
@@ -70,7 +84,7 @@ class Layout:
             window: partition_params(spec, capacity, tuning, window, processors)
             for window in dict.fromkeys(spec.windows)
         }
-        return cls._arranged(tuning, params, capacity, Slots(tuning.rows, spec.head_dim_vo or 0))
+        return cls._arranged(tuning, params, capacity, Slots(tuning.rows, spec.head_dim_vo or 0), ordered=False)
 
     @classmethod
     def of_prefill(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
@@ -82,7 +96,7 @@ class Layout:
             for window in dict.fromkeys(spec.windows)
         }
         slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers, copies=tuning.sections)
-        return cls._arranged(tuning, params, capacity, slots)
+        return cls._arranged(tuning, params, capacity, slots, ordered=True)
 
     @classmethod
     def _arranged(
@@ -91,6 +105,7 @@ class Layout:
         params: dict[int | None, PartitionParams],
         capacity: Capacity,
         slots: Slots,
+        ordered: bool,
     ) -> Layout:
         some = next(iter(params.values()))
         bounds = PartitionBounds.from_capacity(some, capacity)  # a window changes no bound
@@ -106,6 +121,14 @@ class Layout:
             )
             for window in params
         }
+        orders = {
+            window: OrderRegions(
+                items=build.add((bounds.max_tiles // some.num_kv_heads, ITEM_WIDTH), torch.int32),
+                header=build.add((HEADER_WIDTH,), torch.int32),
+                tile_prefix=build.add((capacity.max_batch + 1,), torch.int32),
+            )
+            for window in (params if ordered else ())
+        }
         host_bytes = build.end
         num_slots = slots.copies * bounds.num_slots
         return cls(
@@ -113,6 +136,7 @@ class Layout:
             params=params,
             bounds=bounds,
             lists=lists,
+            orders=orders,
             host_bytes=host_bytes,
             scratch=build.add((scratch_bytes(capacity.max_batch),), torch.uint8),
             arrivals=build.add((slots.copies * max_merges * slots.counters,), torch.int32),

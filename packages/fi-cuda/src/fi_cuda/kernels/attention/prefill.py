@@ -37,9 +37,11 @@ class PrefillSpec(KernelSpec):
     tokens: int
     edge_tokens: int
     box_tokens: int
-    stages: int
+    key_stages: int
+    value_stages: int
     query_stages: int
     ping_pong: bool
+    overlap: bool
     causal: bool
     windowed: bool
     soft_cap: bool
@@ -58,6 +60,8 @@ class PrefillSpec(KernelSpec):
         (
             ("starts", "pointer"),
             ("items", "pointer"),
+            ("order_items", "pointer"),
+            ("order", "output"),
             ("arrivals", "output"),
             ("partials", "output"),
             ("partial_lses", "output"),
@@ -107,9 +111,8 @@ class PrefillSpec(KernelSpec):
 
     @property
     def shared_bytes(self) -> int:
-        tuning = PrefillTuning(
-            self.consumers, self.tokens, self.edge_tokens, self.stages, self.query_stages, self.ping_pong, 1, 1, 1
-        )
+        rings = (self.key_stages, self.value_stages, self.query_stages)
+        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1)
         return prefill_shared_bytes(tuning, self.head_dim, self.head_dim_vo, self.dtype.itemsize)
 
     def config_lines(self) -> list[str]:
@@ -161,9 +164,11 @@ def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: PrefillForm) 
         tokens=tuning.tokens,
         edge_tokens=tuning.edge_tokens,
         box_tokens=(box_tokens(spec.page_size, tuning.tokens) or 0) if form.boxes else 0,
-        stages=tuning.stages,
+        key_stages=tuning.key_stages,
+        value_stages=tuning.value_stages,
         query_stages=tuning.query_stages,
         ping_pong=tuning.ping_pong,
+        overlap=tuning.overlap,
         causal=spec.causal,
         windowed=form.windowed,
         soft_cap="soft_cap" in spec.features,

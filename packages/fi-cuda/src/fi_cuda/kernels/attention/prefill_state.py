@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from fi_core.records import AttentionSpec, Capacity, KVCache, ResolvedLayer
+from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from torch import Tensor
 
 from ...params import TensorMap
@@ -15,6 +15,7 @@ from ...spec import kernel_for
 from ...tensor_map import Box, tensor_map_of
 from .boxes import maps_of
 from .layout import Layout
+from .order import OrderPlanner, fill_order_on_host, order_spec
 from .prefill import PrefillForm, prefill_spec
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens
 from .state import ListState, address_of, scale_of
@@ -52,6 +53,18 @@ class PrefillState(ListState):
         super().__init__(spec, capacity, device, Layout.of_prefill(spec, capacity, device))
         assert isinstance(self._layout.tuning, PrefillTuning)
         self._tuning = self._layout.tuning
+        params = self._layout.params
+        self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
+        self._order_specs = {
+            window: order_spec(params[window], capacity, spec.num_kv_heads) for window in self._orders
+        }
+        for order in self._orders.values():
+            order.header.zero_()
+        if not spec.batch_invariant:  # whose tiles are split by their own length alone
+            for window, order in self._orders.items():
+                planner = OrderPlanner(self._order_specs[window], capacity, window, order)
+                planner.load()
+                self._planners.append(planner)
         unconverted = spec.kv_dtype == spec.dtype
         self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens) if unconverted else None
         elements = BOX_ROW_BYTES // spec.dtype.itemsize
@@ -67,12 +80,20 @@ class PrefillState(ListState):
             loader = f"boxes of {self._box_tokens} tokens by tensor maps; {loader} from a cache that no map describes"
         return (
             f"tiles: {params.kinds[0].q_rows} rows x {tuning.tokens} KV tokens; {tuning.consumers} warpgroups {turns},"
-            f" {tuning.stages} stages",
+            f" {tuning.key_stages} + {tuning.value_stages} stages",
             f"work: {params.num_workers} workers, {split}, {tuning.sections} sections, {len(layout.lists)} work lists",
             f"K and V: {loader}",
             f"planner: {self._planner}",
             f"slots for partial results: {tuning.sections} x {layout.bounds.num_slots}, of {tuning.slot_rows} rows each",
         )
+
+    def _order_on_host(self, batch: Batch, staging: Tensor) -> None:
+        for window, regions in self._layout.orders.items():
+            order = regions.of(staging)
+            if self._spec.batch_invariant:
+                order.header.zero_()
+            else:
+                fill_order_on_host(batch.q_indptr, batch.kv_lens, self._order_specs[window], window, order)
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
         addressing = self._addresses
@@ -128,7 +149,7 @@ class PrefillState(ListState):
             kv=weakref.ref(kv),
             layer=layer,
             launch=kernel_for(spec, self._device).launch,
-            workspace=(*map(address_of, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
+            workspace=(*map(address_of, (*lists[:2], *self._orders[layer.window][:2])), *(region.of(self._buffer).data_ptr() for region in workspace)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
             cache_strides=tuple(strides),

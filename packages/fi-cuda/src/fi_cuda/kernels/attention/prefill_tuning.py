@@ -27,23 +27,24 @@ _PATTERN_TOKENS = 8
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
-_MAX_STAGES = 4
 _SECTION_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class PrefillTuning:
     """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
-    item's first step; ``stages`` of the rings of K and V, ``query_stages`` of Q's; ``ping_pong``: warpgroups take turns in
-    starting products; ``sections``: parts of the KV heads that are worked through one after another, so that their K and V
+    item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
+    starting products; ``overlap``: a step's scores are started before the values of the step before; ``sections``: parts of the KV heads that are worked through one after another, so that their K and V
     stay in L2; costs as in TileKind, in any common unit."""
 
     consumers: int
     tokens: int
     edge_tokens: int
-    stages: int
+    key_stages: int
+    value_stages: int
     query_stages: int
     ping_pong: bool
+    overlap: bool
     sections: int
     item_cost: int
     step_cost: int
@@ -54,10 +55,11 @@ class PrefillTuning:
             ("tokens", tuple(range(16, 257, 16))),
             ("edge_tokens", tuple(size for size in range(16, self.tokens + 1, 16) if self.tokens % size == 0)),
             ("ping_pong", (False, True)),
+            ("overlap", (False, True)),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
-        for name in ("stages", "query_stages", "sections"):
+        for name in ("key_stages", "value_stages", "query_stages", "sections"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ArgumentError(f"tuning.{name}", "an int of at least 1", getattr(self, name))
 
@@ -84,7 +86,7 @@ def prefill_shared_bytes(tuning: PrefillTuning, head_dim: int, head_dim_vo: int,
     """Shared memory of a block: rings of queries, keys and values, items and barriers, and what aligning them may take."""
     key_columns, value_columns = (-(-dim * element_bytes // BOX_ROW_BYTES) for dim in (head_dim, head_dim_vo))
     queries = tuning.query_stages * tuning.slot_rows * key_columns
-    rings = tuning.stages * tuning.tokens * (key_columns + value_columns)
+    rings = tuning.tokens * (tuning.key_stages * key_columns + tuning.value_stages * value_columns)
     items = (tuning.query_stages + 1) * _ITEM_BYTES
     return (queries + rings) * BOX_ROW_BYTES + items + _BARRIER_BYTES + _ALIGNMENT
 
@@ -106,7 +108,7 @@ def prefill_tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.de
         raise ArgumentError("tuning.sections", f"a divisor of {spec.num_kv_heads} KV heads", tuning.sections)
     size = prefill_shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.dtype.itemsize)
     if size > limit:
-        raise ArgumentError("tuning.stages", f"rings that fit into {limit} bytes", size)
+        raise ArgumentError("tuning.key_stages", f"rings that fit into {limit} bytes", size)
     return tuning
 
 
@@ -115,22 +117,25 @@ def built_in_prefill_tuning(
 ) -> PrefillTuning:
     """Tiles of 128 rows, and as many keys a step as the registers of a thread can hold scores of beside its output
     (docs/kernels/prefill.md)."""
-    widest = max(spec.head_dim, spec.head_dim_vo or 0)
     tokens = 128 if (spec.head_dim_vo or 0) <= 128 else 64
     tuning = PrefillTuning(
         consumers=2,
         tokens=tokens,
         edge_tokens=32,
-        stages=_MAX_STAGES,
-        query_stages=2 if widest <= 128 else 1,
+        key_stages=3,
+        value_stages=2,
+        query_stages=2,
         ping_pong=True,
+        overlap=True,
         sections=_sections(spec, capacity),
         item_cost=1,
         step_cost=2,
     )
-    while prefill_shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.dtype.itemsize) > limit:
-        tuning = replace(tuning, stages=tuning.stages - 1)
-    return replace(tuning, stages=min(tuning.stages, 2)) if tuning.stages > 2 else tuning
+    fewer: tuple[dict[str, int], ...] = ({"query_stages": 1}, {"key_stages": 2})
+    for change in fewer:
+        if prefill_shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.dtype.itemsize) > limit:
+            tuning = replace(tuning, **change)
+    return tuning
 
 
 def _sections(spec: AttentionSpec, capacity: Capacity) -> int:

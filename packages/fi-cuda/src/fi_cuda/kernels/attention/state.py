@@ -15,6 +15,7 @@ from ...spec import kernel_for
 from .boxes import maps_of, tokens_of_box
 from .decode import CallForm, decode_spec
 from .layout import Layout
+from .order import OrderPlanner
 from .plan import DevicePlanner, fill_on_host
 from .tuning import DecodeTuning
 
@@ -81,7 +82,7 @@ class ListState:
         layout.arrivals.of(buffer).zero_()
         self._lists = {window: regions.of(buffer) for window, regions in layout.lists.items()}
         scratch, max_tiles = layout.scratch.of(buffer), layout.bounds.max_tiles
-        self._planners = [
+        self._planners: list[DevicePlanner | OrderPlanner] = [
             DevicePlanner(layout.params[window], capacity, max_tiles, lists, scratch)
             for window, lists in self._lists.items()
         ]
@@ -122,7 +123,11 @@ class ListState:
         staging = torch.empty(layout.host_bytes, dtype=torch.uint8, pin_memory=pinned)
         for window, regions in layout.lists.items():
             fill_on_host(batch.q_indptr, batch.kv_lens, layout.params[window], regions.of(staging))
+        self._order_on_host(batch, staging)
         self._buffer[: layout.host_bytes].copy_(staging, non_blocking=True)
+
+    def _order_on_host(self, batch: Batch, staging: Tensor) -> None:
+        """Fill what a kernel has besides the work lists."""
 
     def _remembered(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Any:
         """What calls with this cache and layer share: found, or made by ``_prepare``."""

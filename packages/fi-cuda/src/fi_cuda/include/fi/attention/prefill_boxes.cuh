@@ -56,9 +56,9 @@ class BoxCopies {
     return lane_ < kBoxes && position < kv_end_ && position + kBoxTokens > lowest_;
   }
 
-  template <int kColumns>
-  __device__ __forceinline__ void load(const ptx::TensorMap& map, unsigned char* stage, Ring<Config::kStages>& ring,
-                                       RingCursor<Config::kStages>& cursor, int step, int page) {
+  template <int kColumns, int kStages>
+  __device__ __forceinline__ void load(const ptx::TensorMap& map, unsigned char* stage, Ring<kStages>& ring,
+                                       RingCursor<kStages>& cursor, int step, int page) {
     const int position = position_of(step);
     const bool copied = is_copied(position);
     const int num_boxes = __popc(__ballot_sync(0xffffffffu, copied));
@@ -82,8 +82,8 @@ class BoxCopies {
   const int lane_;
   RequestTable<Config, Params> table_;
   int kv_head_ = 0, kv_end_ = 0, last_ = 0, lowest_ = 0;
-  RingCursor<Config::kStages> key_ = RingCursor<Config::kStages>::producer();
-  RingCursor<Config::kStages> value_ = RingCursor<Config::kStages>::producer();
+  RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::producer();
+  RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::producer();
 };
 
 }  // namespace fi

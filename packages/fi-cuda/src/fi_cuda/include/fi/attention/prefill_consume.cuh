@@ -54,6 +54,19 @@ class PrefillConsumer {
     const int from_right = (steps.last + 2 * kTokens - 1 - rows.by_all.high) / kTokens;
     const int from_left = Config::kWindowed ? max(rows.by_all.low - item.kv_begin + kTokens - 1, 0) / kTokens : 0;
     const int right_end = min(from_right, steps.num_steps), left_begin = max(steps.num_steps - from_left, 0);
+    if constexpr (!Config::kOverlap) {
+      int step = 1;
+#pragma unroll 1
+      for (; step < right_end; ++step) whole_step<true>(item, rows, steps, step);
+#pragma unroll 1
+      for (; step < left_begin; ++step) whole_step<false>(item, rows, steps, step);
+      if constexpr (Config::kWindowed) {
+#pragma unroll 1
+        for (; step < steps.num_steps; ++step) whole_step<true>(item, rows, steps, step);
+      }
+      store_.finish(item, state_);
+      return;
+    }
     int step = 2;
 #pragma unroll 1
     for (; step < right_end; ++step) next_step<true, kTokens, false>(item, rows, steps, step);
@@ -73,7 +86,7 @@ class PrefillConsumer {
 #pragma unroll 1
     for (int step = 0; step < steps.num_steps; ++step) {
       shared_.key_ring.wait_full(key_);
-      scores_are_there(steps, step);
+      release_keys(steps, step);
       if constexpr (Config::kPingPong) {
         if (step > 0) {
           wait_turn();
@@ -98,15 +111,37 @@ class PrefillConsumer {
     wait_full(shared_.key_ring, key_);
     state_.template multiply_keys<kWidth>(queries(), shared_.keys[key_.stage]);
     ptx::wgmma_wait<0>();
-    scores_are_there(steps, 0);
+    release_keys(steps, 0);
     float rescale[2];
     state_.template weigh<kWidth, true>(params_, item, rows.first, steps.last, rescale);
     state_.template pack<kWidth>();
-    if (steps.num_steps > 1) {
+    if (Config::kOverlap && steps.num_steps > 1) {
       next_step<true, kWidth, true>(item, rows, steps, 1);
     } else {
       last_values<kWidth, true>(item, steps);
     }
+  }
+
+  // A step on its own: its scores, then its values.
+  template <bool kMasked>
+  __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
+    wait_full(shared_.key_ring, key_);
+    if constexpr (Config::kPingPong) wait_turn();
+    state_.template multiply_keys<kTokens>(queries(), shared_.keys[key_.stage]);
+    if constexpr (Config::kPingPong) pass_turn();
+    ptx::wgmma_wait<0>();
+    release_keys(steps, step);
+    float rescale[2];
+    state_.template weigh<kTokens, kMasked>(params_, item, rows.first, steps.position(step), rescale);
+    state_.rescale_output(rescale);
+    state_.template pack<kTokens>();
+    wait_full(shared_.value_ring, value_);
+    if constexpr (Config::kWindowed && Config::kBoxes) clear(0, steps.lowest - steps.position(step));
+    state_.template multiply_values<kTokens, false>(shared_.values[value_.stage]);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(state_.output);
+    release(shared_.value_ring, value_);
+    value_.advance();
   }
 
   // The scores of `step` beside the values of the step before, of which kWidth keys have weights.
@@ -122,7 +157,7 @@ class PrefillConsumer {
     ptx::wgmma_wait<1>();
     float rescale[2];
     state_.template weigh<kTokens, kMasked>(params_, item, rows.first, steps.position(step), rescale);
-    scores_are_there(steps, step, state_.after_weights());
+    release_keys(steps, step, state_.zero_of_weights());
     ptx::wgmma_wait<0>();
     release(shared_.value_ring, value_);
     value_.advance();
@@ -159,9 +194,9 @@ class PrefillConsumer {
     ptx::named_barrier_sync(kOwnBarrier + warpgroup_, kWarpgroupThreads);
   }
 
-  // The keys are free, and with the last step the queries. `zero` is 0: what comes after an arrival is not moved before it, so
-  // what `zero` is made of is computed before a wait for products that follows, beside those products.
-  __device__ __forceinline__ void scores_are_there(const Steps& steps, int step, int zero = 0) {
+  // The keys are free, and with the last step the queries. `zero` is 0: an arrival is not moved across a wait for products, so
+  // what `zero` is made of is computed before the wait that follows, beside those products.
+  __device__ __forceinline__ void release_keys(const Steps& steps, int step, int zero = 0) {
     if (threadIdx.x % kWarpThreads == 0) ptx::arrive(&shared_.key_ring.empty[key_.stage] + zero);
     key_.advance();
     if (step == steps.num_steps - 1) release(shared_.query_ring, query_);
@@ -215,8 +250,8 @@ class PrefillConsumer {
   PrefillState<Config, Params> state_;
   RingCursor<Config::kQueryStages> query_ = RingCursor<Config::kQueryStages>::consumer();
   RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::consumer();
-  RingCursor<Config::kStages> key_ = RingCursor<Config::kStages>::consumer();
-  RingCursor<Config::kStages> value_ = RingCursor<Config::kStages>::consumer();
+  RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::consumer();
+  RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::consumer();
 };
 
 }  // namespace fi

@@ -1,8 +1,10 @@
 // The producer of prefill: brings a worker's items, their queries, keys and values into shared memory.
 #pragma once
 
+#include "fi/attention/order.cuh"
 #include "fi/attention/prefill_boxes.cuh"
 #include "fi/attention/prefill_rows.cuh"
+#include "fi/ptx/named_barrier.cuh"
 #include "fi/ptx/tma.cuh"
 
 namespace fi {
@@ -20,8 +22,57 @@ class PrefillLoader {
       : params_(params), queries_(queries), copies_(copies), shared_(shared),
         lane_(static_cast<int>(threadIdx.x) % kWarpThreads), is_first_(warp_idx() == 0) {}
 
-  // Each section repeats the worker's list for the next params.section_heads KV heads.
   __device__ __forceinline__ void run() {
+    if (static_cast<const OrderHeader*>(params_.order)->is_used) take_tiles();
+    else work_through_share();
+    if (is_first_) end_list();
+  }
+
+ private:
+  // The longest tile left, again and again. Heads are taken in sections of params.section_heads, whose keys and values stay in
+  // L2; the tiles of a row of the list stand side by side in a section.
+  __device__ __forceinline__ void take_tiles() {
+    const int* rows = static_cast<const int*>(params_.order_items);
+    const int num_pairs = static_cast<const OrderHeader*>(params_.order)->num_pairs;
+    const int in_section = num_pairs * params_.section_heads, total = in_section * params_.num_sections;
+    const auto row_of = [&](int tile) {
+      const int pair = tile % in_section / params_.section_heads;
+      return rows[static_cast<int64>(pair) * kColumns + lane_ % kColumns];
+    };
+    int tile = static_cast<int>(blockIdx.x);
+    int mine = tile < total ? row_of(tile) : 0;
+#pragma unroll 1
+    while (tile < total) {
+      const int next = next_tile(total);
+      const int its_row = next < total ? row_of(next) : 0;
+      const int head = tile / in_section * params_.section_heads + tile % params_.section_heads;
+      load_item(lane_ % kColumns == 1 ? head : mine);
+      tile = next;
+      mine = its_row;
+    }
+  }
+
+  // Every block that took a tile is told once that there is none, so `total` are taken in all, and the last one resets.
+  __device__ __forceinline__ int next_tile(int total) {
+    int taken = 0;
+    if (is_first_ && lane_ == 0) {
+      int* counter = &static_cast<OrderHeader*>(params_.order)->taken;
+      taken = atomicAdd(counter, 1);
+      if (taken == total - 1) *counter = 0;
+    }
+    if constexpr (Copies::kWarps > 1) {
+      turn_ ^= 1;  // the place before is still read
+      if (is_first_ && lane_ == 0) shared_.taken[turn_] = taken;
+      ptx::named_barrier_sync(kProducerBarrier, Copies::kWarps * kWarpThreads);
+      taken = shared_.taken[turn_];
+    } else {
+      taken = __shfl_sync(0xffffffffu, taken, 0);
+    }
+    return static_cast<int>(gridDim.x) + taken;
+  }
+
+  // The block's list, repeated for the next params.section_heads KV heads in every section.
+  __device__ __forceinline__ void work_through_share() {
     const WorkerStart* start = static_cast<const WorkerStart*>(params_.starts) + blockIdx.x;
     const int* rows = static_cast<const int*>(params_.items);
     const int begin = start->begin, end = start->end, column = lane_ % kColumns;
@@ -35,10 +86,8 @@ class PrefillLoader {
         mine = next;
       }
     }
-    if (is_first_) end_list();
   }
 
- private:
   // Column lane % 16 of an item's row, moved to a section: other heads, and slots and merges of its own.
   __device__ __forceinline__ int of_section(int value, int section) const {
     const int column = lane_ % kColumns;
@@ -105,6 +154,7 @@ class PrefillLoader {
   Shared& shared_;
   const int lane_;
   const bool is_first_;
+  int turn_ = 0;
   RingCursor<Config::kQueryStages> query_ = RingCursor<Config::kQueryStages>::producer();
   RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::producer();
 };

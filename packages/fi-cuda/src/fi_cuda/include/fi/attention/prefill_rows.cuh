@@ -80,9 +80,9 @@ class RowCopies {
   __device__ __forceinline__ bool is_readable(int position) const { return position >= lowest_ && position < kv_end_; }
 
   // Rows that are not readable become zeros.
-  template <int kDim>
+  template <int kDim, int kStages>
   __device__ __forceinline__ void load(const Stored* from, int64 page_stride, int64 token_stride, unsigned char* stage,
-                                       Ring<Config::kStages>& ring, RingCursor<Config::kStages>& cursor, int step, int page) {
+                                       Ring<kStages>& ring, RingCursor<kStages>& cursor, int step, int page) {
     ring.acquire(cursor);
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
@@ -122,8 +122,8 @@ class RowCopies {
   RequestTable<Config, Params> table_;
   const Stored *keys_ = nullptr, *values_ = nullptr;
   int kv_end_ = 0, last_ = 0, lowest_ = 0;
-  RingCursor<Config::kStages> key_ = RingCursor<Config::kStages>::producer();
-  RingCursor<Config::kStages> value_ = RingCursor<Config::kStages>::producer();
+  RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::producer();
+  RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::producer();
 };
 
 }  // namespace fi

@@ -124,7 +124,7 @@ class PrefillState {
   }
 
   // 0, as weights are never negative; but the compiler does not know, so what depends on it comes after the exponentials.
-  __device__ __forceinline__ int after_weights() const { return softmax.mass[0] < 0.0f || softmax.mass[1] < 0.0f; }
+  __device__ __forceinline__ int zero_of_weights() const { return softmax.mass[0] < 0.0f || softmax.mass[1] < 0.0f; }
 
   __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
     ptx::pin_registers(output);

@@ -40,13 +40,14 @@ struct PrefillShared {
   static constexpr int kReleases = Config::kConsumers * (kWarpgroupThreads / kWarpThreads);
 
   unsigned char queries[Config::kQueryStages][Config::kConsumers][Tile::kQueryBytes];
-  unsigned char keys[Config::kStages][Tile::kKeyColumns * Tile::kKeyColumnBytes];
-  unsigned char values[Config::kStages][Tile::kValueColumns * Tile::kKeyColumnBytes];
+  unsigned char keys[Config::kKeyStages][Tile::kKeyColumns * Tile::kKeyColumnBytes];
+  unsigned char values[Config::kValueStages][Tile::kValueColumns * Tile::kKeyColumnBytes];
   AttentionItem items[kItems];
   Ring<Config::kQueryStages> query_ring;
-  Ring<Config::kStages> key_ring;
-  Ring<Config::kStages> value_ring;
+  Ring<Config::kKeyStages> key_ring;
+  Ring<Config::kValueStages> value_ring;
   int flags[Config::kConsumers];
+  int taken[2];  // what producers of several warps tell one another
 
   // `num_arrivals` fill a stage of keys or values.
   __device__ __forceinline__ void init(int num_arrivals) {
@@ -56,8 +57,9 @@ struct PrefillShared {
   }
 };
 
-// Named barriers: a warpgroup's turn to start products, and of its own threads.
+// Named barriers: a warpgroup's turn to start products, the producers', and a warpgroup's own.
 constexpr int kTurnBarrier = 1;
+constexpr int kProducerBarrier = 7;
 constexpr int kOwnBarrier = 8;
 
 // No further item: what a block's list ends with.

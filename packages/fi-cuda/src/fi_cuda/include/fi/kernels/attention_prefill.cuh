@@ -4,8 +4,8 @@
 // by tensor maps; each of the other warpgroups has 64 packed query rows of an item. Sources: Shah et al., "FlashAttention-3",
 // 2024, section 3 (roles, overlap within and between warpgroups); "stream-K" (Osama et al., 2023) for equal shares.
 // Config: Dtype (q, out), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kConsumers
-// (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step), kBoxTokens, kStages, kQueryStages,
-// kPingPong, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales, kLse. Params: those of
+// (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step), kBoxTokens, kKeyStages, kValueStages, kQueryStages,
+// kPingPong, kOverlap, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales, kLse. Params: those of
 // fi_cuda.kernels.attention.prefill.
 #pragma once
 
