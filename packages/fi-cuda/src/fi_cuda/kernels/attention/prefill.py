@@ -42,6 +42,7 @@ class PrefillSpec(KernelSpec):
     query_stages: int
     ping_pong: bool
     overlap: bool
+    parts: int
     causal: bool
     windowed: bool
     soft_cap: bool
@@ -112,7 +113,7 @@ class PrefillSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         rings = (self.key_stages, self.value_stages, self.query_stages)
-        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1)
+        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1, 1)
         return prefill_shared_bytes(tuning, self.head_dim, self.head_dim_vo, self.dtype.itemsize)
 
     def config_lines(self) -> list[str]:
@@ -169,6 +170,7 @@ def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: PrefillForm) 
         query_stages=tuning.query_stages,
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
+        parts=tuning.parts,
         causal=spec.causal,
         windowed=form.windowed,
         soft_cap="soft_cap" in spec.features,

@@ -28,6 +28,7 @@ _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
 _SECTION_BYTES = 32 << 20
+_NARROW_HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class PrefillTuning:
     query_stages: int
     ping_pong: bool
     overlap: bool
+    parts: int
     sections: int
     item_cost: int
     step_cost: int
@@ -59,7 +61,7 @@ class PrefillTuning:
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
-        for name in ("key_stages", "value_stages", "query_stages", "sections"):
+        for name in ("key_stages", "value_stages", "query_stages", "parts", "sections"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ArgumentError(f"tuning.{name}", "an int of at least 1", getattr(self, name))
 
@@ -115,26 +117,26 @@ def prefill_tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.de
 def built_in_prefill_tuning(
     spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER_SHARED_BYTES
 ) -> PrefillTuning:
-    """Tiles of 128 rows, and as many keys a step as the registers of a thread can hold scores of beside its output
-    (docs/kernels/prefill.md)."""
-    tokens = 128 if (spec.head_dim_vo or 0) <= 128 else 64
+    """Three warpgroups, each a step at a time, where the registers of a thread hold the scores of 128 keys beside its output;
+    else two, whose steps overlap (docs/kernels/prefill.md)."""
+    head_dim_vo = spec.head_dim_vo or 0
+    narrow = max(spec.head_dim, head_dim_vo) <= _NARROW_HEAD_DIM
     tuning = PrefillTuning(
-        consumers=2,
-        tokens=tokens,
+        consumers=3 if narrow else 2,
+        tokens=128 if head_dim_vo <= _NARROW_HEAD_DIM else 64,
         edge_tokens=32,
-        key_stages=3,
+        key_stages=2,
         value_stages=2,
         query_stages=2,
-        ping_pong=True,
-        overlap=True,
+        ping_pong=not narrow,
+        overlap=not narrow,
+        parts=2 if narrow else 1,
         sections=_sections(spec, capacity),
-        item_cost=1,
+        item_cost=2,
         step_cost=2,
     )
-    fewer: tuple[dict[str, int], ...] = ({"query_stages": 1}, {"key_stages": 2})
-    for change in fewer:
-        if prefill_shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.dtype.itemsize) > limit:
-            tuning = replace(tuning, **change)
+    if prefill_shared_bytes(tuning, spec.head_dim, head_dim_vo, spec.dtype.itemsize) > limit:
+        tuning = replace(tuning, query_stages=1)
     return tuning
 
 

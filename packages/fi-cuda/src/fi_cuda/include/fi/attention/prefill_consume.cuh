@@ -12,10 +12,13 @@ template <class Config, class Params>
 class PrefillConsumer {
   using Tile = PrefillTile<Config>;
   using Shared = PrefillShared<Config>;
+  using State = PrefillState<Config, Params>;
   using Rows = GroupRows<Config, Params>;
   using Steps = ItemSteps<Config>;
   static constexpr int kTokens = Config::kTokens;
   static constexpr int kEdge = Config::kEdgeTokens;
+  // Whole steps go round both rings together: one cursor is enough.
+  static constexpr bool kTogether = !Config::kOverlap && Config::kKeyStages == Config::kValueStages;
   static_assert(kTokens % kEdge == 0 && kEdge % 16 == 0);
 
  public:
@@ -51,33 +54,21 @@ class PrefillConsumer {
     }
     // Keys of the first step that no row sees are left out.
     first_step<kEdge>(item, rows, steps, rows.by_any.high - steps.last);
-    const int from_right = (steps.last + 2 * kTokens - 1 - rows.by_all.high) / kTokens;
-    const int from_left = Config::kWindowed ? max(rows.by_all.low - item.kv_begin + kTokens - 1, 0) / kTokens : 0;
-    const int right_end = min(from_right, steps.num_steps), left_begin = max(steps.num_steps - from_left, 0);
-    if constexpr (!Config::kOverlap) {
-      int step = 1;
+    if constexpr (Config::kOverlap) {
 #pragma unroll 1
-      for (; step < right_end; ++step) whole_step<true>(item, rows, steps, step);
+      for (int step = 2; step < steps.num_steps; ++step) next_step<kTokens, false>(weights_, item, rows, steps, step);
+      if (steps.num_steps > 1) last_values<kTokens, false>(weights_, item, steps);
+    } else {
 #pragma unroll 1
-      for (; step < left_begin; ++step) whole_step<false>(item, rows, steps, step);
-      if constexpr (Config::kWindowed) {
-#pragma unroll 1
-        for (; step < steps.num_steps; ++step) whole_step<true>(item, rows, steps, step);
-      }
-      store_.finish(item, state_);
-      return;
+      for (int step = 1; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
     }
-    int step = 2;
-#pragma unroll 1
-    for (; step < right_end; ++step) next_step<true, kTokens, false>(item, rows, steps, step);
-#pragma unroll 1
-    for (; step < left_begin; ++step) next_step<false, kTokens, false>(item, rows, steps, step);
-    if constexpr (Config::kWindowed) {
-#pragma unroll 1
-      for (; step < steps.num_steps; ++step) next_step<true, kTokens, false>(item, rows, steps, step);
-    }
-    if (steps.num_steps > 1) last_values<kTokens, false>(item, steps);
     store_.finish(item, state_);
+  }
+
+  // Whether some row does not see all keys of a step.
+  static __device__ __forceinline__ bool masked(const Rows& rows, const Steps& steps, int step) {
+    const int position = steps.position(step);
+    return position < rows.by_all.low || position + kTokens > rows.by_all.high;
   }
 
   // A warpgroup without rows of the item only keeps the rings and the turns going.
@@ -93,13 +84,12 @@ class PrefillConsumer {
           pass_turn();
         }
       }
-      shared_.value_ring.wait_full(value_);
-      release(shared_.value_ring, value_);
-      value_.advance();
+      shared_.value_ring.wait_full(value_place());
+      release_values();
     }
   }
 
-  // The first step, of which some row sees `width` keys, and what follows it: the next step's scores, or nothing.
+  // The first step, of which some row sees `width` keys; with kOverlap its values are started beside the next step's scores.
   template <int kWidth>
   __device__ __forceinline__ void first_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int width) {
     if constexpr (kWidth < kTokens) {
@@ -108,73 +98,87 @@ class PrefillConsumer {
         return;
       }
     }
+    float scores[kWidth / 2], rescale[2];
+    unsigned weights[kWidth / 16][4];
     wait_full(shared_.key_ring, key_);
-    state_.template multiply_keys<kWidth>(queries(), shared_.keys[key_.stage]);
+    State::template multiply_keys<kWidth>(scores, queries(), shared_.keys[key_.stage]);
     ptx::wgmma_wait<0>();
     release_keys(steps, 0);
-    float rescale[2];
-    state_.template weigh<kWidth, true>(params_, item, rows.first, steps.last, rescale);
-    state_.template pack<kWidth>();
+    state_.template score<kWidth>(scores, params_, item, rows.first, steps.last, true, rescale);
+    state_.template weigh<kWidth>(scores);
+    State::template pack<kWidth>(scores, weights);
     if (Config::kOverlap && steps.num_steps > 1) {
-      next_step<true, kWidth, true>(item, rows, steps, 1);
+      next_step<kWidth, true>(weights, item, rows, steps, 1);
     } else {
-      last_values<kWidth, true>(item, steps);
+      last_values<kWidth, true>(weights, item, steps);
     }
   }
 
   // A step on its own: its scores, then its values.
-  template <bool kMasked>
   __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
+    float scores[kTokens / 2], rescale[2];
+    unsigned weights[kTokens / 16][4];
     wait_full(shared_.key_ring, key_);
     if constexpr (Config::kPingPong) wait_turn();
-    state_.template multiply_keys<kTokens>(queries(), shared_.keys[key_.stage]);
+    State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
-    float rescale[2];
-    state_.template weigh<kTokens, kMasked>(params_, item, rows.first, steps.position(step), rescale);
+    state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
     state_.rescale_output(rescale);
-    state_.template pack<kTokens>();
-    wait_full(shared_.value_ring, value_);
+    wait_full(shared_.value_ring, value_place());
     if constexpr (Config::kWindowed && Config::kBoxes) clear(0, steps.lowest - steps.position(step));
-    state_.template multiply_values<kTokens, false>(shared_.values[value_.stage]);
+    weigh_and_multiply<0>(scores, weights);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
-    release(shared_.value_ring, value_);
-    value_.advance();
+    release_values();
   }
 
-  // The scores of `step` beside the values of the step before, of which kWidth keys have weights.
-  template <bool kMasked, int kWidth, bool kFresh>
-  __device__ __forceinline__ void next_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
+  // The weights of a step in parts, each beside the products of the part before.
+  template <int kPart>
+  __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / 16][4]) {
+    constexpr int kParts = Config::kParts;
+    if constexpr (kPart < kParts) {
+      state_.template weigh<kTokens, kPart, kParts>(scores);
+      State::template pack<kTokens, kPart, kParts>(scores, weights);
+      state_.template multiply_values<kTokens, false, kPart, kParts>(weights, shared_.values[value_place().stage]);
+      weigh_and_multiply<kPart + 1>(scores, weights);
+    }
+  }
+
+  // The scores of `step` beside the values of the step before, of which kWidth keys have weights: `before`.
+  template <int kWidth, bool kFresh>
+  __device__ __forceinline__ void next_step(const unsigned (&before)[kWidth / 16][4], const AttentionItem& item, const Rows& rows,
+                                            const Steps& steps, int step) {
+    float scores[kTokens / 2], rescale[2];
     wait_full(shared_.key_ring, key_);
     if constexpr (Config::kPingPong) wait_turn();
-    state_.template multiply_keys<kTokens>(queries(), shared_.keys[key_.stage]);
-    wait_full(shared_.value_ring, value_);
+    State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
+    wait_full(shared_.value_ring, value_place());
     if constexpr (kFresh && Config::kBoxes) clear(item.kv_end - steps.last, kWidth);
-    state_.template multiply_values<kWidth, kFresh>(shared_.values[value_.stage]);
+    state_.template multiply_values<kWidth, kFresh>(before, shared_.values[value_place().stage]);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
-    float rescale[2];
-    state_.template weigh<kTokens, kMasked>(params_, item, rows.first, steps.position(step), rescale);
+    state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
+    state_.template weigh<kTokens>(scores);
     release_keys(steps, step, state_.zero_of_weights());
     ptx::wgmma_wait<0>();
-    release(shared_.value_ring, value_);
-    value_.advance();
+    release_values();
     state_.rescale_output(rescale);
-    state_.template pack<kTokens>();
+    State::template pack<kTokens>(scores, weights_);
   }
 
   template <int kWidth, bool kFresh>
-  __device__ __forceinline__ void last_values(const AttentionItem& item, const Steps& steps) {
-    wait_full(shared_.value_ring, value_);
+  __device__ __forceinline__ void last_values(const unsigned (&weights)[kWidth / 16][4], const AttentionItem& item,
+                                              const Steps& steps) {
+    wait_full(shared_.value_ring, value_place());
     if constexpr (kFresh && Config::kBoxes) clear(item.kv_end - steps.last, kWidth);
-    if constexpr (Config::kWindowed && Config::kBoxes) clear(0, steps.lowest - item.kv_begin);
-    state_.template multiply_values<kWidth, kFresh>(shared_.values[value_.stage]);
+    // Of a first step on its own too, where it is not the last one.
+    if constexpr (Config::kWindowed && Config::kBoxes) clear(0, steps.lowest - (kFresh ? steps.last : item.kv_begin));
+    state_.template multiply_values<kWidth, kFresh>(weights, shared_.values[value_place().stage]);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
-    release(shared_.value_ring, value_);
-    value_.advance();
+    release_values();
   }
 
   // Zeros in the place of the stage's values [begin, end) that are not readable: a weight of zero does not cancel a NaN. Every
@@ -183,7 +187,7 @@ class PrefillConsumer {
     if (begin >= end) return;
     constexpr int kUnits = kBoxRowBytes / 16;
     const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
-    unsigned char* stage = shared_.values[value_.stage];
+    unsigned char* stage = shared_.values[value_place().stage];
     for (int unit = begin * kUnits + thread; unit < end * kUnits; unit += kWarpgroupThreads) {
 #pragma unroll
       for (int column = 0; column < Tile::kValueColumns; ++column) {
@@ -198,8 +202,18 @@ class PrefillConsumer {
   // what `zero` is made of is computed before the wait that follows, beside those products.
   __device__ __forceinline__ void release_keys(const Steps& steps, int step, int zero = 0) {
     if (threadIdx.x % kWarpThreads == 0) ptx::arrive(&shared_.key_ring.empty[key_.stage] + zero);
-    key_.advance();
+    if constexpr (!kTogether) key_.advance();
     if (step == steps.num_steps - 1) release(shared_.query_ring, query_);
+  }
+
+  __device__ __forceinline__ void release_values() {
+    release(shared_.value_ring, value_place());
+    value_place().advance();
+  }
+
+  __device__ __forceinline__ auto& value_place() {
+    if constexpr (kTogether) return key_;
+    else return value_;
   }
 
   __device__ __forceinline__ const unsigned char* queries() const { return shared_.queries[query_.stage][warpgroup_]; }
@@ -247,7 +261,8 @@ class PrefillConsumer {
   Shared& shared_;
   const int warpgroup_;
   PrefillStore<Config, Params> store_;
-  PrefillState<Config, Params> state_;
+  State state_;
+  unsigned weights_[kTokens / 16][4];  // of the step before, with kOverlap
   RingCursor<Config::kQueryStages> query_ = RingCursor<Config::kQueryStages>::consumer();
   RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::consumer();
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::consumer();

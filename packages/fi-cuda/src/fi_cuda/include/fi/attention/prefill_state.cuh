@@ -37,6 +37,7 @@ class PrefillState {
   using Dtype = typename Config::Dtype;
   using Rows = QueriesAsRows;
   static constexpr int kTokens = Tile::kTokens;
+  static constexpr float kSlack = 5.0f;
 
   float output[Config::kHeadDimVo / 2];
   OnlineSoftmax<2> softmax;
@@ -50,11 +51,10 @@ class PrefillState {
 
   // Starts S = Q K^T for the first kWidth keys of a stage.
   template <int kWidth>
-  __device__ __forceinline__ void multiply_keys(const unsigned char* queries, const unsigned char* keys) {
+  static __device__ __forceinline__ void multiply_keys(float (&scores)[kWidth / 2], const unsigned char* queries,
+                                                       const unsigned char* keys) {
     const unsigned long long q = ptx::k_major_descriptor<kBoxRowBytes>(ptx::shared_address(queries));
     const unsigned long long k = ptx::k_major_descriptor<kBoxRowBytes>(ptx::shared_address(keys));
-    float(&scores)[kWidth / 2] = reinterpret_cast<float(&)[kWidth / 2]>(scores_);
-    ptx::pin_registers(scores);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Config::kHeadDim / 16; ++step) {
@@ -65,26 +65,26 @@ class PrefillState {
     ptx::wgmma_commit();
   }
 
-  // Starts O += P V for the first kWidth keys of a stage; kFresh: O = P V.
-  template <int kWidth, bool kFresh>
-  __device__ __forceinline__ void multiply_values(const unsigned char* values) {
+  // Starts O += P V for part kPart of kParts of the first kWidth keys of a stage; kFresh: O = P V.
+  template <int kWidth, bool kFresh, int kPart = 0, int kParts = 1>
+  __device__ __forceinline__ void multiply_values(const unsigned (&weights)[kWidth / 16][4], const unsigned char* values) {
     const unsigned long long v =
         ptx::mn_major_descriptor<kBoxRowBytes>(ptx::shared_address(values), Tile::kKeyColumnBytes);
-    ptx::pin_registers(output);
+    if constexpr (kPart == 0) ptx::pin_registers(output);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kWidth / 16; ++step) {
-      ptx::wgmma_rs<Dtype, Config::kHeadDimVo, ptx::Major::kMN>(output, weights_[step],
+    for (int step = kWidth / 16 * kPart / kParts; step < kWidth / 16 * (kPart + 1) / kParts; ++step) {
+      ptx::wgmma_rs<Dtype, Config::kHeadDimVo, ptx::Major::kMN>(output, weights[step],
                                                                 ptx::advance(v, step * 16 * kBoxRowBytes), !kFresh || step > 0);
     }
     ptx::wgmma_commit();
   }
 
-  // The softmax of a step of kWidth keys at `position`; `rescale` is what the output so far has to be multiplied by.
-  template <int kWidth, bool kMasked>
-  __device__ __forceinline__ void weigh(const Params& params, const AttentionItem& item, int first_token, int position,
-                                        float (&rescale)[2]) {
-    float(&scores)[kWidth / 2] = reinterpret_cast<float(&)[kWidth / 2]>(scores_);
+  // Makes scores of a step's products with kWidth keys at `position`, and takes their largest into account; `rescale` is what the
+  // output so far has to be multiplied by.
+  template <int kWidth>
+  __device__ __forceinline__ void score(float (&scores)[kWidth / 2], const Params& params, const AttentionItem& item,
+                                        int first_token, int position, bool masked, float (&rescale)[2]) {
     ptx::pin_registers(scores);
     const int lane = static_cast<int>(threadIdx.x) % kWarpThreads, warp = static_cast<int>(threadIdx.x) / kWarpThreads % 4;
     int tokens[2];
@@ -104,21 +104,30 @@ class PrefillState {
         scores[idx] = score_(scores[idx], offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
       }
     }
-    if constexpr (kMasked) hide(params, item, tokens, position + lane % 4 * 2, scores);
+    if (masked) hide(params, item, tokens, position + lane % 4 * 2, scores);
     float tops[2];
     softmax.template find_tops<Rows>(scores, tops);
-    softmax.raise(tops, rescale);
-    softmax.template weigh<Rows>(scores);
+    softmax.raise_lazily(tops, kSlack, rescale);
+  }
+
+  // Puts the weights of part kPart of kParts of a step's kWidth keys in the place of the scores.
+  template <int kWidth, int kPart = 0, int kParts = 1>
+  __device__ __forceinline__ void weigh(float (&scores)[kWidth / 2]) {
+    constexpr int kSteps = kWidth / 16, kFirst = kSteps * kPart / kParts, kEnd = kSteps * (kPart + 1) / kParts;
+    if constexpr (kFirst < kEnd) {
+      float(&part)[(kEnd - kFirst) * 8] = reinterpret_cast<float(&)[(kEnd - kFirst) * 8]>(scores[kFirst * 8]);
+      softmax.template weigh<Rows>(part);
+    }
   }
 
   // Makes the weights the next product's operand: once the product before is complete.
-  template <int kWidth>
-  __device__ __forceinline__ void pack() {
+  template <int kWidth, int kPart = 0, int kParts = 1>
+  static __device__ __forceinline__ void pack(const float (&scores)[kWidth / 2], unsigned (&weights)[kWidth / 16][4]) {
 #pragma unroll
-    for (int step = 0; step < kWidth / 16; ++step) {
+    for (int step = kWidth / 16 * kPart / kParts; step < kWidth / 16 * (kPart + 1) / kParts; ++step) {
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        weights_[step][part] = pair_of<Dtype>(scores_[step * 8 + part * 2], scores_[step * 8 + part * 2 + 1]);
+        weights[step][part] = pair_of<Dtype>(scores[step * 8 + part * 2], scores[step * 8 + part * 2 + 1]);
       }
     }
   }
@@ -165,8 +174,6 @@ class PrefillState {
   }
 
   PrefillScore<Config> score_;
-  float scores_[kTokens / 2];
-  unsigned weights_[kTokens / 16][4];
 };
 
 }  // namespace fi
