@@ -10,6 +10,7 @@ from fi_core.records import AttentionSpec, Capacity
 
 from .kernels.append_kv import AppendShape, spec_for
 from .kernels.attention.decode import CallForm, decode_spec
+from .kernels.attention.order import order_spec
 from .kernels.attention.plan import plan_spec
 from .kernels.attention.prefill import PrefillForm, prefill_spec
 from .kernels.attention.prefill_tuning import built_in_prefill_tuning, prefill_params
@@ -134,10 +135,10 @@ def _attention_specs() -> Iterator[KernelSpec]:
     capped = AttentionSpec(16, 8, 256, windows=(None, 4096), features=frozenset({"soft_cap"}))
     for window in capped.windows:
         yield from _decode_specs(capped, _DECODE, CallForm(windowed=window is not None), window)
-    yield from _all_prefill_specs(eight, sinks, capped)
+    yield from _all_prefill_specs(eight, sinks)
 
 
-def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec, capped: AttentionSpec) -> Iterator[KernelSpec]:
+def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[KernelSpec]:
     """Prefill and mixed batches of the same models; ragged K and V, pages of one token and FP8 for one of them."""
     for model in MODELS.values():
         yield from _prefill_specs(AttentionSpec(model.num_q_heads, model.num_kv_heads, model.head_dim), PrefillForm())
@@ -147,9 +148,8 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec, capped: Atten
     yield from _prefill_specs(replace(eight, page_size=1), PrefillForm(), boxes=False)
     yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), PrefillForm(k_scales=True, v_scales=True), boxes=False)
     yield from _prefill_specs(AttentionSpec(128, 128, 192, 128), PrefillForm(lse=True))
-    for spec in (sinks, capped):
-        for window in spec.windows:
-            yield from _prefill_specs(spec, PrefillForm(windowed=window is not None), window)
+    for window in sinks.windows:
+        yield from _prefill_specs(sinks, PrefillForm(windowed=window is not None), window)
 
 
 def _decode_specs(
@@ -164,6 +164,8 @@ def _decode_specs(
 def _prefill_specs(
     spec: AttentionSpec, form: PrefillForm, window: int | None = None, boxes: bool = True
 ) -> Iterator[KernelSpec]:
-    tuning = built_in_prefill_tuning(spec, _PREFILL)
-    yield plan_spec(prefill_params(spec, _PREFILL, tuning, window, _HOPPER_PROCESSORS), _PREFILL)
+    tuning = built_in_prefill_tuning(spec)
+    params = prefill_params(spec, _PREFILL, tuning, window, _HOPPER_PROCESSORS)
+    yield plan_spec(params, _PREFILL)
+    yield order_spec(params, _PREFILL, tuning.consumers)
     yield prefill_spec(spec, tuning, form._replace(boxes=boxes))

@@ -45,13 +45,11 @@ class OrderRegions:
 
 @dataclass(frozen=True)
 class Slots:
-    """What a kernel keeps of split tiles: ``rows`` rows of ``head_dim_vo`` float32 a slot, ``counters`` a tile; all of it
-    ``copies`` times."""
+    """What a kernel keeps of split tiles: ``rows`` rows of ``head_dim_vo`` float32 a slot, ``counters`` a tile."""
 
     rows: int
     head_dim_vo: int
     counters: int = 1
-    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,13 @@ class Layout:
     @classmethod
     def of_prefill(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
         """The layout of a prefill plan; raises CapacityError likewise."""
-        tuning = prefill_tuning_for(spec, capacity, device)
+        tuning = prefill_tuning_for(spec, device)
         processors = num_processors(device)
         params = {
             window: prefill_params(spec, capacity, tuning, window, processors)
             for window in dict.fromkeys(spec.windows)
         }
-        slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers, copies=tuning.sections)
+        slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers)
         return cls._arranged(tuning, params, capacity, slots, ordered=True)
 
     @classmethod
@@ -130,7 +128,6 @@ class Layout:
             for window in (params if ordered else ())
         }
         host_bytes = build.end
-        num_slots = slots.copies * bounds.num_slots
         return cls(
             tuning=tuning,
             params=params,
@@ -139,8 +136,8 @@ class Layout:
             orders=orders,
             host_bytes=host_bytes,
             scratch=build.add((scratch_bytes(capacity.max_batch),), torch.uint8),
-            arrivals=build.add((slots.copies * max_merges * slots.counters,), torch.int32),
-            partials=build.add((num_slots, slots.rows, slots.head_dim_vo), torch.float32),
-            partial_lses=build.add((num_slots, slots.rows), torch.float32),
+            arrivals=build.add((max_merges * slots.counters,), torch.int32),
+            partials=build.add((bounds.num_slots, slots.rows, slots.head_dim_vo), torch.float32),
+            partial_lses=build.add((bounds.num_slots, slots.rows), torch.float32),
             num_bytes=build.end,
         )

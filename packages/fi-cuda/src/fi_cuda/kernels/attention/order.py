@@ -3,6 +3,7 @@ host."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ _BINS = 256
 _THREADS = 512
 _MOST_OVER_SHARES = (11, 10)
 _INT32_MAX = 2**31 - 1
+_SPREAD = 2654435761
 
 
 class OrderList(NamedTuple):
@@ -38,10 +40,11 @@ class OrderList(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionOrderSpec(KernelSpec):
-    """The tiles of a prefill plan: tokens of a q tile, keys a step, workers, all KV heads, costs as in TileKind; ``shift``:
+    """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, workers, all KV heads, costs as in TileKind; ``shift``:
     tiles whose steps differ in lower bits only count as equally long."""
 
     tile_tokens: int
+    group_tokens: int
     tokens: int
     causal: bool
     windowed: bool
@@ -86,18 +89,19 @@ class AttentionOrderSpec(KernelSpec):
         return self.item_cost + self.step_cost * (((_BINS - place) << self.shift) - 1)
 
 
-def order_spec(params: PartitionParams, capacity: Capacity, heads: int) -> AttentionOrderSpec:
-    """The spec for one kind of tiles of whole tokens, of a plan of ``heads`` KV heads."""
+def order_spec(params: PartitionParams, capacity: Capacity, consumers: int) -> AttentionOrderSpec:
+    """The spec for one kind of tiles of whole tokens, equally many for each of ``consumers`` warpgroups."""
     (kind,) = params.kinds
     most_steps = -(-capacity.max_kv_len // kind.kv_tokens) + 1
     return AttentionOrderSpec(
         tile_tokens=kind.q_rows // params.group_size,
+        group_tokens=kind.q_rows // params.group_size // consumers,
         tokens=kind.kv_tokens,
         causal=params.causal,
         windowed=params.window is not None,
         shift=max(0, most_steps.bit_length() - (_BINS - 1).bit_length()),
         workers=params.num_workers,
-        heads=heads,
+        heads=params.num_kv_heads,
         item_cost=kind.item_cost,
         step_cost=kind.step_cost,
     )
@@ -164,6 +168,9 @@ def _tiles(
     q_indptr: list[int], kv_lens: list[int], spec: AttentionOrderSpec, window: int | None
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """(bin, row) of every tile of a KV head, in the order of the requests."""
+    lengths = zip(kv_lens, itertools.pairwise(q_indptr), strict=True)
+    longest = max((kv_len for kv_len, (begin, end) in lengths if end > begin), default=0)
+    first_bin = spec.bin_of(-(-longest // spec.tokens))
     for request, kv_len in enumerate(kv_lens):
         q_begin, q_len = q_indptr[request], q_indptr[request + 1] - q_indptr[request]
         offset = kv_len - q_len
@@ -173,6 +180,9 @@ def _tiles(
             if window is not None:
                 start = min(max(offset + begin - window + 1, 0), stop) // spec.tokens * spec.tokens
             place = spec.bin_of(-(-(stop - start) // spec.tokens))
+            if q_len - begin <= spec.group_tokens:
+                spread = (request * _SPREAD) % 2**32 >> 16
+                place = first_bin + spread % (place - first_bin + 1)
             row = (request, 0, q_tile, 0, start, stop, -1, 0, q_begin, q_len, kv_len, -1, 0, 0, 0, 0)
             assert len(row) == ITEM_WIDTH
             yield place, row

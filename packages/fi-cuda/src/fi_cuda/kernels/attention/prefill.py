@@ -15,7 +15,7 @@ from .prefill_tuning import PrefillTuning, box_tokens, prefill_shared_bytes
 
 _WARPGROUP_THREADS = 128
 _REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
-_REGISTERS_FOR_ROWS = {1: (56, 256), 2: (72, 216), 3: (32, 160)}
+_REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
 """Of a producer's and of a consumer's thread, by warpgroups of consumers: producers that copy rows themselves need more."""
 
 
@@ -59,6 +59,8 @@ class PrefillSpec(KernelSpec):
     tensor_maps: ClassVar[tuple[str, ...]] = ("queries",)
     layout: ClassVar = ParamsLayout(
         (
+            ("k", "pointer"),
+            ("v", "pointer"),
             ("starts", "pointer"),
             ("items", "pointer"),
             ("order_items", "pointer"),
@@ -66,8 +68,6 @@ class PrefillSpec(KernelSpec):
             ("arrivals", "output"),
             ("partials", "output"),
             ("partial_lses", "output"),
-            ("k", "pointer"),
-            ("v", "pointer"),
             ("out", "output"),
             ("lse", "output"),
             ("table", "pointer"),
@@ -91,10 +91,7 @@ class PrefillSpec(KernelSpec):
             ("table_stride", "int64"),
             ("k_scale_stride", "int32"),
             ("v_scale_stride", "int32"),
-            ("num_sections", "int32"),
-            ("section_heads", "int32"),
-            ("section_slots", "int32"),
-            ("section_merges", "int32"),
+            ("num_kv_heads", "int32"),
             ("window", "int32"),
             ("scale", "float"),
             ("soft_cap", "float"),
@@ -113,7 +110,7 @@ class PrefillSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         rings = (self.key_stages, self.value_stages, self.query_stages)
-        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1, 1)
+        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1)
         return prefill_shared_bytes(tuning, self.head_dim, self.head_dim_vo, self.dtype.itemsize)
 
     def config_lines(self) -> list[str]:
@@ -125,7 +122,7 @@ class PrefillSpec(KernelSpec):
             f"kSharedBytes = {self.shared_bytes};"
         )
         boxes = f"static constexpr bool kBoxes = {str(has_boxes).lower()};"
-        return join_constants([boxes, head, *super().config_lines()])
+        return join_constants([head, *super().config_lines(), boxes])
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ class _Call(NamedTuple):
     kv: weakref.ref[KVCache]
     layer: ResolvedLayer  # kept, so that its id names it
     launch: Callable[..., None]
-    workspace: tuple[int, ...]
     cache: tuple[int, int]
+    workspace: tuple[int, ...]
     layer_tensors: tuple[int, ...]
     cache_strides: tuple[int, ...]
     numbers: tuple[float, ...]
@@ -56,7 +56,7 @@ class PrefillState(ListState):
         params = self._layout.params
         self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
         self._order_specs = {
-            window: order_spec(params[window], capacity, spec.num_kv_heads) for window in self._orders
+            window: order_spec(params[window], capacity, self._tuning.consumers) for window in self._orders
         }
         for order in self._orders.values():
             order.header.zero_()
@@ -81,10 +81,10 @@ class PrefillState(ListState):
         return (
             f"tiles: {params.kinds[0].q_rows} rows x {tuning.tokens} KV tokens; {tuning.consumers} warpgroups {turns},"
             f" {tuning.key_stages} + {tuning.value_stages} stages",
-            f"work: {params.num_workers} workers, {split}, {tuning.sections} sections, {len(layout.lists)} work lists",
+            f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
             f"K and V: {loader}",
             f"planner: {self._planner}",
-            f"slots for partial results: {tuning.sections} x {layout.bounds.num_slots}, of {tuning.slot_rows} rows each",
+            f"slots for partial results: {layout.bounds.num_slots}, of {tuning.slot_rows} rows each",
         )
 
     def _order_on_host(self, batch: Batch, staging: Tensor) -> None:
@@ -106,8 +106,8 @@ class PrefillState(ListState):
             self._device,
             self._num_workers,
             1,
-            *call.workspace,
             *call.cache,
+            *call.workspace,
             out.data_ptr(),
             0 if lse is None else lse.data_ptr(),
             *addressing.addresses,
@@ -124,7 +124,8 @@ class PrefillState(ListState):
 
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> _Call:
         lists, layout, tuning = self._lists[layer.window], self._layout, self._tuning
-        workspace = (layout.arrivals, layout.partials, layout.partial_lses)
+        regions = (layout.arrivals, layout.partials, layout.partial_lses)
+        workspace = [region.of(self._buffer) for region in regions]
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
         scale = layer.scale * k_scale
@@ -140,22 +141,19 @@ class PrefillState(ListState):
             boxes=maps is not None,
         )
         spec = prefill_spec(self._spec, tuning, form)
-        params = layout.params[layer.window]
         strides = []
         for cache in kv.as_nhd():
             strides += [cache.stride(0) if kv.is_paged else 0, cache.stride(-3), cache.stride(-2)]
-        max_merges = max(layout.bounds.max_merges, 1)
         return _Call(
             kv=weakref.ref(kv),
             layer=layer,
             launch=kernel_for(spec, self._device).launch,
-            workspace=(*map(address_of, (*lists[:2], *self._orders[layer.window][:2])), *(region.of(self._buffer).data_ptr() for region in workspace)),
+            workspace=tuple(map(address_of, (*lists[:2], *self._orders[layer.window][:2], *workspace))),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
             cache_strides=tuple(strides),
             numbers=(
-                *(k_scale_stride, v_scale_stride),
-                *(tuning.sections, params.num_kv_heads, layout.bounds.num_slots, max_merges),
+                *(k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
                 *(layer.window or 0, scale, layer.soft_cap or 1.0, v_scale),
             ),
             maps=maps or (),

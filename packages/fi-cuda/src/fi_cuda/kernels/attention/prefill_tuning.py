@@ -27,16 +27,17 @@ _PATTERN_TOKENS = 8
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
-_SECTION_BYTES = 32 << 20
 _NARROW_HEAD_DIM = 128
+_NARROW_TOKENS = 128
+_WIDE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class PrefillTuning:
     """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
     item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
-    starting products; ``overlap``: a step's scores are started before the values of the step before; ``sections``: parts of the KV heads that are worked through one after another, so that their K and V
-    stay in L2; costs as in TileKind, in any common unit."""
+    starting products; ``overlap``: a step's scores are started before the values of the step before, else ``parts`` of a step's
+    weights are each computed beside the values of the part before; costs as in TileKind, in any common unit."""
 
     consumers: int
     tokens: int
@@ -47,7 +48,6 @@ class PrefillTuning:
     ping_pong: bool
     overlap: bool
     parts: int
-    sections: int
     item_cost: int
     step_cost: int
 
@@ -61,7 +61,7 @@ class PrefillTuning:
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
-        for name in ("key_stages", "value_stages", "query_stages", "parts", "sections"):
+        for name in ("key_stages", "value_stages", "query_stages", "parts"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ArgumentError(f"tuning.{name}", "an int of at least 1", getattr(self, name))
 
@@ -89,15 +89,15 @@ def prefill_shared_bytes(tuning: PrefillTuning, head_dim: int, head_dim_vo: int,
     key_columns, value_columns = (-(-dim * element_bytes // BOX_ROW_BYTES) for dim in (head_dim, head_dim_vo))
     queries = tuning.query_stages * tuning.slot_rows * key_columns
     rings = tuning.tokens * (tuning.key_stages * key_columns + tuning.value_stages * value_columns)
-    items = (tuning.query_stages + 1) * _ITEM_BYTES
+    items = 2 * tuning.query_stages * _ITEM_BYTES
     return (queries + rings) * BOX_ROW_BYTES + items + _BARRIER_BYTES + _ALIGNMENT
 
 
-def prefill_tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> PrefillTuning:
-    """The parameters for a plan, from capacities alone. Raises ArgumentError for unknown names or values in what
+def prefill_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuning:
+    """The parameters for a plan. Raises ArgumentError for unknown names or values in what
     ``fi_tuning`` returns, and for tiles that do not fit the pages or the shared memory."""
     limit = shared_limit(device)
-    built_in = built_in_prefill_tuning(spec, capacity, limit)
+    built_in = built_in_prefill_tuning(spec, limit)
     given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
     if not given:
         return built_in
@@ -106,8 +106,6 @@ def prefill_tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.de
     if unknown:
         raise ArgumentError("fi_tuning", f"names among {names}", sorted(unknown))
     tuning = replace(built_in, **given)
-    if spec.num_kv_heads % tuning.sections:
-        raise ArgumentError("tuning.sections", f"a divisor of {spec.num_kv_heads} KV heads", tuning.sections)
     size = prefill_shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.dtype.itemsize)
     if size > limit:
         raise ArgumentError("tuning.key_stages", f"rings that fit into {limit} bytes", size)
@@ -115,45 +113,37 @@ def prefill_tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.de
 
 
 def built_in_prefill_tuning(
-    spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER_SHARED_BYTES
+    spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTES
 ) -> PrefillTuning:
     """Three warpgroups, each a step at a time, where the registers of a thread hold the scores of 128 keys beside its output;
     else two, whose steps overlap (docs/kernels/prefill.md)."""
     head_dim_vo = spec.head_dim_vo or 0
     narrow = max(spec.head_dim, head_dim_vo) <= _NARROW_HEAD_DIM
+    boxes = spec.kv_dtype == spec.dtype and box_tokens(spec.page_size, _NARROW_TOKENS) is not None
+    # Producers that copy rows themselves, and a second function of the special unit, leave too few registers for three.
+    three = narrow and boxes and "soft_cap" not in spec.features
     tuning = PrefillTuning(
-        consumers=3 if narrow else 2,
-        tokens=128 if head_dim_vo <= _NARROW_HEAD_DIM else 64,
+        consumers=3 if three else 2,
+        tokens=_NARROW_TOKENS if head_dim_vo <= _NARROW_HEAD_DIM else _WIDE_TOKENS,
         edge_tokens=32,
-        key_stages=2,
+        key_stages=2 if three else 3,
         value_stages=2,
         query_stages=2,
-        ping_pong=not narrow,
-        overlap=not narrow,
-        parts=2 if narrow else 1,
-        sections=_sections(spec, capacity),
+        ping_pong=not three,
+        overlap=not three,
+        parts=2 if three else 1,
         item_cost=2,
         step_cost=2,
     )
-    if prefill_shared_bytes(tuning, spec.head_dim, head_dim_vo, spec.dtype.itemsize) > limit:
-        tuning = replace(tuning, query_stages=1)
+    fewer: tuple[dict[str, int], ...] = ({"query_stages": 1}, {"key_stages": 2})
+    for change in fewer:
+        if prefill_shared_bytes(tuning, spec.head_dim, head_dim_vo, spec.dtype.itemsize) > limit:
+            tuning = replace(tuning, **change)
     return tuning
-
-
-def _sections(spec: AttentionSpec, capacity: Capacity) -> int:
-    """The fewest sections of which each one's K and V of as many tokens as there are queries fit into the useful part of
-    L2; one where results must not depend on the batch's capacity."""
-    if spec.batch_invariant:
-        return 1
-    row_bytes = (spec.head_dim + (spec.head_dim_vo or 0)) * spec.kv_dtype.itemsize
-    wanted = capacity.max_q_tokens * spec.num_kv_heads * row_bytes // _SECTION_BYTES
-    divisors = [size for size in range(1, spec.num_kv_heads + 1) if spec.num_kv_heads % size == 0]
-    return next((size for size in divisors if size >= wanted), divisors[-1])
 
 
 def prefill_params(
     spec: AttentionSpec, capacity: Capacity, tuning: PrefillTuning, window: int | None, processors: int
 ) -> PartitionParams:
-    """The scheduler's parameters for one window of ``spec``: the work of one section's heads."""
-    params = plan_params(spec, capacity, window, (tuning.kind(spec.group_size),), tuning.slot_rows, processors)
-    return replace(params, num_kv_heads=spec.num_kv_heads // tuning.sections)
+    """The scheduler's parameters for one window of ``spec``."""
+    return plan_params(spec, capacity, window, (tuning.kind(spec.group_size),), tuning.slot_rows, processors)

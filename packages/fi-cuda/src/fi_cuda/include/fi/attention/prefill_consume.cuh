@@ -29,11 +29,10 @@ class PrefillConsumer {
     if (Config::kPingPong && warpgroup_ == Config::kConsumers - 1) pass_turn();
 #pragma unroll 1
     while (true) {
-      shared_.query_ring.wait_full(query_);
+      shared_.query_ring.wait_full(query_place());
       const AttentionItem& item = shared_.items[item_.stage];
       if (item.request == kNoRequest) return;
       attend(item);
-      query_.advance();
       item_.advance();
     }
   }
@@ -48,7 +47,7 @@ class PrefillConsumer {
     }
     state_.begin(score_of(item));
     if (steps.num_steps == 0) {
-      release(shared_.query_ring, query_);
+      release(shared_.query_ring, query_place());
       store_.finish(item, state_);
       return;
     }
@@ -73,7 +72,7 @@ class PrefillConsumer {
 
   // A warpgroup without rows of the item only keeps the rings and the turns going.
   __device__ __forceinline__ void skip(const Steps& steps) {
-    if (steps.num_steps == 0) release(shared_.query_ring, query_);
+    if (steps.num_steps == 0) release(shared_.query_ring, query_place());
 #pragma unroll 1
     for (int step = 0; step < steps.num_steps; ++step) {
       shared_.key_ring.wait_full(key_);
@@ -203,7 +202,7 @@ class PrefillConsumer {
   __device__ __forceinline__ void release_keys(const Steps& steps, int step, int zero = 0) {
     if (threadIdx.x % kWarpThreads == 0) ptx::arrive(&shared_.key_ring.empty[key_.stage] + zero);
     if constexpr (!kTogether) key_.advance();
-    if (step == steps.num_steps - 1) release(shared_.query_ring, query_);
+    if (step == steps.num_steps - 1) release(shared_.query_ring, query_place());
   }
 
   __device__ __forceinline__ void release_values() {
@@ -211,12 +210,16 @@ class PrefillConsumer {
     value_place().advance();
   }
 
+  __device__ __forceinline__ RingCursor<Config::kQueryStages> query_place() const {
+    return {item_.stage % Config::kQueryStages, static_cast<unsigned>(item_.stage / Config::kQueryStages)};
+  }
+
   __device__ __forceinline__ auto& value_place() {
     if constexpr (kTogether) return key_;
     else return value_;
   }
 
-  __device__ __forceinline__ const unsigned char* queries() const { return shared_.queries[query_.stage][warpgroup_]; }
+  __device__ __forceinline__ const unsigned char* queries() const { return shared_.queries[query_place().stage][warpgroup_]; }
 
   // What was not copied by the copy engine has to be shown to the products.
   template <class AnyRing, class Cursor>
@@ -263,7 +266,6 @@ class PrefillConsumer {
   PrefillStore<Config, Params> store_;
   State state_;
   unsigned weights_[kTokens / 16][4];  // of the step before, with kOverlap
-  RingCursor<Config::kQueryStages> query_ = RingCursor<Config::kQueryStages>::consumer();
   RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::consumer();
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::consumer();
   RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::consumer();

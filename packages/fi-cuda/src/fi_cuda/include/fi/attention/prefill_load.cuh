@@ -16,6 +16,7 @@ class PrefillLoader {
   using Tile = PrefillTile<Config>;
   using Shared = PrefillShared<Config>;
   static constexpr int kColumns = sizeof(AttentionItem) / sizeof(int);
+  static constexpr int kHeadColumn = 1;  // of an item's row
 
  public:
   __device__ __forceinline__ PrefillLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
@@ -29,24 +30,21 @@ class PrefillLoader {
   }
 
  private:
-  // The longest tile left, again and again. Heads are taken in sections of params.section_heads, whose keys and values stay in
-  // L2; the tiles of a row of the list stand side by side in a section.
+  // The longest tile left, again and again; a row of the list is a tile of every KV head, which stand side by side.
   __device__ __forceinline__ void take_tiles() {
     const int* rows = static_cast<const int*>(params_.order_items);
-    const int num_pairs = static_cast<const OrderHeader*>(params_.order)->num_pairs;
-    const int in_section = num_pairs * params_.section_heads, total = in_section * params_.num_sections;
+    const int num_heads = params_.num_kv_heads;
+    const int total = static_cast<const OrderHeader*>(params_.order)->num_pairs * num_heads;
     const auto row_of = [&](int tile) {
-      const int pair = tile % in_section / params_.section_heads;
-      return rows[static_cast<int64>(pair) * kColumns + lane_ % kColumns];
+      return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
     int tile = static_cast<int>(blockIdx.x);
-    int mine = tile < total ? row_of(tile) : 0;
+    int mine = row_of(tile);
 #pragma unroll 1
     while (tile < total) {
       const int next = next_tile(total);
-      const int its_row = next < total ? row_of(next) : 0;
-      const int head = tile / in_section * params_.section_heads + tile % params_.section_heads;
-      load_item(lane_ % kColumns == 1 ? head : mine);
+      const int its_row = row_of(next);
+      load_item(lane_ % kColumns == kHeadColumn ? tile % num_heads : mine);
       tile = next;
       mine = its_row;
     }
@@ -71,31 +69,17 @@ class PrefillLoader {
     return static_cast<int>(gridDim.x) + taken;
   }
 
-  // The block's list, repeated for the next params.section_heads KV heads in every section.
   __device__ __forceinline__ void work_through_share() {
     const WorkerStart* start = static_cast<const WorkerStart*>(params_.starts) + blockIdx.x;
     const int* rows = static_cast<const int*>(params_.items);
     const int begin = start->begin, end = start->end, column = lane_ % kColumns;
+    int mine = reinterpret_cast<const int*>(&start->first)[column];
 #pragma unroll 1
-    for (int section = 0; section < params_.num_sections; ++section) {
-      int mine = reinterpret_cast<const int*>(&start->first)[column];
-#pragma unroll 1
-      for (int idx = begin; idx < end; ++idx) {
-        const int next = rows[static_cast<int64>(min(idx + 1, end - 1)) * kColumns + column];
-        load_item(of_section(mine, section));
-        mine = next;
-      }
+    for (int idx = begin; idx < end; ++idx) {
+      const int next = rows[static_cast<int64>(min(idx + 1, end - 1)) * kColumns + column];
+      load_item(mine);
+      mine = next;
     }
-  }
-
-  // Column lane % 16 of an item's row, moved to a section: other heads, and slots and merges of its own.
-  __device__ __forceinline__ int of_section(int value, int section) const {
-    const int column = lane_ % kColumns;
-    const bool split = __shfl_sync(0xffffffffu, value, 6) >= 0;
-    if (column == 1) return value + section * params_.section_heads;
-    if (split && (column == 6 || (column >= 12 && column <= 14))) return value + section * params_.section_slots;
-    if (split && column == 11) return value + section * params_.section_merges;
-    return value;
   }
 
   __device__ __forceinline__ void load_item(int value) {

@@ -8,6 +8,7 @@
 #include "fi/ptx/wgmma.cuh"
 #include "fi/softmax/online.cuh"
 #include "fi/softmax/score.cuh"
+#include "fi/tile/fragments.cuh"
 #include "fi/tile/pack.cuh"
 #include "fi/tile/swizzle.cuh"
 
@@ -86,16 +87,13 @@ class PrefillState {
   __device__ __forceinline__ void score(float (&scores)[kWidth / 2], const Params& params, const AttentionItem& item,
                                         int first_token, int position, bool masked, float (&rescale)[2]) {
     ptx::pin_registers(scores);
-    const int lane = static_cast<int>(threadIdx.x) % kWarpThreads, warp = static_cast<int>(threadIdx.x) / kWarpThreads % 4;
-    int tokens[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) tokens[row] = first_token + (warp * 16 + row * 8 + lane / 4) / Tile::kGroup;
     if constexpr (!PrefillScore<Config>::kPlain) {
       float offset[2] = {};
       if constexpr (Config::kAlibi) {
+        const ThreadPlace place(first_token);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-          const int distance = position + lane % 4 * 2 - query_position(tokens[row], item.q_len, item.kv_len);
+          const int distance = position + place.column - query_position(place.tokens[row], item.q_len, item.kv_len);
           offset[row] = score_.slope[row] * static_cast<float>(distance);
         }
       }
@@ -104,7 +102,7 @@ class PrefillState {
         scores[idx] = score_(scores[idx], offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
       }
     }
-    if (masked) hide(params, item, tokens, position + lane % 4 * 2, scores);
+    if (masked) hide(params, item, first_token, position, scores);
     float tops[2];
     softmax.template find_tops<Rows>(scores, tops);
     softmax.raise_lazily(tops, kSlack, rescale);
@@ -143,10 +141,30 @@ class PrefillState {
   }
 
  private:
-  // -inf in the place of the scores of tokens that their rows do not see; `position` is that of the thread's first column.
+  // The tokens of the thread's rows and its first column. What only few steps need is computed there: kept from step to step it
+  // would take registers from the scores.
+  struct ThreadPlace {
+    int tokens[2], column;
+
+    __device__ __forceinline__ explicit ThreadPlace(int first_token) {
+      int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+      asm volatile("" : "+r"(thread));
+      column = thread % 4 * 2;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const Element place = wgmma_accumulator_element(thread, 2 * row);
+        tokens[row] = first_token + place.row / Tile::kGroup;
+      }
+    }
+  };
+
+  // -inf in the place of the scores of tokens that their rows do not see.
   template <int kCount>
-  static __device__ __forceinline__ void hide(const Params& params, const AttentionItem& item, const int (&tokens)[2],
-                                              int position, float (&scores)[kCount]) {
+  static __device__ __forceinline__ void hide(const Params& params, const AttentionItem& item, int first_token, int position,
+                                              float (&scores)[kCount]) {
+    const ThreadPlace place(first_token);
+    const auto& tokens = place.tokens;
+    position += place.column;
     int low[2], high[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {

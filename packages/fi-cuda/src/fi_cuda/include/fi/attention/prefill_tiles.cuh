@@ -35,8 +35,9 @@ struct PrefillTile {
 template <class Config>
 struct PrefillShared {
   using Tile = PrefillTile<Config>;
-  // One more than queries: an item is still read when its queries are released.
-  static constexpr int kItems = Config::kQueryStages + 1;
+  // More than queries, as an item is still read when its queries are released; twice as many, so that an item's place says in
+  // which phase its queries' stage is.
+  static constexpr int kItems = 2 * Config::kQueryStages;
   static constexpr int kReleases = Config::kConsumers * (kWarpgroupThreads / kWarpThreads);
 
   unsigned char queries[Config::kQueryStages][Config::kConsumers][Tile::kQueryBytes];

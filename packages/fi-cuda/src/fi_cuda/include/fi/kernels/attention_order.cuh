@@ -3,9 +3,10 @@
 // attention_plan.cuh are used instead.
 //
 // One block. Pairs of a request and a q tile are sorted by the KV steps they visit, most first: a stable counting sort in which
-// every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. A batch that exceeds the limits, or
+// every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. Tiles of one warpgroup's rows or
+// fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once. A batch that exceeds the limits, or
 // with negative lengths, has no tiles.
-// Config: kNumThreads, kTileTokens (tokens of a q tile), kTokens (keys a step), kCausal, kWindowed, kShift (a bin has 2^kShift
+// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kCausal, kWindowed, kShift (a bin has 2^kShift
 // numbers of steps), kWorkers, kHeads (KV heads), kItemCost, kStepCost.
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
 // [., 16] (fi/attention/item.cuh, without head), header int [4] (fi/attention/order.cuh); max_pairs, max_q_tokens, max_q_len,
@@ -26,8 +27,14 @@ struct OrderedTile {
   int request, q_tile, q_begin, q_len, kv_len, kv_begin, kv_stop, bin;
 };
 
+template <class Config>
+__device__ __forceinline__ int bin_of(int steps) {
+  return kOrderBins - 1 - min(steps >> Config::kShift, kOrderBins - 1);  // most steps first
+}
+
+// `first_bin`: that of the longest tile, or before it.
 template <class Config, class Params>
-__device__ __forceinline__ OrderedTile tile_at(const Params& params, int pair) {
+__device__ __forceinline__ OrderedTile tile_at(const Params& params, int first_bin, int pair) {
   const int* prefix = static_cast<const int*>(params.tile_prefix);
   int low = 0, high = params.num_requests;  // the last request with prefix <= pair, which has tiles
   while (high - low > 1) {
@@ -47,20 +54,30 @@ __device__ __forceinline__ OrderedTile tile_at(const Params& params, int pair) {
   if constexpr (Config::kWindowed) {
     tile.kv_begin = min(max(offset + begin - params.window + 1, 0), tile.kv_stop) / Config::kTokens * Config::kTokens;
   }
-  const int steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
-  tile.bin = kOrderBins - 1 - min(steps >> Config::kShift, kOrderBins - 1);  // most steps first
+  tile.bin = bin_of<Config>((tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens);
+  if (tile.q_len - begin <= Config::kGroupTokens) {
+    const unsigned spread = static_cast<unsigned>(tile.request) * 2654435761u >> 16;
+    tile.bin = first_bin + static_cast<int>(spread % static_cast<unsigned>(tile.bin - first_bin + 1));
+  }
   return tile;
 }
 
-// Fills tile_prefix; returns the number of pairs, 0 unless the batch is within the limits.
+struct OrderedPairs {
+  int count, first_bin;
+};
+
+// Fills tile_prefix; counts the pairs, none unless the batch is within the limits.
 template <class Config, class Params>
-__device__ __forceinline__ int count_pairs(const Params& params) {
+__device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   constexpr int kThreads = Config::kNumThreads;
   __shared__ int warp_sums[kThreads / 32];
+  __shared__ int longest;
   const int* q_indptr = static_cast<const int*>(params.q_indptr);
   const int* kv_lens = static_cast<const int*>(params.kv_lens);
   int* prefix = static_cast<int*>(params.tile_prefix);
   const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) longest = 0;
+  __syncthreads();
   int before = 0;
   bool within = true;
   for (int first = 0; first < params.num_requests; first += kThreads) {
@@ -72,6 +89,7 @@ __device__ __forceinline__ int count_pairs(const Params& params) {
                         0 <= kv_len && kv_len <= params.max_kv_len;
       if (fits) tiles = (end - begin + Config::kTileTokens - 1) / Config::kTileTokens;
       within &= fits;
+      if (tiles > 0) atomicMax(&longest, kv_len);
     }
     const int inclusive = inclusive_sum_over_lanes<32>(tiles);
     if (thread % 32 == 31) warp_sums[thread / 32] = inclusive;
@@ -86,7 +104,8 @@ __device__ __forceinline__ int count_pairs(const Params& params) {
   }
   if (thread == 0) prefix[params.num_requests] = before;
   __syncthreads();
-  return within && before <= params.max_pairs ? before : 0;
+  const int most_steps = (longest + Config::kTokens - 1) / Config::kTokens;
+  return {within && before <= params.max_pairs ? before : 0, bin_of<Config>(most_steps)};
 }
 
 // What a tile of a bin costs at most.
@@ -132,10 +151,11 @@ __device__ __forceinline__ void attention_order(const Params& params) {
   for (int idx = thread; idx < kWarps * kOrderBins; idx += Config::kNumThreads) counts[0][idx] = 0;
   ptx::allow_next_kernel();  // which waits for the end of this one
   ptx::wait_for_previous_kernel();
-  const int num_pairs = count_pairs<Config>(params);
+  const OrderedPairs pairs = count_pairs<Config>(params);
+  const int num_pairs = pairs.count;
   const int stretch = (num_pairs + kWarps * 32 - 1) / (kWarps * 32) * 32;
   const int first = warp * stretch, end = min(first + stretch, num_pairs);
-  for (int pair = first + lane; pair < end; pair += 32) atomicAdd(&counts[warp][tile_at<Config>(params, pair).bin], 1);
+  for (int pair = first + lane; pair < end; pair += 32) atomicAdd(&counts[warp][tile_at<Config>(params, pairs.first_bin, pair).bin], 1);
   __syncthreads();
   // Places: bins in order, and in a bin warps in order.
   int total = 0;
@@ -170,7 +190,7 @@ __device__ __forceinline__ void attention_order(const Params& params) {
     const int pair = base + lane;
     const unsigned active = __ballot_sync(0xffffffffu, pair < end);
     if (pair >= end) continue;
-    const OrderedTile tile = tile_at<Config>(params, pair);
+    const OrderedTile tile = tile_at<Config>(params, pairs.first_bin, pair);
     const unsigned equal = __match_any_sync(active, tile.bin);
     const int place = counts[warp][tile.bin] + __popc(equal & ((1u << lane) - 1));
     __syncwarp(active);
