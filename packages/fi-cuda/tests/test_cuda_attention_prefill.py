@@ -92,7 +92,9 @@ def overridden(given):
 # Tuning
 
 
-@pytest.mark.parametrize(("head_dim", "head_dim_vo"), [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_vo"), [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
+)
 @pytest.mark.parametrize("page_size", [None, 1, 16, 256])
 def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size):
     spec = AttentionSpec(32, 8, head_dim, head_dim_vo, page_size=page_size, table="dense" if page_size else "ragged")
@@ -155,7 +157,9 @@ def test_what_is_served(changes, served):
 
 # Agreement with the kernel
 
-EVERY = PrefillForm(windowed=True, lse=True, k_scales=True, v_scales=True, table_row=True, mask_columns="new", boxes=True)
+EVERY = PrefillForm(
+    windowed=True, lse=True, k_scales=True, v_scales=True, table_row=True, mask_columns="new", boxes=True
+)
 KERNELS = {
     "boxes": prefill_spec(SPEC, TUNING, PrefillForm(boxes=True)),
     "rows": prefill_spec(replace(SPEC, page_size=1), TUNING, PrefillForm()),

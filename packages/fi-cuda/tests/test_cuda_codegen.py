@@ -64,7 +64,9 @@ def test_registers_stay_within_the_budget_of_the_kernel(artifacts):
 
 def test_products_of_warpgroups_stay_asynchronous(artifacts):
     # What ptxas says where it has to wait for each product (C7510 to C7515).
-    assert not [spec for spec, artifact in artifacts.items() if "wgmma.mma_async instructions are serialized" in artifact.report]
+    assert not [
+        spec for spec, artifact in artifacts.items() if "wgmma.mma_async instructions are serialized" in artifact.report
+    ]
 
 
 def test_a_block_fits_on_a_multiprocessor(artifacts):

@@ -146,7 +146,9 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
     for spec in (ragged, replace(ragged, causal=False), replace(eight, dtype=torch.float16, kv_format="fp16")):
         yield from _prefill_specs(spec, PrefillForm())
     yield from _prefill_specs(replace(eight, page_size=1), PrefillForm(), boxes=False)
-    yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), PrefillForm(k_scales=True, v_scales=True), boxes=False)
+    yield from _prefill_specs(
+        replace(eight, kv_format="fp8_e4m3"), PrefillForm(k_scales=True, v_scales=True), boxes=False
+    )
     yield from _prefill_specs(AttentionSpec(128, 128, 192, 128), PrefillForm(lse=True))
     for window in sinks.windows:
         yield from _prefill_specs(sinks, PrefillForm(windowed=window is not None), window)

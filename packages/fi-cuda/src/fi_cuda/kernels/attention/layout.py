@@ -56,9 +56,10 @@ class Slots:
 class Layout:
     """Regions of a plan's buffer.
 
-    ``lists`` has a work list for each distinct window, and ``orders`` that of a prefill plan's tiles; these make up the first ``host_bytes``, which an update from the
-    CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it needs none). ``arrivals`` counts the
-    pieces of each split tile that are there; ``partials`` and ``partial_lses`` (base 2) are the slots of their results.
+    ``lists`` has a work list for each distinct window, and ``orders`` that of a prefill plan's tiles; these make up the first
+    ``host_bytes``, which an update from the CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it
+    needs none). ``arrivals`` counts the pieces of each split tile that are there; ``partials`` and ``partial_lses`` (base 2)
+    are the slots of their results.
     """
 
     tuning: DecodeTuning | PrefillTuning
@@ -90,8 +91,7 @@ class Layout:
         tuning = prefill_tuning_for(spec, device)
         processors = num_processors(device)
         params = {
-            window: prefill_params(spec, capacity, tuning, window, processors)
-            for window in dict.fromkeys(spec.windows)
+            window: prefill_params(spec, capacity, tuning, window, processors) for window in dict.fromkeys(spec.windows)
         }
         slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers)
         return cls._arranged(tuning, params, capacity, slots, ordered=True)

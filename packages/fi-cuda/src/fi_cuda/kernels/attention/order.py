@@ -40,8 +40,8 @@ class OrderList(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionOrderSpec(KernelSpec):
-    """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, workers, all KV heads, costs as in TileKind; ``shift``:
-    tiles whose steps differ in lower bits only count as equally long."""
+    """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, workers, all KV heads, costs as in
+    TileKind; ``shift``: tiles whose steps differ in lower bits only count as equally long."""
 
     tile_tokens: int
     group_tokens: int

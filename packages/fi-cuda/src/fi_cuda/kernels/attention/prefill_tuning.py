@@ -112,9 +112,7 @@ def prefill_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuni
     return tuning
 
 
-def built_in_prefill_tuning(
-    spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTES
-) -> PrefillTuning:
+def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTES) -> PrefillTuning:
     """Three warpgroups, each a step at a time, where the registers of a thread hold the scores of 128 keys beside its output;
     else two, whose steps overlap (docs/kernels/prefill.md)."""
     head_dim_vo = spec.head_dim_vo or 0
@@ -135,10 +133,9 @@ def built_in_prefill_tuning(
         item_cost=2,
         step_cost=2,
     )
-    fewer: tuple[dict[str, int], ...] = ({"query_stages": 1}, {"key_stages": 2})
-    for change in fewer:
+    for smaller in (replace(tuning, query_stages=1), replace(tuning, query_stages=1, key_stages=2)):
         if prefill_shared_bytes(tuning, spec.head_dim, head_dim_vo, spec.dtype.itemsize) > limit:
-            tuning = replace(tuning, **change)
+            tuning = smaller
     return tuning
 
 
