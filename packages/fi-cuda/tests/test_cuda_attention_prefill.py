@@ -101,6 +101,7 @@ def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size):
     tuning = built_in_prefill_tuning(spec)
     assert prefill_shared_bytes(tuning, head_dim, head_dim_vo, 2) <= HOPPER_SHARED_BYTES and tuning.key_stages >= 2
     assert box_tokens(page_size, tuning.tokens) == {None: tuning.tokens, 1: None, 16: 16, 256: tuning.tokens}[page_size]
+    assert tuning.tokens <= 128 or page_size in (None, 16)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,8 @@ def test_many_tiles_are_ordered_by_their_steps(launches):
         assert header.tolist() == [len(tiles), 1, 0, 0]
         assert {(row[0], row[2]) for row in rows} == tiles
         # Tiles of a warpgroup's 16 tokens or fewer may stand earlier than their steps say.
-        steps = [-(-(row[5] - row[4]) // 128) for row in rows if row[9] - 48 * row[2] > 16]
+        tokens = made._tuning.tokens
+        steps = [-(-(row[5] - row[4]) // tokens) for row in rows if row[9] - 48 * row[2] > 16]
         assert steps == sorted(steps, reverse=True)
         q_indptr = batch.q_indptr.tolist()
         for request, _, tile, _, begin, stop, slot, _, q_begin, q_len, kv_len, merge, *rest in rows:
@@ -236,7 +238,7 @@ def test_many_tiles_are_ordered_by_their_steps(launches):
             assert kv_len == batch.kv_lens[request] and (slot, merge, any(rest)) == (-1, -1, False)
             assert stop == max(kv_len - q_len + min((tile + 1) * 48, q_len), 0)
             first = 0 if window is None else max(kv_len - q_len + tile * 48 - window + 1, 0)
-            assert begin == min(first, stop) // 128 * 128
+            assert begin == min(first, stop) // tokens * tokens
 
 
 def test_short_queries_are_spread_over_longer_tiles(launches):
@@ -291,7 +293,7 @@ def test_a_call_passes_each_value_under_its_name(launches):
         **{"v_stride_page": 1024, "v_stride_token": 32, "v_stride_head": 512},
         **{"out_stride_token": 256, "out_stride_head": 32, "lse_stride_token": 9, "table_stride": 40},
         **{"k_scale_stride": 1, "v_scale_stride": 0, "num_kv_heads": 2},
-        **{"window": 64, "scale": 0.3, "soft_cap": 20.0, "v_scale": 0.25, "kv_indptr": 0, "v_scales": 0},
+        **{"window": 64, "unit": 20.0, "inner": 0.3 / 20.0, "v_scale": 0.25, "kv_indptr": 0, "v_scales": 0},
         "queries": (q.data_ptr(), (16, 4, 64)),
     }
     assert grid == (7, 1) and values == {**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **numbers}
@@ -299,7 +301,7 @@ def test_a_call_passes_each_value_under_its_name(launches):
     assert (kernel.mask, kernel.table, kernel.table_row, kernel.k_scales, kernel.v_scales) == (2, 1, True, True, False)
 
 
-def test_boxes_and_negative_scales_choose_their_kernels(launches):
+def test_boxes_and_negative_scales_choose_their_kernels(launches, monkeypatch):
     made = attention_prefill.plan(SPEC, CAPACITY, "cpu")
     made.update(dense_batch([100], [400]))
     q = torch.zeros(100, 8, 64, dtype=torch.bfloat16)
@@ -308,7 +310,13 @@ def test_boxes_and_negative_scales_choose_their_kernels(launches):
         made.run(q, kv, LayerArgs(scale=scale).resolve(SPEC), torch.empty_like(q), None)
         _, values, kernel = launches.last["attention_prefill"]
         assert type(kernel) is BoxPrefillSpec and kernel.signed_scale == signed
+        assert (values["unit"], values["inner"]) == ((1.0, scale) if signed else (scale, 1.0))
         assert values["keys"] == ("keys", 16, 128) and values["values"] == ("values", 16, 128)
+    empty = KVCache(*torch.zeros(2, 0, 16, 2, 64, dtype=torch.bfloat16))
+    monkeypatch.setattr(prefill_state, "maps_of", lambda kv, *box: None)
+    made.run(q, empty, LayerArgs().resolve(SPEC), torch.empty_like(q), None)
+    assert type(launches.last["attention_prefill"][2]) is PrefillSpec
+    assert launches.last["attention_prefill"][2].tokens == 128 < made._tuning.tokens
     launches.last.clear()
     made.run(q[:0], kv, LayerArgs().resolve(SPEC), torch.empty_like(q[:0]), None)
     assert not launches.last  # nothing to do

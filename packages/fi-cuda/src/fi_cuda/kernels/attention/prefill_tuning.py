@@ -23,13 +23,15 @@ MAX_GROUP = 64
 """Query heads of a KV head: a token's lie in one warpgroup's rows."""
 
 BOX_ROW_BYTES = 128
+
+MAX_ROW_TOKENS = 128
+"""Keys a step where rows are copied one by one: a thread looks up the page of one row of eight."""
 _PATTERN_TOKENS = 8
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
+_NARROWEST_HEAD_DIM = 64
 _NARROW_HEAD_DIM = 128
-_NARROW_TOKENS = 128
-_WIDE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,19 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     """Three warpgroups, each a step at a time, where the registers of a thread hold the scores of 128 keys beside its output;
     else two, whose steps overlap (docs/kernels/prefill.md)."""
     head_dim_vo = spec.head_dim_vo or 0
-    narrow = max(spec.head_dim, head_dim_vo) <= _NARROW_HEAD_DIM
-    boxes = spec.kv_dtype == spec.dtype and box_tokens(spec.page_size, _NARROW_TOKENS) is not None
-    # Producers that copy rows themselves, and a second function of the special unit, leave too few registers for three.
-    three = narrow and boxes and "soft_cap" not in spec.features
+    widest = max(spec.head_dim, head_dim_vo)
+    tokens, edge_tokens = (128, 32) if head_dim_vo <= _NARROW_HEAD_DIM else (64, 32)
+    is_power = spec.group_size & (spec.group_size - 1) == 0  # division by another takes registers
+    if widest <= _NARROWEST_HEAD_DIM and is_power:
+        tokens, edge_tokens = 144, 48
+    if spec.page_size is not None and box_tokens(spec.page_size, tokens) is None:
+        tokens, edge_tokens = min(tokens, MAX_ROW_TOKENS), 32
+    boxes = spec.kv_dtype == spec.dtype and box_tokens(spec.page_size, tokens) is not None
+    three = widest <= _NARROW_HEAD_DIM and boxes  # producers that copy rows themselves need too many registers
     tuning = PrefillTuning(
         consumers=3 if three else 2,
-        tokens=_NARROW_TOKENS if head_dim_vo <= _NARROW_HEAD_DIM else _WIDE_TOKENS,
-        edge_tokens=32,
+        tokens=tokens,
+        edge_tokens=edge_tokens,
         key_stages=2 if three else 3,
         value_stages=2,
         query_stages=2,
