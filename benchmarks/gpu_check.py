@@ -9,6 +9,7 @@ a short table ends the output, with what cannot run here as "not run". Exit stat
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -35,6 +36,7 @@ MODEL_MODULES = ("gguf", "jinja2", "safetensors", "tokenizers")
 """What the engine needs to read a model."""
 
 NUM_TOKENS = 256
+MAX_POSITION = 8192
 WARM_UP_STEPS = 8
 
 FAMILIES = (
@@ -146,6 +148,16 @@ def sanitizer(check: Check) -> None:
     check.row("sanitize.py", f"exit status {status}", status == 0)
 
 
+def replays(check: Check) -> None:
+    """10,000 replays of a captured step with random batches against eager steps (replays.py)."""
+    status = command(check, "replays", str(BENCHMARKS / "replays.py"), "--out", str(check.out))
+    for row in json.loads((check.out / "replays.json").read_text()):
+        right = row["differing"] == 0 and not row["waits"]
+        text = f"{row['replays']}, {row['differing']} differ; waits: {len(row['waits'])} ({row['seconds']:.0f} s)"
+        check.row(f"replays: {row['variant']}", text, right)
+    check.row("replays.py", f"exit status {status}", status == 0)
+
+
 def examples(check: Check) -> None:
     """Conformance of the example plugins, found through the entry points that installing them would write."""
     for project_file in sorted(ROOT.glob("examples/*/pyproject.toml")):
@@ -225,6 +237,22 @@ def engine(check: Check) -> None:
             check.row("  of its kernels' time", shown)
 
 
+def decode(check: Check) -> None:
+    """Decode of 64 requests of mixed lengths by a random-weight Llama-3.1-8B shape: the preferred kernels against Triton's."""
+    from fi_engine.decode_bench import Workload, run_decode_bench
+    from fi_engine.random_model import SHAPES, random_model
+
+    config, device = SHAPES["llama-3.1-8b"], torch.device(check.device)
+    model = random_model(config, device, torch.bfloat16, MAX_POSITION, lambda line: None)
+    with (check.out / "decode.log").open("w") as log:
+        found = run_decode_bench(model, Workload(64, 128, 2048), 64, ("default", "triton"), log, lambda line: None)
+    for name, speed in found.items():
+        check.data[f"decode-{name}"] = dataclasses.asdict(speed)
+    for line in (check.out / "decode.log").read_text().splitlines():
+        name, _, text = line.partition(": ")
+        check.row(f"decode, 64 at once, {name}", text)
+
+
 def kernel_shares(served: Any, num_requests: int) -> dict[str, float]:
     """Each family's share of the kernels' time in decode steps, the largest first."""
     from fi_engine.bench import PROMPTS
@@ -260,11 +288,13 @@ SECTIONS: dict[str, Callable[[Check], None]] = {
     "tests": gpu_tests,
     "conformance": conformance,
     "examples": examples,
+    "replays": replays,
     "pipeline": pipeline,
     "sanitizer": sanitizer,
     "partition": partition,
     "operations": operations,
     "engine": engine,
+    "decode": decode,
 }
 
 

@@ -196,7 +196,8 @@ def run_shard(options: argparse.Namespace) -> int:
     from fi_core.conformance import BoundCase, bound_cases
 
     index, count = map(int, options.shard.split("/"))
-    bound = bound_cases(options.backend, device="cuda", cases=options.case)
+    parts = [None] if options.case is None else options.case.split(",")
+    bound = [item for part in parts for item in bound_cases(options.backend, device="cuda", cases=part)]
     cases = [item for item in bound if isinstance(item, BoundCase)][index::count]
     print(f"cases: {len(cases)}")
     for case in cases:
@@ -242,7 +243,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the logs and of summary.json")
     parser.add_argument("--backend", default="cuda")
-    parser.add_argument("--case", help="only cases whose operation/name contains this")
+    parser.add_argument("--case", help="only cases whose operation/name contains this, or one of several with commas")
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--jobs", type=int, default=min(10, os.cpu_count() or 1), help="processes of a tool")
     parser.add_argument("--seconds", type=float, default=150.0, help="time limit of a tool")

@@ -6,7 +6,7 @@ import fi_core
 
 SNAPSHOT = """
 Anything ArgumentError AttentionSpec BackendInfo Batch Between Capacity CapacityError Case Condition Cost DrawKeys
-EXACT FiError FilterParams IndexCheckError KVCache KernelEntry KernelRegistry LayerArgs LayoutError LinearScaling
+EXACT FiError FilterParams FusedRope IndexCheckError KVCache KernelEntry KernelRegistry LayerArgs LayoutError LinearScaling
 Llama3Scaling LogprobsOut OneOf Operation PackedMask PenaltyParams Plan PluginError PluginStatus Request RopeConfig RopeTable Rule
 Selection Settings SettingsError ShadowMismatchError SubsetOf Target Tolerance Trial UnknownBackendError
 UnsupportedError YarnScaling add_rmsnorm append_kv attention backends copy_pages explain filter_logits gelu_mul hookimpl

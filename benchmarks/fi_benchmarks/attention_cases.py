@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache, partial
 
 import torch
+from fi_core.rope import FusedRope
 
 from .attention_inputs import Shape, attention_problem
 from .problem import Case
@@ -72,6 +73,36 @@ def decode_cases() -> Iterator[Case]:
         yield _decode(batch, GEMMA)
         yield _decode(batch, replace(GEMMA, soft_cap=50.0), " softcap")
         yield _decode(batch, replace(GEMMA, soft_cap=50.0, window=1024), " softcap window1024")
+
+
+def rotated_cases() -> Iterator[Case]:
+    """Queries in FP8, and RoPE within attention, of queries and of keys that the cache holds unrotated."""
+    fp8 = replace(LLAMA, kv_format="fp8_e4m3")
+    both = FusedRope(128, keys=True)
+    for batch in ("B1 32k", "B8 8k", "B64 2k"):
+        yield _decode(batch, replace(fp8, q_format="fp8_e4m3"), " fp8 q-fp8")
+        yield _decode(batch, replace(LLAMA, rope=FusedRope(128)), " rope-q")
+        yield _decode(batch, replace(LLAMA, rope=both), " rope-qk")
+        yield _decode(batch, replace(fp8, rope=both), " fp8 rope-qk")
+    yield _decode("B64 2k", replace(LLAMA, rope=FusedRope(128, "interleaved", keys=True)), " rope-qk interleaved")
+    yield _decode("B64 2k", replace(LLAMA, head_dim=64, rope=FusedRope(64, keys=True)), " rope-qk")
+
+
+def verify_cases() -> Iterator[Case]:
+    """Several new tokens a request, or very many query heads for a KV head: many query rows share K and V."""
+    for num_qo_heads, num_kv_heads, q_len in (
+        (32, 8, 4),
+        (32, 8, 8),
+        (32, 8, 16),
+        (64, 8, 16),
+        (128, 1, 1),
+        (128, 1, 16),
+    ):
+        shape = Shape(num_qo_heads, num_kv_heads)
+        for count, kv_len in ((8, 8192), (64, 2048)):
+            name = f"verify B{count} q{q_len} kv{kv_len} {_heads(shape)}"
+            build = partial(attention_problem, shape=shape, q_lens=[q_len] * count, kv_lens=[kv_len] * count)
+            yield Case("attention", "decode", name, build)
 
 
 def _prefill(name: str, shape: Shape, lengths: list[int]) -> Case:

@@ -11,8 +11,9 @@ import fi_core as fi
 import torch
 from fi_core.ops.attention import attention_cost
 from fi_core.plan import attention_values
-from fi_core.records import KV_FORMATS, AttentionSpec, Batch, KVCache, KVFormat, LayerArgs
+from fi_core.records import KV_FORMATS, AttentionSpec, Batch, KVCache, KVFormat, LayerArgs, QFormat
 from fi_core.reference.attention import oracle
+from fi_core.rope import FusedRope, RopeConfig, RopeTable
 from fi_core.tolerances import attention_tolerance
 from torch import Tensor
 
@@ -30,7 +31,7 @@ MIXED_Q_LEN = 512
 @dataclass(frozen=True)
 class Shape:
     """Heads, dims and cache of a model; ``page_size`` None: ragged K and V. ``window``, ``soft_cap`` and ``sinks`` as in
-    fi.LayerArgs (sinks are random)."""
+    fi.LayerArgs (sinks are random); ``q_format`` and ``rope`` as in fi.AttentionSpec."""
 
     num_qo_heads: int = 32
     num_kv_heads: int = 8
@@ -41,6 +42,13 @@ class Shape:
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
+    q_format: QFormat = "same"
+    rope: FusedRope | None = None
+
+    @property
+    def rotates_or_reads_fp8_queries(self) -> bool:
+        """Whether the call has what the peers' plain calls have not."""
+        return self.rope is not None or self.q_format != "same"
 
     @property
     def spec(self) -> AttentionSpec:
@@ -55,6 +63,8 @@ class Shape:
             causal=self.causal,
             windows=(self.window,),
             features=frozenset(features),
+            q_format=self.q_format,
+            rope=self.rope,
         )
 
 
@@ -95,7 +105,7 @@ def offsets(lengths: Sequence[int]) -> list[int]:
 def make_inputs(device: torch.device, shape: Shape, q_lens: Sequence[int], kv_lens: Sequence[int]) -> AttentionInputs:
     """Random q, K and V, equal every time."""
     generator, dtype = generator_on(device), KV_FORMATS[shape.kv_format]
-    q = normal((sum(q_lens), shape.num_qo_heads, shape.head_dim), torch.bfloat16, generator)
+    q = normal((sum(q_lens), shape.num_qo_heads, shape.head_dim), shape.spec.q_dtype, generator)
     heads = (shape.num_kv_heads, shape.head_dim)
     indptr, lengths = int32(offsets(q_lens), device), int32(kv_lens, device)
     pages = None
@@ -113,8 +123,12 @@ def make_inputs(device: torch.device, shape: Shape, q_lens: Sequence[int], kv_le
     scale = None if dtype.itemsize > 1 else 0.5
     k, v = (normal(rows, dtype, generator) for _ in range(2))
     kv = KVCache(k, v, format=shape.kv_format, k_scale=scale, v_scale=scale)
-    sinks = torch.randn(shape.num_qo_heads, device=device, generator=generator).bfloat16().float()
-    layer = LayerArgs(soft_cap=shape.soft_cap, sinks=sinks if shape.sinks else None)
+    drawn = torch.randn(shape.num_qo_heads, device=device, generator=generator).bfloat16().float()
+    rope = shape.rope
+    angles = None if rope is None else RopeTable.make(RopeConfig(rope.rotary_dim, pairs=rope.pairs), device)
+    q_scale = None if shape.q_format == "same" else 0.5
+    sinks = drawn if shape.sinks else None
+    layer = LayerArgs(soft_cap=shape.soft_cap, sinks=sinks, q_scale=q_scale, rope=angles)
     return AttentionInputs(shape, layer, tuple(q_lens), tuple(kv_lens), q, kv, batch, pages)
 
 
@@ -153,7 +167,8 @@ def expected_rows(inputs: AttentionInputs, chosen: Sequence[tuple[int, int]]) ->
     ones = int32(range(len(chosen) + 1), device)
     batch = Batch(ones, int32(seen, device), table, table_row=request.int())
     spec = replace(shape.spec, page_size=page_size, table="dense")
-    out, _ = oracle(spec, batch, inputs.q[rows], kv, inputs.layer.resolve(spec))
+    q = inputs.q.view(torch.uint8)[rows].view(inputs.q.dtype) if shape.q_format != "same" else inputs.q[rows]
+    out, _ = oracle(spec, batch, q, kv, inputs.layer.resolve(spec))
     return out
 
 
@@ -186,7 +201,7 @@ def ours(inputs: AttentionInputs, max_q_len: int, updates: bool = False) -> Make
     """Our call; with ``updates`` every call plans anew first."""
 
     def make() -> Call:
-        plan, out = plan_for(inputs, max_q_len), torch.empty_like(inputs.q)
+        plan, out = plan_for(inputs, max_q_len), torch.empty_like(inputs.q, dtype=inputs.shape.spec.dtype)
         plan.update(inputs.batch)
 
         def call() -> Outputs:

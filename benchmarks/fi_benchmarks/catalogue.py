@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .attention_cases import append_cases, decode_cases, prefill_cases
+from .attention_cases import append_cases, decode_cases, prefill_cases, rotated_cases, verify_cases
 from .memory_cases import memory_cases
 from .problem import Case
 from .sampling_cases import sampling_cases
@@ -14,7 +14,8 @@ GROUPS = ("memory", "decode", "prefill", "append", "mixed", "sampling")
 
 def all_cases() -> list[Case]:
     """In the order they run."""
-    return [*memory_cases(), *decode_cases(), *prefill_cases(), *append_cases(), *sampling_cases()]
+    decode = (*decode_cases(), *rotated_cases(), *verify_cases())
+    return [*memory_cases(), *decode, *prefill_cases(), *append_cases(), *sampling_cases()]
 
 
 def choose(ops: Sequence[str], names: Sequence[str]) -> list[Case]:

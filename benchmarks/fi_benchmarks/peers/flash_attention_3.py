@@ -46,7 +46,7 @@ def _forward(inputs: AttentionInputs, table: Tensor | None, kv_starts: Tensor | 
 
 def _attention(problem: Problem) -> Mapping[str, Maker]:
     inputs: AttentionInputs = problem.inputs
-    if inputs.shape.kv_format != "bf16":  # FP8 keys need FP8 queries
+    if inputs.shape.kv_format != "bf16" or inputs.shape.rotates_or_reads_fp8_queries:  # FP8 keys need FP8 queries
         return {}
     starts = None if inputs.batch.table is not None else int32(offsets(inputs.kv_lens), inputs.q.device)
 

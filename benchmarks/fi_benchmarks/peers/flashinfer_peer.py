@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import ModuleType
@@ -31,6 +32,8 @@ def _find(options: PeerOptions) -> str:
         add_folder(options.folder)
         if (options.folder / "stubs.py").exists():
             importlib.import_module("stubs")  # stands in for FlashInfer's imports that serve other GPUs
+            # By default its norms come from a package that is among them.
+            os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
     flashinfer = _flashinfer()
     spec_class = importlib.import_module("flashinfer.jit.core").JitSpecNvcc
     compile_module = spec_class.build
@@ -125,7 +128,7 @@ def _holistic(inputs: AttentionInputs) -> Maker:
 
 def _attention(problem: Problem) -> Mapping[str, Maker]:
     inputs: AttentionInputs = problem.inputs
-    if inputs.shape.sinks:
+    if inputs.shape.sinks or inputs.shape.rotates_or_reads_fp8_queries:
         return {}
     if inputs.is_decode:
         return {"flashinfer-fa2": _decode(inputs, False), "flashinfer-fa2-tc": _decode(inputs, True)}

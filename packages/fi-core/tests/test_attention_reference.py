@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from fi_core import AttentionSpec, Batch, KVCache, LayerArgs, PackedMask
+from fi_core import AttentionSpec, Batch, FusedRope, KVCache, LayerArgs, PackedMask, RopeConfig, RopeTable, YarnScaling
 from fi_core.ops.cases.attention import cases
 from fi_core.ops.cases.kv import CacheForm, make_cache
 from fi_core.reference.attention import ReferenceState, oracle
@@ -51,6 +51,19 @@ def mask_bit(mask: PackedMask, request: int, q_len: int, kv_len: int, token: int
     return bool(int(mask.bits[byte]) >> (column % 8) & 1)
 
 
+def turned(vector: list[float], position: int, rope) -> list[float]:
+    """The vector with its pairs rotated, one after the other."""
+    out, config = list(vector), rope.config
+    half = config.rotary_dim // 2
+    for pair in range(half):
+        first, second = (pair, pair + half) if config.pairs == "half" else (2 * pair, 2 * pair + 1)
+        angle = position * float(rope.inv_freq[pair])
+        cos, sin = math.cos(angle) * config.attention_factor, math.sin(angle) * config.attention_factor
+        out[first] = vector[first] * cos - vector[second] * sin
+        out[second] = vector[second] * cos + vector[first] * sin
+    return out
+
+
 def plain_row(spec, batch, q_row, kv, layer, request, token, head):
     """(output vector, lse) of one query head of one token."""
     q_len = int(batch.q_indptr[request + 1] - batch.q_indptr[request])
@@ -58,6 +71,9 @@ def plain_row(spec, batch, q_row, kv, layer, request, token, head):
     position = kv_len - q_len + token
     kv_head = head // (spec.num_qo_heads // spec.num_kv_heads)
     k, v = kv.typed()
+    query = [value * scale_of(layer.q_scale, head) for value in q_row.tolist()]
+    if spec.rope is not None:
+        query = turned(query, position, layer.rope)
     logits, values = [], []
     for key in range(kv_len):
         if spec.causal and key > position:
@@ -68,7 +84,10 @@ def plain_row(spec, batch, q_row, kv, layer, request, token, head):
             continue
         where = (kv.layout, spec.page_size, request, key, kv_head)
         key_vector = key_of(batch, k, *where).double() * scale_of(kv.k_scale, kv_head)
-        logit = layer.scale * sum(a * b for a, b in zip(q_row.tolist(), key_vector.tolist(), strict=True))
+        keys = key_vector.tolist()
+        if spec.rope is not None and spec.rope.keys:
+            keys = turned(keys, key, layer.rope)
+        logit = layer.scale * sum(a * b for a, b in zip(query, keys, strict=True))
         if layer.soft_cap is not None:
             logit = layer.soft_cap * math.tanh(logit / layer.soft_cap)
         if layer.alibi_slopes is not None:
@@ -99,7 +118,9 @@ def check_against_plain(spec, batch, q, kv, layer) -> None:
     assert out[rows:].isnan().all() and lse[rows:].isnan().all()
 
 
-def make(spec: AttentionSpec, mask_columns: str | None = None, q_lens=Q_LENS, kv_lens=KV_LENS, **form):
+def make(
+    spec: AttentionSpec, mask_columns: str | None = None, q_lens=Q_LENS, kv_lens=KV_LENS, q_scale: str = "none", **form
+):
     generator = torch.Generator().manual_seed(7)
     names = ("head_dim", "head_dim_vo", "kv_format", "page_size", "kv_layout", "table")
     cache_form = CacheForm(num_heads=spec.num_kv_heads, **{name: getattr(spec, name) for name in names}, **form)
@@ -112,14 +133,22 @@ def make(spec: AttentionSpec, mask_columns: str | None = None, q_lens=Q_LENS, kv
         bits = torch.randint(0, 256, (sum(widths),), generator=generator, dtype=torch.int64).to(torch.uint8)
         mask = PackedMask(bits, starts, mask_columns)
     batch = Batch(indptr, torch.tensor(kv_lens, dtype=torch.int32), mask=mask, **cache.fields)
-    q = torch.randn(sum(q_lens) + 2, spec.num_qo_heads, spec.head_dim, generator=generator).to(spec.dtype)
+    q = torch.randn(sum(q_lens) + 2, spec.num_qo_heads, spec.head_dim, generator=generator).to(spec.q_dtype)
     heads = spec.num_qo_heads
+    rope = None
+    if spec.rope is not None:
+        scaling = YarnScaling(2.0, 16, attention_factor=1.25)
+        config = RopeConfig(spec.rope.rotary_dim, base=50.0, pairs=spec.rope.pairs, scaling=scaling)
+        rope = RopeTable.make(config, "cpu")
+    q_scales = {"none": None, "float": 0.75, "tensor": torch.tensor(0.75), "heads": torch.rand(heads) + 0.5}
     layer = LayerArgs(
         scale=0.3 if "soft_cap" in spec.features else None,
         soft_cap=1.5 if "soft_cap" in spec.features else None,
         window=spec.windows[-1],
         sinks=torch.randn(heads, generator=generator) if "sinks" in spec.features else None,
         alibi_slopes=torch.rand(heads, generator=generator) if "alibi" in spec.features else None,
+        q_scale=q_scales[q_scale],
+        rope=rope,
     ).resolve(spec)
     return batch, q, cache.kv, layer
 
@@ -164,6 +193,23 @@ def test_oracle_formats(kv_format, scale):
     check_against_plain(spec, *make(spec, scale=scale, as_bytes=scale == "tensor"))
 
 
+@pytest.mark.parametrize("q_format", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("q_scale", ["none", "float", "tensor", "heads"])
+def test_oracle_of_fp8_queries(q_format, q_scale):
+    check_against_plain(spec_of(q_format=q_format), *make(spec_of(q_format=q_format), q_scale=q_scale))
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("pairs", ["half", "interleaved"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_oracle_rotates(keys, pairs, causal):
+    """Requests with fewer keys than queries among them: then positions are negative."""
+    lens = {"q_lens": (1, 5, 0, 9), "kv_lens": (12, 3, 3, 20)}
+    for rotary_dim in (8, 4):
+        spec = spec_of(rope=FusedRope(rotary_dim, pairs, keys), causal=causal, windows=(None, 6))
+        check_against_plain(spec, *make(spec, **lens))
+
+
 def test_oracle_cuts_long_prefills_into_chunks(monkeypatch):
     monkeypatch.setattr("fi_core.reference.attention._MAX_LOGITS", 100)
     spec = spec_of(windows=(6,), features={"mask"})
@@ -204,3 +250,10 @@ def test_case_names_are_unique_and_cover_the_contract():
     groups = {case.values["group_size"] for case in cases()}
     assert {1, 2, 3, 4, 5, 6, 7, 8, 16} <= groups
     assert {"dense", "indptr", "ragged"} == {case.values["table"] for case in cases()}
+    for kv_format in ("bf16", "fp8_e4m3", "fp8_e5m2"):
+        dims = {case.values["head_dim"] for case in cases() if case.values["kv_format"] == kv_format}
+        assert {64, 96, 128, 192, 256} <= dims
+    assert {32, 64, 128} <= groups
+    for table in ("dense", "indptr"):
+        sizes = {case.values["page_size"] for case in cases() if case.values["table"] == table}
+        assert {1, 2, 5, 8, 16, 24, 32, 100, 128, 255} <= sizes

@@ -15,6 +15,7 @@ from fi_core import (
     PenaltyParams,
     RopeConfig,
     RopeTable,
+    YarnScaling,
     library,
 )
 from fi_core.registry import registry
@@ -70,6 +71,21 @@ def test_attention_compiles(fp8):
     assert eager_lse[:3].ne(0).all()
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_attention_with_scaled_queries_and_rope_compiles(per_head):
+    kv = cache_of()
+    plan = plan_of(q_format="fp8_e4m3", rope=fi.FusedRope(16, keys=True))
+    scaling = YarnScaling(2.0, 32, attention_factor=1.25)
+    table = RopeTable.make(RopeConfig(16, scaling=scaling), "cpu")
+    q_scale = torch.rand(4) + 0.5 if per_head else 0.75
+    layer = LayerArgs(q_scale=q_scale, rope=table)
+    q = torch.randn(3, 4, 16).to(torch.float8_e4m3fn)
+    expected = fi.attention(q, kv, plan, layer)
+    torch.testing.assert_close(compiled(lambda q: fi.attention(q, kv, plan, layer))(q), expected)
+    without = fi.attention(q, kv, plan, LayerArgs(q_scale=q_scale, rope=RopeTable.make(RopeConfig(16), "cpu")))
+    assert not torch.allclose(without, expected)
+
+
 def test_a_compiled_step_follows_updates_of_its_plan():
     kv, plan = cache_of(), plan_of()
     step = compiled(lambda q: fi.attention(q, kv, plan))
@@ -114,7 +130,8 @@ def test_attention_and_append_pass_opcheck():
     kv, plan = cache_of(), plan_of()
     details = library.cache_details(kv)
     workspace = list(plan.state.workspace)
-    arguments = (torch.randn(3, 4, 16), kv.k, kv.v, *details, plan.handle, workspace, None, None, -1, None, None)
+    arguments = (torch.randn(3, 4, 16), kv.k, kv.v, *details, plan.handle, workspace)
+    arguments += (None, None, -1, None, None, None, None, None, 1.0)
     torch.library.opcheck(torch.ops.fi.attention.default, (*arguments, torch.empty(3, 4, 16), None), test_utils=tests)
     batch = batch_of()
     lengths = [batch.q_indptr, batch.kv_lens, batch.table, None, None, None, None]

@@ -37,13 +37,14 @@ extern "C" void plan_on_host(const int* q_indptr, const int* kv_lens, int num_re
   std::vector<Cut> cuts(num_workers + 1, Cut{0, 0, 0, 0});
   std::vector<Cursor> cursors(num_workers + 1, Cursor{});
   std::vector<Place> places(num_workers + 1, Place{0, 0, 0});
+  line.params.num_workers = num_sharing(line);
   if (line.total_cost > 0) {
-    for (int worker = 0; worker < num_workers; ++worker) {
+    for (int worker = 0; worker < line.params.num_workers; ++worker) {
       const Int position = worker_begin(line, worker);
       cursors[worker] = seek(line, position);
       cuts[worker] = cut_at(line, before, cursors[worker], position);
     }
-    cuts[num_workers] = last_cut(line, before);
+    for (Int worker = line.params.num_workers; worker <= num_workers; ++worker) cuts[worker] = last_cut(line, before);
   }
   for (int worker = 1; worker <= num_workers; ++worker) {
     places[worker] = places[worker - 1];
@@ -61,13 +62,17 @@ extern "C" void plan_on_host(const int* q_indptr, const int* kv_lens, int num_re
     const Int end = places[worker + 1].first_item(line, cuts[worker + 1]);
     worker_indptr[worker] = static_cast<int>(begin);
     starts[worker * kStartQuads] = quad(begin, end, 0, 0);
-    if (line.total_cost == 0) continue;
+    if (line.total_cost == 0 || worker >= line.params.num_workers) continue;
     const int num_lanes = 32;
     for (int lane = 0; lane < num_lanes; ++lane) {
       RowWriter rows = {line, items, merges, starts + worker * kStartQuads, worker, lane, num_lanes,
                         places[worker].last_first, begin, places[worker].first_merge(line, cuts[worker]), false};
       Cursor cursor = cursors[worker];
-      emit_worker(line, cursor, worker, rows);
+      if (items_follow_from_cuts(line.params)) {
+        write_items(rows, cuts[worker], cuts[worker + 1], end - begin);
+      } else {
+        emit_worker(line, cursor, worker, rows);
+      }
     }
   }
 }

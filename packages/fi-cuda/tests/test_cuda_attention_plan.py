@@ -74,9 +74,24 @@ def expected_items(q_indptr: list[int], kv_lens: list[int], work: WorkList) -> l
     return rows
 
 
+def sharing_workers(q_indptr: list[int], kv_lens: list[int], params: PartitionParams) -> PartitionParams:
+    """With as many workers as get two steps each, for the cost of all tiles, which one worker would have whole."""
+    if params.max_splits:
+        return params
+    total = 0
+    for row in oracle_partition(q_indptr, kv_lens, replace(params, num_workers=1)).items.tolist():
+        kind = params.kinds[row[3]]
+        first = row[4] // kind.kv_tokens
+        total += kind.item_cost + len(range(first * kind.kv_tokens, row[5], kind.kv_tokens)) * kind.step_cost
+    share = 2 * params.kinds[0].step_cost
+    return replace(params, num_workers=max(1, min(params.num_workers, total // share)))
+
+
 def check(q_lens: list[int], kv_lens: list[int], params: PartitionParams, fill: Fill, device: str = "cpu") -> WorkList:
     q_indptr = np.concatenate(([0], np.cumsum(q_lens))).astype(np.int32)
-    work = oracle_partition(q_indptr.tolist(), kv_lens, params)
+    work = oracle_partition(q_indptr.tolist(), kv_lens, sharing_workers(q_indptr.tolist(), kv_lens, params))
+    idle = params.num_workers + 1 - len(work.worker_indptr)
+    work = replace(work, worker_indptr=np.append(work.worker_indptr, [len(work.items)] * idle).astype(np.int32))
     bounds = bounds_of(q_lens, kv_lens, params)
     lists = poisoned(params, bounds, device)
     lengths = torch.from_numpy(q_indptr).to(device), torch.tensor(kv_lens, dtype=torch.int32, device=device)

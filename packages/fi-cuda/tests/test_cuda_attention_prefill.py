@@ -65,7 +65,7 @@ def launches(monkeypatch):
         monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
     monkeypatch.setattr(layout, "num_processors", lambda device: 7)
     monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
-    monkeypatch.setattr(prefill_state, "maps_of", lambda kv, *box: (("keys", *box), ("values", *box)))
+    monkeypatch.setattr(prefill_state, "column_maps_of", lambda kv, *box: (("keys", *box), ("values", *box)))
     monkeypatch.setattr(prefill_state, "tensor_map_of", lambda tensor, box: (tensor.data_ptr(), box.shape))
     return recorder
 
@@ -136,7 +136,9 @@ def test_a_tile_has_whole_tokens():
         ({"max_q_len": 17}, True),
         ({"max_q_len": 1}, False),
         ({"max_q_len": 16, "group_size": 4}, False),
-        ({"max_q_len": 16, "group_size": 8}, True),
+        ({"max_q_len": 16, "group_size": 8}, False),
+        ({"max_q_len": 17, "q_format": "fp8_e4m3"}, False),
+        ({"max_q_len": 17, "rope": "q", "rope_pairs": "half", "rotary_dim": 64}, False),
         ({"max_q_len": 17, "group_size": 64}, True),
         ({"max_q_len": 17, "group_size": 65}, False),
         ({"max_q_len": 4096, "page_size": 1}, True),
@@ -284,7 +286,7 @@ def test_a_call_passes_each_value_under_its_name(launches):
     tensors = {
         **{"starts": lists.starts, "items": lists.items, "k": kv.k, "v": kv.v, "out": out, "lse": lse},
         **{"order_items": made._orders[64].items, "order": made._orders[64].header},
-        **{name: getattr(found, name).of(buffer) for name in ("arrivals", "partials", "partial_lses")},
+        **{name: getattr(found, name).of(buffer) for name in ("arrivals", "partials", "partial_rows")},
         **{"table": batch.table, "table_row": rows, "mask_bits": mask.bits, "mask_indptr": mask.indptr},
         **{"sinks": sinks, "slopes": slopes, "k_scales": scales},
     }
@@ -313,7 +315,7 @@ def test_boxes_and_negative_scales_choose_their_kernels(launches, monkeypatch):
         assert (values["unit"], values["inner"]) == ((1.0, scale) if signed else (scale, 1.0))
         assert values["keys"] == ("keys", 16, 128) and values["values"] == ("values", 16, 128)
     empty = KVCache(*torch.zeros(2, 0, 16, 2, 64, dtype=torch.bfloat16))
-    monkeypatch.setattr(prefill_state, "maps_of", lambda kv, *box: None)
+    monkeypatch.setattr(prefill_state, "column_maps_of", lambda kv, *box: None)
     made.run(q, empty, LayerArgs().resolve(SPEC), torch.empty_like(q), None)
     assert type(launches.last["attention_prefill"][2]) is PrefillSpec
     assert launches.last["attention_prefill"][2].tokens == 128 < made._tuning.tokens

@@ -12,6 +12,7 @@ import torch
 from fi_core.hookspecs import hookimpl
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, PackedMask
 from fi_core.registry import registry
+from fi_core.rope import FusedRope, RopeConfig, RopeTable, YarnScaling
 from fi_cuda.compile import compile_source
 from fi_cuda.kernels.attention import layout, plan, state, tuning
 from fi_cuda.kernels.attention.decode import CallForm, DecodeSpec, decode_spec
@@ -89,9 +90,8 @@ class Override:
 
 def test_tuning_reaches_kernel_and_partition(launches):
     manager = registry().manager
-    plugin = Override(
-        {"rows": 16, "chunk_tokens": 32, "num_stages": 2, "workers_per_processor": 2, "item_cost": 9, "step_cost": 2}
-    )
+    sizes = {"rows": 16, "chunk_tokens": 32, "num_warps": 4, "num_stages": 2}
+    plugin = Override({**sizes, "workers_per_processor": 2, "item_cost": 9, "step_cost": 2})
     manager.register(plugin)
     try:
         made = attention_decode.plan(SPEC, CAPACITY, "cpu")
@@ -117,6 +117,21 @@ KERNELS = {
     "narrow": decode_spec(AttentionSpec(8, 2, 80, 48), DecodeTuning(8, 16, 4, 6, 1, 4, 1), CallForm()),
     "fp8": decode_spec(
         AttentionSpec(8, 2, 128, 64, kv_format="fp8_e4m3"), DecodeTuning(16, 32, 8, 2, 1, 4, 1), CallForm()
+    ),
+    "tall": decode_spec(AttentionSpec(64, 2, 128), DecodeTuning(64, 32, 8, 3, 1, 4, 1, 4), CallForm()),
+    "rotated": decode_spec(AttentionSpec(8, 2, 96, rope=FusedRope(64)), DecodeTuning(8, 32, 4, 3, 1, 4, 1), CallForm()),
+    "rotated keys": decode_spec(
+        AttentionSpec(64, 2, 96, rope=FusedRope(96, keys=True)), DecodeTuning(32, 16, 8, 3, 1, 4, 1, 2), CallForm()
+    ),
+    "rotated FP8 keys": decode_spec(
+        AttentionSpec(8, 2, 128, kv_format="fp8_e5m2", rope=FusedRope(96, keys=True)),
+        DecodeTuning(8, 16, 8, 3, 1, 4, 1),
+        CallForm(),
+    ),
+    "interleaved FP8 keys": decode_spec(
+        AttentionSpec(8, 2, 64, kv_format="fp8_e4m3", rope=FusedRope(48, "interleaved", keys=True)),
+        DecodeTuning(8, 32, 4, 3, 1, 4, 1),
+        CallForm(),
     ),
     "plan": plan.plan_spec(partition_params(SPEC, CAPACITY, DecodeTuning(8, 16, 4, 6, 1, 4, 1), None, 132), CAPACITY),
 }
@@ -144,14 +159,15 @@ def test_arrangement_of_the_workspace(launches):
     found = layout.Layout.of(spec, CAPACITY, CPU)
     regions = [getattr(lists, item.name) for lists in found.lists.values() for item in fields(lists)]
     assert list(found.lists) == [None, 64] and found.host_bytes == found.scratch.begin
-    regions += [found.scratch, found.arrivals, found.partials, found.partial_lses]
+    regions += [found.scratch, found.partials, found.partial_rows]
     for before, after in itertools.pairwise(regions):
         assert before.end <= after.begin and after.begin % 256 == 0
     assert regions[-1].end <= found.num_bytes == attention_decode.workspace_bytes(spec, CAPACITY, "cpu")
-    assert found.partials.shape == (14, 8, 64) and found.arrivals.shape == (6,)
+    assert found.partials.shape == (14, 8, 64) and found.partial_rows.shape == (14, 8, 16, 2)
     made = attention_decode.plan(spec, CAPACITY, "cpu")
     assert made.workspace[0].numel() == found.num_bytes
-    assert (found.arrivals.of(made.workspace[0]) == 0).all()
+    for slots in (found.partials, found.partial_rows):
+        assert (slots.of(made.workspace[0]).view(torch.int32) == -1).all()
     assert [spec.windowed for spec in launches.specs if spec.stem == "attention_plan"] == [False, True] and len(
         launches.specs
     ) == 2
@@ -195,19 +211,22 @@ NUMBERS = {
     "out_stride_head": 32,
     "lse_stride_token": 9,
     "table_stride": 40,
+    "q_scale_stride": 1,
     "k_scale_stride": 1,
     "v_scale_stride": 0,
     "window": 64,
     "scale": 0.3,
     "soft_cap": 20.0,
     "v_scale": 0.25,
+    "rope_factor": 1.5,
 }
 
 
 def test_a_call_passes_each_value_under_its_name(launches):
     spec = AttentionSpec(
         8, 2, 64, 32, kv_format="fp8_e4m3", kv_layout="HND", windows=(None, 64),
-        features=frozenset({"lse", "soft_cap", "sinks", "alibi", "mask"}), batch_invariant=True,
+        features=frozenset({"lse", "soft_cap", "sinks", "alibi", "mask"}), batch_invariant=True, q_format="fp8_e5m2",
+        rope=FusedRope(32, "interleaved", keys=True),
     )  # fmt: skip
     made = attention_decode.plan(spec, CAPACITY, "cpu")
     rows = torch.zeros(3, dtype=torch.int32)
@@ -217,26 +236,32 @@ def test_a_call_passes_each_value_under_its_name(launches):
     scales = torch.tensor([0.5, 2.0])
     kv = cache(spec, k_scale=scales, v_scale=0.25)
     sinks, slopes = torch.zeros(8), torch.zeros(8)
-    layer = LayerArgs(scale=0.3, soft_cap=20.0, window=64, sinks=sinks, alibi_slopes=slopes).resolve(spec)
-    q = torch.zeros(4, 3 * 8, 64, dtype=torch.bfloat16)[:, :8]
+    q_scales = torch.ones(8)
+    rope = RopeTable.make(
+        RopeConfig(32, pairs="interleaved", scaling=YarnScaling(2.0, 64, attention_factor=1.5)), "cpu"
+    )
+    layer = LayerArgs(0.3, 20.0, 64, sinks, slopes, q_scales, rope).resolve(spec)
+    q = torch.zeros(4, 3 * 8, 64, dtype=torch.float8_e5m2)[:, :8]
     out, lse = torch.zeros(4, 8, 32, dtype=torch.bfloat16), torch.zeros(4, 9)[:, :8]
     made.run(q, kv, layer, out, lse)
     grid, values, kernel = launches.last["attention_decode"]
     assert grid == (7, 1)
     lists, found = lists_of(made, 64), made._layout
     buffer = made.workspace[0]
-    workspace = {name: getattr(found, name).of(buffer) for name in ("arrivals", "partials", "partial_lses")}
+    workspace = {name: getattr(found, name).of(buffer) for name in ("partials", "partial_rows")}
     absent = dict.fromkeys(("kv_indptr", "v_scales"), 0)
     tensors = {
         **{"starts": lists.starts, "items": lists.items, "q": q, "k": kv.k, "v": kv.v, "out": out, "lse": lse},
         **{"table": batch.table, "table_row": rows, "mask_bits": mask.bits, "mask_indptr": mask.indptr},
-        **{"sinks": sinks, "slopes": slopes, "k_scales": scales, **workspace},
+        **{"sinks": sinks, "slopes": slopes, "q_scales": q_scales, "k_scales": scales, **workspace},
+        "inv_freq": rope.inv_freq,
     }
     assert values == {**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **absent, **NUMBERS}
     assert kernel == DecodeSpec(
-        dtype=torch.bfloat16, stored=torch.float8_e4m3fn, head_dim=64, head_dim_vo=32, group_size=4, page_size=16,
-        table=1, table_row=True, rows=8, chunk_tokens=32, num_warps=4, stages=6, causal=True, windowed=True, soft_cap=True,
-        alibi=True, sinks=True, mask=2, k_scales=True, v_scales=False, lse=True, batch_invariant=True,
+        dtype=torch.bfloat16, query=torch.float8_e5m2, stored=torch.float8_e4m3fn, head_dim=64, head_dim_vo=32,
+        group_size=4, page_size=16, table=1, table_row=True, rows=8, chunk_tokens=32, num_warps=8, row_warps=1, stages=6,
+        causal=True, windowed=True, soft_cap=True, alibi=True, sinks=True, mask=2, rotary_dim=32, rope_pairs=2,
+        rope_keys=True, q_scales=True, k_scales=True, v_scales=False, lse=True, batch_invariant=True,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from fi_core.hookspecs import hookimpl
 from fi_core.ops import OPERATIONS
 from fi_core.records import AttentionSpec, Capacity, KVCache
 from fi_core.registry import registry
+from fi_core.rope import FusedRope
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import boxes, decode, tuning
 from fi_cuda.kernels.attention.decode import CallForm, decode_spec
@@ -29,16 +30,19 @@ SHAPES = list(itertools.product((16, 64, 80, 128, 192, 256), (1, 3, 4, 8, 16, 12
 
 @pytest.mark.parametrize("limit", [HOPPER_SHARED_BYTES, 163 << 10, 99 << 10])
 def test_every_served_shape_has_a_tile_and_two_stages(limit):
-    for head_dim, group, max_q_len, kv_format in SHAPES:
-        spec = AttentionSpec(group * 2, 2, head_dim, kv_format=kv_format)
+    for (head_dim, group, max_q_len, kv_format), rotated in itertools.product(SHAPES, (False, True)):
+        rope = FusedRope(head_dim // 32 * 32, keys=True) if rotated and head_dim >= 32 else None
+        spec = AttentionSpec(group * 2, 2, head_dim, kv_format=kv_format, rope=rope)
         capacity = Capacity(8, 8 * max_q_len, max_q_len, 4096)
         found = built_in_tuning(spec, capacity, limit)
         kernel = decode_spec(spec, found, CallForm())
         rows = max_q_len * group
         tallest = 16 if head_dim <= 128 else 8
-        assert found.rows in (8, 16) and found.rows <= tallest
-        assert found.rows >= min(rows, tallest) and (found.rows == 8 or found.rows < 2 * rows)
-        assert 2 <= found.num_stages <= 6
+        assert found.rows // found.row_warps <= tallest
+        if limit == HOPPER_SHARED_BYTES:
+            assert found.rows >= min(rows, 8 * tallest)
+        assert found.rows == 8 or found.rows < 2 * rows
+        assert 2 <= found.num_stages
         assert kernel.shared_bytes <= limit
         if found.num_stages < 6:
             assert replace(kernel, stages=found.num_stages + 1).shared_bytes > limit
@@ -46,10 +50,10 @@ def test_every_served_shape_has_a_tile_and_two_stages(limit):
         assert (kind.max_packed_rows == found.rows) == (rows <= found.rows)
 
 
-def test_decode_of_an_8b_model_keeps_200_kib_in_flight():
-    assert built_in_tuning(AttentionSpec(32, 8, 128), CAPACITY) == DecodeTuning(8, 32, 4, 3, 1, 2, 1)
+def test_decode_of_an_8b_model_keeps_128_kib_and_more_in_flight():
+    assert built_in_tuning(AttentionSpec(32, 8, 128), CAPACITY) == DecodeTuning(8, 32, 4, 3, 1, 4, 1)
     fp8 = built_in_tuning(AttentionSpec(32, 8, 128, kv_format="fp8_e5m2"), CAPACITY)
-    assert (fp8.num_warps, fp8.num_stages) == (4, 6)
+    assert (fp8.num_warps, fp8.num_stages) == (8, 2)
 
 
 class Override:
@@ -65,11 +69,14 @@ class Override:
     ("given", "message"),
     [
         ({"stages": 3}, "fi_tuning: expected names among"),
-        ({"rows": 64}, r"tuning.rows: expected one of \(8, 16\)"),
+        ({"rows": 64}, r"tuning.row_warps: expected 64 rows in parts of \(8, 16\)"),
+        ({"rows": 24}, r"tuning.rows: expected one of \(8, 16, 32, 64, 128\)"),
+        ({"rows": 64, "num_warps": 4, "row_warps": 8}, "tuning.row_warps"),
         ({"chunk_tokens": 64}, "tuning.chunk_tokens"),
         ({"num_stages": 1}, "tuning.num_stages: expected an int of at least 2"),
         ({"workers_per_processor": 2}, "tuning.workers_per_processor: expected at most 1"),  # in shared memory
-        ({"num_stages": 2, "chunk_tokens": 16, "workers_per_processor": 3}, "expected at most 2"),  # in registers
+        # In registers.
+        ({"num_warps": 4, "num_stages": 2, "chunk_tokens": 16, "workers_per_processor": 3}, "expected at most 2"),
     ],
 )
 def test_bad_tuning_is_named(given, message, monkeypatch):
@@ -110,8 +117,14 @@ def test_the_entry_is_complete_and_registered(attention):
         ({"head_dim": 272}, False),
         ({"head_dim_vo": 72}, False),
         ({"group_size": 64, "page_size": 1, "kv_layout": "HND", "table": "indptr"}, True),
-        ({"group_size": 65}, False),
-        ({"group_size": 8, "max_q_len": 9}, False),
+        ({"group_size": 128, "max_q_len": 16}, True),
+        ({"q_format": "fp8_e4m3", "kv_format": "fp8_e4m3"}, True),
+        ({"q_format": "fp8_e5m2"}, True),
+        ({"rope": "q", "rope_pairs": "half", "rotary_dim": 64}, True),
+        ({"rope": "qk", "rope_pairs": "half", "rotary_dim": 96}, True),
+        ({"rope": "qk", "rope_pairs": "half", "rotary_dim": 80}, False),
+        ({"rope": "qk", "rope_pairs": "interleaved", "rotary_dim": 80}, True),
+        ({"rope": "q", "rope_pairs": "interleaved", "rotary_dim": 40}, False),
         ({"page_size": None, "table": "ragged", "causal": False, "windowed": True}, True),
         ({"features": frozenset({"soft_cap", "sinks", "alibi", "mask", "lse"}), "batch_invariant": True}, True),
     ],
@@ -151,15 +164,20 @@ def test_maps_have_the_dims_that_the_kernel_indexes(layout, paged, monkeypatch):
     nhd = torch.zeros(*((7, 16) if paged else (50,)), 3, 160, dtype=torch.bfloat16)
     wide = nhd if layout == "NHD" else nhd.transpose(-2, -3).contiguous()
     kv = KVCache(wide[..., :128], wide[..., 128:], layout)
-    for found, tensor, columns in zip(boxes.maps_of(kv, 8), (kv.k, kv.v), (64, 32), strict=True):
+    for found, tensor, columns, width in zip(boxes.maps_of(kv, 8), (kv.k, kv.v), (2, 1), (64, 32), strict=True):
         shape, strides, address, box = found
         pages, tokens = (7, 16) if paged else (1, 50)
-        assert shape == (pages, 3, tokens, tensor.shape[-1]) and address == tensor.data_ptr()
+        assert shape == (pages, 3, columns, tokens, width) and address == tensor.data_ptr()
         token, head = (480, 160) if layout == "NHD" else (160, tokens * 160)
-        assert strides[1:] == (head, token, 1) and (not paged or strides[0] == 16 * 3 * 160)
-        assert box.shape == (1, 1, 8, columns) and box.swizzle_bytes == columns * 2
+        assert strides[1:] == (head, width, token, 1) and (not paged or strides[0] == 16 * 3 * 160)
+        assert box.shape == (1, 1, columns, 8, width) and box.swizzle_bytes == width * 2
 
 
 def test_no_map_describes_a_cache_without_pages():
     empty = torch.zeros(0, 16, 2, 64, dtype=torch.bfloat16)
     assert boxes.maps_of(KVCache(empty, empty), 16) is None
+
+
+def test_no_map_describes_rows_that_columns_do_not_fill():
+    kv = torch.zeros(3, 16, 2, 72, dtype=torch.bfloat16)
+    assert boxes.maps_of(KVCache(kv, kv), 16) is None

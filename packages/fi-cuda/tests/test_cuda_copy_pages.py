@@ -36,8 +36,8 @@ class Emulated:
         self.launches = 0
         monkeypatch.setattr(module, "_bound", self.bound)
 
-    def bound(self, device, index, vector):
-        self.spec = CopyPagesSpec(index, vector)
+    def bound(self, device, index, vector, flat, streaming):
+        self.spec = CopyPagesSpec(index, vector, flat, streaming)
         return self
 
     def launch(self, device, grid_x, grid_y, *values):
@@ -54,12 +54,12 @@ class Emulated:
         """Copy in ``memory`` (address -> its tensor's bytes), for int lists of (source, target) ids."""
         params, size, seen = self.values, self.spec.vector_bytes, set()
         num_packs = params["k_packs"] + params["v_packs"]
-        per_block = 4 * self.spec.num_threads
+        per_block = 2 * self.spec.num_threads
         assert self.grid == (len(ids), -(-num_packs // per_block))
         for source, target in ids:
             for pack in range(num_packs if min(source, target) >= 0 else 0):
                 part, place = ("k", pack) if pack < params["k_packs"] else ("v", pack - params["k_packs"])
-                row, column = divmod(place, params[f"{part}_width"])
+                row, column = (0, place) if self.spec.flat else divmod(place, params[f"{part}_width"])
                 outer, inner = (row, 0) if params[f"{part}_inner"] == 1 else divmod(row, params[f"{part}_inner"])
                 at = []
                 for side, page in (("source", source), ("target", target)):
@@ -119,5 +119,8 @@ def test_a_page_larger_than_one_block_takes_more_rows_of_blocks(monkeypatch):
     emulated = Emulated(monkeypatch)
     cache = KVCache(*torch.zeros(2, 4, 16, 8, 128, dtype=torch.bfloat16))
     copy_pages(cache, cache, torch.arange(3), torch.arange(3))
-    assert emulated.grid == (3, 2 * 16 * 8 * 128 * 2 // 16 // 1024)
+    assert emulated.grid == (3, 2 * 16 * 8 * 128 * 2 // 16 // 256)
     assert (emulated.values["k_packs"], emulated.values["k_width"]) == (2048, 2048)
+    assert not emulated.spec.streaming
+    copy_pages(cache, cache, *torch.zeros(2, 64, dtype=torch.int64))
+    assert emulated.spec.streaming

@@ -153,7 +153,7 @@ def test_fp8_without_rope_takes_larger_blocks():
 
 
 @pytest.mark.parametrize(
-    ("width", "vector", "alone", "with_add"),
+    ("width", "vector", "many", "few"),
     [
         (128, 16, 16, 16),
         (256, 16, 32, 32),
@@ -168,9 +168,9 @@ def test_fp8_without_rope_takes_larger_blocks():
         (1, 2, 1, 1),
     ],
 )
-def test_threads_of_a_row_follow_its_packs(width, vector, alone, with_add):
-    for add, threads in ((False, alone), (True, with_add)):
-        spec = RmsNormSpec(torch.bfloat16, torch.bfloat16, width, vector, add)
+def test_threads_of_a_row_follow_its_packs(width, vector, many, few):
+    for add, many_rows, threads in ((False, True, many), (False, False, few), (True, False, few)):
+        spec = RmsNormSpec(torch.bfloat16, torch.bfloat16, width, vector, add, many_rows)
         assert spec.threads_per_row == threads
         assert spec.num_threads == max(128, threads)
 

@@ -280,7 +280,7 @@ def test_fp8_norm_packs_each_value_under_its_name(monkeypatch, add, in_memory):
         }
     )
     assert named == set(recorder.values)
-    assert recorder.spec == RmsNormSpec(torch.bfloat16, torch.float8_e5m2, 128, 16, add)
+    assert recorder.spec == RmsNormSpec(torch.bfloat16, torch.float8_e5m2, 128, 16, add, False, True)
     assert recorder.grid == (-(-20 // (recorder.spec.num_threads // recorder.spec.threads_per_row)), 1)
 
 

@@ -100,6 +100,11 @@ extern "C" __global__ void __launch_bounds__(256, 1) probe(float* out, int* flag
   if (load_acquire(flags) == 3) store_release(flags + 1, 4);
   red_release(flags + 2, 1);
   flags[4] = add_acq_rel(flags + 3, 1);
+  float4* quads = reinterpret_cast<float4*>(out);
+  store_relaxed(quads + 1, load_relaxed(quads + 2));
+  float2* pairs = reinterpret_cast<float2*>(out);
+  store_relaxed(pairs + 1, load_relaxed(pairs + 2));
+  prefetch_to_l2(out + 64);
 }
 """
 
@@ -151,7 +156,8 @@ INSTRUCTIONS = {
         *("USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC", "ELECT", "BAR.SYNC", "BAR.ARV", "HMMA.16816.F32.BF16"),
         *("LDSM.16.M88.4", "LDSM.16.MT88.4", "STSM.16.M88.4", "STSM.16.MT88.4", "HMMA.16816.F32"),
         *("MUFU.EX2", "MUFU.LG2", "MUFU.TANH", "MUFU.RCP", "UCGABAR_ARV", "UCGABAR_WAIT", "MEMBAR.ALL.GPU"),
-        *("LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "SYNCS.ARRIVE.TRANS64.RED.A1T0"),
+        *("LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "SYNCS.ARRIVE.TRANS64.RED.A1T0", "LDG.E.64.STRONG.GPU", "CCTL.E.PF2"),
+        *("STG.E.64.STRONG.GPU", "LDG.E.128.STRONG.GPU", "STG.E.128.STRONG.GPU"),
     ],
     MULTIPLY: [
         *(f"HGMMA.64x{columns}x16.F32.BF16" for columns in range(8, 257, 8)),

@@ -7,12 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from fi_core.errors import FiError
 from fi_sampling import SamplingParams
 
 from .bench import run_bench
+from .checkpoint import open_checkpoint
+from .decode_bench import Workload, run_decode_bench
 from .demo import run_demo
-from .engine import Engine
+from .engine import Engine, device_of
+from .model import load_model
+from .random_model import SHAPES, random_model
 from .tokenizer import Message
 
 
@@ -27,8 +32,17 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help="measure tokens per second alone and batched, and decode steps per second"
     )
     bench.add_argument("--num-tokens", type=int, default=64, help="tokens of each request, more than 16")
+    decode = commands.add_parser("bench-decode", help="measure decode steps of many requests of mixed lengths")
+    which = decode.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, help="a .gguf file or a safetensors folder")
+    which.add_argument("--random", choices=sorted(SHAPES), help="a model of this shape with random weights")
+    decode.add_argument("--batch", type=int, default=64, help="requests at once")
+    decode.add_argument("--lengths", type=int, nargs=2, default=(128, 2048), metavar=("SHORTEST", "LONGEST"))
+    decode.add_argument("--num-steps", type=int, default=64)
+    decode.add_argument("--backends", default="default", help="comma-separated; default: what is preferred")
     for command in (chat, generate, demo, bench):
         command.add_argument("--model", type=Path, required=True, help="a .gguf file or a safetensors folder")
+    for command in (chat, generate, demo, bench, decode):
         command.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     for command in (chat, generate):
         command.add_argument("--max-tokens", type=int, default=256)
@@ -83,6 +97,21 @@ def _generate(options: argparse.Namespace) -> int:
     return int(any(output.error is not None for output in outputs))
 
 
+def _bench_decode(options: argparse.Namespace) -> None:
+    """Of a model of a file or of random weights, in bfloat16 on a GPU and float32 on a CPU."""
+    workload = Workload(options.batch, *options.lengths)
+    device = device_of(options.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if options.random is not None:
+        config = SHAPES[options.random]
+        model = random_model(config, device, dtype, config.max_position, _progress)
+    else:
+        checkpoint = open_checkpoint(options.model, _progress)
+        model = load_model(checkpoint, device, dtype, checkpoint.config.max_position, _progress)
+    _progress("")
+    run_decode_bench(model, workload, options.num_steps, options.backends.split(","), sys.stdout, _progress)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Errors of fi and an interrupt are printed without a traceback."""
     options = _parser().parse_args(arguments)
@@ -91,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_demo(options.model, options.device, sys.stdout)
         elif options.command == "bench":
             run_bench(options.model, options.device, options.num_tokens, sys.stdout, _progress)
+        elif options.command == "bench-decode":
+            _bench_decode(options)
         elif options.command == "chat":
             _chat(options)
         else:

@@ -115,7 +115,7 @@ class Engine:
         ``device``: CUDA where there is one, else the CPU. ``dtype``: bfloat16 on CUDA, float32 on a CPU. ``progress``
         receives a line for each part of the loading. Raises ArgumentError for a device that is not there.
         """
-        where = _device(device)
+        where = device_of(device)
         chosen = dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16)
         config = EngineConfig() if config is None else config
         checkpoint = open_checkpoint(path, progress)
@@ -371,7 +371,8 @@ def _rows(result: SampleResult) -> _LogprobRows | None:
     return None if found is None else (found.chosen.tolist(), found.indices.tolist(), found.values.tolist())
 
 
-def _device(given: str | torch.device | None) -> torch.device:
+def device_of(given: str | torch.device | None) -> torch.device:
+    """CUDA where there is one, else the CPU, unless ``given``; raises ArgumentError for a device that is not there."""
     if given is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = str(given).partition(":")

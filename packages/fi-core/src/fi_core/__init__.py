@@ -54,7 +54,7 @@ from .ops.verify_tree import verify_tree
 from .plan import Plan, plan
 from .records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, PackedMask
 from .registry import KernelRegistry, PluginStatus, Selection, use
-from .rope import LinearScaling, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
+from .rope import FusedRope, LinearScaling, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
 from .sampling import DrawKeys, FilterParams, LogprobsOut, PenaltyParams
 from .settings import Settings
 
@@ -76,6 +76,7 @@ __all__ = [
     "DrawKeys",
     "FiError",
     "FilterParams",
+    "FusedRope",
     "IndexCheckError",
     "KVCache",
     "KernelEntry",

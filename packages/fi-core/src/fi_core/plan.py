@@ -28,6 +28,7 @@ def attention_values(spec: AttentionSpec, max_q_len: int) -> dict[str, Hashable]
     """The request field values of ``attention`` for a spec."""
     return {
         "dtype": spec.dtype,
+        "q_format": spec.q_format,
         "kv_format": spec.kv_format,
         "head_dim": spec.head_dim,
         "head_dim_vo": spec.head_dim_vo,
@@ -39,6 +40,9 @@ def attention_values(spec: AttentionSpec, max_q_len: int) -> dict[str, Hashable]
         "windowed": any(window is not None for window in spec.windows),
         "features": spec.features,
         "batch_invariant": spec.batch_invariant,
+        "rope": "none" if spec.rope is None else "qk" if spec.rope.keys else "q",
+        "rope_pairs": "none" if spec.rope is None else spec.rope.pairs,
+        "rotary_dim": 0 if spec.rope is None else spec.rope.rotary_dim,
         "max_q_len": max_q_len,
     }
 
@@ -99,13 +103,21 @@ class Plan:
 
     def resolve(self, layer: LayerArgs) -> ResolvedLayer:
         """``layer`` checked against the spec and completed; remembered by value, tensors by identity."""
-        key = (layer.scale, layer.soft_cap, layer.window, id(layer.sinks), id(layer.alibi_slopes))
+        rope, q_scale = layer.rope, layer.q_scale
+        key: tuple[Hashable, ...] = (
+            layer.scale, layer.soft_cap, layer.window, id(layer.sinks), id(layer.alibi_slopes)
+        )  # fmt: skip
+        if rope is not None or q_scale is not None:
+            scale = id(q_scale) if isinstance(q_scale, torch.Tensor) else q_scale
+            key += (scale, None if rope is None else (id(rope.inv_freq), id(rope.cos_sin), rope.config))
         found = self._layers.get(key)
         if found is None:
             found = layer.resolve(self.spec)
-            for name in ("sinks", "alibi_slopes"):
+            if rope is not None:
+                rope.check("layer.rope", self.device)
+            for name in ("sinks", "alibi_slopes", "q_scale"):
                 tensor = getattr(layer, name)
-                if tensor is not None and (tensor.device != self.device or not tensor.is_contiguous()):
+                if isinstance(tensor, torch.Tensor) and (tensor.device != self.device or not tensor.is_contiguous()):
                     raise ArgumentError(f"layer.{name}", f"a contiguous tensor on {self.device}", tensor.device)
             if len(self._layers) >= _MAX_REMEMBERED:
                 self._layers.clear()

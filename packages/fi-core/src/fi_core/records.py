@@ -15,8 +15,10 @@ from typing import Literal, TypeVar
 import torch
 
 from .errors import ArgumentError, LayoutError
+from .rope import FusedRope, RopeTable
 
 KVFormat = Literal["fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2"]
+QFormat = Literal["same", "fp8_e4m3", "fp8_e5m2"]
 KVLayout = Literal["NHD", "HND"]
 TableForm = Literal["dense", "indptr", "ragged"]
 
@@ -28,6 +30,9 @@ KV_FORMATS: dict[str, torch.dtype] = {
     "fp8_e5m2": torch.float8_e5m2,
 }
 """Storage dtype of each KV format; the FP8 formats may also be stored as uint8."""
+
+Q_FORMATS: tuple[QFormat, ...] = ("same", "fp8_e4m3", "fp8_e5m2")
+"""Storage formats of attention's Q: "same" is the spec's dtype."""
 
 ATTENTION_FEATURES = frozenset({"soft_cap", "sinks", "alibi", "mask", "lse"})
 """What a spec may ask for beyond causal masking and windows."""
@@ -65,7 +70,8 @@ class AttentionSpec:
     ``windows`` names the sliding windows a call may pick: a key at position j is visible to a query at position i iff
     i - j < window; None is full attention. Query positions are bottom-right aligned: token i of a request with q_len
     new tokens stands at kv_len - q_len + i. ``features`` names what calls may use (see ATTENTION_FEATURES).
-    ``batch_invariant`` asks that the result of a request not depend on the rest of the batch.
+    ``batch_invariant`` asks that the result of a request not depend on the rest of the batch. ``dtype`` is that of the
+    output, and of Q with ``q_format`` "same". ``rope``: what attention rotates itself.
     """
 
     num_qo_heads: int
@@ -81,6 +87,8 @@ class AttentionSpec:
     windows: tuple[int | None, ...] = (None,)
     features: frozenset[str] = field(default_factory=frozenset)
     batch_invariant: bool = False
+    q_format: QFormat = "same"
+    rope: FusedRope | None = None
 
     def __post_init__(self) -> None:
         allowed = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -98,6 +106,11 @@ class AttentionSpec:
             f"a multiple of num_kv_heads={self.num_kv_heads}",
             self.num_qo_heads,
         )
+        _require(self.q_format in Q_FORMATS, "q_format", f"one of {Q_FORMATS}", self.q_format)
+        _require(isinstance(self.rope, (FusedRope, NoneType)), "rope", "a FusedRope or None", repr(self.rope))
+        if self.rope is not None:
+            expected = f"at most head_dim={self.head_dim}"
+            _require(self.rope.rotary_dim <= self.head_dim, "rope.rotary_dim", expected, self.rope.rotary_dim)
         for name in ("causal", "batch_invariant"):
             _require(isinstance(getattr(self, name), bool), name, "a bool", repr(getattr(self, name)))
         _require(self.kv_format in tuple(KV_FORMATS), "kv_format", f"one of {sorted(KV_FORMATS)}", self.kv_format)
@@ -128,6 +141,15 @@ class AttentionSpec:
     @property
     def kv_is_fp8(self) -> bool:
         return (self.kv_format or "").startswith("fp8")
+
+    @property
+    def q_dtype(self) -> torch.dtype:
+        """dtype of Q."""
+        return KV_FORMATS[self.q_format] if self.q_is_fp8 else self.dtype
+
+    @property
+    def q_is_fp8(self) -> bool:
+        return self.q_format != "same"
 
 
 @dataclass(frozen=True)
@@ -277,7 +299,9 @@ class LayerArgs:
     ``scale`` multiplies q . k (default 1 / sqrt(D)); ``soft_cap`` c then maps a logit x to c * tanh(x / c);
     ``alibi_slopes`` float32 [Hq] adds slope * (key position - query position); ``window`` must be one of the spec's
     windows (default: the spec's only one); ``sinks`` float32 [Hq] are extra logits that take part in the softmax
-    denominator and in the LSE but have no value row.
+    denominator and in the LSE but have no value row. ``q_scale`` (FP8 queries only): the stored value times the scale is
+    the real one; a float, or float32 of one element or [Hq]. ``rope``: frequencies of what the spec's ``rope`` rotates,
+    without a table (``cos_sin`` None): the angles are computed.
     """
 
     scale: float | None = None
@@ -285,6 +309,8 @@ class LayerArgs:
     window: int | None | Literal["spec"] = "spec"
     sinks: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
+    q_scale: float | torch.Tensor | None = None
+    rope: RopeTable | None = None
 
     def __post_init__(self) -> None:
         # Made anew for each call by some callers: no text is put together unless something is wrong.
@@ -297,6 +323,8 @@ class LayerArgs:
         for name, tensor in (("sinks", self.sinks), ("alibi_slopes", self.alibi_slopes)):
             if not isinstance(tensor, (torch.Tensor, NoneType)):
                 raise ArgumentError(f"layer.{name}", "a tensor or None", repr(tensor))
+        if not isinstance(self.rope, (RopeTable, NoneType)):
+            raise ArgumentError("layer.rope", "a RopeTable or None", repr(self.rope))
 
     def resolve(self, spec: AttentionSpec) -> ResolvedLayer:
         """Check against ``spec`` and fill in defaults; raises ArgumentError naming the field."""
@@ -319,7 +347,25 @@ class LayerArgs:
                 shape = (spec.num_qo_heads,)
                 _require(tuple(tensor.shape) == shape, f"layer.{name}", f"shape {shape}", tuple(tensor.shape))
                 _require(tensor.dtype == torch.float32, f"layer.{name}", "float32", tensor.dtype)
-        return ResolvedLayer(scale, self.soft_cap, window, self.sinks, self.alibi_slopes)
+        self._check_q_scale(spec)
+        wanted = spec.rope is not None
+        _require(
+            (self.rope is not None) == wanted, "layer.rope", f"{'a table' if wanted else 'None'} (spec.rope)", self.rope
+        )
+        if spec.rope is not None and self.rope is not None:
+            spec.rope.check_table("layer.rope", self.rope)
+        return ResolvedLayer(scale, self.soft_cap, window, self.sinks, self.alibi_slopes, self.q_scale, self.rope)
+
+    def _check_q_scale(self, spec: AttentionSpec) -> None:
+        scale = self.q_scale
+        _require(scale is None or spec.q_is_fp8, "layer.q_scale", f"None with q_format {spec.q_format}", repr(scale))
+        if isinstance(scale, torch.Tensor):
+            fits = scale.dtype == torch.float32 and (scale.numel() == 1 or tuple(scale.shape) == (spec.num_qo_heads,))
+            expected = f"float32 of 1 element or [{spec.num_qo_heads}]"
+            _require(fits, "layer.q_scale", expected, f"{scale.dtype} {list(scale.shape)}")
+        elif scale is not None:
+            usable = isinstance(scale, (int, float)) and 0 < scale < math.inf
+            _require(usable, "layer.q_scale", "a positive, finite float or a tensor", repr(scale))
 
 
 @dataclass(frozen=True)
@@ -331,3 +377,5 @@ class ResolvedLayer:
     window: int | None
     sinks: torch.Tensor | None
     alibi_slopes: torch.Tensor | None
+    q_scale: float | torch.Tensor | None = None
+    rope: RopeTable | None = None

@@ -138,6 +138,33 @@ def _yarn(plain: torch.Tensor, scaling: YarnScaling, base: float, rotary_dim: in
 
 
 @dataclass(frozen=True)
+class FusedRope:
+    """RoPE that attention itself applies, by the frequencies that each call brings (LayerArgs.rope): to the query at its
+    position kv_len - q_len + i, and with ``keys`` to each key at its position in the cache, which holds keys unrotated
+    (positions in the cache rather than in the text: Xiao et al., "Efficient streaming language models with attention
+    sinks", 2024, section 3.2). That holds of a packed mask's queries too: the nodes of a tree stand at their index, not at
+    their depth. ``rotary_dim`` and ``pairs`` as in RopeConfig."""
+
+    rotary_dim: int
+    pairs: RopePairs = "half"
+    keys: bool = False
+
+    def __post_init__(self) -> None:
+        RopeConfig(self.rotary_dim, pairs=self.pairs)  # the same limits
+        if not isinstance(self.keys, bool):
+            raise ArgumentError("rope.keys", "a bool", repr(self.keys))
+
+    def check_table(self, argument: str, table: RopeTable) -> None:
+        """Raise ArgumentError, naming the field of ``argument``, unless ``table`` rotates these dims by computed angles."""
+        for name in ("rotary_dim", "pairs"):
+            wanted, actual = getattr(self, name), getattr(table.config, name)
+            if actual != wanted:
+                raise ArgumentError(f"{argument}.config.{name}", f"{wanted!r} (the spec's)", repr(actual))
+        if table.cos_sin is not None:
+            raise ArgumentError(f"{argument}.cos_sin", "None (attention computes the angles)", "a tensor")
+
+
+@dataclass(frozen=True)
 class RopeTable:
     """A configuration made ready on a device: ``inv_freq`` float32 [rotary_dim / 2], and optionally a table ``cos_sin``
     float32 [max_position, rotary_dim] holding cos then sin (attention factor included). With a table kernels read it

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from fi_core.contract import Anything, Between, Condition, KernelEntry, OneOf, Request, Rule, SubsetOf
-from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, format_of
+from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, Q_FORMATS, format_of
 
 BACKEND = "cuda"
 MIN_CAPABILITY = (8, 0)
@@ -80,9 +80,6 @@ ENTRIES: list[KernelEntry] = [
 
 _MAX_GROUP = 1024  # the scheduler's own limit
 _MAX_SHORT_QUERY = 16
-_MAX_PACKED_ROWS = (
-    64  # a request with more has so many tiles that reading K and V once for each costs more than Triton's
-)
 _HEAD_DIM = Between(
     16, 256, multiple_of=16
 )  # rows are moved in units of 16 bytes and multiplied in units of 16 elements
@@ -101,6 +98,10 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "features": SubsetOf(*ATTENTION_FEATURES),
     "batch_invariant": Anything(),
     "max_q_len": Between(1, _MAX_SHORT_QUERY),
+    "q_format": OneOf(*Q_FORMATS),
+    "rope": OneOf("none", "q", "qk"),
+    "rope_pairs": OneOf("none", "half", "interleaved"),
+    "rotary_dim": Between(0, multiple_of=16),  # steps of the product rotate as a whole
 }
 
 _MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of one warpgroup
@@ -108,7 +109,11 @@ _MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of on
 _LONG_QUERIES: Mapping[str, Rule] = {
     **_SHORT_QUERIES,
     "group_size": Between(1, _MAX_LONG_GROUP),
-    "max_q_len": Between(1),
+    "max_q_len": Between(_MAX_SHORT_QUERY + 1),
+    "q_format": OneOf("same"),
+    "rope": OneOf("none"),
+    "rope_pairs": OneOf("none"),
+    "rotary_dim": Between(0, 0),
 }
 
 
@@ -116,12 +121,8 @@ def _same_or_fp8(request: Request) -> bool:
     return request["kv_format"] in (format_of(request["dtype"]), "fp8_e4m3", "fp8_e5m2")
 
 
-def _few_rows(request: Request) -> bool:
-    return int(request["max_q_len"]) * int(request["group_size"]) <= _MAX_PACKED_ROWS
-
-
-def _more_rows(request: Request) -> bool:
-    return int(request["max_q_len"]) > _MAX_SHORT_QUERY or not _few_rows(request)
+def _pairs_in_lanes(request: Request) -> bool:
+    return request["rope_pairs"] != "half" or int(request["rotary_dim"]) % 32 == 0
 
 
 def _on_hopper(request: Request) -> bool:
@@ -148,7 +149,7 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
         min_capability=BARRIER_CAPABILITY,
         conditions=(
             Condition("K and V in q's dtype or in FP8", _same_or_fp8),
-            Condition(f"at most {_MAX_PACKED_ROWS} rows of q for a KV head of a request", _few_rows),
+            Condition("a rotary_dim that 32 divides with rope_pairs 'half'", _pairs_in_lanes),
         ),
     ),
     KernelEntry(
@@ -162,7 +163,6 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
         conditions=(
             Condition("a Hopper GPU", _on_hopper),
             Condition("K and V in q's dtype or in FP8", _same_or_fp8),
-            Condition(f"more than {_MAX_SHORT_QUERY} tokens, or {_MAX_PACKED_ROWS} rows for a KV head", _more_rows),
         ),
     ),
 ]

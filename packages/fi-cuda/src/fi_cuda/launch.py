@@ -73,6 +73,7 @@ class _Arguments(threading.local):
         self.packed = ctypes.create_string_buffer(num_bytes)
         self.pointers = (ctypes.c_void_p * (1 + num_maps))(ctypes.addressof(self.packed))
         self.address = ctypes.addressof(self.pointers)
+        self.maps: tuple[Any, ...] | None = None  # that the pointers after the first point at
 
 
 class LaunchableKernel:
@@ -98,12 +99,15 @@ class LaunchableKernel:
 
         An empty grid launches nothing. Raises LaunchError, struct.error for values that do not fit the layout.
         """
+        self._launch(device, grid_x, grid_y, values)
+
+    def _launch(self, device: torch.device, grid_x: int, grid_y: int, values: tuple[Any, ...]) -> None:
         if grid_x == 0 or grid_y == 0:
             return
         device_idx = device.index
         if device_idx != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
-                LaunchableKernel.launch(self, device, grid_x, grid_y, *values)
+                self._launch(device, grid_x, grid_y, values)
             return
         arguments = self._arguments
         self._pack_into(arguments.packed, 0, *values)
@@ -146,14 +150,21 @@ class TensorMapKernel(LaunchableKernel):
     def __init__(self, artifact: Artifact, layout: ParamsLayout, shape: LaunchShape, names: tuple[str, ...]) -> None:
         super().__init__(artifact, layout, shape, len(names))
         self.names = names
+        self._num_maps = len(names)
 
     def launch(self, device: torch.device, grid_x: int, grid_y: int, *values: Any) -> None:
         """The same with the struct's values followed by one TensorMap a name."""
-        first = len(values) - len(self.names)
-        pointers = self._arguments.pointers
+        first = len(values) - self._num_maps
+        maps, arguments = values[first:], self._arguments
+        if maps != arguments.maps:  # most calls of a kernel are of one layer's cache again
+            self._point_at(maps, arguments)
+        self._launch(device, grid_x, grid_y, values[:first])
+
+    def _point_at(self, maps: tuple[Any, ...], arguments: _Arguments) -> None:
+        given = dict(zip(self.names, maps, strict=False))
         for idx, name in enumerate(self.names):
-            tensor_map = values[first + idx] if first >= 0 else None
+            tensor_map = given.get(name)
             if type(tensor_map) is not TensorMap:
                 raise LaunchError(f"launch of {self.artifact.name}: {name} is {tensor_map!r}, not a TensorMap")
-            pointers[1 + idx] = tensor_map.address
-        super().launch(device, grid_x, grid_y, *values[:first])
+            arguments.pointers[1 + idx] = tensor_map.address
+        arguments.maps = maps

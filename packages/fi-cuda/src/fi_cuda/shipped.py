@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from fi_core.records import AttentionSpec, Capacity
+from fi_core.rope import FusedRope
 
 from .kernels.append_kv import AppendShape, spec_for
 from .kernels.attention.decode import CallForm, decode_spec
@@ -33,6 +34,7 @@ PAGE_SIZE = 16
 _HOPPER_PROCESSORS = 132
 _DECODE = Capacity(max_batch=256, max_q_tokens=256, max_q_len=1, max_kv_len=2**17)
 _PREFILL = Capacity(max_batch=256, max_q_tokens=8192, max_q_len=8192, max_kv_len=2**17)
+_MANY_TOKENS = Capacity(max_batch=64, max_q_tokens=1024, max_q_len=16, max_kv_len=2**17)
 _SPECULATIVE = Capacity(max_batch=64, max_q_tokens=256, max_q_len=4, max_kv_len=2**17)
 
 
@@ -70,7 +72,9 @@ def shipped_specs() -> list[KernelSpec]:
         for dtype in DTYPES:
             found.update(dict.fromkeys(_specs_of(model, dtype)))
     # Pages of every model are copied by the same kernels.
-    found.update(dict.fromkeys(CopyPagesSpec(index, VECTOR_BYTES) for index in (torch.int32, torch.int64)))
+    for streaming in (False, True):
+        pages = (CopyPagesSpec(index, VECTOR_BYTES, True, streaming) for index in (torch.int32, torch.int64))
+        found.update(dict.fromkeys(pages))
     found.update(dict.fromkeys(_attention_specs()))
     return list(found)
 
@@ -78,10 +82,11 @@ def shipped_specs() -> list[KernelSpec]:
 def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
     """Append: K and V alone through slots, as for engines that rotate by themselves; and with RoPE through a table."""
     for out_dtype in (dtype, torch.float8_e4m3fn):
-        for add in (False, True):
-            yield RmsNormSpec(dtype, out_dtype, model.hidden_size, VECTOR_BYTES, add)
+        for add, many_rows in ((False, False), (False, True), (True, False)):
+            yield RmsNormSpec(dtype, out_dtype, model.hidden_size, VECTOR_BYTES, add, many_rows)
     if model.head_norm:
-        yield RmsNormSpec(dtype, dtype, model.head_dim, VECTOR_BYTES, add=False)
+        for many_rows in (False, True):
+            yield RmsNormSpec(dtype, dtype, model.head_dim, VECTOR_BYTES, False, many_rows, nested=True)
     yield GatedActivationSpec(dtype, model.intermediate_size, VECTOR_BYTES, SILU)
     yield MergeStatesSpec(dtype, model.head_dim, VECTOR_BYTES)
     for table in (False, True):
@@ -116,7 +121,7 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
 
 def _attention_specs() -> Iterator[KernelSpec]:
     """Decode of these models on a Hopper GPU, and of models with other head dims and features: sinks and windows,
-    soft caps; a step of speculative decoding with a tree's mask."""
+    soft caps, FP8 queries, RoPE on the way; steps of speculative decoding, with a tree's mask and with many tokens."""
     eight = AttentionSpec(32, 8, 128)
     # For K and V that no tensor map describes.
     yield decode_spec(eight, built_in_tuning(eight, _DECODE), CallForm())
@@ -127,6 +132,11 @@ def _attention_specs() -> Iterator[KernelSpec]:
             yield from _decode_specs(AttentionSpec(*heads), _DECODE, CallForm(table_row=in_any_order))
     yield from _decode_specs(replace(eight, dtype=torch.float16, kv_format="fp16"), _DECODE, CallForm())
     yield from _decode_specs(replace(eight, kv_format="fp8_e4m3"), _DECODE, CallForm(k_scales=True, v_scales=True))
+    all_fp8 = replace(eight, kv_format="fp8_e4m3", q_format="fp8_e4m3")
+    yield from _decode_specs(all_fp8, _DECODE, CallForm(q_scales=True, k_scales=True, v_scales=True))
+    for keys in (False, True):
+        yield from _decode_specs(replace(eight, rope=FusedRope(128, keys=keys)), _DECODE, CallForm())
+    yield from _decode_specs(eight, _MANY_TOKENS, CallForm())
     yield from _decode_specs(replace(eight, batch_invariant=True), _DECODE, CallForm())
     yield from _decode_specs(replace(eight, features=frozenset({"mask"})), _SPECULATIVE, CallForm(mask_columns="new"))
     sinks = AttentionSpec(64, 8, 64, windows=(None, 128), features=frozenset({"sinks"}))

@@ -18,6 +18,7 @@ from ..contract import Case, Cost, Operation
 from ..errors import ArgumentError
 from ..plan import Plan, plan_of
 from ..records import AttentionSpec, KVCache, LayerArgs, ResolvedLayer
+from ..rope import RopeConfig, RopeTable, YarnScaling
 from ..settings import settings
 from .arguments import check_last_dim, check_writable
 from .caches import check_cache, check_strides
@@ -33,7 +34,8 @@ OPERATION = Operation(
     name="attention",
     summary="softmax(q k^T) v of prefill, decode and mixed batches over a paged or ragged KV cache",
     fields={
-        "dtype": "dtype of q and out",
+        "dtype": "dtype of out, and of q with q_format 'same'",
+        "q_format": "'same', 'fp8_e4m3' or 'fp8_e5m2': what q is stored as",
         "kv_format": "storage format of K and V",
         "head_dim": "width of a Q and K head",
         "head_dim_vo": "width of a V and output head",
@@ -45,10 +47,14 @@ OPERATION = Operation(
         "windowed": "whether some call uses a sliding window",
         "features": "soft_cap, sinks, alibi, mask, lse: what calls may use",
         "batch_invariant": "whether a request's result may not depend on the rest of the batch",
+        "rope": "what attention rotates itself: 'none', 'q', or 'qk' with keys unrotated in the cache",
+        "rope_pairs": "'none', 'half' or 'interleaved'",
+        "rotary_dim": "dims of a head that rotate, 0 with rope 'none'",
         "max_q_len": "most new tokens of one request",
     },
     typical={
         "dtype": torch.bfloat16,
+        "q_format": "same",
         "kv_format": "bf16",
         "head_dim": 128,
         "head_dim_vo": 128,
@@ -60,6 +66,9 @@ OPERATION = Operation(
         "windowed": False,
         "features": frozenset(),
         "batch_invariant": False,
+        "rope": "none",
+        "rope_pairs": "none",
+        "rotary_dim": 0,
         "max_q_len": 1,
     },
     cases=_cases,
@@ -78,7 +87,7 @@ def attention(
 ) -> Tensor:
     """Attend from ``q`` [T, Hq, D] to the batch of the plan's last update; returns ``out`` [T, Hq, Dv].
 
-    ``q`` has the spec's dtype and may be any view whose last dim is contiguous and whose other strides are multiples of
+    ``q`` has the spec's ``q_dtype`` and may be any view whose last dim is contiguous and whose other strides are multiples of
     16 bytes; the same holds for K, V and ``out``. T may exceed the batch's tokens: rows past q_indptr[B] are neither
     read nor written. ``out`` may be given (it must not overlap q or kv); ``lse`` float32 [T, Hq] is filled with the
     natural-log sum of exponentials of the logits and needs the spec's feature "lse". A query that sees no key gets
@@ -95,7 +104,7 @@ def attention(
         raise ArgumentError("q", f"[T, {spec.num_qo_heads}, {spec.head_dim}]", list(shape))
     if shape[0] < plan.num_q_tokens:
         raise ArgumentError("q", f"at least {plan.num_q_tokens} rows, the tokens of the plan's batch", shape[0])
-    _check_tensor("q", q, spec.dtype, plan)
+    _check_tensor("q", q, spec.q_dtype, plan)
     if plan.checked_caches.get(kv) is None:
         _check_cache(kv, plan)
         plan.checked_caches.put(kv, True)
@@ -186,6 +195,8 @@ def _compiled(q: Tensor, kv: KVCache, plan: Plan, layer: LayerArgs, out: Tensor 
         out = torch.empty((q.shape[0], spec.num_qo_heads, spec.head_dim_vo or 0), dtype=spec.dtype, device=q.device)
     window = _SPEC_WINDOW if layer.window == "spec" else _NO_WINDOW if layer.window is None else layer.window
     numbers = (layer.scale, layer.soft_cap, window)
+    q_scale = layer.q_scale if isinstance(layer.q_scale, Tensor) else None
+    rope = layer.rope
     workspace = list(plan.state.workspace)
     _OP(
         q,
@@ -197,6 +208,10 @@ def _compiled(q: Tensor, kv: KVCache, plan: Plan, layer: LayerArgs, out: Tensor 
         *numbers,
         layer.sinks,
         layer.alibi_slopes,
+        q_scale,
+        None if q_scale is not None else layer.q_scale,
+        None if rope is None else rope.inv_freq,
+        1.0 if rope is None else rope.config.attention_factor,
         out,
         lse,
     )
@@ -205,19 +220,28 @@ def _compiled(q: Tensor, kv: KVCache, plan: Plan, layer: LayerArgs, out: Tensor 
 
 def _run(*flat: Any) -> None:
     """The operator's arguments, in the order of its schema."""
-    q, k, v, layout, kv_format, scales, scale_values, handle, _, scale, soft_cap, window, sinks, slopes, out, lse = flat
+    q, k, v, layout, kv_format, scales, scale_values, handle, _, *numbers, out, lse = flat
+    scale, soft_cap, window, sinks, slopes, q_scale, q_scale_value, inv_freq, attention_factor = numbers
+    plan = plan_of(handle)
     picked: int | Literal["spec"] | None = (
         "spec" if window == _SPEC_WINDOW else None if window == _NO_WINDOW else window
     )
-    layer = LayerArgs(scale, soft_cap, picked, sinks, slopes)
+    rope = None
+    if inv_freq is not None and plan.spec.rope is not None:
+        # inv_freq already holds the scaling; of it kernels read the attention factor only.
+        scaling = YarnScaling(1.0, 1, attention_factor=attention_factor)
+        config = RopeConfig(plan.spec.rope.rotary_dim, pairs=plan.spec.rope.pairs, scaling=scaling)
+        rope = RopeTable(config, inv_freq)
+    layer = LayerArgs(scale, soft_cap, picked, sinks, slopes, q_scale_value if q_scale is None else q_scale, rope)
     kv = library.cache_of(k, v, layout, kv_format, scales, scale_values)
-    attention(q, kv, plan_of(handle), layer, out, lse)
+    attention(q, kv, plan, layer, out, lse)
 
 
 _OP = library.register(
     "attention(Tensor q, Tensor k, Tensor v, str layout, str kv_format, Tensor?[] scales, float[] scale_values, "
     "SymInt plan, Tensor(a!)[] workspace, float? scale, float? soft_cap, SymInt window, Tensor? sinks, "
-    "Tensor? alibi_slopes, Tensor(b!) out, Tensor(c!)? lse) -> ()",
+    "Tensor? alibi_slopes, Tensor? q_scale, float? q_scale_value, Tensor? inv_freq, float attention_factor, "
+    "Tensor(b!) out, Tensor(c!)? lse) -> ()",
     _run,
 )
 
@@ -248,5 +272,6 @@ def attention_cost(spec: AttentionSpec, q_lens: Sequence[int], kv_lens: Sequence
         keys += kv_len - start if q_len else 0
         pairs += visible_pairs(q_len, kv_len, spec.causal, window)
     num_bytes = keys * spec.num_kv_heads * dims * spec.kv_dtype.itemsize
-    num_bytes += sum(q_lens) * spec.num_qo_heads * dims * spec.dtype.itemsize
+    row_bytes = spec.head_dim * spec.q_dtype.itemsize + (spec.head_dim_vo or 0) * spec.dtype.itemsize
+    num_bytes += sum(q_lens) * spec.num_qo_heads * row_bytes
     return Cost(num_bytes, 2 * dims * pairs * spec.num_qo_heads)

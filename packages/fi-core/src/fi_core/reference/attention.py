@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..records import KV_FORMATS, AttentionSpec, Batch, Capacity, KVCache, PackedMask, ResolvedLayer
+from ..rope import RopeTable
 from . import serving_dtype
 from .paging import locate
+from .rope import apply_rope
 
 _MAX_LOGITS = 1 << 23
 """Logits that one group may hold: bounds the memory of long prefills, which are cut into chunks of tokens."""
@@ -39,11 +41,14 @@ class _Chunk:
 class _Group:
     """n chunks of equally many tokens t, padded to one number of keys L.
 
-    ``rows`` int64 [n * t] of q; ``blocks`` and ``offsets`` int64 [n, L]: page and token in it (ragged: row and 0) of each
-    key; ``distance`` int64 [n, t, L]: key position - query position; ``visible`` bool [n, t, L], None: all.
+    ``rows`` int64 [n * t] of q; ``position`` int64 [n, t] of the queries; ``column`` int64 [n, L] of the keys; ``blocks``
+    and ``offsets`` int64 [n, L]: page and token in it (ragged: row and 0) of each key; ``distance`` int64 [n, t, L]: key
+    position - query position; ``visible`` bool [n, t, L], None: all.
     """
 
     rows: Tensor
+    position: Tensor
+    column: Tensor
     blocks: Tensor
     offsets: Tensor
     distance: Tensor
@@ -172,7 +177,9 @@ class ReferenceState:
         if self._batch.mask is not None:
             visible = visible & self._unpack(self._batch.mask, chunks[0])
         everything = bool(visible.all())
-        return _Group((row + token).flatten(), blocks, offsets, distance, None if everything else visible)
+        return _Group(
+            (row + token).flatten(), first + token, position, blocks, offsets, distance, None if everything else visible
+        )
 
     def _unpack(self, mask: PackedMask, chunk: _Chunk) -> Tensor:
         """bool [t, L]: what the packed mask says of a chunk's keys."""
@@ -197,7 +204,9 @@ class ReferenceState:
         tokens = group.rows.shape[0] // num
         k, v = (self._read(group, cache, kv.format or "") for cache in _as_nhd(kv))
         k_scale, v_scale = (_per_head(scale, heads, dtype, q.device) for scale in (kv.k_scale, kv.v_scale))
-        rows = q[group.rows].to(dtype).view(num, tokens, heads, size, spec.head_dim)
+        rows = self._queries(group, q, layer).view(num, tokens, heads, size, spec.head_dim)
+        if spec.rope is not None and spec.rope.keys and layer.rope is not None:
+            k = _rotated(k.transpose(1, 2), group.column, layer.rope).transpose(1, 2).contiguous()
         rows = (
             (rows * (k_scale * layer.scale)).permute(0, 2, 3, 1, 4).reshape(num * heads, size * tokens, spec.head_dim)
         )
@@ -208,6 +217,17 @@ class ReferenceState:
         values = values.view(num, heads, size, tokens, -1).permute(0, 3, 1, 2, 4) * v_scale
         shape = (num * tokens, spec.num_qo_heads)
         return values.reshape(*shape, -1), log_sum.permute(0, 3, 1, 2).reshape(shape)
+
+    def _queries(self, group: _Group, q: Tensor, layer: ResolvedLayer) -> Tensor:
+        """[n, t, Hq, D] in the compute dtype: the group's queries with their scale, rotated."""
+        spec = self.spec
+        stored = q.view(torch.uint8) if spec.q_is_fp8 else q
+        rows = stored[group.rows].view(spec.q_dtype).to(self.compute_dtype)
+        if layer.q_scale is not None:
+            scale = layer.q_scale
+            rows = rows * (scale.to(rows.dtype).view(-1, 1) if isinstance(scale, Tensor) else scale)
+        rows = rows.view(*group.position.shape, spec.num_qo_heads, spec.head_dim)
+        return rows if layer.rope is None else _rotated(rows, group.position, layer.rope)
 
     def _read(self, group: _Group, cache: Tensor, kv_format: str) -> Tensor:
         return group.gather(cache, self.spec.num_kv_heads).view(KV_FORMATS[kv_format]).to(self.compute_dtype)
@@ -228,6 +248,11 @@ def _as_nhd(kv: KVCache) -> tuple[Tensor, Tensor]:
     """K and V in NHD order; FP8 as bytes, which every index operation knows."""
     k, v = kv.as_nhd()
     return (k.view(torch.uint8), v.view(torch.uint8)) if k.element_size() == 1 else (k, v)
+
+
+def _rotated(rows: Tensor, position: Tensor, table: RopeTable) -> Tensor:
+    """``rows`` [n, L, H, D] rotated at their ``position`` int64 [n, L]."""
+    return apply_rope(rows.flatten(0, 1), position.flatten(), table, rows.dtype).view(rows.shape)
 
 
 def _per_head(scale: float | Tensor | None, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor | float:

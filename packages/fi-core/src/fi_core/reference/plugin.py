@@ -12,7 +12,7 @@ from ..hookspecs import BackendInfo, hookimpl
 from ..ops.arguments import FLOAT_DTYPES
 from ..ops.quantised_output import OUT_FORMATS
 from ..ops.sampling_arguments import MAX_VOCAB
-from ..records import ATTENTION_FEATURES, KV_FORMATS
+from ..records import ATTENTION_FEATURES, KV_FORMATS, Q_FORMATS
 from ..registry import KernelRegistry
 from ..sampling import FILTERS
 
@@ -42,6 +42,10 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         "features": SubsetOf(*sorted(ATTENTION_FEATURES)),
         "batch_invariant": OneOf(False, True),
         "max_q_len": _SIZE,
+        "q_format": OneOf(*Q_FORMATS),
+        "rope": OneOf("none", "q", "qk"),
+        "rope_pairs": OneOf("none", "half", "interleaved"),
+        "rotary_dim": Between(0, multiple_of=2),
     },
     "append_kv": {
         **_KV,

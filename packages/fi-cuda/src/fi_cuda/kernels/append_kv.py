@@ -151,8 +151,8 @@ class AppendTuning(NamedTuple):
     held_packs: int = 8
     held_packs_with_rope: int = 12
     block_threads: int = 128
-    few_threads: int = 128
-    few_rounds: int = 2
+    few_threads: int = 256
+    few_rounds: int = 1
 
 
 TUNING = AppendTuning()

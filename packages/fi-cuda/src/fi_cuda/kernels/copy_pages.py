@@ -14,16 +14,20 @@ from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
 
-_THREADS = 256
-_PACKS_PER_THREAD = 4
+_THREADS = 128
+_PACKS_PER_THREAD = 2
+_MANY_BLOCKS = 1024
 
 
 @dataclass(frozen=True)
 class CopyPagesSpec(KernelSpec):
-    """One width of loads and stores and one dtype of page ids; formats and layouts are strides to it."""
+    """One width of loads and stores and one dtype of page ids; formats and layouts are strides to it. ``flat``: a page of K
+    and one of V are contiguous in both caches; ``streaming``: what is written leaves L2 first, since it is too much to stay."""
 
     index: torch.dtype
     vector_bytes: int
+    flat: bool
+    streaming: bool
 
     stem: ClassVar = "copy_pages"
     overlapping: ClassVar = True
@@ -89,6 +93,7 @@ class _Launch(NamedTuple):
     """What a launch takes besides page ids and addresses: ``values`` follow those in the struct."""
 
     vector: int
+    flat: bool
     num_blocks: int
     values: tuple[int, ...]
 
@@ -111,12 +116,13 @@ def _launch(size: int, alignment: int, shapes: tuple[torch.Size, torch.Size], *s
     in_elements = (*k.source, *v.source, *k.target, *v.target, *(tensor[0] for tensor in strides))
     widths = (k.width // unit, v.width // unit, k.inner, v.inner)
     values = (*(stride // unit for stride in in_elements), k_packs, v_packs, *widths)
-    return _Launch(vector, -(-(k_packs + v_packs) // (_THREADS * _PACKS_PER_THREAD)), values)
+    flat = k.num_rows == v.num_rows == 1
+    return _Launch(vector, flat, -(-(k_packs + v_packs) // (_THREADS * _PACKS_PER_THREAD)), values)
 
 
 @lru_cache(maxsize=64)
-def _bound(device: torch.device, index: torch.dtype, vector: int) -> LaunchableKernel:
-    return kernel_for(CopyPagesSpec(index, vector), device)
+def _bound(device: torch.device, index: torch.dtype, vector: int, flat: bool, streaming: bool) -> LaunchableKernel:
+    return kernel_for(CopyPagesSpec(index, vector, flat, streaming), device)
 
 
 def copy_pages(source: KVCache, target: KVCache, source_pages: Tensor, target_pages: Tensor) -> None:
@@ -126,9 +132,11 @@ def copy_pages(source: KVCache, target: KVCache, source_pages: Tensor, target_pa
     bits = 16 | source_at[0] | source_at[1] | target_at[0] | target_at[1]
     strides = (source_k.stride(), source_v.stride(), target_k.stride(), target_v.stride())
     launch = _launch(source_k.element_size(), bits & -bits, (source_k.shape, source_v.shape), *strides)
-    _bound(device, source_pages.dtype, launch.vector).launch(
+    num_pairs = source_pages.shape[0]
+    streaming = num_pairs * launch.num_blocks >= _MANY_BLOCKS
+    _bound(device, source_pages.dtype, launch.vector, launch.flat, streaming).launch(
         device,
-        source_pages.shape[0],
+        num_pairs,
         launch.num_blocks,
         *source_at,
         source_pages.data_ptr(),

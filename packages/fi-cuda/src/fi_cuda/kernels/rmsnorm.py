@@ -16,18 +16,22 @@ from .rows import inner_size, num_rows, power_of_2_at_least, row_strides, vector
 
 MAX_WIDTH = 16384
 _BLOCK_THREADS = 128
+_FEW_ROWS = 512
 
 
 @dataclass(frozen=True)
 class RmsNormSpec(KernelSpec):
     """One row width, element type and element type of the output; ``add`` fuses the residual add. ``vector_bytes``: of the
-    inputs; the output is stored in as many elements."""
+    inputs; the output is stored in as many elements. ``many_rows``: enough to keep the device busy;
+    with an add nothing depends on it, and it is not set. ``nested``: rows have an outer and an inner dim."""
 
     dtype: torch.dtype
     out_dtype: torch.dtype
     width: int
     vector_bytes: int
     add: bool
+    many_rows: bool = False
+    nested: bool = False
 
     stem: ClassVar = "rmsnorm"
     overlapping: ClassVar = True
@@ -50,27 +54,42 @@ class RmsNormSpec(KernelSpec):
     )
 
     @property
+    def num_packs(self) -> int:
+        """Packs a row."""
+        return self.width * self.dtype.itemsize // self.vector_bytes
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a thread takes four packs: many rows of more than two packs for each thread of the smallest block. More of
+        the smaller blocks, each at another stage, keep memory busy."""
+        return self.many_rows and self.num_packs > 2 * _BLOCK_THREADS
+
+    @property
     def threads_per_row(self) -> int:
-        """Short rows finish in one round; others take two packs a thread. Without an add, rows for which that is more than
-        the smallest block take up to four: more of the smaller blocks, each at another stage, keep memory busy."""
-        num_packs = self.width * self.dtype.itemsize // self.vector_bytes
-        packs = 1 if num_packs <= 32 else 2 if self.add or num_packs <= 2 * _BLOCK_THREADS else 4
-        return min(512, power_of_2_at_least(-(-num_packs // packs)))
+        """Short rows finish in one round; others take two packs a thread, or four."""
+        packs = 1 if self.num_packs <= 32 else 4 if self.is_wide else 2
+        return min(512, power_of_2_at_least(-(-self.num_packs // packs)))
 
     @property
     def num_threads(self) -> int:
         return max(_BLOCK_THREADS, self.threads_per_row)
 
     def config_lines(self) -> list[str]:
-        return [*super().config_lines(), f"static constexpr int kThreadsPerRow = {self.threads_per_row};"]
+        past_l1 = self.is_wide and self.out_dtype != self.dtype
+        return [
+            *super().config_lines(),
+            f"static constexpr int kThreadsPerRow = {self.threads_per_row};",
+            f"static constexpr bool kWeightsLast = {str(self.is_wide).lower()};",
+            f"static constexpr bool kPastL1 = {str(past_l1).lower()};",
+        ]
 
 
 @lru_cache(maxsize=1024)
 def _bound(
-    device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype, width: int, vector: int, add: bool
+    device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], width: int, vector: int, *choices: bool
 ) -> tuple[LaunchableKernel, int]:
-    """The kernel, and its rows a block."""
-    spec = RmsNormSpec(dtype, out_dtype, width, vector, add)
+    """The kernel, and its rows a block; ``choices``: the spec's bools in their order."""
+    spec = RmsNormSpec(*dtypes, width, vector, *choices)
     return kernel_for(spec, device), spec.num_threads // spec.threads_per_row
 
 
@@ -89,7 +108,9 @@ def _launch(
     else:
         vector = vector_bytes(*inputs, multiple_of=width)
         vector = min(vector, vector_bytes(out, multiple_of=width) * x.element_size())
-    kernel, rows_per_block = _bound(device, x.dtype, out.dtype, width, vector, residual is not None)
+    adds, inner = residual is not None, inner_size(x)
+    choices = (adds, rows > _FEW_ROWS and not adds, inner > 1)
+    kernel, rows_per_block = _bound(device, (x.dtype, out.dtype), width, vector, *choices)
     kernel.launch(
         device,
         (rows + rows_per_block - 1) // rows_per_block,
@@ -103,7 +124,7 @@ def _launch(
         *((0, 0) if residual is None else row_strides(residual)),
         *row_strides(out),
         rows,
-        inner_size(x),
+        inner,
         *scalars,
         scale if isinstance(scale, (int, float)) else 1.0,
     )

@@ -24,7 +24,7 @@ _FEW_TOKENS = 1024
 @dataclass(frozen=True)
 class RopeSpec(KernelSpec):
     """One head shape and element type; ``table``: cosines and sines are read, otherwise computed. ``head_lanes`` heads of a
-    token are in work at once."""
+    token are in work at once; ``heads_first``: each thread's first ones are loaded before the angles."""
 
     dtype: torch.dtype
     position_type: torch.dtype
@@ -34,6 +34,7 @@ class RopeSpec(KernelSpec):
     pairs: int
     table: bool
     head_lanes: int
+    heads_first: bool
 
     stem: ClassVar = "rope"
     overlapping: ClassVar = True
@@ -88,11 +89,11 @@ def spec_for(
     few_tokens: bool,
 ) -> RopeSpec:
     """The spec for ``dims`` = (head_dim, rotary_dim, vector_bytes). Few tokens get a block each, so that the heads of a token
-    are loaded at once; with many, a thread's cosines and sines serve more heads."""
+    are loaded at once, before its angles; with many, a thread's cosines and sines serve more heads."""
     head_dim, rotary_dim, vector = dims
     num_units = (head_dim - rotary_dim // 2) * dtype.itemsize // vector
     head_lanes = max(1, min(_FEW_TOKEN_LANES if few_tokens else _LANES, _THREADS // num_units))
-    return RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table, head_lanes)
+    return RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table, head_lanes, few_tokens)
 
 
 @lru_cache(maxsize=1024)

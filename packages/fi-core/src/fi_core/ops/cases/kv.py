@@ -13,6 +13,8 @@ from torch import Tensor
 from ...records import KV_FORMATS, KVCache, KVFormat, KVLayout, TableForm
 from ...reference.append_kv import bytes_view, quantise
 
+ScaleForm = Literal["none", "float", "tensor", "heads"]
+
 _NAN_BYTE = 0x7F
 """NaN in both FP8 formats."""
 
@@ -34,7 +36,7 @@ class CacheForm:
     kv_layout: KVLayout = "NHD"
     table: TableForm = "dense"
     storage: Literal["separate", "interleaved", "padded"] = "separate"
-    scale: Literal["none", "float", "tensor", "heads"] = "none"
+    scale: ScaleForm = "none"
     as_bytes: bool = False
     table_row: bool = False
     first_page: int = 0
@@ -68,7 +70,7 @@ def make_cache(
     else:
         num_blocks, fields, block, offset = _paged(form, kv_lens, device, generator)
     k, v = _allocate(form, num_blocks, device)
-    scales = [_scale(form, device, generator) for _ in range(2)]
+    scales = [make_scale(form.scale, form.num_heads, device, generator) for _ in range(2)]
     kv = KVCache(k, v, form.kv_layout, form.kv_format, *scales)
     where = (block, offset) if kv.is_paged else (block,)
     for cache, scale in zip(kv.as_nhd(), scales, strict=True):
@@ -147,10 +149,13 @@ def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     return tensor
 
 
-def _scale(form: CacheForm, device: torch.device, generator: torch.Generator) -> float | Tensor | None:
-    if form.scale == "none":
+def make_scale(
+    form: ScaleForm, num_heads: int, device: torch.device, generator: torch.Generator
+) -> float | Tensor | None:
+    """An FP8 scale for normally distributed values."""
+    if form == "none":
         return None
-    if form.scale == "float":
+    if form == "float":
         return 0.0625
-    shape = (form.num_heads,) if form.scale == "heads" else ()
+    shape = (num_heads,) if form == "heads" else ()
     return (torch.rand(shape, generator=generator) * 0.1 + 0.02).to(device)

@@ -10,19 +10,21 @@ from fi_core.records import AttentionSpec
 
 from ...params import ParamsLayout
 from ...spec import KernelSpec, join_constants
-from .tuning import DecodeTuning, shared_bytes
+from .tuning import DecodeTuning, HeadForm, shared_bytes
 
 TABLE_FORMS = {"ragged": 0, "dense": 1, "indptr": 2}
 MASK_FORMS = {None: 0, "kv": 1, "new": 2}
+ROPE_PAIRS = {None: 0, "half": 1, "interleaved": 2}
 
 
 @dataclass(frozen=True)
 class DecodeSpec(KernelSpec):
-    """What is compiled into a decode kernel: element types, head shape, addressing (``page_size`` 0: ragged; ``table`` and
-    ``mask`` numbered as in TABLE_FORMS and MASK_FORMS), tile, and the features of the call. ``k_scales`` and
-    ``v_scales``: scales are in memory."""
+    """What is compiled into a decode kernel: element types (``query`` of Q, ``dtype`` of the output), head shape, addressing
+    (``page_size`` 0: ragged; ``table``, ``mask`` and ``rope_pairs`` numbered as in TABLE_FORMS, MASK_FORMS and
+    ROPE_PAIRS), tile, and the features of the call. ``q_scales``, ``k_scales`` and ``v_scales``: scales are in memory."""
 
     dtype: torch.dtype
+    query: torch.dtype
     stored: torch.dtype
     head_dim: int
     head_dim_vo: int
@@ -33,6 +35,7 @@ class DecodeSpec(KernelSpec):
     rows: int
     chunk_tokens: int
     num_warps: int
+    row_warps: int
     stages: int
     causal: bool
     windowed: bool
@@ -40,6 +43,10 @@ class DecodeSpec(KernelSpec):
     alibi: bool
     sinks: bool
     mask: int
+    rotary_dim: int
+    rope_pairs: int
+    rope_keys: bool
+    q_scales: bool
     k_scales: bool
     v_scales: bool
     lse: bool
@@ -52,9 +59,8 @@ class DecodeSpec(KernelSpec):
         (
             ("starts", "pointer"),
             ("items", "pointer"),
-            ("arrivals", "output"),
             ("partials", "output"),
-            ("partial_lses", "output"),
+            ("partial_rows", "output"),
             ("q", "pointer"),
             ("k", "pointer"),
             ("v", "pointer"),
@@ -67,6 +73,8 @@ class DecodeSpec(KernelSpec):
             ("mask_indptr", "pointer"),
             ("sinks", "pointer"),
             ("slopes", "pointer"),
+            ("inv_freq", "pointer"),
+            ("q_scales", "pointer"),
             ("k_scales", "pointer"),
             ("v_scales", "pointer"),
             ("q_stride_token", "int64"),
@@ -81,12 +89,14 @@ class DecodeSpec(KernelSpec):
             ("out_stride_head", "int64"),
             ("lse_stride_token", "int64"),
             ("table_stride", "int64"),
+            ("q_scale_stride", "int32"),
             ("k_scale_stride", "int32"),
             ("v_scale_stride", "int32"),
             ("window", "int32"),
             ("scale", "float"),
             ("soft_cap", "float"),
             ("v_scale", "float"),
+            ("rope_factor", "float"),
         )
     )
 
@@ -101,8 +111,10 @@ class DecodeSpec(KernelSpec):
 
     @property
     def shared_bytes(self) -> int:
-        tuning = DecodeTuning(self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1)
-        return shared_bytes(tuning, self.head_dim, self.head_dim_vo, self.stored.itemsize)
+        tuning = DecodeTuning(self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1, self.row_warps)
+        in_half = self.stored.itemsize == 1 and self.rope_pairs == ROPE_PAIRS["half"]
+        rotated = (self.rotary_dim, self.rope_keys, in_half)
+        return shared_bytes(tuning, HeadForm(self.head_dim, self.head_dim_vo, self.stored.itemsize, *rotated))
 
     def config_lines(self) -> list[str]:
         """As ever, with neighbours of one type on one line."""
@@ -128,12 +140,15 @@ class CallForm(NamedTuple):
     table_row: bool = False
     mask_columns: str | None = None
     boxes: bool = False
+    q_scales: bool = False
 
 
 def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> DecodeSpec:
     """The kernel of a call; soft cap, ALiBi and sinks are there exactly when ``spec`` has the feature."""
+    rope = spec.rope
     return (BoxDecodeSpec if form.boxes else DecodeSpec)(
         dtype=spec.dtype,
+        query=spec.q_dtype,
         stored=spec.kv_dtype,
         head_dim=spec.head_dim,
         head_dim_vo=spec.head_dim_vo or 0,
@@ -144,6 +159,7 @@ def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> De
         rows=tuning.rows,
         chunk_tokens=tuning.chunk_tokens,
         num_warps=tuning.num_warps,
+        row_warps=tuning.row_warps,
         stages=tuning.num_stages,
         causal=spec.causal,
         windowed=form.windowed,
@@ -151,6 +167,10 @@ def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> De
         alibi="alibi" in spec.features,
         sinks="sinks" in spec.features,
         mask=MASK_FORMS[form.mask_columns],
+        rotary_dim=0 if rope is None else rope.rotary_dim,
+        rope_pairs=ROPE_PAIRS[None if rope is None else rope.pairs],
+        rope_keys=rope is not None and rope.keys,
+        q_scales=form.q_scales,
         k_scales=form.k_scales,
         v_scales=form.v_scales,
         lse=form.lse,

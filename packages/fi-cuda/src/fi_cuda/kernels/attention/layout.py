@@ -45,11 +45,13 @@ class OrderRegions:
 
 @dataclass(frozen=True)
 class Slots:
-    """What a kernel keeps of split tiles: ``rows`` rows of ``head_dim_vo`` float32 a slot, ``counters`` a tile."""
+    """What a kernel keeps of split tiles: ``rows`` rows of ``head_dim_vo`` float32 a slot, and of ``row_shape`` float32 what
+    is known of a row; ``counters`` a tile."""
 
     rows: int
     head_dim_vo: int
-    counters: int = 1
+    row_shape: tuple[int, ...] = ()
+    counters: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class Layout:
 
     ``lists`` has a work list for each distinct window, and ``orders`` that of a prefill plan's tiles; these make up the first
     ``host_bytes``, which an update from the CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it
-    needs none). ``arrivals`` counts the pieces of each split tile that are there; ``partials`` and ``partial_lses`` (base 2)
-    are the slots of their results.
+    needs none). ``partials`` and ``partial_rows`` are the slots of pieces' results: of decode with base and mass of the
+    softmax, once for every four dims, all bits set while a piece is not there; of prefill with the log-sum-exp in base 2, and
+    ``arrivals`` counts the pieces of each split tile that are there.
     """
 
     tuning: DecodeTuning | PrefillTuning
@@ -71,7 +74,7 @@ class Layout:
     scratch: Region
     arrivals: Region
     partials: Region
-    partial_lses: Region
+    partial_rows: Region
     num_bytes: int
 
     @classmethod
@@ -83,7 +86,9 @@ class Layout:
             window: partition_params(spec, capacity, tuning, window, processors)
             for window in dict.fromkeys(spec.windows)
         }
-        return cls._arranged(tuning, params, capacity, Slots(tuning.rows, spec.head_dim_vo or 0), ordered=False)
+        head_dim_vo = spec.head_dim_vo or 0
+        slots = Slots(tuning.rows, head_dim_vo, row_shape=(head_dim_vo // 4, 2))
+        return cls._arranged(tuning, params, capacity, slots, ordered=False)
 
     @classmethod
     def of_prefill(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
@@ -138,6 +143,6 @@ class Layout:
             scratch=build.add((scratch_bytes(capacity.max_batch),), torch.uint8),
             arrivals=build.add((max_merges * slots.counters,), torch.int32),
             partials=build.add((bounds.num_slots, slots.rows, slots.head_dim_vo), torch.float32),
-            partial_lses=build.add((bounds.num_slots, slots.rows), torch.float32),
+            partial_rows=build.add((bounds.num_slots, slots.rows, *slots.row_shape), torch.float32),
             num_bytes=build.end,
         )

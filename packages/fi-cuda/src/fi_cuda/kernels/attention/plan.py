@@ -12,6 +12,8 @@ from fi_core.records import Capacity
 from fi_scheduler.partition import (
     COL_HEAD_SLOT,
     COL_KIND,
+    COL_KV_BEGIN,
+    COL_KV_END,
     COL_REQUEST,
     COL_SLOT,
     COL_TAIL_END,
@@ -45,6 +47,7 @@ _TABLE_SIZES = ((256, 256), (1024, 512), (4096, 1024))
 """(requests that the tables in shared memory hold, threads a block); for more requests the tables lie in global memory."""
 _THREADS_FOR_MORE = 512
 _PREFIXES = 4
+_LEAST_STEPS = 2
 _NARROW_LIMIT = 2**29
 _INT32_MAX = 2**31 - 1
 
@@ -233,9 +236,24 @@ class DevicePlanner:
         )
 
 
+def sharing(q_indptr: Tensor, kv_lens: Tensor, params: PartitionParams) -> PartitionParams:
+    """``params`` with as many workers as share the work of these CPU lengths (``num_sharing`` of
+    ``fi/attention/work_rows.cuh``); the others have none."""
+    if params.max_splits:
+        return params
+    tiles = partition(q_indptr, kv_lens, replace(params, num_workers=1)).items.astype(np.int64)
+    kinds = np.array([(kind.kv_tokens, kind.item_cost, kind.step_cost) for kind in params.kinds], dtype=np.int64)
+    kv_tokens, item_cost, step_cost = kinds[tiles[:, COL_KIND]].T
+    begin, end = tiles[:, COL_KV_BEGIN], tiles[:, COL_KV_END]
+    steps = -(-end // kv_tokens) - begin // kv_tokens
+    total = int((item_cost + steps * step_cost).sum())
+    least = _LEAST_STEPS * params.kinds[0].step_cost
+    return replace(params, num_workers=min(max(total // least, 1), params.num_workers))
+
+
 def fill_on_host(q_indptr: Tensor, kv_lens: Tensor, params: PartitionParams, lists: DeviceWorkList) -> None:
     """Fill ``lists`` in host memory as the kernel would from these CPU lengths; raises as ``partition`` does."""
-    work = partition(q_indptr, kv_lens, params)
+    work = partition(q_indptr, kv_lens, sharing(q_indptr, kv_lens, params))
     num_items, num_merges = len(work.items), len(work.merges)
     rows = lists.items[:num_items].numpy()
     lengths = q_indptr.numpy(), kv_lens.numpy()
@@ -254,7 +272,8 @@ def fill_on_host(q_indptr: Tensor, kv_lens: Tensor, params: PartitionParams, lis
     merge_idx = np.cumsum(begins, dtype=np.int32) - 1
     rows[partial, _COL_MERGE] = merge_idx
     rows[partial, _MERGED] = work.merges[merge_idx, COL_HEAD_SLOT : COL_TAIL_END + 1]
-    indptr = work.worker_indptr
+    indptr = np.full(params.num_workers + 1, num_items, dtype=np.int32)
+    indptr[: len(work.worker_indptr)] = work.worker_indptr
     lists.worker_indptr.numpy()[:] = indptr
     lists.merges[:num_merges].numpy()[:] = work.merges
     lists.num_merges.fill_(num_merges)

@@ -67,7 +67,7 @@ class PrefillSpec(KernelSpec):
             ("order", "output"),
             ("arrivals", "output"),
             ("partials", "output"),
-            ("partial_lses", "output"),
+            ("partial_rows", "output"),
             ("out", "output"),
             ("lse", "output"),
             ("table", "pointer"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...params import TensorMap
 from ...spec import kernel_for
 from ...tensor_map import Box, tensor_map_of
-from .boxes import maps_of
+from .boxes import column_maps_of
 from .layout import Layout
 from .order import OrderPlanner, fill_order_on_host, order_spec
 from .prefill import PrefillForm, prefill_spec
@@ -124,7 +124,7 @@ class PrefillState(ListState):
 
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> _Call:
         lists, layout, tuning = self._lists[layer.window], self._layout, self._tuning
-        regions = (layout.arrivals, layout.partials, layout.partial_lses)
+        regions = (layout.arrivals, layout.partials, layout.partial_rows)
         workspace = [region.of(self._buffer) for region in regions]
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
@@ -163,7 +163,7 @@ class PrefillState(ListState):
 
     def _maps_of(self, kv: KVCache) -> tuple[TensorMap, ...] | None:
         """Tensor maps of K and V, if the copy engine can bring them."""
-        return None if self._box_tokens is None else maps_of(kv, self._box_tokens, BOX_ROW_BYTES)
+        return None if self._box_tokens is None else column_maps_of(kv, self._box_tokens, BOX_ROW_BYTES)
 
 
 attention_prefill = PrefillAttention()

@@ -80,7 +80,11 @@ class ListState:
         self._layout = layout
         self._buffer = buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         layout.arrivals.of(buffer).zero_()
+        for slots in (layout.partials, layout.partial_rows):
+            slots.of(buffer).view(torch.int32).fill_(-1)
         self._lists = {window: regions.of(buffer) for window, regions in layout.lists.items()}
+        for lists in self._lists.values():
+            lists.starts.zero_()  # a worker reads its first item before it knows that it has none
         scratch, max_tiles = layout.scratch.of(buffer), layout.bounds.max_tiles
         self._planners: list[DevicePlanner | OrderPlanner] = [
             DevicePlanner(layout.params[window], capacity, max_tiles, lists, scratch)
@@ -164,8 +168,14 @@ class DecodeState(ListState):
         loader, tokens = "rows by cp.async", tokens_of_box(self._spec.page_size, tuning.chunk_tokens)
         if tokens is not None:
             loader = f"boxes of {tokens} tokens by tensor maps; {loader} from a cache that no map describes"
+        rope = self._spec.rope
+        rotated = (
+            "" if rope is None else f"RoPE: {'Q and K' if rope.keys else 'Q'}, {rope.rotary_dim} dims, {rope.pairs}"
+        )
         return (
-            f"tiles: {tuning.rows} rows x {tuning.chunk_tokens} KV tokens; {tuning.num_warps} warps, {tuning.num_stages} stages",
+            *([rotated] if rotated else []),
+            f"tiles: {tuning.rows} rows x {tuning.chunk_tokens} KV tokens; {tuning.num_warps} warps, {tuning.row_warps} of "
+            f"them on a chunk; {tuning.num_stages} stages",
             f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
             f"K and V: {loader}",
             f"planner: {self._planner}",
@@ -201,14 +211,16 @@ class DecodeState(ListState):
 
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> _Call:
         """Find the kernel for calls with this cache and layer, and remember it with what they share."""
-        lists, layout = self._lists[layer.window], self._layout
-        workspace = (layout.arrivals, layout.partials, layout.partial_lses)
+        lists, layout, rope = self._lists[layer.window], self._layout, layer.rope
+        workspace = (layout.partials, layout.partial_rows)
+        q_scales, q_scale_stride, q_scale = scale_of(layer.q_scale)
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
         addressing, maps = self._addresses, self._maps_of(kv)
         form = CallForm(
             windowed=layer.window is not None,
             lse=with_lse,
+            q_scales=q_scales != 0,
             k_scales=k_scales != 0,
             v_scales=v_scales != 0,
             table_row=addressing.has_rows,
@@ -225,11 +237,19 @@ class DecodeState(ListState):
             launch=kernel_for(spec, self._device).launch,
             workspace=(*map(address_of, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
-            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
+            layer_tensors=(
+                *(
+                    address_of(layer.sinks),
+                    address_of(layer.alibi_slopes),
+                    address_of(None if rope is None else rope.inv_freq),
+                ),
+                *(q_scales, k_scales, v_scales),
+            ),
             cache_strides=tuple(strides),
             numbers=(
-                *(k_scale_stride, v_scale_stride, layer.window or 0),
-                *(layer.scale * k_scale, layer.soft_cap or 1.0, v_scale),
+                *(q_scale_stride, k_scale_stride, v_scale_stride, layer.window or 0),
+                *(layer.scale * q_scale * k_scale, layer.soft_cap or 1.0, v_scale),
+                1.0 if rope is None else rope.config.attention_factor,
             ),
             maps=maps or (),
         )

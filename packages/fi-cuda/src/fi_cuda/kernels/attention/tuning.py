@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fi_core.contract import target_of
@@ -18,10 +18,14 @@ TUNED_OP = "attention_decode"
 
 HOPPER_SHARED_BYTES = 227 << 10
 
-_ROW_CHOICES = (8, 16)
+_ROW_CHOICES = (8, 16, 32, 64, 128)
+_WARP_ROWS = (8, 16)
 _CHUNK_CHOICES = (16, 32)
 _WIDE_HEAD_DIM = 128
+_SHORT_ROW_BYTES = 128
 _MAX_STAGES = 6
+_FEW_WARPS = 4
+_MANY_WARPS = 8  # as many as find 255 registers a thread
 _MIN_STAGES = 2
 _STAGE_ALIGNMENT = 1024
 _BARRIER_BYTES = 8
@@ -29,13 +33,16 @@ _RESERVED_BYTES = 1024  # of shared memory, which the driver keeps for each bloc
 _PROCESSOR_REGISTERS = 65536
 _MAX_REGISTERS = 256
 _ITEM_ROWS_BYTES = 64 * 64
-_FLAG_BYTES = 16
+_ANGLE_BYTES, _HALF_ANGLE_BYTES = 8, 4
+_GROUP_TOKENS = 8
+_PART_BYTES = 24  # four dims of a row, and what is known of it
 
 
 @dataclass(frozen=True)
 class DecodeTuning:
     """``rows``: packed query rows a tile; ``chunk_tokens``: KV tokens that a warp loads and multiplies at once;
-    ``num_warps`` a block; ``num_stages``: chunks of a warp's ring; costs as in TileKind, in any common unit."""
+    ``num_warps`` a block; ``num_stages``: chunks of a warp's ring; costs as in TileKind, in any common unit. ``row_warps``
+    warps share the rows of a tile and their chunks, the others take other chunks."""
 
     rows: int
     chunk_tokens: int
@@ -44,18 +51,27 @@ class DecodeTuning:
     workers_per_processor: int
     item_cost: int
     step_cost: int
+    row_warps: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("rows", _ROW_CHOICES),
             ("chunk_tokens", _CHUNK_CHOICES),
             ("num_warps", (1, 2, 4, 8, 16)),
+            ("row_warps", [warps for warps in (1, 2, 4, 8, 16) if self.num_warps % warps == 0]),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
+        if self.rows // self.row_warps not in _WARP_ROWS:
+            raise ArgumentError("tuning.row_warps", f"{self.rows} rows in parts of {_WARP_ROWS}", self.row_warps)
         for name, least in (("num_stages", _MIN_STAGES), ("workers_per_processor", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ArgumentError(f"tuning.{name}", f"an int of at least {least}", getattr(self, name))
+
+    @property
+    def token_warps(self) -> int:
+        """Groups of warps with chunks, and a ring, of their own."""
+        return self.num_warps // self.row_warps
 
     def kind(self, spec: AttentionSpec, capacity: Capacity) -> TileKind:
         """The only kind of q tile. Where no request of the capacity needs a second one, the kind says so, which makes
@@ -79,13 +95,48 @@ def _stage_bytes(chunk_tokens: int, row_bytes: tuple[int, int]) -> int:
     return total
 
 
-def shared_bytes(tuning: DecodeTuning, head_dim: int, head_dim_vo: int, stored_bytes: int) -> int:
-    """Shared memory of a block: the warps' rings with a barrier a stage, the warps' shares of an item, item rows, a flag, and
-    what aligning them may take."""
-    stage = _stage_bytes(tuning.chunk_tokens, (head_dim * stored_bytes, head_dim_vo * stored_bytes))
-    rings = tuning.num_warps * tuning.num_stages * (stage + _BARRIER_BYTES)
-    shares = tuning.num_warps * tuning.rows * ((head_dim_vo + 4) * 4 + 8)
-    return rings + shares + _ITEM_ROWS_BYTES + _FLAG_BYTES + _STAGE_ALIGNMENT
+class HeadForm(NamedTuple):
+    """What of a spec decides how much shared memory a tuning takes: dims, bytes of a stored element, dims that rotate, and
+    whether those of keys do, with angles in float16 or not."""
+
+    head_dim: int
+    head_dim_vo: int
+    stored_bytes: int
+    rotary_dim: int = 0
+    rope_keys: bool = False
+    half_angles: bool = False
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> HeadForm:
+        dims = (spec.head_dim, spec.head_dim_vo or 0, spec.kv_dtype.itemsize)
+        rope = spec.rope
+        return (
+            cls(*dims)
+            if rope is None
+            else cls(*dims, rope.rotary_dim, rope.keys, spec.kv_is_fp8 and rope.pairs == "half")
+        )
+
+
+def shared_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
+    """Shared memory of a block: the warps' rings with a barrier a stage, the warps' shares of an item, item rows,
+    angles, and what aligning them may take."""
+    row_bytes = (heads.head_dim * heads.stored_bytes, heads.head_dim_vo * heads.stored_bytes)
+    rings = tuning.token_warps * tuning.num_stages * _stage_bytes(tuning.chunk_tokens, row_bytes)
+    barriers = -(-tuning.token_warps * tuning.num_stages * _BARRIER_BYTES // 16) * 16
+    shared_rows = tuning.token_warps * tuning.rows
+    shares = max(shared_rows * (heads.head_dim_vo + 4) * 4, tuning.num_warps * 32 * _PART_BYTES) + shared_rows * 8
+    rotations = _rotation_bytes(tuning, heads)
+    return rings + barriers + shares + rotations + _ITEM_ROWS_BYTES + _STAGE_ALIGNMENT
+
+
+def _rotation_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
+    """Angles of ``fi/attention/rotation.cuh``: of 8 tokens, a table of the block, and a scratch for each warp."""
+    pairs = heads.rotary_dim // 2
+    if not heads.rope_keys:
+        return tuning.num_warps * pairs * _ANGLE_BYTES
+    row_bytes = pairs * (_HALF_ANGLE_BYTES if heads.half_angles else _ANGLE_BYTES)
+    scratch = max(tuning.chunk_tokens // _GROUP_TOKENS * row_bytes, pairs * _ANGLE_BYTES)
+    return pairs * _ANGLE_BYTES + _GROUP_TOKENS * (row_bytes | 64) + tuning.num_warps * scratch
 
 
 def num_processors(device: torch.device) -> int:
@@ -112,7 +163,7 @@ def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) ->
         expected = f"names among {[item.name for item in fields(DecodeTuning)]}"
         raise ArgumentError("fi_tuning", expected, sorted(unknown))
     tuning = replace(built_in, **given)
-    block_bytes = shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.kv_dtype.itemsize)
+    block_bytes = shared_bytes(tuning, HeadForm.of(spec))
     fitting = min(
         (limit + _RESERVED_BYTES) // (block_bytes + _RESERVED_BYTES),
         _PROCESSOR_REGISTERS // (32 * tuning.num_warps * _MAX_REGISTERS),
@@ -123,28 +174,39 @@ def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) ->
 
 
 def built_in_tuning(spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER_SHARED_BYTES) -> DecodeTuning:
-    """The smallest tile that holds a request's rows, of at most 16 (8 for wide heads: more accumulators would not fit the
-    registers); chunks of 32 tokens (16 for wide heads); and as many stages as fit into ``limit`` bytes of shared memory.
-    Measured on an H100 for head dims of 128 (docs/kernels/decode.md)."""
-    head_dim, head_dim_vo = spec.head_dim, spec.head_dim_vo or 0
-    wide = max(head_dim, head_dim_vo) > _WIDE_HEAD_DIM
-    tallest = _ROW_CHOICES[0 if wide else -1]
-    wanted = min(capacity.max_q_len * spec.group_size, tallest)
+    """The smallest tile that holds a request's rows, of at most 16 (8 for wide heads) for each of at most 8 warps, which share
+    chunks where rows are more than that: more accumulators would not fit the registers; chunks of 32 tokens (16 for wide
+    heads); and as many stages as fit into ``limit`` bytes of shared memory. Short rows take 8 warps, whose work on a chunk
+    would otherwise not keep up with loading it; rotating keys too, and chunks of 16 where 8 rings of 32 or the registers would
+    not fit. Measured on an H100 for head dims of 128 (docs/kernels/decode.md)."""
+    heads = HeadForm.of(spec)
+    wide = max(heads.head_dim, heads.head_dim_vo) > _WIDE_HEAD_DIM
+    tallest = _WARP_ROWS[0 if wide else -1]
+    wanted = min(capacity.max_q_len * spec.group_size, tallest * _MANY_WARPS)
     rows = next(choice for choice in _ROW_CHOICES if choice >= wanted)
+    row_warps = max(rows // tallest, 1)
+    short_rows = heads.head_dim * heads.stored_bytes <= _SHORT_ROW_BYTES
+    crowded = wide or (heads.rope_keys and (not short_rows or rows // row_warps > _WARP_ROWS[0]))
+    num_warps = _FEW_WARPS if row_warps == 1 and not heads.rope_keys and not short_rows else _MANY_WARPS
     best = DecodeTuning(
         rows=rows,
-        chunk_tokens=_CHUNK_CHOICES[0 if wide else -1],
-        num_warps=4,
-        num_stages=_MAX_STAGES,
+        chunk_tokens=_CHUNK_CHOICES[0 if crowded else -1],
+        num_warps=num_warps,
+        num_stages=_MAX_STAGES * max(_FEW_WARPS * row_warps // num_warps, 1),
         workers_per_processor=1,
-        item_cost=2,
+        item_cost=4,
         step_cost=1,
+        row_warps=row_warps,
     )
-    while shared_bytes(best, head_dim, head_dim_vo, spec.kv_dtype.itemsize) > limit:
+    most_stages = best.num_stages
+    while shared_bytes(best, heads) > limit:
         if best.num_stages > _MIN_STAGES:
             best = replace(best, num_stages=best.num_stages - 1)
         else:
-            best = replace(best, num_stages=_MAX_STAGES, num_warps=best.num_warps // 2)
+            num_warps = best.num_warps // 2
+            row_warps = min(best.row_warps, num_warps)
+            rows = best.rows * row_warps // best.row_warps
+            best = replace(best, num_stages=most_stages, num_warps=num_warps, row_warps=row_warps, rows=rows)
     return best
 
 

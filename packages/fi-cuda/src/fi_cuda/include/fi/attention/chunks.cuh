@@ -3,13 +3,39 @@
 #pragma once
 
 #include "fi/attention/item.cuh"
+#include "fi/ptx/named_barrier.cuh"
 
 namespace fi {
 
+// Divisions here are of unsigned numbers, which take a shift.
 template <int kChunkTokens>
 __device__ __forceinline__ int num_chunks_of(const AttentionItem& item) {
-  return (item.kv_end - item.kv_begin + kChunkTokens - 1) / kChunkTokens;
+  return static_cast<int>(static_cast<unsigned>(item.kv_end - item.kv_begin + kChunkTokens - 1) / kChunkTokens);
 }
+
+// Warps by what they share: `kRowWarps` neighbours take a tile's rows in parts and the same chunks, the others other chunks.
+template <class Config>
+struct WarpPlace {
+  static constexpr int kRowWarps = Config::kRowWarps;
+  static constexpr int kTokenWarps = Config::kNumWarps / kRowWarps;
+  static constexpr int kWarpRows = Config::kRows / kRowWarps;
+  static_assert(Config::kNumWarps % kRowWarps == 0 && Config::kRows % (8 * kRowWarps) == 0, "equal parts");
+  int token_warp, row_warp;
+
+  __device__ __forceinline__ WarpPlace()
+      : token_warp(static_cast<int>(threadIdx.x / 32 / kRowWarps)), row_warp(static_cast<int>(threadIdx.x / 32 % kRowWarps)) {}
+
+  // First row of this warp in the tile.
+  __device__ __forceinline__ int first_row() const { return kRowWarps == 1 ? 0 : row_warp * kWarpRows; }
+  // All who share chunks are here.
+  __device__ __forceinline__ void sync() const {
+    if constexpr (kRowWarps == 1) {
+      __syncwarp();
+    } else {
+      ptx::named_barrier_sync(1 + token_warp, 32 * kRowWarps);
+    }
+  }
+};
 
 // A warp's place in its share of a list of items.
 template <int kNumWarps>
@@ -17,9 +43,11 @@ struct ChunkTurn {
   int turn;  // the warp that takes the item's first chunk
 
   __device__ __forceinline__ int first_chunk(int warp) const {
-    return (warp - turn + kNumWarps) % kNumWarps;
+    return static_cast<int>(static_cast<unsigned>(warp - turn + kNumWarps) % kNumWarps);
   }
-  __device__ __forceinline__ void pass(int num_chunks) { turn = (turn + num_chunks) % kNumWarps; }
+  __device__ __forceinline__ void pass(int num_chunks) {
+    turn = static_cast<int>(static_cast<unsigned>(turn + num_chunks) % kNumWarps);
+  }
 };
 
 }  // namespace fi

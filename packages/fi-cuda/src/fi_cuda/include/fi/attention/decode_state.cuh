@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fi/attention/operands.cuh"
+#include "fi/attention/rotation.cuh"
 #include "fi/attention/walk.cuh"
 #include "fi/softmax/columns.cuh"
 #include "fi/softmax/online.cuh"
@@ -30,25 +31,41 @@ struct DecodeState {
   using Ops = Operands<Config>;
   using Factor = typename Ops::Factor;
   using Row = TileRow<Config>;
-  static constexpr int kRowTiles = Config::kRows / 8;
+  using Query = typename Config::Query;
+  // What rows of Q are before they are factors: FP8 fits into bfloat16, whose range their rotation does not leave.
+  using Held = typename FactorOf<kIsFp8<Query>, Dtype, __nv_bfloat16>::Type;
+  static constexpr int kRowTiles = WarpPlace<Config>::kWarpRows / 8;
   static constexpr int kTokenTiles = Config::kChunkTokens / 16;
   static constexpr int kScores = kRowTiles * kTokenTiles * 4;
   static constexpr float kSlack = 5.0f;
-  static_assert(Config::kRows % 8 == 0, "rows come in tiles of 8");
 
+  int first_row;  // of this warp's rows in the tile
   unsigned query[Ops::kSteps][kRowTiles][2];
   float scale[kRowTiles][2];
   float slope[kRowTiles][2];
   OnlineSoftmax<kRowTiles * 2, 8, 4> softmax;
   float total[Ops::kDimTiles][kRowTiles][4];
 
-  __device__ __forceinline__ DecodeState(const Params& params, const AttentionItem& item, int lane) : softmax(1.0f) {
+  __device__ __forceinline__ DecodeState() : softmax(1.0f) {}
+
+  // Loads an item's query rows, `first` the first of this warp's in the tile, which begin() then takes up: what is held of the
+  // item before stays, but for its rows.
+  __device__ __forceinline__ void load(const Params& params, const AttentionItem& item, int first, int lane) {
+    first_row = first;
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) load_query(params, item, n, lane);
+  }
+
+  // Takes up the item whose query rows were loaded.
+  __device__ __forceinline__ void begin(
+      const Params& params, const AttentionItem& item, const Rotator<Config>& rotator, int lane) {
+    softmax = OnlineSoftmax<kRowTiles * 2, 8, 4>(1.0f);
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-      load_query(params, item, n, lane);
+      settle_query(params, item, rotator, n, lane);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const Row row(item, n * 8 + lane % 4 * 2 + r);
+        const Row row(item, first_row + n * 8 + lane % 4 * 2 + r);
         if constexpr (Config::kAlibi) slope[n][r] = row.live ? static_cast<const float*>(params.slopes)[row.head] : 0.0f;
       }
 #pragma unroll
@@ -59,34 +76,78 @@ struct DecodeState {
     }
   }
 
+  // Brings an item's query rows into L2, shared among all threads of the block.
+  static __device__ __forceinline__ void prefetch(const Params& params, const AttentionItem& item) {
+    constexpr int kSectorElements = 32 / static_cast<int>(sizeof(Query));
+    constexpr int kSectors = (Config::kHeadDim + kSectorElements - 1) / kSectorElements;
+#pragma unroll 1
+    for (int unit = static_cast<int>(threadIdx.x); unit < Config::kRows * kSectors; unit += Config::kNumThreads) {
+      const Row row(item, unit / kSectors);
+      const Query* q = static_cast<const Query*>(params.q) + (item.q_begin + row.token) * params.q_stride_token +
+                       row.head * params.q_stride_head;
+      if (row.live) ptx::prefetch_to_l2(q + unit % kSectors * kSectorElements);
+    }
+  }
+
   // Element e of the accumulator of row tile n and token tile `tile` among a lane's scores, and the row it belongs to.
   static __device__ __forceinline__ constexpr int score_idx(int n, int tile, int e) { return (n * kTokenTiles + tile) * 4 + e; }
   struct ScoreRow {
     static __device__ __forceinline__ constexpr int row(int idx) { return idx / (4 * kTokenTiles) * 2 + idx % 2; }
   };
 
-  // Row 8 n + g of Q, and the scale of rows 8 n + 2 t and 8 n + 2 t + 1.
+  // Row 8 n + g of Q.
   __device__ __forceinline__ void load_query(const Params& params, const AttentionItem& item, int n, int lane) {
-    const Row row(item, n * 8 + lane / 4);
-    const Dtype* q = static_cast<const Dtype*>(params.q);
+    const Row row(item, first_row + n * 8 + lane / 4);
+    const Query* q = static_cast<const Query*>(params.q);
     if (row.live) q += (item.q_begin + row.token) * params.q_stride_token + row.head * params.q_stride_head;
 #pragma unroll
     for (int step = 0; step < Ops::kSteps; ++step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int dim = Ops::query_dim(step, half, lane % 4);
-        query[step][n][half] = row.live ? *reinterpret_cast<const unsigned*>(q + dim) : 0u;
+        query[step][n][half] = row.live ? held_pair(q + dim) : 0u;
       }
+    }
+  }
+
+  // Makes row 8 n + g of Q a factor; the scale of rows 8 n + 2 t and 8 n + 2 t + 1.
+  __device__ __forceinline__ void settle_query(
+      const Params& params, const AttentionItem& item, const Rotator<Config>& rotator, int n, int lane) {
+    if constexpr (Rotations<Config>::kQueries) {
+      const Row row(item, first_row + n * 8 + lane / 4);
+      const Row first(item, first_row + n * 8), last(item, first_row + n * 8 + 7);
+      rotator.template rotate_query<Held>(query, n, row.live ? row.token : -1, first.token, min(last.token, item.q_len - 1),
+                                          item.offset());
     }
     float logit_scale = params.scale;
     if constexpr (Config::kKScales) {
       logit_scale *= static_cast<const float*>(params.k_scales)[item.kv_head * params.k_scale_stride];
     }
-    scale[n][0] = scale[n][1] = logit_scale;
-    if constexpr (!Ops::template kSame<Dtype, Factor>) scale_query(n, lane);
+    if constexpr (Rotations<Config>::kHalved) logit_scale *= 2.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      scale[n][r] = logit_scale;
+      if constexpr (Config::kQScales) {
+        const Row scored(item, first_row + n * 8 + lane % 4 * 2 + r);
+        if (scored.live) scale[n][r] *= static_cast<const float*>(params.q_scales)[scored.head * params.q_scale_stride];
+      }
+    }
+    if constexpr (!Ops::template kSame<Held, Factor>) scale_query(n, lane);
   }
 
-  // Turns bfloat16 rows into float16: a power of two brings the row's largest element into [1, 2), and what is then below
+  // Two neighbouring elements of Q as Held, exactly.
+  static __device__ __forceinline__ unsigned held_pair(const Query* q) {
+    if constexpr (!kIsFp8<Query>) {
+      return *reinterpret_cast<const unsigned*>(q);
+    } else {
+      unsigned halves, none;
+      halves_of<Query>(halves, none, *reinterpret_cast<const unsigned short*>(q));
+      const float2 both = Ops::template unpacked<__half>(halves);
+      return Ops::template packed<Held>(both.x, both.y);
+    }
+  }
+
+  // Turns rows into float16 ones: a power of two brings the row's largest element into [1, 2), and what is then below
   // float16's range does not show in a sum that holds that element.
   __device__ __forceinline__ void scale_query(int n, int lane) {
     float largest = 0.0f;
@@ -94,7 +155,7 @@ struct DecodeState {
     for (int step = 0; step < Ops::kSteps; ++step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 both = Ops::template unpacked<Dtype>(query[step][n][half]);
+        const float2 both = Ops::template unpacked<Held>(query[step][n][half]);
         largest = fmaxf(largest, fmaxf(fabsf(both.x), fabsf(both.y)));
       }
     }
@@ -107,7 +168,7 @@ struct DecodeState {
     for (int step = 0; step < Ops::kSteps; ++step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 both = Ops::template unpacked<Dtype>(query[step][n][half]);
+        const float2 both = Ops::template unpacked<Held>(query[step][n][half]);
         query[step][n][half] = Ops::template packed<Factor>(both.x * down, both.y * down);
       }
     }
@@ -116,15 +177,20 @@ struct DecodeState {
   }
 
   // Attends to a stage's tokens, the first at `position`; `masked`: not all of them are visible to all rows.
-  __device__ __forceinline__ void attend(
-      const Params& params, const AttentionItem& item, const unsigned char* stage, int position, bool masked, int lane) {
+  __device__ __forceinline__ void attend(const Params& params, const AttentionItem& item, const Rotator<Config>& rotator,
+                                         const unsigned char* stage, int position, bool masked, int lane) {
     float products[kRowTiles][kTokenTiles][4] = {};
+    const auto multiply = [&](int tile, int step, const unsigned(&a)[4]) {
 #pragma unroll
-    for (int tile = 0; tile < kTokenTiles; ++tile) {
-      Ops::for_keys(stage, tile, lane, [&](int step, const unsigned(&a)[4]) {
+      for (int n = 0; n < kRowTiles; ++n) ptx::mma_m16n8k16<Factor>(products[n][tile], a, query[step][n]);
+    };
+    if constexpr (Rotations<Config>::kKeys) {
+      rotator.template for_keys<kTokenTiles>(stage, multiply);
+    } else {
 #pragma unroll
-        for (int n = 0; n < kRowTiles; ++n) ptx::mma_m16n8k16<Factor>(products[n][tile], a, query[step][n]);
-      });
+      for (int tile = 0; tile < kTokenTiles; ++tile) {
+        Ops::for_keys(stage, tile, lane, [&](int step, const unsigned(&a)[4]) { multiply(tile, step, a); });
+      }
     }
     float scores[kScores];
 #pragma unroll
@@ -189,7 +255,7 @@ struct DecodeState {
       result = capped(result, 0.0f) * capped.unit();
     }
     if constexpr (Config::kAlibi) {
-      const Row row(item, n * 8 + lane % 4 * 2 + r);
+      const Row row(item, first_row + n * 8 + lane % 4 * 2 + r);
       const int distance = position + lane / 4 + e / 2 * 8 - query_position(row.token, item.q_len, item.kv_len);
       result = fmaf(slope[n][r], static_cast<float>(distance), result);
     }
@@ -202,7 +268,7 @@ struct DecodeState {
 #pragma unroll
     for (int idx = 0; idx < kScores; ++idx) {
       const int in_row = ScoreRow::row(idx);
-      const Row row(item, in_row / 2 * 8 + lane % 4 * 2 + in_row % 2);
+      const Row row(item, first_row + in_row / 2 * 8 + lane % 4 * 2 + in_row % 2);
       const ColumnLimits seen = rule(params).limits(query_position(row.token, item.q_len, item.kv_len), item.kv_len);
       const int key = position + idx / 4 % kTokenTiles * 16 + lane / 4 + idx % 4 / 2 * 8;
       bool visible = key >= seen.low && key < min(seen.high, item.kv_end);

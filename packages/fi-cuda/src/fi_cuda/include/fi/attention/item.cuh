@@ -20,6 +20,8 @@ struct alignas(16) AttentionItem {
   int reserved_too;
 
   __device__ __forceinline__ int num_pieces() const { return 1 + tail_end - tail_begin; }
+  // Its number among the pieces of its tile; 0 for a whole tile.
+  __device__ __forceinline__ int piece() const { return slot < 0 || slot == head_slot ? 0 : slot - tail_begin + 1; }
   __device__ __forceinline__ int slot_of(int piece) const { return piece == 0 ? head_slot : tail_begin + piece - 1; }
   // Tokens before the request's first new one.
   __device__ __forceinline__ int offset() const { return kv_len - q_len; }

@@ -1,4 +1,4 @@
-// Copies of a chunk as boxes of a tensor map, issued by one lane: pages of 8 tokens and more, and ragged K and V.
+// Copies of a chunk as boxes of a tensor map, a lane a box: pages of 8 tokens and more, and ragged K and V.
 #pragma once
 
 #include "fi/attention/stage.cuh"
@@ -8,15 +8,16 @@
 
 namespace fi {
 
-// The maps' dims: page (ragged: one), KV head, token, element. A box has a head's tokens of one page, as wide as the swizzle.
+// The maps' dims: page (ragged: one), KV head, column of the swizzle's width, token, element. A box has a head's tokens of one
+// page, all columns.
 template <class Config, class Params>
 class BoxLoader {
   using Stage = ChunkStage<Config>;
   using Lookup = PageLookup<Config>;
   using Walk = ChunkWalk<Config, Params>;
   static constexpr bool kPaged = Config::kTable != kRagged;
-  static constexpr int kBoxTokens = Lookup::kEntryTokens;
-  static_assert(Lookup::kWholePages && kBoxTokens % 8 == 0, "a box begins where the swizzle's pattern does");
+  static constexpr int kBoxTokens = Stage::kBoxTokens;
+  static_assert(Lookup::kWholePages && kBoxTokens == Lookup::kEntryTokens && kBoxTokens % 8 == 0, "a box begins where the swizzle's pattern does");
 
  public:
   static constexpr int kArrivals = 1;
@@ -26,45 +27,30 @@ class BoxLoader {
       : keys_(keys), values_(values) {}
 
   // Starts the copies of the walk's chunk; `barrier` completes a phase when they have landed. Boxes without a readable token
-  // are left out, others are copied whole.
+  // are left out, others are copied whole. A lane a box: what they copy is then found at once.
   __device__ __forceinline__ void load(const Walk& walk, unsigned char* stage, unsigned long long* barrier) const {
-    constexpr int kBoxBytes = kBoxTokens * (Stage::Keys::kColumns * Stage::Keys::kSwizzle +
-                                            Stage::Values::kColumns * Stage::Values::kSwizzle);
-    int num_boxes = 0;
-#pragma unroll
-    for (int box = 0; box < Lookup::kEntries; ++box) {
-      num_boxes += walk.some_readable(walk.begin() + box * kBoxTokens, kBoxTokens);
+    constexpr int kEntries = Lookup::kEntries;
+    const int box = walk.lane() % kEntries, position = walk.begin() + box * kBoxTokens;
+    const bool of_keys = walk.lane() < kEntries, readable = walk.some_readable(position, kBoxTokens);
+    int page = 0, token;
+    if constexpr (kPaged) {
+      page = walk.page_of(box * kBoxTokens);
+      token = static_cast<int>(static_cast<unsigned>(position) % Config::kPageSize);
+    } else {
+      token = static_cast<int>(walk.first_row()) + position;
     }
-    if (walk.lane() == 0) ptx::arrive_and_expect_bytes(barrier, num_boxes * kBoxBytes);
-#pragma unroll
-    for (int box = 0; box < Lookup::kEntries; ++box) {
-      const int position = walk.begin() + box * kBoxTokens;
-      int page = 0, token;
-      if constexpr (kPaged) {
-        page = walk.page_of(box * kBoxTokens);
-        token = position % Config::kPageSize;
-      } else {
-        token = static_cast<int>(walk.first_row()) + position;
-      }
-      if (walk.lane() == 0 && walk.some_readable(position, kBoxTokens)) {
-        load_box<typename Stage::Keys>(stage, box, keys_, barrier, token, walk.kv_head(), page);
-        load_box<typename Stage::Values>(stage + Stage::kValueBegin, box, values_, barrier, token, walk.kv_head(), page);
-      }
+    const int num_boxes = kEntries == 1 ? readable : __popc(__ballot_sync(0xffffffffu, of_keys && readable));
+    if (walk.lane() == 0) {
+      ptx::arrive_and_expect_bytes(barrier, num_boxes * (Stage::Keys::kBoxBytes + Stage::Values::kBoxBytes));
+    }
+    __syncwarp();  // the expectation comes first
+    if (walk.lane() < 2 * kEntries && readable) {
+      unsigned char* to = stage + (of_keys ? box * Stage::Keys::kBoxBytes : Stage::kValueBegin + box * Stage::Values::kBoxBytes);
+      ptx::tma_load_5d(to, of_keys ? &keys_ : &values_, barrier, 0, token, 0, walk.kv_head(), page);
     }
   }
 
  private:
-  template <class Rows>
-  static __device__ __forceinline__ void load_box(unsigned char* rows, int box, const ptx::TensorMap& map,
-                                                  unsigned long long* barrier, int token, int kv_head, int page) {
-    constexpr int kColumnElements = Rows::kSwizzle / static_cast<int>(sizeof(typename Config::Stored));
-#pragma unroll
-    for (int column = 0; column < Rows::kColumns; ++column) {
-      ptx::tma_load_4d(rows + column * Rows::kColumnBytes + box * kBoxTokens * Rows::kSwizzle, &map, barrier,
-                       column * kColumnElements, token, kv_head, page);
-    }
-  }
-
   const ptx::TensorMap& keys_;
   const ptx::TensorMap& values_;
 };

@@ -13,13 +13,13 @@
 
 namespace fi {
 
-template <bool kFp8, class Dtype>
+template <bool kFp8, class Dtype, class Instead = __half>
 struct FactorOf {
   using Type = Dtype;
 };
-template <class Dtype>
-struct FactorOf<true, Dtype> {
-  using Type = __half;
+template <class Dtype, class Instead>
+struct FactorOf<true, Dtype, Instead> {
+  using Type = Instead;
 };
 
 template <class Config>
@@ -54,28 +54,27 @@ struct Operands {
     return result;
   }
 
-  // Two stored 8-bit floats, in the low half of `pair`, as float16.
-  static __device__ __forceinline__ unsigned halves_of(unsigned pair) {
-    const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), kFp8Format<Stored>);
-    return static_cast<unsigned>(both.x) | static_cast<unsigned>(both.y) << 16;
+  // The fragment of dims 16 step .. 16 step + 15 of K of the stage's tokens 16 tile .. 16 tile + 15.
+  static __device__ __forceinline__ void load_keys(unsigned (&a)[4], const unsigned char* stage, int tile, int step, int lane) {
+    const int row = lane % 16;
+    if constexpr (!kFp8) {
+      ptx::ldmatrix_x4(a, stage + Stage::Keys::place(tile * 16, row, step * 32, lane / 16 * 16));
+    } else {
+      unsigned bytes[2];
+      ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(tile * 16, row, step * 16, 0));
+      halves_of<Stored>(a[0], a[2], bytes[0]);
+      halves_of<Stored>(a[1], a[3], bytes[1]);
+    }
   }
 
-  // Calls use(step, a) for every 16 dims of K with the fragment of the stage's tokens 16 tile .. 16 tile + 15.
+  // Calls use(step, a) for every 16 dims of K with load_keys' fragment.
   template <class Use>
   static __device__ __forceinline__ void for_keys(const unsigned char* stage, int tile, int lane, Use&& use) {
-    const int row = tile * 16 + lane % 16;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if constexpr (!kFp8) {
-        unsigned a[4];
-        ptx::ldmatrix_x4(a, stage + Stage::Keys::place(row, step * 32 + lane / 16 * 16));
-        use(step, a);
-      } else {
-        unsigned bytes[2];
-        ptx::ldmatrix_x2(bytes, stage + Stage::Keys::place(row, step * 16));
-        const unsigned a[4] = {halves_of(bytes[0]), halves_of(bytes[1]), halves_of(bytes[0] >> 16), halves_of(bytes[1] >> 16)};
-        use(step, a);
-      }
+      unsigned a[4];
+      load_keys(a, stage, tile, step, lane);
+      use(step, a);
     }
   }
 
@@ -83,20 +82,19 @@ struct Operands {
   template <class Use>
   static __device__ __forceinline__ void for_values(const unsigned char* stage, int token_tile, int lane, Use&& use) {
     const unsigned char* values = stage + Stage::kValueBegin;
-    const int row = token_tile * 16 + (kFp8 ? lane % 16 : lane % 8 + lane / 16 * 8);
+    const int row = kFp8 ? lane % 16 : lane % 8 + lane / 16 * 8;
 #pragma unroll
     for (int tile = 0; tile < kDimTiles; ++tile) {
       unsigned a[4];
       if constexpr (!kFp8) {
-        ptx::ldmatrix_x4_trans(a, values + Stage::Values::place(row, tile * 32 + lane / 8 % 2 * 16));
+        ptx::ldmatrix_x4_trans(a, values + Stage::Values::place(token_tile * 16, row, tile * 32, lane / 8 % 2 * 16));
       } else {
         unsigned bytes[2];
-        ptx::ldmatrix_x2_trans(bytes, values + Stage::Values::place(row, tile * 16));
+        ptx::ldmatrix_x2_trans(bytes, values + Stage::Values::place(token_tile * 16, row, tile * 16, 0));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const unsigned even = halves_of(bytes[half]), odd = halves_of(bytes[half] >> 16);
-          a[2 * half] = __byte_perm(even, odd, 0x5410);      // dim 2 g of tokens 2 t and 2 t + 1
-          a[2 * half + 1] = __byte_perm(even, odd, 0x7632);  // dim 2 g + 1
+          // Dim 2 g of tokens 2 t and 2 t + 1, then dim 2 g + 1.
+          halves_of<Stored>(a[2 * half], a[2 * half + 1], __byte_perm(bytes[half], 0, 0x3120));
         }
       }
       use(tile, a);

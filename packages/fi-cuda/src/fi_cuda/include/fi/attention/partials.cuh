@@ -1,30 +1,81 @@
 // What becomes of an item's result: the warps' shares are added up, and it goes to the output, or, if its tile was split, to a
 // slot from which the tile's pieces are merged in the plan's order. Equal inputs and plan give equal bits, whoever merges.
 //
-// Pieces meet at a counter that needs no reset: the worker of the first piece adds 2^31 - (pieces - 1) and every other adds 1,
-// so the top bit flips when all have arrived and the rest is 0 again. A tile of few pieces is merged by the block that flips
-// it. A tile of many is merged in slices by those workers whose whole work was a piece of it: they wait for the flip, which
-// comes because the launch is cooperative: all blocks are resident.
+// Pieces need no counter, fence or barrier: a slot's words hold a bit pattern that no result has until the piece is there, and
+// who merges reads until all are and leaves the pattern again. Every word is read by one thread alone.
+// The worker in which a tile begins merges it, after its last piece of it. A tile of many pieces is merged in slices by
+// it and those workers whose whole work is a piece of it. Either waits only when its other work is done, for first items of
+// other workers, which wait for nobody; and the launch is cooperative: all blocks are resident.
 #pragma once
 
 #include "fi/attention/decode_state.cuh"
-#include "fi/ptx/fence.cuh"
+#include "fi/ptx/relaxed.cuh"
 
 namespace fi {
 
-// The warps' shares of an item.
+// What is known of four dims of a row over some of its keys: values are weighted by 2^(logit - base), not normalised.
+struct RowPart {
+  PartialRow row;
+  float values[4];
+};
+
+__device__ __forceinline__ RowPart empty_part() { return {empty_row(), {}}; }
+
+// `part` with its weights in terms of `base`, which is no lower than its own; what a part without keys holds has no effect.
+__device__ __forceinline__ RowPart rebased(const RowPart& part, float base) {
+  const float scale = ptx::exp2_approx(part.row.base - finite_base(base));
+  RowPart result = {{base, scale == 0.0f ? 0.0f : part.row.mass * scale}, {}};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) result.values[e] = scale == 0.0f ? 0.0f : part.values[e] * scale;
+  return result;
+}
+
+// Disjoint parts together, added up in their order.
+template <int kCount>
+__device__ __forceinline__ RowPart sum_of(const RowPart (&parts)[kCount]) {
+  float base = parts[0].row.base;
+#pragma unroll
+  for (int idx = 1; idx < kCount; ++idx) base = Largest()(base, parts[idx].row.base);
+  RowPart sum = rebased(parts[0], base);
+#pragma unroll
+  for (int idx = 1; idx < kCount; ++idx) {
+    const RowPart part = rebased(parts[idx], base);
+    sum.row.mass += part.row.mass;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum.values[e] += part.values[e];
+  }
+  return sum;
+}
+
+// The warps' shares of an item; where a block merges pieces, instead the warps' sums of them.
 template <class Config>
 struct Shares {
   static constexpr int kPitch = Config::kHeadDimVo + 4;  // lanes of one store then differ in bank
-  static constexpr int kRows = Config::kNumWarps * Config::kRows;
+  static constexpr int kRows = WarpPlace<Config>::kTokenWarps * Config::kRows;
+  static constexpr int kSums = Config::kNumWarps * 32;
+  static constexpr int kSumFloats = kSums * static_cast<int>(sizeof(RowPart) / sizeof(float));
+  static constexpr int kTotals = kRows * kPitch > kSumFloats ? kRows * kPitch : kSumFloats;
 
-  float totals[kRows * kPitch];  // [warps, rows, pitch], unnormalised
-  PartialRow rows[kRows];        // [warps, rows]
+  alignas(16) float totals[kTotals];  // [warps, rows, pitch], unnormalised
+  PartialRow rows[kRows];             // [warps, rows]
+
+  // The sum that a warp's lane left: values first, then rows.
+  __device__ __forceinline__ void put_sum(int idx, const RowPart& part) {
+    reinterpret_cast<float4*>(totals)[idx] = {part.values[0], part.values[1], part.values[2], part.values[3]};
+    reinterpret_cast<PartialRow*>(totals + 4 * kSums)[idx] = part.row;
+  }
+  __device__ __forceinline__ RowPart sum(int idx) const {
+    const float4 values = reinterpret_cast<const float4*>(totals)[idx];
+    return {reinterpret_cast<const PartialRow*>(totals + 4 * kSums)[idx], {values.x, values.y, values.z, values.w}};
+  }
 };
 
 // Pieces from which on a tile is merged in slices, and those that a lane loads at once.
 constexpr int kManyPieces = 6;
 constexpr int kPiecesAtOnce = 5;
+
+// What a slot's words hold while the piece is not there: a NaN that no arithmetic gives.
+constexpr unsigned kAbsent = 0xffffffffu;
 
 template <class Config, class Params>
 class ItemFinisher {
@@ -37,46 +88,67 @@ class ItemFinisher {
   static constexpr int kThreads = Config::kNumWarps * 32;
 
  public:
-  // `flag` is in shared memory, like the shares.
-  __device__ __forceinline__ ItemFinisher(const Params& params, Shares<Config>& shares, int* flag)
-      : params_(params), shares_(shares), flag_(flag) {}
+  __device__ __forceinline__ ItemFinisher(const Params& params, Shares<Config>& shares) : params_(params), shares_(shares) {}
 
-  // Called by all threads of the block for every item, with their warp's state.
-  __device__ __forceinline__ void finish(const AttentionItem& item, const State& state) {
+  // Called by all threads of the block at an item's begin: brings its slot into L2, so that who looks for the piece before it
+  // is there need not wait for memory.
+  __device__ __forceinline__ void prepare(const AttentionItem& item) const {
+    constexpr int kUnitsOfLine = 128 / sizeof(float4);
+    const int unit = static_cast<int>(threadIdx.x) * kUnitsOfLine;
+    if (item.slot >= 0 && unit < num_units_of(item)) {
+      ptx::prefetch_to_l2(values_at(item.slot, unit));
+      ptx::prefetch_to_l2(row_at(item.slot, unit));
+    }
+  }
+
+  // Called by all threads of the block for every item, with their warp's state; the block's worker has `before` items before
+  // it and `after` items after it.
+  __device__ __forceinline__ void finish(const AttentionItem& item, const State& state, int before, int after) {
     leave_share(state);
     __syncthreads();
-    add_shares(item);
-    if (item.slot >= 0) merge_pieces(item);
+    const int num_units = num_units_of(item), pieces = item.num_pieces(), piece = item.piece();
+    const bool is_last = piece == pieces - 1;
+    const bool owns = piece <= before && (is_last || after == 0);
+    // Of few pieces the first need not go through memory; batch-invariant ones are added up in one way alone.
+    const bool at_once = owns && piece == 0 && pieces <= (Config::kBatchInvariant ? 1 : kPiecesAtOnce);
+    add_shares(item, num_units, at_once);
+    if (!at_once) {
+      // Which workers continue a tile follows from slots only where these are numbered by worker.
+      const bool sliced = !Config::kBatchInvariant && pieces >= kManyPieces;
+      if (sliced ? !is_last : owns) merge_slice(item, num_units, sliced ? piece : 0, sliced ? pieces - 1 : 1);
+    }
     __syncthreads();  // the shares are free for the next item
   }
 
  private:
-  // Adds the warps' shares up in their order, and stores the result or the piece.
-  __device__ __forceinline__ void add_shares(const AttentionItem& item) const {
-    for (int unit = threadIdx.x; unit < Config::kRows * kQuads; unit += kThreads) {
-      const int row = unit / kQuads, quad = unit % kQuads;
-      const Row where(item, row);
-      if (!where.live) continue;
-      PartialRow merged = shares_.rows[row];
-      float total[4];
-      read(total, shares_.totals + row * kPitch + quad * 4);
-#pragma unroll
-      for (int warp = 1; warp < Config::kNumWarps; ++warp) {
-        float other[4];
-        read(other, shares_.totals + (warp * Config::kRows + row) * kPitch + quad * 4);
-        merge_into(merged, total, shares_.rows[warp * Config::kRows + row], other);
-      }
-      if (item.slot < 0) {
-        store(item, where, quad, merged, total, value_scale(item));
-      } else {
-        store_partial(item.slot * Config::kRows + row, quad, merged, total, value_scale(item));
-      }
-    }
+  // Four dims of a row each.
+  static __device__ __forceinline__ int num_units_of(const AttentionItem& item) {
+    return min(item.q_len * Config::kGroupSize - item.q_tile * Config::kRows, Config::kRows) * kQuads;
   }
 
-  static __device__ __forceinline__ void read(float (&values)[4], const float* from) {
-    const float4 quad = *reinterpret_cast<const float4*>(from);
-    values[0] = quad.x, values[1] = quad.y, values[2] = quad.z, values[3] = quad.w;
+  // Adds the warps' shares up in their order, a unit a thread, and stores the result or the piece;
+  // `at_once`: adds the tile's other pieces, of which this one is the first.
+  __device__ __forceinline__ void add_shares(const AttentionItem& item, int num_units, bool at_once) const {
+#pragma unroll 1
+    for (int unit = threadIdx.x; unit < num_units; unit += kThreads) {
+      RowPart shares[WarpPlace<Config>::kTokenWarps];
+#pragma unroll
+      for (int warp = 0; warp < WarpPlace<Config>::kTokenWarps; ++warp) {
+        const int row = warp * Config::kRows + unit / kQuads;
+        const float4 values = *reinterpret_cast<const float4*>(shares_.totals + row * kPitch + unit % kQuads * 4);
+        shares[warp] = {shares_.rows[row], {values.x, values.y, values.z, values.w}};
+      }
+      RowPart pieces[kPiecesAtOnce] = {sum_of(shares)};
+      if (!at_once) {
+        leave_piece(item.slot, unit, pieces[0]);
+        continue;
+      }
+      if (item.num_pieces() > 1) {
+        wait_for_pieces<1>(pieces, item, 0, 1, unit);
+        pieces[0] = sum_of(pieces);
+      }
+      store(item, unit, pieces[0]);
+    }
   }
 
   __device__ __forceinline__ float value_scale(const AttentionItem& item) const {
@@ -85,13 +157,13 @@ class ItemFinisher {
   }
 
   __device__ __forceinline__ void leave_share(const State& state) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int g = lane / 4, t = lane % 4;
+    const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+    const WarpPlace<Config> warp;
 #pragma unroll
     for (int n = 0; n < State::kRowTiles; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = warp * Config::kRows + n * 8 + 2 * t + r;
+        const int row = warp.token_warp * Config::kRows + warp.first_row() + n * 8 + 2 * t + r;
         const PartialRow known = state.softmax.row(2 * n + r);
         if (g == 0) shares_.rows[row] = known;
 #pragma unroll
@@ -105,139 +177,130 @@ class ItemFinisher {
     }
   }
 
-  // Four dims of a row to the output, sinks included.
-  __device__ __forceinline__ void store(const AttentionItem& item, const Row& row, int quad, PartialRow known,
-                                        const float (&total)[4], float scale) const {
+  // A unit to the output, sinks included.
+  __device__ __forceinline__ void store(const AttentionItem& item, int unit, const RowPart& part) const {
+    const Row row(item, unit / kQuads);
     float sink = minus_infinity();
     if constexpr (Config::kSinks) sink = static_cast<const float*>(params_.sinks)[row.head];
-    const RowResult result = finish_row(known, sink);
+    const RowResult result = finish_row(part.row, sink);
+    const float scale = result.scale * value_scale(item);
     const int64 token = item.q_begin + row.token;
     Pack<Dtype, 4 * sizeof(Dtype)> out;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      out.data[e] = from_float<Dtype>(result.scale == 0.0f ? 0.0f : total[e] * (result.scale * scale));
-    }
+    for (int e = 0; e < 4; ++e) out.data[e] = from_float<Dtype>(result.scale == 0.0f ? 0.0f : part.values[e] * scale);
     store_pack(static_cast<Dtype*>(params_.out) + token * params_.out_stride_token + row.head * params_.out_stride_head +
-                   quad * 4, out);
+                   unit % kQuads * 4, out);
     if constexpr (Config::kLse) {
-      if (quad == 0) static_cast<float*>(params_.lse)[token * params_.lse_stride_token + row.head] = result.lse;
+      if (unit % kQuads == 0) static_cast<float*>(params_.lse)[token * params_.lse_stride_token + row.head] = result.lse;
     }
   }
 
-  // Four dims of a row, normalised, to its slot; a row without keys has the log-sum-exp -inf and the values 0.
-  __device__ __forceinline__ void store_partial(int slot_row, int quad, PartialRow known, const float (&total)[4],
-                                                float scale) const {
-    const RowResult result = finish_row(known);
-    float4 values;
-    const float factor = result.scale * scale;
-    values.x = result.scale == 0.0f ? 0.0f : total[0] * factor;
-    values.y = result.scale == 0.0f ? 0.0f : total[1] * factor;
-    values.z = result.scale == 0.0f ? 0.0f : total[2] * factor;
-    values.w = result.scale == 0.0f ? 0.0f : total[3] * factor;
-    reinterpret_cast<float4*>(params_.partials)[static_cast<int64>(slot_row) * kQuads + quad] = values;
-    if (quad == 0) static_cast<float*>(params_.partial_lses)[slot_row] = result.lse * kLog2E;
+  // Where a slot has a unit of its piece: the values, and beside them base and mass of the row.
+  __device__ __forceinline__ float4* values_at(int slot, int unit) const {
+    return static_cast<float4*>(params_.partials) + (slot * (Config::kRows * kQuads) + unit);
+  }
+  __device__ __forceinline__ float2* row_at(int slot, int unit) const {
+    return static_cast<float2*>(params_.partial_rows) + (slot * (Config::kRows * kQuads) + unit);
   }
 
-  __device__ __forceinline__ void merge_pieces(const AttentionItem& item) {
-    const int pieces = item.num_pieces();
-    // Which workers continue a tile follows from slots only where these are numbered by worker.
-    const bool sliced = !Config::kBatchInvariant && pieces >= kManyPieces;
-    __syncthreads();  // every thread's part of the piece is written
-    if (threadIdx.x == 0) *flag_ = sliced ? arrive_and_wait(item) : arrive(item, counter_of(item)) < 0;
-    __syncthreads();
-    if (*flag_ == 0) return;
-    const int rank = sliced ? item.slot - item.tail_begin : 0, num_mergers = sliced ? item.tail_end - 1 - item.tail_begin : 1;
-    // As few lanes for four dims of a row as leave none with more pieces than are loaded at once.
-    const int lanes = pieces <= kPiecesAtOnce ? 1 : pieces <= 8 * kPiecesAtOnce ? 8 : 32;
-    merge_slice(item, rank, num_mergers, lanes);
+  static __device__ __forceinline__ unsigned largest_word(const RowPart& part) {
+    const float* values = part.values;
+    return max(max(max(__float_as_uint(values[0]), __float_as_uint(values[1])),
+                   max(__float_as_uint(values[2]), __float_as_uint(values[3]))),
+               max(__float_as_uint(part.row.base), __float_as_uint(part.row.mass)));
+  }
+  // Any other NaN as it is.
+  static __device__ __forceinline__ float present(float word) { return __uint_as_float(min(__float_as_uint(word), kAbsent - 1)); }
+
+  __device__ __forceinline__ void leave_piece(int slot, int unit, const RowPart& part) const {
+    const float* values = part.values;
+    ptx::store_relaxed(row_at(slot, unit), float2{present(part.row.base), present(part.row.mass)});
+    ptx::store_relaxed(values_at(slot, unit),
+                       float4{present(values[0]), present(values[1]), present(values[2]), present(values[3])});
   }
 
-  __device__ __forceinline__ int* counter_of(const AttentionItem& item) const {
-    return static_cast<int*>(params_.arrivals) + item.merge_idx;
-  }
-
-  // Counts the piece; the result's top bit says that it was the last.
-  static __device__ __forceinline__ int arrive(const AttentionItem& item, int* counter) {
-    const int amount = item.slot == item.head_slot ? static_cast<int>(0x80000000u - (item.num_pieces() - 1)) : 1;
-    const int before = ptx::add_acq_rel(counter, amount);
-    return before ^ static_cast<int>(static_cast<unsigned>(before) + amount);
-  }
-
-  // Counts the piece; 1 once all pieces are there and this worker has a slice to merge, 0 at once if it has none.
-  __device__ __forceinline__ int arrive_and_wait(const AttentionItem& item) const {
-    int* counter = counter_of(item);
-    // Before this piece is counted, the top bit cannot flip.
-    const int before = ptx::load_acquire(counter);
-    arrive(item, counter);
-    if (item.slot == item.head_slot || item.slot == item.tail_end - 1) return 0;
-    while ((ptx::load_acquire(counter) ^ before) >= 0) {
-    }
-    return 1;
-  }
-
-  // This block's part of the tile, four dims of a row at a time: `lanes` lanes share the pieces and add them up. One piece of
-  // code for any number of lanes: a kernel that runs once reads its instructions from memory too.
-  __device__ __forceinline__ void merge_slice(const AttentionItem& item, int rank, int num_mergers, int lanes) const {
-    const int live_rows = min(item.q_len * Config::kGroupSize - item.q_tile * Config::kRows, Config::kRows);
-    const int lane = static_cast<int>(threadIdx.x) % lanes, units_at_once = kThreads / lanes;
-    // All lanes stay in the loop as long as one of their warp has a unit: they exchange what they hold.
+  // This block's part of the tile. Neighbouring lanes take neighbouring units, so that their loads share lines, at least 8 and
+  // as many as leave no merger with a second round; the other lanes and all warps share the pieces.
+  __device__ __forceinline__ void merge_slice(const AttentionItem& item, int num_units, int rank, int num_mergers) {
+    int log_units = 3;
+    while (log_units < 5 && num_units >> log_units > num_mergers) ++log_units;
+    const int units_at_once = 1 << log_units, step = kThreads >> log_units;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const int in_group = lane & (units_at_once - 1), first_piece = (warp << (5 - log_units)) + (lane >> log_units);
 #pragma unroll 1
-    for (int first = rank * units_at_once; first < live_rows * kQuads; first += num_mergers * units_at_once) {
-      const int unit = first + static_cast<int>(threadIdx.x) / lanes;
-      const bool live = unit < live_rows * kQuads;
-      const int row = live ? unit / kQuads : 0, quad = unit % kQuads;
-      PartialRow merged = empty_row();
-      float total[4] = {};
+    for (int first = rank << log_units; first < num_units; first += num_mergers << log_units) {
+      const int unit = first + in_group;
+      RowPart sum = empty_part();
 #pragma unroll 1
-      for (int piece = lane; piece < item.num_pieces(); piece += lanes * kPiecesAtOnce) {
-        add_pieces(item, piece, lanes, row, quad, merged, total);
+      for (int piece = first_piece; unit < num_units && piece < item.num_pieces(); piece += step * kPiecesAtOnce) {
+        RowPart parts[1 + kPiecesAtOnce] = {sum};
+        wait_for_pieces<1>(parts, item, piece - step, step, unit);
+        sum = sum_of(parts);
       }
-#pragma unroll 1
-      for (int distance = 1; distance < lanes; distance *= 2) add_partner(distance, merged, total);
-      if (live && lane == 0) store(item, Row(item, row), quad, merged, total, 1.0f);
+      __syncwarp();  // lanes that waited longer are with the others again, or every exchange would cost a detour
+      sum = sum_over_lanes(sum, units_at_once);
+      __syncthreads();  // what the sums are put over has been read
+      if (lane < units_at_once) shares_.put_sum(warp * 32 + lane, sum);
+      __syncthreads();
+      if (static_cast<int>(threadIdx.x) < units_at_once && unit < num_units) {
+        RowPart sums[Config::kNumWarps];
+#pragma unroll
+        for (int idx = 0; idx < Config::kNumWarps; ++idx) sums[idx] = shares_.sum(idx * 32 + lane);
+        store(item, unit, sum_of(sums));
+      }
     }
   }
 
-  // Pieces first, first + step, ..., kPiecesAtOnce of them, loaded together. A piece's log-sum-exp, in base 2, is the base of
-  // weights that add up to 1.
-  __device__ __forceinline__ void add_pieces(const AttentionItem& item, int first, int step, int row, int quad,
-                                             PartialRow& merged, float (&total)[4]) const {
-    float lses[kPiecesAtOnce];
-    float4 quads[kPiecesAtOnce];
+  // Puts the pieces first + idx * step into parts[idx] from kFrom on, once they are there, and leaves their slots as they were;
+  // parts past the last piece are empty.
+  template <int kFrom, int kCount>
+  __device__ __forceinline__ void wait_for_pieces(RowPart (&parts)[kCount], const AttentionItem& item, int first, int step,
+                                                  int unit) const {
+    // Compared as a whole: a comparison for each word would wait for its load before the next load is issued.
+    unsigned largest;
+    do {
+      largest = 0;
 #pragma unroll
-    for (int idx = 0; idx < kPiecesAtOnce; ++idx) {
+      for (int idx = kFrom; idx < kCount; ++idx) {
+        const int piece = first + idx * step;
+        parts[idx] = empty_part();
+        if (piece < item.num_pieces()) {
+          const float2 row = ptx::load_relaxed(row_at(item.slot_of(piece), unit));
+          const float4 values = ptx::load_relaxed(values_at(item.slot_of(piece), unit));
+          parts[idx] = {{row.x, row.y}, {values.x, values.y, values.z, values.w}};
+        }
+      }
+#pragma unroll
+      for (int idx = kFrom; idx < kCount; ++idx) largest = max(largest, largest_word(parts[idx]));
+    } while (largest == kAbsent);
+    const float absent = __uint_as_float(kAbsent);
+#pragma unroll
+    for (int idx = kFrom; idx < kCount; ++idx) {
       const int piece = first + idx * step;
-      const int slot_row = item.slot_of(min(piece, item.num_pieces() - 1)) * Config::kRows + row;
-      lses[idx] = __ldcg(static_cast<const float*>(params_.partial_lses) + slot_row);
-      quads[idx] = __ldcg(reinterpret_cast<const float4*>(params_.partials) + static_cast<int64>(slot_row) * kQuads + quad);
-      if (piece >= item.num_pieces()) lses[idx] = minus_infinity();
-    }
-#pragma unroll
-    for (int idx = 0; idx < kPiecesAtOnce; ++idx) {
-      const float values[4] = {quads[idx].x, quads[idx].y, quads[idx].z, quads[idx].w};
-      merge_into(merged, total, PartialRow{lses[idx], lses[idx] == minus_infinity() ? 0.0f : 1.0f}, values);
+      if (piece < item.num_pieces()) {
+        ptx::store_relaxed(row_at(item.slot_of(piece), unit), float2{absent, absent});
+        ptx::store_relaxed(values_at(item.slot_of(piece), unit), float4{absent, absent, absent, absent});
+      }
     }
   }
 
-  // Adds what the lane `distance` away holds; the lower lane's comes first in both, so that they end with the same bits.
-  static __device__ __forceinline__ void add_partner(int distance, PartialRow& merged, float (&total)[4]) {
-    PartialRow other = {from_lane_xor(merged.base, distance), from_lane_xor(merged.mass, distance)};
-    float other_total[4];
+  // The sum of what lanes hold that are a multiple of `stride` (a power of two) apart, the same in all of them.
+  static __device__ __forceinline__ RowPart sum_over_lanes(const RowPart& part, int stride) {
+    float base = part.row.base;
+#pragma unroll 1
+    for (int distance = stride; distance < 32; distance *= 2) base = Largest()(base, from_lane_xor(base, distance));
+    RowPart sum = rebased(part, base);
+#pragma unroll 1
+    for (int distance = stride; distance < 32; distance *= 2) {
+      sum.row.mass += from_lane_xor(sum.row.mass, distance);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) other_total[e] = from_lane_xor(total[e], distance);
-    if ((threadIdx.x & distance) == 0) {
-      merge_into(merged, total, other, other_total);
-    } else {
-      merge_into(other, other_total, merged, total);
-      merged = other;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) total[e] = other_total[e];
+      for (int e = 0; e < 4; ++e) sum.values[e] += from_lane_xor(sum.values[e], distance);
     }
+    return sum;
   }
 
   const Params& params_;
   Shares<Config>& shares_;
-  int* flag_;
 };
 
 }  // namespace fi

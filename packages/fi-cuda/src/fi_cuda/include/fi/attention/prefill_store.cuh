@@ -144,7 +144,7 @@ class PrefillStore {
         const int idx = tile * 4 + row * 2;
         __stcg(to + tile * 4, none ? float2{} : float2{output[idx] * factor, output[idx + 1] * factor});
       }
-      if (lane_ % 4 == 0) __stcg(static_cast<float*>(params_.partial_lses) + slot_row(item.slot, row), result.lse * kLog2E);
+      if (lane_ % 4 == 0) __stcg(static_cast<float*>(params_.partial_rows) + slot_row(item.slot, row), result.lse * kLog2E);
     }
   }
 
@@ -172,7 +172,7 @@ class PrefillStore {
       const int slot = item.slot_of(piece);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float lse = __ldcg(static_cast<const float*>(params_.partial_lses) + slot_row(slot, row));
+        const float lse = __ldcg(static_cast<const float*>(params_.partial_rows) + slot_row(slot, row));
         const MergedRow merged = merge_rows(rows[row], {lse, lse == minus_infinity() ? 0.0f : 1.0f});
         rows[row] = merged.row;
         const float2* from = partial_of(slot, row);

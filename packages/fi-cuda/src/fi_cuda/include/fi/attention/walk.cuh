@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fi/attention/chunks.cuh"
+#include "fi/ptx/relaxed.cuh"
 #include "fi/tile/host_device.cuh"
 
 namespace fi {
@@ -31,11 +32,13 @@ class ChunkWalk {
   using Lookup = PageLookup<Config>;
   static constexpr bool kPaged = Config::kTable != kRagged;
   static constexpr int kTokens = Config::kChunkTokens;
+  static constexpr int kTokenWarps = WarpPlace<Config>::kTokenWarps;
+  static constexpr int kSectorEntries = 8;  // of the table, in the 32 bytes that L2 fetches
 
  public:
   __device__ __forceinline__ ChunkWalk(const Params& params, const AttentionItem* items, int num_items)
       : params_(params), items_(items), num_items_(num_items), item_(-1), chunk_(0), num_chunks_(0), turn_{0}, held_(0),
-        lane_(static_cast<int>(threadIdx.x) % 32), warp_(static_cast<int>(threadIdx.x) / 32) {
+        lane_(static_cast<int>(threadIdx.x % 32)), warp_(WarpPlace<Config>().token_warp) {
     find_chunk();
   }
 
@@ -57,8 +60,20 @@ class ChunkWalk {
     return __shfl_sync(0xffffffffu, page_, held_ * Lookup::kEntries + token / Lookup::kEntryTokens);
   }
 
+  // Brings into L2 what the block will look up for an item before its first chunks, shared among all threads.
+  static __device__ __forceinline__ void prefetch(const Params& params, const AttentionItem& item) {
+    if constexpr (!kPaged || Config::kTableRow || Config::kTable == kIndptr) {
+      const void* origins = Config::kTableRow ? params.table_row : params.kv_indptr;
+      if (threadIdx.x == 0) ptx::prefetch_to_l2(static_cast<const int*>(origins) + item.request);
+    } else {
+      const int position = item.kv_begin + static_cast<int>(threadIdx.x) * kSectorEntries * Config::kPageSize;
+      const int* entries = static_cast<const int*>(params.table) + item.request * params.table_stride;
+      if (position < item.kv_end) ptx::prefetch_to_l2(entries + static_cast<unsigned>(position) / Config::kPageSize);
+    }
+  }
+
   __device__ __forceinline__ void advance() {
-    chunk_ += Config::kNumWarps;
+    chunk_ += kTokenWarps;
     ++held_;
     find_chunk();
   }
@@ -98,7 +113,7 @@ class ChunkWalk {
   // token is readable may lie beyond the table and are not read.
   __device__ __forceinline__ void look_up() {
     held_ = 0;
-    const int chunk = chunk_ + lane_ / Lookup::kEntries * Config::kNumWarps;
+    const int chunk = chunk_ + lane_ / Lookup::kEntries * kTokenWarps;
     const int first = kv_begin_ + chunk * kTokens + lane_ % Lookup::kEntries * Lookup::kEntryTokens;
     page_ = some_readable(first, Lookup::kEntryTokens) ? entries_[max(first, lowest_) / Lookup::kPageSize] : 0;
   }
@@ -107,7 +122,7 @@ class ChunkWalk {
   const AttentionItem* items_;
   int num_items_;
   int item_, chunk_, num_chunks_;
-  ChunkTurn<Config::kNumWarps> turn_;
+  ChunkTurn<kTokenWarps> turn_;
   int held_;  // of the chunks whose pages are held, those that are behind
   int page_;
   int kv_begin_, kv_end_, kv_head_, lowest_;

@@ -27,6 +27,16 @@ FI_HOST_DEVICE Quad quad(Int x, Int y, Int z, Int w) {
   return {static_cast<int>(x), static_cast<int>(y), static_cast<int>(z), static_cast<int>(w)};
 }
 
+constexpr int kLeastSteps = 2;
+
+// How many workers share a line, the first ones: in the balanced partition no more than get kLeastSteps steps each. With less
+// than a step, most of the pieces of a short batch would be empty and yet waited for.
+FI_HOST_DEVICE Int num_sharing(const Line& line) {
+  const Params& params = line.params;
+  if (params.max_splits > 0) return params.num_workers;
+  return min_of(max_of(floor_div(line.total_cost, kLeastSteps * params.kinds[0].step_cost), 1), params.num_workers);
+}
+
 // What stands before some place on the line; items and merges in batch-invariant mode only.
 struct Totals {
   Int cost, tiles, items, merges;
@@ -162,6 +172,62 @@ struct RowWriter {
     ++merge_idx;
   }
 };
+
+// Whether a worker's items follow from its cut and the next one, each by itself.
+FI_HOST_DEVICE bool items_follow_from_cuts(const Params& params) {
+  return params.max_splits == 0 && !params.heads_first && one_tile_each(params);
+}
+
+// The request whose tiles, one a head, are number `tile` of one head: the last before which there are no more.
+FI_HOST_DEVICE Int request_of_tile(const Line& line, Int tile) {
+  Int low = 0, high = line.num_requests;
+  while (high - low > 1) {
+    const Int middle = (low + high) / 2;
+    if (line.tile_prefix[middle] <= tile) low = middle; else high = middle;
+  }
+  return low;
+}
+
+// Writes the `count` items between a worker's cut and the next worker's, each lane every num_lanes-th: what emit_worker and
+// RowWriter do one request after the other.
+FI_HOST_DEVICE void write_items(const RowWriter& rows, const Cut& cut, const Cut& next, Int count) {
+  const Line& line = rows.line;
+  const Int heads = line.params.num_kv_heads, kv_tokens = line.params.kinds[0].kv_tokens;
+#pragma unroll 1
+  for (Int idx = rows.lane; idx < count; idx += rows.num_lanes) {
+    const Int tile = cut.tile_idx + idx, tile_of_head = floor_div(tile, heads), head = tile - tile_of_head * heads;
+    const Int request = request_of_tile(line, tile_of_head);
+    const Request geometry = request_at(line, request);
+    const TileRange range = tile_range(line.params, geometry, 0);
+    const bool ends_inside = idx == count - 1 && next.inner > 0;
+    const Int step_begin = idx == 0 ? cut.inner : 0, step_end = ends_inside ? next.inner : range.steps;
+    const bool begins = step_begin == 0 && ends_inside;
+    const Int slot = step_begin > 0 ? rows.worker : ends_inside ? line.params.num_workers + rows.worker : kNoSlot;
+    Quad merged = quad(-1, 0, 0, 0);
+    if (slot != kNoSlot) {
+      const Int tail = begins ? rows.worker + 1 : rows.tail_of_first;
+      const Int end = line.cost_prefix[request] * heads + (head + 1) * range.cost;
+      const Int last = last_worker_before(line, tail, end);
+      merged = quad(begins ? rows.merge_idx : rows.merge_idx - 1, line.params.num_workers + tail - 1, tail, last + 1);
+    }
+    const Quad row[kItemQuads] = {
+        quad(request, head, 0, geometry.kind),
+        quad((range.first_step + step_begin) * kv_tokens, min_of((range.first_step + step_end) * kv_tokens, range.kv_stop),
+             slot, 0),
+        quad(line.q_indptr[request], geometry.q_len, geometry.kv_len, merged.x),
+        quad(merged.y, merged.z, merged.w, 0)};
+#pragma unroll
+    for (int column = 0; column < kItemQuads; ++column) {
+      rows.item_rows[(rows.item_idx + idx) * kItemQuads + column] = row[column];
+      if (idx == 0) rows.start_row[kStartQuads - kItemQuads + column] = row[column];
+    }
+    if (begins) {
+      Quad* merge_row = rows.merge_rows + rows.merge_idx * kMergeQuads;
+      merge_row[0] = row[0];
+      merge_row[1] = quad(merged.y, merged.z, merged.w, 0);
+    }
+  }
+}
 
 }  // namespace plan
 

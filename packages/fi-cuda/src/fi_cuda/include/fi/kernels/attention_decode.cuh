@@ -7,7 +7,8 @@
 // 2023, section 4), equal shares of the work ("stream-K", Osama et al., 2023).
 // Config: Dtype (q, out), Stored (K, V), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kRows
 // (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
-// kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps). Params: those of fi_cuda.kernels.attention.decode.
+// kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps), kRowWarps (warps that share a tile's
+// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys. Params: those of fi_cuda.kernels.attention.decode.
 #pragma once
 
 #include "fi/attention/load_boxes.cuh"
@@ -15,6 +16,8 @@
 #include "fi/attention/partials.cuh"
 #include "fi/pipeline/cursor.cuh"
 #include "fi/ptx/dependent_launch.cuh"
+#include "fi/ptx/fence.cuh"
+#include "fi/ptx/tma.cuh"
 
 namespace fi {
 
@@ -23,22 +26,23 @@ constexpr int kItemsAtOnce = 64;
 // Byte offsets into dynamic shared memory.
 template <class Config>
 struct DecodeShared {
+  static constexpr int kTokenWarps = WarpPlace<Config>::kTokenWarps;
   static constexpr int kRingBytes = Config::kStages * ChunkStage<Config>::kBytes;
-  static constexpr int kShares = Config::kNumWarps * kRingBytes;
+  static constexpr int kShares = kTokenWarps * kRingBytes;
   static constexpr int kItems = kShares + static_cast<int>(sizeof(Shares<Config>));
-  static constexpr int kFlag = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
-  static constexpr int kBarriers = kFlag + 16;
-  static constexpr int kBytes = kBarriers + Config::kNumWarps * Config::kStages * 8 + ChunkStage<Config>::kAlignment;
+  static constexpr int kBarriers = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
+  static constexpr int kRotations = (kBarriers + kTokenWarps * Config::kStages * 8 + 15) / 16 * 16;
+  static constexpr int kBytes = kRotations + Rotations<Config>::kBytes + ChunkStage<Config>::kAlignment;
 };
 
-// The block's next `count` items into shared memory; the worker's first one lies beside its range.
+constexpr int kItemParts = sizeof(AttentionItem) / 16;
+
+// The block's next items into shared memory, from number `have` to number `count`.
 template <int kThreads>
-__device__ __forceinline__ void fetch_items(AttentionItem* items, const AttentionItem* list, const AttentionItem* first, int count) {
-  constexpr int kParts = sizeof(AttentionItem) / 16;
+__device__ __forceinline__ void fetch_items(AttentionItem* items, const AttentionItem* list, int have, int count) {
 #pragma unroll 1
-  for (int part = threadIdx.x; part < count * kParts; part += kThreads) {
-    const int4* from = reinterpret_cast<const int4*>(first != nullptr && part < kParts ? first : list);
-    reinterpret_cast<int4*>(items)[part] = from[part];
+  for (int part = have * kItemParts + static_cast<int>(threadIdx.x); part < count * kItemParts; part += kThreads) {
+    reinterpret_cast<int4*>(items)[part] = reinterpret_cast<const int4*>(list)[part];
   }
 }
 
@@ -50,60 +54,87 @@ __device__ __forceinline__ void clear_unreadable(unsigned char* stage, int posit
   const bool readable = position + lane >= lowest && position + lane < kv_end;
   if (lane < Config::kChunkTokens && !readable) {
 #pragma unroll
-    for (int column = 0; column < Rows::kColumns; ++column) {
-#pragma unroll
-      for (int byte = 0; byte < Rows::kSwizzle; byte += 16) {
-        unsigned char* unit = stage + Stage::kValueBegin + column * Rows::kColumnBytes + lane * Rows::kSwizzle + byte;
-        *reinterpret_cast<int4*>(unit) = int4{};
-      }
+    for (int byte = 0; byte < Rows::kColumns * Rows::kSwizzle; byte += 16) {
+      *reinterpret_cast<int4*>(stage + Stage::kValueBegin + Rows::place(lane, byte)) = int4{};
     }
     ptx::fence_proxy_async_shared();  // the stage's next copies come after
   }
   __syncwarp();
 }
 
+template <class Config, class Params>
+__device__ __forceinline__ Rotator<Config> rotator_of(const Params& params, unsigned char* shared) {
+  return Rotator<Config>(shared, static_cast<const float*>(params.inv_freq), params.rope_factor);
+}
+
+// Attends to `count` items in shared memory, which the block's worker has `before` others before and `after` after.
 template <class Config, class Params, class Loader>
-__device__ __forceinline__ void attend_items(
-    const Params& params, const Loader& loader, unsigned char* shared, int count, RingCursor<Config::kStages>& place) {
+__device__ __forceinline__ void attend_items(const Params& params, const Loader& loader, unsigned char* shared, int before,
+                                             int count, int after, RingCursor<Config::kStages>& place) {
   using Shared = DecodeShared<Config>;
   using State = DecodeState<Config, Params>;
   using Stage = ChunkStage<Config>;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  unsigned char* ring = shared + warp * Shared::kRingBytes;
-  unsigned long long* barriers = reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp * Config::kStages;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const WarpPlace<Config> warp;
+  unsigned char* ring = shared + warp.token_warp * Shared::kRingBytes;
+  unsigned long long* barriers =
+      reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp.token_warp * Config::kStages;
   const AttentionItem* items = reinterpret_cast<const AttentionItem*>(shared + Shared::kItems);
-  ItemFinisher<Config, Params> finisher(params, *reinterpret_cast<Shares<Config>*>(shared + Shared::kShares),
-                                        reinterpret_cast<int*>(shared + Shared::kFlag));
+  ItemFinisher<Config, Params> finisher(params, *reinterpret_cast<Shares<Config>*>(shared + Shared::kShares));
   ChunkWalk<Config, Params> walk(params, items, count);
-  int next_stage = place.stage;
-  const auto load_next = [&] {
-    if (walk.done()) return;
-    loader.load(walk, ring + next_stage * Stage::kBytes, barriers + next_stage);
-    next_stage = next_stage + 1 == Config::kStages ? 0 : next_stage + 1;
-    walk.advance();
-  };
-#pragma unroll 1  // once is code enough
-  for (int ahead = 0; ahead < Config::kStages - 1; ++ahead) load_next();
-
-  ChunkTurn<Config::kNumWarps> turn = {0};
-  for (int idx = 0; idx < count; ++idx) {
-    const AttentionItem item = items[idx];
-    State state(params, item, lane);
-    const ColumnLimits whole = State::seen_by_all(params, item);
-    const int lowest = lowest_position<Config>(item, params.window), num_chunks = num_chunks_of<Stage::kTokens>(item);
-    for (int chunk = turn.first_chunk(warp); chunk < num_chunks; chunk += Config::kNumWarps) {
+  const Rotator<Config> rotator = rotator_of<Config>(params, shared + Shared::kRotations);
+  int next_stage = place.stage, num_due = warp.row_warp == 0 ? Config::kStages : 0;
+  ChunkTurn<Shared::kTokenWarps> turn = {0};
+  AttentionItem item;
+  State state;
+  ColumnLimits whole = {0, 0};
+  int idx = -1, chunk = 0, num_chunks = 0, lowest = 0;
+  // One loop over the chunks and ends of all items, so that there is one copy of each part: a kernel that runs once reads its
+  // instructions from memory too.
+#pragma unroll 1
+  while (true) {
+    warp.sync();  // all are through with the stage that is filled next
+#pragma unroll 1
+    for (; num_due > 0 && !walk.done(); --num_due) {
+      loader.load(walk, ring + next_stage * Stage::kBytes, barriers + next_stage);
+      next_stage = next_stage + 1 == Config::kStages ? 0 : next_stage + 1;
+      walk.advance();
+    }
+    if (chunk < num_chunks) {
       const int position = item.kv_begin + chunk * Stage::kTokens;
       const bool masked = position < whole.low || position + Stage::kTokens > whole.high;
       unsigned char* stage = ring + place.stage * Stage::kBytes;
-      __syncwarp();  // all lanes are through with the stage that is filled next
-      load_next();
+      if constexpr (Rotations<Config>::kKeys) rotator.prepare_keys(position);
       ptx::wait_barrier(barriers + place.stage, place.parity);
-      if (!Loader::kZeroesUnread && masked) clear_unreadable<Config>(stage, position, lowest, item.kv_end, lane);
-      state.attend(params, item, stage, position, masked, lane);
+      if (!Loader::kZeroesUnread && masked) {
+        if (warp.row_warp == 0) clear_unreadable<Config>(stage, position, lowest, item.kv_end, lane);
+        if constexpr (WarpPlace<Config>::kRowWarps > 1) warp.sync();
+      }
+      state.attend(params, item, rotator, stage, position, masked, lane);
       place.advance();
+      chunk += Shared::kTokenWarps;
+      num_due = warp.row_warp == 0;
+      continue;
     }
+    AttentionItem next = {};
+    if (idx + 1 < count) {
+      next = items[idx + 1];
+      state.load(params, next, warp.first_row(), lane);  // arrives while the item before is finished
+    }
+    if (idx >= 0) finisher.finish(item, state, before + idx, after + count - 1 - idx);
+    if (++idx == count) break;
+    item = next;
+    state.begin(params, item, rotator, lane);
+    finisher.prepare(item);
+    if (idx + 1 < count) {
+      State::prefetch(params, items[idx + 1]);
+      ChunkWalk<Config, Params>::prefetch(params, items[idx + 1]);
+    }
+    whole = State::seen_by_all(params, item);
+    lowest = lowest_position<Config>(item, params.window);
     turn.pass(num_chunks);
-    finisher.finish(item, state);
+    chunk = turn.first_chunk(warp.token_warp);
+    num_chunks = num_chunks_of<Stage::kTokens>(item);
   }
 }
 
@@ -126,21 +157,32 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   unsigned char* shared = unaligned + (-ptx::shared_address(unaligned) & (ChunkStage<Config>::kAlignment - 1));
   const auto loader = loader_of<Config>(params, maps...);
   AttentionItem* items = reinterpret_cast<AttentionItem*>(shared + Shared::kItems);
-  for (int idx = threadIdx.x; idx < Config::kNumWarps * Config::kStages; idx += Config::kNumThreads) {
-    ptx::init_barrier(reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + idx, loader.kArrivals);
-  }
-  ptx::fence_barrier_init();
+  if (threadIdx.x == 0) (ptx::prefetch_tensor_map(&maps), ...);
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
   const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
   const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
+  // The first item lies beside its range, and both are on their way while the barriers are made.
   const int begin = start->begin, end = start->end;
+  int4 part = {};
+  if (threadIdx.x < kItemParts) part = reinterpret_cast<const int4*>(&start->first)[threadIdx.x];
+  const WarpPlace<Config> warp;
+  if (threadIdx.x % 32 == 0 && warp.row_warp == 0) {
+    unsigned long long* barriers = reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers);
+#pragma unroll
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::init_barrier(barriers + warp.token_warp * Config::kStages + stage, loader.kArrivals);
+    }
+  }
+  ptx::fence_barrier_init();
+  if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = part;
+  if constexpr (Rotations<Config>::kKeys) rotator_of<Config>(params, shared + Shared::kRotations).fill_table();
   auto place = RingCursor<Config::kStages>::consumer();
   for (int first = begin; first < end; first += kItemsAtOnce) {
     const int count = min(end - first, kItemsAtOnce);
-    fetch_items<Config::kNumThreads>(items, list + first, first == begin ? &start->first : nullptr, count);
+    fetch_items<Config::kNumThreads>(items, list + first, first == begin, count);
     __syncthreads();
-    attend_items<Config>(params, loader, shared, count, place);
+    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place);
     __syncthreads();
   }
 }

@@ -102,8 +102,10 @@ __device__ __forceinline__ plan::Int sum_requests(const Params& params, const Pl
 
   plan::Int mine[kSums] = {};
   bool within = true;
+  int end_of_share = 0;  // the last thread's is q_indptr[num_requests]
   const auto add_up = [&](const Own& own, int first) {
     within &= own.within_limits(params);
+    end_of_share = own.q_indptr[kCount];
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) {
       if (first + idx < num_requests) {
@@ -126,7 +128,7 @@ __device__ __forceinline__ plan::Int sum_requests(const Params& params, const Pl
     }
   };
   const auto scan = [&] {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll
     for (int sum = 0; sum < kSums; ++sum) {
       const plan::Int inclusive = inclusive_sum_over_lanes<32>(mine[sum]);
@@ -156,7 +158,7 @@ __device__ __forceinline__ plan::Int sum_requests(const Params& params, const Pl
     for (int first = begin; first < begin + share; first += kCount) place(Own(params, line, first), first);
   }
   if (threadIdx.x == kThreads - 1) {
-    tables.q_indptr[num_requests] = static_cast<const int*>(params.q_indptr)[num_requests];
+    tables.q_indptr[num_requests] = end_of_share;
 #pragma unroll
     for (int sum = 0; sum < kSums; ++sum) prefixes[sum][num_requests] = all[sum];
   }
@@ -170,7 +172,7 @@ __device__ __forceinline__ plan::Place place_of(const plan::Cut* cuts, int worke
   plan::Place place = {0, 0, 0};
   if constexpr (Config::partition().max_splits > 0) return place;
   constexpr int kWorkers = static_cast<int>(Config::partition().num_workers);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
   for (int base = 0; base <= kWorkers; base += 32) {
     const int idx = base + lane;
@@ -189,7 +191,7 @@ template <class Config, class Params>
 __device__ __forceinline__ void write_worker(
     const Params& params, const plan::Line& line, const plan::Cut* cuts, plan::Cursor& cursor, int worker, bool has_work) {
   constexpr int kWorkers = static_cast<int>(Config::partition().num_workers);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
   const plan::Place place = place_of<Config>(cuts, worker);
   const plan::Int begin = place.first_item(line, cuts[worker]);
   const plan::Int merge_idx = place.first_merge(line, cuts[worker]);
@@ -205,7 +207,11 @@ __device__ __forceinline__ void write_worker(
   if (!has_work) return;
   plan::RowWriter rows = {line, static_cast<plan::Quad*>(params.items), static_cast<plan::Quad*>(params.merges), start_row,
                           worker, lane, 32, place.last_first, begin, merge_idx, false};
-  plan::emit_worker(line, cursor, worker, rows);
+  if (plan::items_follow_from_cuts(line.params)) {
+    plan::write_items(rows, cuts[worker], next, end - begin);
+  } else {
+    plan::emit_worker(line, cursor, worker, rows);
+  }
 }
 
 template <class Config, class Params>
@@ -227,26 +233,28 @@ __device__ __forceinline__ void attention_plan(const Params& params) {
   ptx::wait_for_previous_kernel();
   line.total_cost = sum_requests<Config>(params, tables, line) * line.params.num_kv_heads;
   const bool has_work = line.total_cost > 0;
+  line.params.num_workers = plan::num_sharing(line);
 
   const int first_worker = static_cast<int>(blockIdx.x) * kPerBlock;
 #pragma unroll 1
   for (int worker = threadIdx.x; worker <= kWorkers; worker += Config::kNumThreads) {
     plan::Cut cut = {0, 0, 0, 0};
-    if (has_work && worker == kWorkers) cut = plan::last_cut(line, tables.before);
-    if (has_work && worker < kWorkers) {
+    const bool shares = worker < line.params.num_workers;
+    if (has_work && !shares) cut = plan::last_cut(line, tables.before);
+    if (has_work && shares) {
       const plan::Int position = plan::worker_begin(line, worker);
       const plan::Cursor cursor = plan::seek(line, position);
       cut = plan::cut_at(line, tables.before, cursor, position);
       const int own = worker - first_worker;
-      if (own >= 0 && own < kPerBlock) cursors[own] = cursor;
+      if (!plan::items_follow_from_cuts(line.params) && own >= 0 && own < kPerBlock) cursors[own] = cursor;
     }
     cuts[worker] = cut;
   }
   __syncthreads();
-  const int own = static_cast<int>(threadIdx.x) / 32;
-  if (own < kPerBlock && first_worker + own <= kWorkers) {
+  const int own = static_cast<int>(threadIdx.x / 32), worker = first_worker + own;
+  if (own < kPerBlock && worker <= kWorkers) {
     plan::Cursor cursor = cursors[own];
-    write_worker<Config>(params, line, cuts, cursor, first_worker + own, has_work);
+    write_worker<Config>(params, line, cuts, cursor, worker, has_work && worker < line.params.num_workers);
   }
 }
 

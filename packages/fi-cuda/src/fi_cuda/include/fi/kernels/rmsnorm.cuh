@@ -1,16 +1,19 @@
 // RMSNorm, alone or fused with the residual add before it (Zhang and Sennrich, 2019).
 //
-// kThreadsPerRow threads hold a row in registers, so it is read once and the output may be the input.
-// Config: Dtype, OutDtype (Dtype or FP8), kWidth, kVectorBytes (of Dtype), kThreadsPerRow, kAdd, kNumThreads.
+// kThreadsPerRow threads hold a row in registers, so it is read once and the output may be the input. kWeightsLast: weights
+// are loaded behind the reduction, from L1 where other rows left them, so that their registers hold more rows in flight.
+// Config: Dtype, OutDtype (Dtype or FP8), kWidth, kVectorBytes (of Dtype), kThreadsPerRow, kAdd, kNested (inner_size is not 1),
+// kWeightsLast, kPastL1 (x
+// leaves L1 to the weights), kNumThreads.
 // Params: x, out [rows, kWidth] and weight [kWidth]; residual [rows, kWidth], updated in place, unused unless kAdd;
 // *_strides; num_rows, inner_size; eps, weight_bias; scale (null: out_scale), what an FP8 out is divided by.
 #pragma once
 
 #include "fi/ptx/dependent_launch.cuh"
+#include "fi/tile/fp8.cuh"
 #include "fi/tile/pack.cuh"
 #include "fi/tile/reduce.cuh"
 #include "fi/tile/rows.cuh"
-#include "fi/tile/stored.cuh"
 
 namespace fi {
 
@@ -32,10 +35,11 @@ __device__ __forceinline__ void rmsnorm(const Params& params) {
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
 
-  const T* x = static_cast<const T*>(params.x) + row_offset(row, params.inner_size, params.x_strides);
+  const int inner_size = Config::kNested ? params.inner_size : 1;
+  const T* x = static_cast<const T*>(params.x) + row_offset(row, inner_size, params.x_strides);
   T* residual = nullptr;
   if constexpr (Config::kAdd) {
-    residual = static_cast<T*>(params.residual) + row_offset(row, params.inner_size, params.residual_strides);
+    residual = static_cast<T*>(params.residual) + row_offset(row, inner_size, params.residual_strides);
   }
   Pack<T, Config::kVectorBytes> weights[kPacksPerThread];
   Pack<T, Config::kVectorBytes> held[kPacksPerThread];
@@ -44,9 +48,10 @@ __device__ __forceinline__ void rmsnorm(const Params& params) {
   for (int idx = 0; idx < kPacksPerThread; ++idx) {
     const int pack = lane + idx * Config::kThreadsPerRow;
     if (live && pack < kPacks) {
-      held[idx] = load_pack<Config::kVectorBytes>(x + pack * kCount);
+      const T* source = x + pack * kCount;
+      held[idx] = Config::kPastL1 ? load_pack_past_l1<Config::kVectorBytes>(source) : load_pack<Config::kVectorBytes>(source);
       if constexpr (Config::kAdd) added[idx] = load_pack<Config::kVectorBytes>(residual + pack * kCount);
-      weights[idx] = load_pack<Config::kVectorBytes>(weight + pack * kCount);
+      if constexpr (!Config::kWeightsLast) weights[idx] = load_pack<Config::kVectorBytes>(weight + pack * kCount);
     }
   }
   float out_scale = params.out_scale;
@@ -70,22 +75,27 @@ __device__ __forceinline__ void rmsnorm(const Params& params) {
       if constexpr (Config::kAdd) store_pack(residual + pack * kCount, held[idx]);
     }
   }
-  const float mean = sum_over_threads<Config::kThreadsPerRow>(squares, scratch) / Config::kWidth;
-  const float scale = 1.0f / sqrtf(mean + params.eps);
+  const float mean = sum_over_threads<Config::kThreadsPerRow>(squares, scratch) * (1.0f / Config::kWidth);
+  const float scale = rsqrtf(mean + params.eps);
 
   const Divisor divisor = divisor_of(out_scale);
-  Out* out = static_cast<Out*>(params.out) + row_offset(row, params.inner_size, params.out_strides);
+  Out* out = static_cast<Out*>(params.out) + row_offset(row, inner_size, params.out_strides);
 #pragma unroll
   for (int idx = 0; idx < kPacksPerThread; ++idx) {
     const int pack = lane + idx * Config::kThreadsPerRow;
     if (live && pack < kPacks) {
+      if constexpr (Config::kWeightsLast) weights[idx] = load_pack<Config::kVectorBytes>(weight + pack * kCount);
       Pack<float, kCount * 4> normalised;
 #pragma unroll
       for (int e = 0; e < kCount; ++e) {
         const float factor = to_float(weights[idx].data[e]) + params.weight_bias;
         normalised.data[e] = to_float(held[idx].data[e]) * scale * factor;
       }
-      store_pack(out + pack * kCount, stored_as<Out, false>(normalised, divisor));
+      if constexpr (kIsFp8<Out>) {
+        store_pack(out + pack * kCount, quantise<Out, false>(normalised, divisor));
+      } else {
+        store_pack(out + pack * kCount, rounded_pack<Out>(normalised.data));
+      }
     }
   }
 }

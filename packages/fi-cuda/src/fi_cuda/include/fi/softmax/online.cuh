@@ -49,7 +49,7 @@ __device__ __forceinline__ RowResult finish_row(PartialRow row, float sink = min
   const float base = finite_base(Largest()(row.base, sink_base));
   const float kept = ptx::exp2_approx(row.base - base);
   const float total = row.mass * kept + ptx::exp2_approx(sink_base - base);
-  return {total == 0.0f ? 0.0f : kept / total, (base + log2f(total)) * kLn2};
+  return {total == 0.0f ? 0.0f : kept * ptx::rcp_approx(total), (base + log2f(total)) * kLn2};
 }
 
 // What two disjoint sets of keys together know of a row; adding states up in ascending order gives the same bits each

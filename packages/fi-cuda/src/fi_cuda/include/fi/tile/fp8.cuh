@@ -19,6 +19,22 @@ inline constexpr __nv_fp8_interpretation_t kFp8Format = __NV_E4M3;
 template <>
 inline constexpr __nv_fp8_interpretation_t kFp8Format<__nv_fp8_e5m2> = __NV_E5M2;
 
+// Four 8-bit floats as float16, exactly, the lowest first. PTX ISA, section "cvt"; halves of a register need no shift so.
+template <class Stored>
+__device__ __forceinline__ void halves_of(unsigned& low, unsigned& high, unsigned bytes) {
+  if constexpr (kFp8Format<Stored> == __NV_E4M3) {
+    asm("{\n.reg .b16 first, second;\nmov.b32 {first, second}, %2;\ncvt.rn.f16x2.e4m3x2 %0, first;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, second;\n}"
+        : "=r"(low), "=r"(high)
+        : "r"(bytes));
+  } else {
+    asm("{\n.reg .b16 first, second;\nmov.b32 {first, second}, %2;\ncvt.rn.f16x2.e5m2x2 %0, first;\n"
+        "cvt.rn.f16x2.e5m2x2 %1, second;\n}"
+        : "=r"(low), "=r"(high)
+        : "r"(bytes));
+  }
+}
+
 // What many numbers are divided by. Powers of 2 move scales below 2^-60 and above 2^60 to where no intermediate result that
 // matters is subnormal or overflows; `lift` moves the numbers alike and takes the scale's sign. The other members are those of
 // the lifted scale; `near` and `rest`: its inverse rounded down, and a little more than what that lacks, never 0.

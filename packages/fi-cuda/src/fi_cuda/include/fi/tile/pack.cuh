@@ -18,6 +18,20 @@ __device__ __forceinline__ Pack<T, kBytes> load_pack(const T* address) {
   return *reinterpret_cast<const Pack<T, kBytes>*>(address);
 }
 
+// For what is read once, beside what many blocks read: leaves L1 to that.
+template <int kBytes, class T>
+__device__ __forceinline__ Pack<T, kBytes> load_pack_past_l1(const T* address) {
+  if constexpr (kBytes == 16) {
+    uint4 bits;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(__cvta_generic_to_global(address)));
+    return *reinterpret_cast<Pack<T, kBytes>*>(&bits);
+  } else {
+    return load_pack<kBytes>(address);
+  }
+}
+
 template <class T, int kBytes>
 __device__ __forceinline__ void store_pack(T* address, const Pack<T, kBytes>& pack) {
   *reinterpret_cast<Pack<T, kBytes>*>(address) = pack;
