@@ -322,3 +322,29 @@ def test_boxes_and_negative_scales_choose_their_kernels(launches, monkeypatch):
     launches.last.clear()
     made.run(q[:0], kv, LayerArgs().resolve(SPEC), torch.empty_like(q[:0]), None)
     assert not launches.last  # nothing to do
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "window", "causal"), [(8, None, True), (8, 300, True), (2, None, False)])
+def test_the_gpu_orders_tiles_as_the_host_does(heads, window, causal):
+    generator = torch.Generator().manual_seed(heads)
+    spec = AttentionSpec(heads * 4, heads, 128, causal=causal, windows=(window,))
+    capacity = Capacity(max_batch=700, max_q_tokens=60000, max_q_len=4000, max_kv_len=70000)
+    made = attention_prefill.plan(spec, capacity, "cuda")
+    used = []
+    for size in (1, 3, 64, 600):
+        q_lens = torch.randint(0, min(60000 // size, 4000), (size,), generator=generator)
+        kv_lens = (q_lens + torch.randint(-20, 1000, (size,), generator=generator)).clamp(min=0).int()
+        q_indptr = torch.cat([torch.zeros(1), q_lens.cumsum(0)]).int()
+        table = torch.zeros(size, 5000, dtype=torch.int32)
+        found = []
+        for device in ("cpu", "cuda"):
+            order = made._orders[window]
+            order.header.fill_(-7)
+            order.items.fill_(-7)
+            made.update(Batch(*(tensor.to(device) for tensor in (q_indptr, kv_lens, table))))
+            header = order.header.tolist()
+            found.append((header, order.items[: header[0] if header[1] else 0].tolist()))
+        assert found[0] == found[1]
+        used.append(found[0][0][1])
+    assert 1 in used
