@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from fi_core.records import AttentionSpec
 from ...params import ParamsLayout
 from ...spec import KernelSpec, join_constants
 from .decode import MASK_FORMS, TABLE_FORMS
-from .prefill_tuning import MAX_ROW_TOKENS, PrefillTuning, box_tokens, prefill_shared_bytes
+from .prefill_tuning import PrefillTuning, box_tokens, prefill_shared_bytes
 
 _WARPGROUP_THREADS = 128
 _REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
@@ -93,8 +93,8 @@ class PrefillSpec(KernelSpec):
             ("v_scale_stride", "int32"),
             ("num_kv_heads", "int32"),
             ("window", "int32"),
-            ("unit", "float"),
-            ("inner", "float"),
+            ("scale", "float"),
+            ("soft_cap", "float"),
             ("v_scale", "float"),
         )
     )
@@ -149,8 +149,6 @@ class PrefillForm(NamedTuple):
 
 def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: PrefillForm) -> PrefillSpec:
     """The kernel of a call; soft cap, ALiBi and sinks are there exactly when ``spec`` has the feature."""
-    if not form.boxes and tuning.tokens > MAX_ROW_TOKENS:
-        tuning = replace(tuning, tokens=MAX_ROW_TOKENS, edge_tokens=32)
     return (BoxPrefillSpec if form.boxes else PrefillSpec)(
         dtype=spec.dtype,
         stored=spec.kv_dtype,

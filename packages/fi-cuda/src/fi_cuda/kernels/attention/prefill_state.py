@@ -129,8 +129,6 @@ class PrefillState(ListState):
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
         scale = layer.scale * k_scale
-        # What a score of 1 is in natural units; what products are multiplied by to become scores.
-        unit = layer.soft_cap or (scale if scale > 0 else 1.0)
         addressing, maps = self._addresses, self._maps_of(kv)
         form = PrefillForm(
             windowed=layer.window is not None,
@@ -156,7 +154,7 @@ class PrefillState(ListState):
             cache_strides=tuple(strides),
             numbers=(
                 *(k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
-                *(layer.window or 0, unit, scale / unit, v_scale),
+                *(layer.window or 0, scale, layer.soft_cap or 1.0, v_scale),
             ),
             maps=maps or (),
         )

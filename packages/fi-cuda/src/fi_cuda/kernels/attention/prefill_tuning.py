@@ -23,15 +23,12 @@ MAX_GROUP = 64
 """Query heads of a KV head: a token's lie in one warpgroup's rows."""
 
 BOX_ROW_BYTES = 128
-
-MAX_ROW_TOKENS = 128
-"""Keys a step where rows are copied one by one: a thread looks up the page of one row of eight."""
 _PATTERN_TOKENS = 8
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
-_NARROWEST_HEAD_DIM = 64
 _NARROW_HEAD_DIM = 128
+_MAX_TOKENS = 128  # where rows are copied one by one, a thread looks up the page of one row of eight
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class PrefillTuning:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("consumers", (1, 2, 3)),
-            ("tokens", tuple(range(16, 257, 16))),
+            ("tokens", tuple(range(16, _MAX_TOKENS + 1, 16))),
             ("edge_tokens", tuple(size for size in range(16, self.tokens + 1, 16) if self.tokens % size == 0)),
             ("ping_pong", (False, True)),
             ("overlap", (False, True)),
@@ -120,11 +117,6 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     head_dim_vo = spec.head_dim_vo or 0
     widest = max(spec.head_dim, head_dim_vo)
     tokens, edge_tokens = (128, 32) if head_dim_vo <= _NARROW_HEAD_DIM else (64, 32)
-    is_power = spec.group_size & (spec.group_size - 1) == 0  # division by another takes registers
-    if widest <= _NARROWEST_HEAD_DIM and is_power:
-        tokens, edge_tokens = 144, 48
-    if spec.page_size is not None and box_tokens(spec.page_size, tokens) is None:
-        tokens, edge_tokens = min(tokens, MAX_ROW_TOKENS), 32
     boxes = spec.kv_dtype == spec.dtype and box_tokens(spec.page_size, tokens) is not None
     three = widest <= _NARROW_HEAD_DIM and boxes  # producers that copy rows themselves need too many registers
     tuning = PrefillTuning(

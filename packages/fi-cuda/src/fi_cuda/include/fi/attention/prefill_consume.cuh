@@ -242,10 +242,14 @@ class PrefillConsumer {
   }
 
   __device__ __forceinline__ PrefillScore<Config> score_of(const AttentionItem& item) const {
-    PrefillScore<Config> score = {params_.unit, 1.0f, {0.0f, 0.0f}};
-    if constexpr (Config::kKScales) {
-      score.k_scale = static_cast<const float*>(params_.k_scales)[item.kv_head * params_.k_scale_stride];
-      if constexpr (!Config::kSoftCap && !Config::kSignedScale) score.unit *= score.k_scale;
+    float scale = params_.scale;
+    if constexpr (Config::kKScales) scale *= static_cast<const float*>(params_.k_scales)[item.kv_head * params_.k_scale_stride];
+    PrefillScore<Config> score = {scale, 0.0f, {0.0f, 0.0f}};
+    if constexpr (Config::kSoftCap) {
+      score.unit = params_.soft_cap;
+      score.inner = scale / params_.soft_cap;
+    } else if constexpr (Config::kSignedScale) {
+      score = {1.0f, scale, {0.0f, 0.0f}};
     }
     if constexpr (Config::kAlibi) {
 #pragma unroll

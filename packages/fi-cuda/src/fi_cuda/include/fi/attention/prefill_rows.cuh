@@ -39,7 +39,6 @@ class RowCopies {
   static constexpr int kRounds = Config::kTokens / kRowsAtOnce;
   static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(Dtype));
   static constexpr bool kConverted = sizeof(Stored) != sizeof(Dtype);
-  static constexpr int kRoundsAtOnce = kRounds % 4 == 0 ? 4 : kRounds % 2 == 0 ? 2 : 1;
   static_assert(kRounds <= kUnits, "a thread looks up one page a step");
 
  public:
@@ -85,58 +84,37 @@ class RowCopies {
   __device__ __forceinline__ void load(const Stored* from, int64 page_stride, int64 token_stride, unsigned char* stage,
                                        Ring<kStages>& ring, RingCursor<kStages>& cursor, int step, int page) {
     ring.acquire(cursor);
-    if constexpr (kConverted) {
-      // Several loads first, as they take longer than all else.
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int position = position_of(step, round);
+      const int its_page = kPaged ? __shfl_sync(0xffffffffu, page, round, kUnits) : 0;
+      const bool readable = is_readable(position);
+      const int64 token = kPaged ? position % kPageSize : table_.first_row + position;
+      const Stored* row = from + (readable ? its_page * page_stride + token * token_stride : 0) + unit_ * kUnitElements;
+      unsigned char* to = stage + swizzled<kBoxRowBytes>((round * kRowsAtOnce + row_) * kBoxRowBytes + unit_ * 16);
 #pragma unroll
       for (int column = 0; column * Tile::kBoxElements < kDim; ++column) {
-        const bool inside = column * Tile::kBoxElements + unit_ * kUnitElements < kDim;
-#pragma unroll 1
-        for (int first = 0; first < kRounds; first += kRoundsAtOnce) {
-          uint2 bytes[kRoundsAtOnce];
-#pragma unroll
-          for (int idx = 0; idx < kRoundsAtOnce; ++idx) {
-            const Stored* row = row_of(from, page_stride, token_stride, step, first + idx, page);
-            const bool loaded = inside && row != nullptr;
-            bytes[idx] = loaded ? __ldg(reinterpret_cast<const uint2*>(row + column * Tile::kBoxElements)) : uint2{};
-          }
-#pragma unroll
-          for (int idx = 0; idx < kRoundsAtOnce; ++idx) {
-            if (inside) *reinterpret_cast<uint4*>(unit_at(stage, first + idx, column)) = widened<Dtype, Stored>(bytes[idx]);
-          }
+        if (column * Tile::kBoxElements + unit_ * kUnitElements < kDim) {
+          copy(to + column * Tile::kKeyColumnBytes, row + column * Tile::kBoxElements, readable);
         }
       }
+    }
+    if constexpr (kConverted) {
       ptx::fence_proxy_async_shared();
       ptx::arrive(&ring.full[cursor.stage]);
     } else {
-#pragma unroll 1  // the warpgroup has few registers
-      for (int round = 0; round < kRounds; ++round) {
-        const Stored* row = row_of(from, page_stride, token_stride, step, round, page);
-#pragma unroll
-        for (int column = 0; column * Tile::kBoxElements < kDim; ++column) {
-          if (column * Tile::kBoxElements + unit_ * kUnitElements < kDim) {
-            const Stored* source = row == nullptr ? from : row + column * Tile::kBoxElements;
-            ptx::cp_async_16(unit_at(stage, round, column), source, row != nullptr);
-          }
-        }
-      }
       ring.arrive_when_copied(cursor);
     }
     cursor.advance();
   }
 
-  // This thread's part of its row of a round; null where the row is not readable.
-  __device__ __forceinline__ const Stored* row_of(const Stored* from, int64 page_stride, int64 token_stride, int step, int round,
-                                                  int page) const {
-    const int position = position_of(step, round);
-    const int its_page = kPaged ? __shfl_sync(0xffffffffu, page, round, kUnits) : 0;
-    const int token = kPaged ? position % kPageSize : table_.first_row + position;
-    const Stored* row = from + its_page * page_stride + token * token_stride + unit_ * kUnitElements;
-    return is_readable(position) ? row : nullptr;
-  }
-
-  __device__ __forceinline__ unsigned char* unit_at(unsigned char* stage, int round, int column) const {
-    return stage + swizzled<kBoxRowBytes>((round * kRowsAtOnce + row_) * kBoxRowBytes + unit_ * 16) +
-           column * Tile::kKeyColumnBytes;
+  static __device__ __forceinline__ void copy(unsigned char* to, const Stored* from, bool readable) {
+    if constexpr (kConverted) {
+      const uint2 bytes = readable ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{};
+      *reinterpret_cast<uint4*>(to) = widened<Dtype, Stored>(bytes);
+    } else {
+      ptx::cp_async_16(to, from, readable);
+    }
   }
 
   const Params& params_;

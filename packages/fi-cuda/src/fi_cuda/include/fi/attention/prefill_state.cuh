@@ -14,17 +14,15 @@
 
 namespace fi {
 
-// The scores of one step, by features that are there.
+// The scores of one step, by features that are there; `offset` is what ALiBi adds at the step's first column.
 template <class Config>
 struct PrefillScore {
   static constexpr bool kPlain = !Config::kSoftCap && !Config::kAlibi && !Config::kSignedScale;
-  float unit;     // what a score of 1 is in natural units
-  float k_scale;  // 1 where scales are not in memory
+  float unit;   // what a score of 1 is in natural units
+  float inner;  // what raw products are multiplied by before the cap, or where that is not above 0
   float slope[2];
 
-  // `inner`: what raw products are multiplied by before the cap, or where the softmax scale is not above 0; `offset`: what ALiBi
-  // adds at the step's first column.
-  __device__ __forceinline__ float operator()(float raw, float inner, float offset, int column, int row) const {
+  __device__ __forceinline__ float operator()(float raw, float offset, int column, int row) const {
     float score = raw;
     if constexpr (Config::kSoftCap) score = ptx::tanh_approx(raw * inner);
     else if constexpr (Config::kSignedScale) score = raw * inner;
@@ -90,7 +88,6 @@ class PrefillState {
                                         int first_token, int position, bool masked, float (&rescale)[2]) {
     ptx::pin_registers(scores);
     if constexpr (!PrefillScore<Config>::kPlain) {
-      const float inner = Config::kKScales ? params.inner * score_.k_scale : params.inner;
       float offset[2] = {};
       if constexpr (Config::kAlibi) {
         const ThreadPlace place(first_token);
@@ -102,7 +99,7 @@ class PrefillState {
       }
 #pragma unroll
       for (int idx = 0; idx < kWidth / 2; ++idx) {
-        scores[idx] = score_(scores[idx], inner, offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
+        scores[idx] = score_(scores[idx], offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
       }
     }
     if (masked) hide(params, item, first_token, position, scores);
