@@ -51,9 +51,19 @@ def test_every_served_shape_has_a_tile_and_two_stages(limit):
 
 
 def test_decode_of_an_8b_model_keeps_128_kib_and_more_in_flight():
-    assert built_in_tuning(AttentionSpec(32, 8, 128), CAPACITY) == DecodeTuning(8, 32, 4, 3, 1, 4, 1)
+    assert built_in_tuning(AttentionSpec(32, 8, 128), CAPACITY) == DecodeTuning(8, 32, 4, 3, 1, 6, 1)
     fp8 = built_in_tuning(AttentionSpec(32, 8, 128, kv_format="fp8_e5m2"), CAPACITY)
     assert (fp8.num_warps, fp8.num_stages) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "chunk_tokens", "step"),
+    [(1, 32, 16), (16, 32, 16), (8, 32, 16), (32, 32, 32), (64, 32, 32), (64, 16, 16), (48, 32, 16), (None, 32, 16)],
+)
+def test_items_begin_where_chunks_may(page_size, chunk_tokens, step):
+    form = {"table": "ragged"} if page_size is None else {}
+    kind = DecodeTuning(8, chunk_tokens, 4, 3, 1, 6, 2).kind(AttentionSpec(8, 2, 64, page_size=page_size, **form), CAPACITY)
+    assert (kind.kv_tokens, kind.item_cost, kind.step_cost) == (step, 6 * chunk_tokens // step, 2)
 
 
 class Override:

@@ -76,19 +76,6 @@ struct DecodeState {
     }
   }
 
-  // Brings an item's query rows into L2, shared among all threads of the block.
-  static __device__ __forceinline__ void prefetch(const Params& params, const AttentionItem& item) {
-    constexpr int kSectorElements = 32 / static_cast<int>(sizeof(Query));
-    constexpr int kSectors = (Config::kHeadDim + kSectorElements - 1) / kSectorElements;
-#pragma unroll 1
-    for (int unit = static_cast<int>(threadIdx.x); unit < Config::kRows * kSectors; unit += Config::kNumThreads) {
-      const Row row(item, unit / kSectors);
-      const Query* q = static_cast<const Query*>(params.q) + (item.q_begin + row.token) * params.q_stride_token +
-                       row.head * params.q_stride_head;
-      if (row.live) ptx::prefetch_to_l2(q + unit % kSectors * kSectorElements);
-    }
-  }
-
   // Element e of the accumulator of row tile n and token tile `tile` among a lane's scores, and the row it belongs to.
   static __device__ __forceinline__ constexpr int score_idx(int n, int tile, int e) { return (n * kTokenTiles + tile) * 4 + e; }
   struct ScoreRow {
