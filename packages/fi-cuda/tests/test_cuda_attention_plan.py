@@ -75,7 +75,7 @@ def expected_items(q_indptr: list[int], kv_lens: list[int], work: WorkList) -> l
 
 
 def sharing_workers(q_indptr: list[int], kv_lens: list[int], params: PartitionParams) -> PartitionParams:
-    """With as many workers as get a step and a third of an item's cost each, of the cost of all tiles, which one worker would have
+    """With as many workers as get a step and a third of an item's cost each, of the cost of all tiles, which one would have
     whole."""
     if params.max_splits:
         return params

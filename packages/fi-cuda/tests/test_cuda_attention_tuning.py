@@ -62,7 +62,9 @@ def test_decode_of_an_8b_model_keeps_128_kib_and_more_in_flight():
 )
 def test_items_begin_where_chunks_may(page_size, chunk_tokens, step):
     form = {"table": "ragged"} if page_size is None else {}
-    kind = DecodeTuning(8, chunk_tokens, 4, 3, 1, 6, 2).kind(AttentionSpec(8, 2, 64, page_size=page_size, **form), CAPACITY)
+    kind = DecodeTuning(8, chunk_tokens, 4, 3, 1, 6, 2).kind(
+        AttentionSpec(8, 2, 64, page_size=page_size, **form), CAPACITY
+    )
     assert (kind.kv_tokens, kind.item_cost, kind.step_cost) == (step, 6 * chunk_tokens // step, 2)
 
 
