@@ -17,6 +17,7 @@ from fi_core.rope import FusedRope
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import boxes, decode, tuning
 from fi_cuda.kernels.attention.decode import CallForm, decode_spec
+from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.kernels.attention.state import attention_decode
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, built_in_tuning, tuning_for
 
@@ -108,10 +109,10 @@ def attention():
 
 
 def test_the_entry_is_complete_and_registered(attention):
-    (entry,) = ATTENTION_ENTRIES
-    check_entry(entry, {"attention": attention})
-    assert entry.load() is attention_decode
-    assert "cuda.attention_decode" in {item.full_name for item in registry().kernels("attention")}
+    for entry, kernel in zip(ATTENTION_ENTRIES, (attention_decode, attention_prefill), strict=True):
+        check_entry(entry, {"attention": attention})
+        assert entry.load() is kernel
+        assert entry.full_name in {item.full_name for item in registry().kernels("attention")}
 
 
 @pytest.mark.parametrize(
@@ -141,9 +142,10 @@ def test_the_entry_is_complete_and_registered(attention):
     ],
 )
 def test_what_is_served(changes, served, attention):
-    (entry,) = ATTENTION_ENTRIES
+    entry, long_entry = ATTENTION_ENTRIES
     request = attention.request(Target("cuda", (9, 0)), **{**attention.typical, **changes})
     assert (not entry.reject(request)) == served
+    assert not (served and not long_entry.reject(request))  # one kernel serves a request
     assert entry.reject(attention.request(Target("cpu"), **{**attention.typical, **changes}))
     assert entry.reject(attention.request(Target("cuda", (8, 9)), **{**attention.typical, **changes}))
 

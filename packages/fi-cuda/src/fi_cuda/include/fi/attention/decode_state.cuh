@@ -11,8 +11,6 @@
 
 namespace fi {
 
-enum MaskForm { kNoMask, kMaskKv, kMaskNew };
-
 // A packed query row of an item's tile, as token and query head.
 template <class Config>
 struct TileRow {

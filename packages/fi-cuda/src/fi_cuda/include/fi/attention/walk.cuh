@@ -6,8 +6,6 @@
 
 namespace fi {
 
-enum TableForm { kRagged, kDense, kIndptr };
-
 // How a warp looks up the pages of its chunks: one load gives the entries of as many chunks as its lanes can hold.
 template <class Config>
 struct PageLookup {
