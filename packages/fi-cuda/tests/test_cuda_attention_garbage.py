@@ -30,11 +30,12 @@ def garbage(rng: random.Random) -> tuple[list[int], list[int]]:
     return q_indptr, kv_lens
 
 
+@pytest.mark.parametrize("max_q_len", [1, SIZE])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [1, 8])
-def test_garbage_lengths_end_and_leave_the_plan_whole(num_kv_heads, batch_invariant):
+def test_garbage_lengths_end_and_leave_the_plan_whole(num_kv_heads, batch_invariant, max_q_len):
     spec = fi.AttentionSpec(8, num_kv_heads, 64, batch_invariant=batch_invariant)
-    sizes = {"max_batch": SIZE, "max_q_tokens": SIZE, "max_q_len": 1, "max_kv_len": ENTRIES * PAGE_SIZE}
+    sizes = {"max_batch": SIZE, "max_q_tokens": SIZE, "max_q_len": max_q_len, "max_kv_len": ENTRIES * PAGE_SIZE}
     plan = fi.plan(spec, **sizes, device="cuda", backend="cuda")
     checker = fi.plan(spec, **sizes, device="cuda", backend="reference")
     shape = (SIZE * ENTRIES, PAGE_SIZE, num_kv_heads, 64)

@@ -18,6 +18,10 @@ VARIANTS = {
     "windows": ({"windows": (None, 100)}, 1),
     "invariant": ({"batch_invariant": True}, 1),
     "fp8": ({"kv_format": "fp8_e4m3"}, 1),
+    "prefill": ({}, 150),
+    "prefill windows": ({"windows": (None, 100)}, 40),
+    "prefill invariant": ({"batch_invariant": True}, 40),
+    "prefill rows": ({"kv_format": "fp8_e4m3"}, 40),
 }
 
 
@@ -37,7 +41,8 @@ class Step:
             "max_kv_len": ENTRIES * PAGE_SIZE,
         }
         self.plan = fi.plan(spec, **sizes, device="cuda", backend="cuda")
-        assert self.plan.selection.entry.name == "attention_decode"
+        wanted = "attention_decode" if max_q_len <= 16 else "attention_prefill"
+        assert self.plan.selection.entry.name == wanted
         self.checker = fi.plan(spec, **sizes, device="cuda", backend="reference")
         shape = (PAGES, PAGE_SIZE, spec.num_kv_heads, 64)
         k, v = (torch.randn(shape, device="cuda").to(spec.kv_dtype) for _ in range(2))

@@ -75,7 +75,8 @@ def expected_items(q_indptr: list[int], kv_lens: list[int], work: WorkList) -> l
 
 
 def sharing_workers(q_indptr: list[int], kv_lens: list[int], params: PartitionParams) -> PartitionParams:
-    """With as many workers as get two steps each, for the cost of all tiles, which one worker would have whole."""
+    """With as many workers as get a step and a third of an item's cost each, of the cost of all tiles, which one would have
+    whole."""
     if params.max_splits:
         return params
     total = 0
@@ -83,7 +84,7 @@ def sharing_workers(q_indptr: list[int], kv_lens: list[int], params: PartitionPa
         kind = params.kinds[row[3]]
         first = row[4] // kind.kv_tokens
         total += kind.item_cost + len(range(first * kind.kv_tokens, row[5], kind.kv_tokens)) * kind.step_cost
-    share = 2 * params.kinds[0].step_cost
+    share = max(params.kinds[0].item_cost // 3, params.kinds[0].step_cost)
     return replace(params, num_workers=max(1, min(params.num_workers, total // share)))
 
 

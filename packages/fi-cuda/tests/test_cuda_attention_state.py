@@ -105,7 +105,7 @@ def test_tuning_reaches_kernel_and_partition(launches):
     assert grid == (14, 1) and (kernel.rows, kernel.chunk_tokens, kernel.stages) == (16, 32, 2)
     planner = next(spec for spec in launches.specs if spec.stem == "attention_plan")
     (kind,) = planner.kinds
-    assert (planner.num_workers, kind.q_rows, kind.kv_tokens, kind.item_cost, kind.step_cost) == (14, 16, 32, 9, 2)
+    assert (planner.num_workers, kind.q_rows, kind.kv_tokens, kind.item_cost, kind.step_cost) == (14, 16, 16, 18, 2)
 
 
 # Agreement with the kernel

@@ -17,6 +17,7 @@ from fi_core.rope import FusedRope
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import boxes, decode, tuning
 from fi_cuda.kernels.attention.decode import CallForm, decode_spec
+from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.kernels.attention.state import attention_decode
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, built_in_tuning, tuning_for
 
@@ -50,9 +51,21 @@ def test_every_served_shape_has_a_tile_and_two_stages(limit):
 
 
 def test_decode_of_an_8b_model_keeps_128_kib_and_more_in_flight():
-    assert built_in_tuning(AttentionSpec(32, 8, 128), CAPACITY) == DecodeTuning(8, 32, 4, 3, 1, 4, 1)
+    assert built_in_tuning(AttentionSpec(32, 8, 128), CAPACITY) == DecodeTuning(8, 32, 4, 3, 1, 6, 1)
     fp8 = built_in_tuning(AttentionSpec(32, 8, 128, kv_format="fp8_e5m2"), CAPACITY)
     assert (fp8.num_warps, fp8.num_stages) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "chunk_tokens", "step"),
+    [(1, 32, 16), (16, 32, 16), (8, 32, 16), (32, 32, 32), (64, 32, 32), (64, 16, 16), (48, 32, 16), (None, 32, 16)],
+)
+def test_items_begin_where_chunks_may(page_size, chunk_tokens, step):
+    form = {"table": "ragged"} if page_size is None else {}
+    kind = DecodeTuning(8, chunk_tokens, 4, 3, 1, 6, 2).kind(
+        AttentionSpec(8, 2, 64, page_size=page_size, **form), CAPACITY
+    )
+    assert (kind.kv_tokens, kind.item_cost, kind.step_cost) == (step, 6 * chunk_tokens // step, 2)
 
 
 class Override:
@@ -96,10 +109,10 @@ def attention():
 
 
 def test_the_entry_is_complete_and_registered(attention):
-    (entry,) = ATTENTION_ENTRIES
-    check_entry(entry, {"attention": attention})
-    assert entry.load() is attention_decode
-    assert "cuda.attention_decode" in {item.full_name for item in registry().kernels("attention")}
+    for entry, kernel in zip(ATTENTION_ENTRIES, (attention_decode, attention_prefill), strict=True):
+        check_entry(entry, {"attention": attention})
+        assert entry.load() is kernel
+        assert entry.full_name in {item.full_name for item in registry().kernels("attention")}
 
 
 @pytest.mark.parametrize(
@@ -129,9 +142,10 @@ def test_the_entry_is_complete_and_registered(attention):
     ],
 )
 def test_what_is_served(changes, served, attention):
-    (entry,) = ATTENTION_ENTRIES
+    entry, long_entry = ATTENTION_ENTRIES
     request = attention.request(Target("cuda", (9, 0)), **{**attention.typical, **changes})
     assert (not entry.reject(request)) == served
+    assert not (served and not long_entry.reject(request))  # one kernel serves a request
     assert entry.reject(attention.request(Target("cpu"), **{**attention.typical, **changes}))
     assert entry.reject(attention.request(Target("cuda", (8, 9)), **{**attention.typical, **changes}))
 

@@ -14,6 +14,7 @@ from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, Q_FORMATS, format_of
 BACKEND = "cuda"
 MIN_CAPABILITY = (8, 0)
 BARRIER_CAPABILITY = (9, 0)  # of barriers in shared memory that copies complete
+WARPGROUP_CAPABILITY = (9, 0)  # of warpgroups' matrix products, which no other architecture has
 
 _MAX_NORM_WIDTH = 16384  # a row stays in the registers of one block
 _MAX_ROPE_DIM = 1024  # a head's units are threads of one block
@@ -104,6 +105,18 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "rotary_dim": Between(0, multiple_of=16),  # steps of the product rotate as a whole
 }
 
+_MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of one warpgroup
+
+_LONG_QUERIES: Mapping[str, Rule] = {
+    **_SHORT_QUERIES,
+    "group_size": Between(1, _MAX_LONG_GROUP),
+    "max_q_len": Between(_MAX_SHORT_QUERY + 1),
+    "q_format": OneOf("same"),
+    "rope": OneOf("none"),
+    "rope_pairs": OneOf("none"),
+    "rotary_dim": Between(0, 0),
+}
+
 
 def _same_or_fp8(request: Request) -> bool:
     return request["kv_format"] in (format_of(request["dtype"]), "fp8_e4m3", "fp8_e5m2")
@@ -111,6 +124,11 @@ def _same_or_fp8(request: Request) -> bool:
 
 def _pairs_in_lanes(request: Request) -> bool:
     return request["rope_pairs"] != "half" or int(request["rotary_dim"]) % 32 == 0
+
+
+def _on_hopper(request: Request) -> bool:
+    capability = request.target.capability
+    return capability is None or capability[0] == WARPGROUP_CAPABILITY[0]
 
 
 def _sampling_loader(op: str) -> Callable[[], Any]:
@@ -162,7 +180,7 @@ SAMPLING_ENTRIES: list[KernelEntry] = [
         _sampling_loader(op),
         devices=("cuda",),
         min_capability=BARRIER_CAPABILITY,
-        conditions=_SAMPLING_CONDITIONS.get(op, ()),
+        conditions=(Condition("a Hopper GPU", _on_hopper), *_SAMPLING_CONDITIONS.get(op, ())),
     )
     for op, rules in _SAMPLING_RULES.items()
 ]
@@ -171,6 +189,10 @@ SAMPLING_ENTRIES: list[KernelEntry] = [
 
 def _load_attention_decode() -> Any:
     return importlib.import_module("fi_cuda.kernels.attention.state").attention_decode
+
+
+def _load_attention_prefill() -> Any:
+    return importlib.import_module("fi_cuda.kernels.attention.prefill_state").attention_prefill
 
 
 ATTENTION_ENTRIES: list[KernelEntry] = [
@@ -186,6 +208,19 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
             Condition("K and V in q's dtype or in FP8", _same_or_fp8),
             Condition("a rotary_dim that 32 divides with rope_pairs 'half'", _pairs_in_lanes),
         ),
-    )
+    ),
+    KernelEntry(
+        "attention",
+        "attention_prefill",
+        BACKEND,
+        _LONG_QUERIES,
+        _load_attention_prefill,
+        devices=("cuda",),
+        min_capability=WARPGROUP_CAPABILITY,
+        conditions=(
+            Condition("a Hopper GPU", _on_hopper),
+            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+        ),
+    ),
 ]
 """Kernels of attention, each for some lengths of queries."""

@@ -11,7 +11,10 @@ from fi_core.rope import FusedRope
 
 from .kernels.append_kv import AppendShape, spec_for
 from .kernels.attention.decode import CallForm, decode_spec
+from .kernels.attention.order import order_spec
 from .kernels.attention.plan import plan_spec
+from .kernels.attention.prefill import PrefillForm, prefill_spec
+from .kernels.attention.prefill_tuning import built_in_prefill_tuning, prefill_params
 from .kernels.attention.tuning import built_in_tuning, partition_params
 from .kernels.copy_pages import CopyPagesSpec
 from .kernels.gated_activation import SILU, GatedActivationSpec
@@ -41,6 +44,7 @@ _SAMPLED_ROWS = (1, 256)
 
 _HOPPER_PROCESSORS = 132
 _DECODE = Capacity(max_batch=256, max_q_tokens=256, max_q_len=1, max_kv_len=2**17)
+_PREFILL = Capacity(max_batch=256, max_q_tokens=8192, max_q_len=8192, max_kv_len=2**17)
 _MANY_TOKENS = Capacity(max_batch=64, max_q_tokens=1024, max_q_len=16, max_kv_len=2**17)
 _SPECULATIVE = Capacity(max_batch=64, max_q_tokens=256, max_q_len=4, max_kv_len=2**17)
 
@@ -177,6 +181,23 @@ def _attention_specs() -> Iterator[KernelSpec]:
     capped = AttentionSpec(16, 8, 256, windows=(None, 4096), features=frozenset({"soft_cap"}))
     for window in capped.windows:
         yield from _decode_specs(capped, _DECODE, CallForm(windowed=window is not None), window)
+    yield from _all_prefill_specs(eight, sinks)
+
+
+def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[KernelSpec]:
+    """Prefill and mixed batches of the same models; ragged K and V, pages of one token and FP8 for one of them."""
+    for model in MODELS.values():
+        yield from _prefill_specs(AttentionSpec(model.num_q_heads, model.num_kv_heads, model.head_dim), PrefillForm())
+    ragged = replace(eight, page_size=None, table="ragged")
+    for spec in (ragged, replace(ragged, causal=False), replace(eight, dtype=torch.float16, kv_format="fp16")):
+        yield from _prefill_specs(spec, PrefillForm())
+    yield from _prefill_specs(replace(eight, page_size=1), PrefillForm(), boxes=False)
+    yield from _prefill_specs(
+        replace(eight, kv_format="fp8_e4m3"), PrefillForm(k_scales=True, v_scales=True), boxes=False
+    )
+    yield from _prefill_specs(AttentionSpec(128, 128, 192, 128), PrefillForm(lse=True))
+    for window in sinks.windows:
+        yield from _prefill_specs(sinks, PrefillForm(windowed=window is not None), window)
 
 
 def _decode_specs(
@@ -186,3 +207,13 @@ def _decode_specs(
     tuning = built_in_tuning(spec, capacity)
     yield plan_spec(partition_params(spec, capacity, tuning, window, _HOPPER_PROCESSORS), capacity)
     yield decode_spec(spec, tuning, form._replace(boxes=True))
+
+
+def _prefill_specs(
+    spec: AttentionSpec, form: PrefillForm, window: int | None = None, boxes: bool = True
+) -> Iterator[KernelSpec]:
+    tuning = built_in_prefill_tuning(spec)
+    params = prefill_params(spec, _PREFILL, tuning, window, _HOPPER_PROCESSORS)
+    yield plan_spec(params, _PREFILL)
+    yield order_spec(params, _PREFILL, tuning.consumers)
+    yield prefill_spec(spec, tuning, form._replace(boxes=boxes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -24,6 +25,21 @@ CPP_TYPES = {
     torch.int32: "int",
     torch.int64: "long long",
 }
+
+_CONSTANTS = ("static constexpr int ", "static constexpr bool ")
+_LINE_LENGTH = 90
+
+
+def join_constants(lines: Sequence[str]) -> list[str]:
+    """Lines of ``Config`` with neighbouring constants of one type on one line: specs of many fields stay short."""
+    joined: list[str] = []
+    for line in lines:
+        prefix = next((text for text in _CONSTANTS if line.startswith(text)), None)
+        if prefix and joined and joined[-1].startswith(prefix) and len(joined[-1]) < _LINE_LENGTH:
+            joined[-1] = f"{joined[-1][:-1]}, {line[len(prefix) :]}"
+        else:
+            joined.append(line)
+    return joined
 
 
 @dataclass(frozen=True)

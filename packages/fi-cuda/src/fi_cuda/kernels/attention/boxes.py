@@ -1,4 +1,5 @@
-"""Which K and V the copy engine can bring to the decode kernel, and their tensor maps (``fi/attention/load_boxes.cuh``)."""
+"""Which K and V the copy engine can bring to the attention kernels, and their tensor maps (``fi/attention/load_boxes.cuh``,
+``fi/attention/prefill_boxes.cuh``)."""
 
 from __future__ import annotations
 
@@ -46,3 +47,19 @@ def _map_of(tensor: Tensor, num_tokens: int) -> TensorMap:
     width = swizzle // tensor.element_size()
     columns = tensor.unflatten(-1, (row_bytes // swizzle, width)).permute(0, 2, 3, 1, 4)
     return tensor_map_of(columns, Box((1, 1, row_bytes // swizzle, num_tokens, width), swizzle, _PROMOTION))
+
+
+def column_maps_of(kv: KVCache, num_tokens: int, width_bytes: int) -> tuple[TensorMap, TensorMap] | None:
+    """The maps of K and V with dims page (ragged: one), KV head, token, element, and boxes of ``num_tokens`` of a head,
+    ``width_bytes`` wide and swizzled, of which the last may reach beyond the row; None for tensors that no map describes."""
+    k, v = (tensor if kv.is_paged else tensor[None] for tensor in kv.as_nhd())
+    if not (_describable(k) and _describable(v)):
+        return None
+    box = Box((1, 1, num_tokens, width_bytes // k.element_size()), width_bytes)
+    # L2 must not fetch more than a row: what follows it may belong to another head, which another block reads much later.
+    boxes = (
+        box if tensor.shape[-1] * tensor.element_size() % 256 == 0 else box._replace(l2_promotion_bytes=128)
+        for tensor in (k, v)
+    )
+    first, second = (tensor_map_of(tensor.transpose(1, 2), its) for tensor, its in zip((k, v), boxes, strict=True))
+    return first, second

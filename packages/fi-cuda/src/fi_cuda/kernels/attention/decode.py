@@ -9,15 +9,12 @@ import torch
 from fi_core.records import AttentionSpec
 
 from ...params import ParamsLayout
-from ...spec import KernelSpec
+from ...spec import KernelSpec, join_constants
 from .tuning import DecodeTuning, HeadForm, shared_bytes
 
 TABLE_FORMS = {"ragged": 0, "dense": 1, "indptr": 2}
 MASK_FORMS = {None: 0, "kv": 1, "new": 2}
 ROPE_PAIRS = {None: 0, "half": 1, "interleaved": 2}
-
-_CONSTANTS = ("static constexpr int ", "static constexpr bool ")
-_LINE_LENGTH = 90
 
 
 @dataclass(frozen=True)
@@ -121,14 +118,8 @@ class DecodeSpec(KernelSpec):
 
     def config_lines(self) -> list[str]:
         """As ever, with neighbours of one type on one line."""
-        lines = [f"static constexpr bool kBoxes = {str(bool(self.tensor_maps)).lower()};"]
-        for line in super().config_lines():
-            prefix = next((text for text in _CONSTANTS if line.startswith(text)), None)
-            if prefix and lines and lines[-1].startswith(prefix) and len(lines[-1]) < _LINE_LENGTH:
-                lines[-1] = f"{lines[-1][:-1]}, {line[len(prefix) :]}"
-            else:
-                lines.append(line)
-        return lines
+        boxes = f"static constexpr bool kBoxes = {str(bool(self.tensor_maps)).lower()};"
+        return join_constants([boxes, *super().config_lines()])
 
 
 @dataclass(frozen=True)

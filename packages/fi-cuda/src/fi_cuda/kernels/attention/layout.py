@@ -1,4 +1,4 @@
-"""The device memory of a decode plan: one buffer, laid out from capacities alone."""
+"""The device memory of an attention plan: one buffer, laid out from capacities alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from fi_scheduler.partition import RECORD_WIDTH, PartitionBounds, PartitionParam
 from fi_scheduler.regions import Region, RegionBuilder
 from torch import Tensor
 
+from .order import HEADER_WIDTH, OrderList
 from .plan import ITEM_WIDTH, START_WIDTH, DeviceWorkList, scratch_bytes
+from .prefill_tuning import PrefillTuning, prefill_params, prefill_tuning_for
 from .tuning import DecodeTuning, num_processors, partition_params, tuning_for
 
 
@@ -30,34 +32,84 @@ class ListRegions:
 
 
 @dataclass(frozen=True)
+class OrderRegions:
+    """Where one list of tiles in order lies (see OrderList)."""
+
+    items: Region
+    header: Region
+    tile_prefix: Region
+
+    def of(self, buffer: Tensor) -> OrderList:
+        return OrderList(*(region.of(buffer) for region in (self.items, self.header, self.tile_prefix)))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a kernel keeps of split tiles: ``rows`` rows of ``head_dim_vo`` float32 a slot, and of ``row_shape`` float32 what
+    is known of a row; ``counters`` a tile."""
+
+    rows: int
+    head_dim_vo: int
+    row_shape: tuple[int, ...] = ()
+    counters: int = 0
+
+
+@dataclass(frozen=True)
 class Layout:
     """Regions of a plan's buffer.
 
-    ``lists`` has a work list for each distinct window; these make up the first ``host_bytes``, which an update from the
-    CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it needs none). ``partials`` and
-    ``partial_rows`` (base and mass of the softmax, once for every four dims) are the slots of pieces' results; all bits are
-    set while a piece is not there.
+    ``lists`` has a work list for each distinct window, and ``orders`` that of a prefill plan's tiles; these make up the first
+    ``host_bytes``, which an update from the CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it
+    needs none). ``partials`` and ``partial_rows`` are the slots of pieces' results: of decode with base and mass of the
+    softmax, once for every four dims, all bits set while a piece is not there; of prefill with the log-sum-exp in base 2, and
+    ``arrivals`` counts the pieces of each split tile that are there.
     """
 
-    tuning: DecodeTuning
+    tuning: DecodeTuning | PrefillTuning
     params: dict[int | None, PartitionParams]
     bounds: PartitionBounds
     lists: dict[int | None, ListRegions]
+    orders: dict[int | None, OrderRegions]
     host_bytes: int
     scratch: Region
+    arrivals: Region
     partials: Region
     partial_rows: Region
     num_bytes: int
 
     @classmethod
     def of(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
-        """The layout of a plan; raises CapacityError where no work list can hold the capacity."""
+        """The layout of a decode plan; raises CapacityError where no work list can hold the capacity."""
         tuning = tuning_for(spec, capacity, device)
         processors = num_processors(device)
         params = {
             window: partition_params(spec, capacity, tuning, window, processors)
             for window in dict.fromkeys(spec.windows)
         }
+        head_dim_vo = spec.head_dim_vo or 0
+        slots = Slots(tuning.rows, head_dim_vo, row_shape=(head_dim_vo // 4, 2))
+        return cls._arranged(tuning, params, capacity, slots, ordered=False)
+
+    @classmethod
+    def of_prefill(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
+        """The layout of a prefill plan; raises CapacityError likewise."""
+        tuning = prefill_tuning_for(spec, device)
+        processors = num_processors(device)
+        params = {
+            window: prefill_params(spec, capacity, tuning, window, processors) for window in dict.fromkeys(spec.windows)
+        }
+        slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers)
+        return cls._arranged(tuning, params, capacity, slots, ordered=True)
+
+    @classmethod
+    def _arranged(
+        cls,
+        tuning: DecodeTuning | PrefillTuning,
+        params: dict[int | None, PartitionParams],
+        capacity: Capacity,
+        slots: Slots,
+        ordered: bool,
+    ) -> Layout:
         some = next(iter(params.values()))
         bounds = PartitionBounds.from_capacity(some, capacity)  # a window changes no bound
         max_merges = max(bounds.max_merges, 1)
@@ -72,15 +124,25 @@ class Layout:
             )
             for window in params
         }
+        orders = {
+            window: OrderRegions(
+                items=build.add((bounds.max_tiles // some.num_kv_heads, ITEM_WIDTH), torch.int32),
+                header=build.add((HEADER_WIDTH,), torch.int32),
+                tile_prefix=build.add((capacity.max_batch + 1,), torch.int32),
+            )
+            for window in (params if ordered else ())
+        }
         host_bytes = build.end
         return cls(
             tuning=tuning,
             params=params,
             bounds=bounds,
             lists=lists,
+            orders=orders,
             host_bytes=host_bytes,
             scratch=build.add((scratch_bytes(capacity.max_batch),), torch.uint8),
-            partials=build.add((bounds.num_slots, tuning.rows, spec.head_dim_vo or 0), torch.float32),
-            partial_rows=build.add((bounds.num_slots, tuning.rows, (spec.head_dim_vo or 0) // 4, 2), torch.float32),
+            arrivals=build.add((max_merges * slots.counters,), torch.int32),
+            partials=build.add((bounds.num_slots, slots.rows, slots.head_dim_vo), torch.float32),
+            partial_rows=build.add((bounds.num_slots, slots.rows, *slots.row_shape), torch.float32),
             num_bytes=build.end,
         )

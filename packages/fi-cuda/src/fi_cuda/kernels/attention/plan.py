@@ -47,7 +47,6 @@ _TABLE_SIZES = ((256, 256), (1024, 512), (4096, 1024))
 """(requests that the tables in shared memory hold, threads a block); for more requests the tables lie in global memory."""
 _THREADS_FOR_MORE = 512
 _PREFIXES = 4
-_LEAST_STEPS = 2
 _NARROW_LIMIT = 2**29
 _INT32_MAX = 2**31 - 1
 
@@ -247,7 +246,7 @@ def sharing(q_indptr: Tensor, kv_lens: Tensor, params: PartitionParams) -> Parti
     begin, end = tiles[:, COL_KV_BEGIN], tiles[:, COL_KV_END]
     steps = -(-end // kv_tokens) - begin // kv_tokens
     total = int((item_cost + steps * step_cost).sum())
-    least = _LEAST_STEPS * params.kinds[0].step_cost
+    least = max(params.kinds[0].item_cost // 3, params.kinds[0].step_cost)
     return replace(params, num_workers=min(max(total // least, 1), params.num_workers))
 
 

@@ -1,4 +1,4 @@
-"""Attention of short queries as a plan's kernel: planning on the device or the host, and one launch a call."""
+"""Attention as a plan's kernel: planning on the device or the host, and one launch a call; the decode kernel's part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ...spec import kernel_for
 from .boxes import maps_of, tokens_of_box
 from .decode import CallForm, decode_spec
 from .layout import Layout
+from .order import OrderPlanner
 from .plan import DevicePlanner, fill_on_host
+from .tuning import DecodeTuning
 
 _MAX_CALLS = 4096
 
@@ -65,24 +67,26 @@ class _Addressing(NamedTuple):
         table = tensors[0]
         stride = 0 if table is None or table.dim() == 1 else table.stride(0)
         columns = None if mask is None else mask.columns
-        return cls(tuple(map(_address, tensors)), stride, batch.table_row is not None, columns, tensors)
+        return cls(tuple(map(address_of, tensors)), stride, batch.table_row is not None, columns, tensors)
 
 
-class DecodeState:
-    """The ``AttentionState`` protocol: one buffer with a work list for each distinct window of the spec."""
+class ListState:
+    """The part of the ``AttentionState`` protocol that kernels share: one buffer with a work list for each distinct window
+    of the spec."""
 
-    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
+    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device, layout: Layout) -> None:
         self._spec = spec
         self._device = device
-        self._layout = layout = Layout.of(spec, capacity, device)
+        self._layout = layout
         self._buffer = buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+        layout.arrivals.of(buffer).zero_()
         for slots in (layout.partials, layout.partial_rows):
             slots.of(buffer).view(torch.int32).fill_(-1)
         self._lists = {window: regions.of(buffer) for window, regions in layout.lists.items()}
         for lists in self._lists.values():
             lists.starts.zero_()  # a worker reads its first item before it knows that it has none
         scratch, max_tiles = layout.scratch.of(buffer), layout.bounds.max_tiles
-        self._planners = [
+        self._planners: list[DevicePlanner | OrderPlanner] = [
             DevicePlanner(layout.params[window], capacity, max_tiles, lists, scratch)
             for window, lists in self._lists.items()
         ]
@@ -91,33 +95,12 @@ class DecodeState:
         self._num_workers = layout.params[spec.windows[0]].num_workers
         self._batch: Batch | None = None
         self._addressing: _Addressing | None = None
-        self._calls: dict[tuple[int, int, bool], _Call] = {}
+        self._calls: dict[tuple[int, int, bool], Any] = {}
         self._planner = "not yet updated"
 
     @property
     def workspace(self) -> Sequence[Tensor]:
         return (self._buffer,)
-
-    def describe(self) -> Sequence[str]:
-        layout, tuning = self._layout, self._layout.tuning
-        params = layout.params[self._spec.windows[0]]
-        split = f"at most {params.max_splits} pieces a tile" if params.max_splits else "equal shares for the workers"
-        loader, tokens = "rows by cp.async", tokens_of_box(self._spec.page_size, tuning.chunk_tokens)
-        if tokens is not None:
-            loader = f"boxes of {tokens} tokens by tensor maps; {loader} from a cache that no map describes"
-        rope = self._spec.rope
-        rotated = (
-            "" if rope is None else f"RoPE: {'Q and K' if rope.keys else 'Q'}, {rope.rotary_dim} dims, {rope.pairs}"
-        )
-        return (
-            *([rotated] if rotated else []),
-            f"tiles: {tuning.rows} rows x {tuning.chunk_tokens} KV tokens; {tuning.num_warps} warps, {tuning.row_warps} of "
-            f"them on a chunk; {tuning.num_stages} stages",
-            f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
-            f"K and V: {loader}",
-            f"planner: {self._planner}",
-            f"slots for partial results: {layout.bounds.num_slots}, of {tuning.rows} rows each",
-        )
 
     def update(self, batch: Batch) -> None:
         """Plan on the device where the lengths are there, one launch a window; else on the host with one copy of the lists
@@ -144,14 +127,64 @@ class DecodeState:
         staging = torch.empty(layout.host_bytes, dtype=torch.uint8, pin_memory=pinned)
         for window, regions in layout.lists.items():
             fill_on_host(batch.q_indptr, batch.kv_lens, layout.params[window], regions.of(staging))
+        self._order_on_host(batch, staging)
         self._buffer[: layout.host_bytes].copy_(staging, non_blocking=True)
 
-    def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
-        addressing = self._addressing
-        assert addressing is not None, "the plan calls update first"
-        call = self._calls.get((id(kv), id(layer), lse is None))
+    def _order_on_host(self, batch: Batch, staging: Tensor) -> None:
+        """Fill what a kernel has besides the work lists."""
+
+    def _remembered(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Any:
+        """What calls with this cache and layer share: found, or made by ``_prepare``."""
+        key = (id(kv), id(layer), not with_lse)
+        call = self._calls.get(key)
         if call is None or call.kv() is not kv:
-            call = self._prepare(kv, layer, lse is not None)
+            call = self._prepare(kv, layer, with_lse)
+            if len(self._calls) >= _MAX_CALLS:
+                self._calls.clear()
+            self._calls[key] = call
+        return call
+
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Any:
+        raise AssertionError(f"{type(self).__name__} does not define _prepare")
+
+    @property
+    def _addresses(self) -> _Addressing:
+        assert self._addressing is not None, "the plan calls update first"
+        return self._addressing
+
+
+class DecodeState(ListState):
+    """Attention of short queries."""
+
+    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
+        super().__init__(spec, capacity, device, Layout.of(spec, capacity, device))
+        assert isinstance(self._layout.tuning, DecodeTuning)
+        self._tuning = self._layout.tuning
+
+    def describe(self) -> Sequence[str]:
+        layout, tuning = self._layout, self._tuning
+        params = layout.params[self._spec.windows[0]]
+        split = f"at most {params.max_splits} pieces a tile" if params.max_splits else "equal shares for the workers"
+        loader, tokens = "rows by cp.async", tokens_of_box(self._spec.page_size, tuning.chunk_tokens)
+        if tokens is not None:
+            loader = f"boxes of {tokens} tokens by tensor maps; {loader} from a cache that no map describes"
+        rope = self._spec.rope
+        rotated = (
+            "" if rope is None else f"RoPE: {'Q and K' if rope.keys else 'Q'}, {rope.rotary_dim} dims, {rope.pairs}"
+        )
+        return (
+            *([rotated] if rotated else []),
+            f"tiles: {tuning.rows} rows x {tuning.chunk_tokens} KV tokens; {tuning.num_warps} warps, {tuning.row_warps} of "
+            f"them on a chunk; {tuning.num_stages} stages",
+            f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
+            f"K and V: {loader}",
+            f"planner: {self._planner}",
+            f"slots for partial results: {layout.bounds.num_slots}, of {tuning.rows} rows each",
+        )
+
+    def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
+        addressing = self._addresses
+        call = self._remembered(kv, layer, lse is not None)
         q_token, q_head, _ = q.stride()
         out_token, out_head, _ = out.stride()
         call.launch(
@@ -180,12 +213,10 @@ class DecodeState:
         """Find the kernel for calls with this cache and layer, and remember it with what they share."""
         lists, layout, rope = self._lists[layer.window], self._layout, layer.rope
         workspace = (layout.partials, layout.partial_rows)
-        q_scales, q_scale_stride, q_scale = _scale(layer.q_scale)
-        k_scales, k_scale_stride, k_scale = _scale(kv.k_scale)
-        v_scales, v_scale_stride, v_scale = _scale(kv.v_scale)
-        addressing = self._addressing
-        assert addressing is not None
-        maps = self._maps_of(kv)
+        q_scales, q_scale_stride, q_scale = scale_of(layer.q_scale)
+        k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
+        v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
+        addressing, maps = self._addresses, self._maps_of(kv)
         form = CallForm(
             windowed=layer.window is not None,
             lse=with_lse,
@@ -196,21 +227,21 @@ class DecodeState:
             mask_columns=addressing.mask_columns,
             boxes=maps is not None,
         )
-        spec = decode_spec(self._spec, layout.tuning, form)
+        spec = decode_spec(self._spec, self._tuning, form)
         strides = []
         for cache in kv.as_nhd():
             strides += [cache.stride(0) if kv.is_paged else 0, cache.stride(-3), cache.stride(-2)]
-        call = _Call(
+        return _Call(
             kv=weakref.ref(kv),
             layer=layer,
             launch=kernel_for(spec, self._device).launch,
-            workspace=(*map(_address, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
+            workspace=(*map(address_of, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(
                 *(
-                    _address(layer.sinks),
-                    _address(layer.alibi_slopes),
-                    _address(None if rope is None else rope.inv_freq),
+                    address_of(layer.sinks),
+                    address_of(layer.alibi_slopes),
+                    address_of(None if rope is None else rope.inv_freq),
                 ),
                 *(q_scales, k_scales, v_scales),
             ),
@@ -222,22 +253,18 @@ class DecodeState:
             ),
             maps=maps or (),
         )
-        if len(self._calls) >= _MAX_CALLS:
-            self._calls.clear()
-        self._calls[id(kv), id(layer), not with_lse] = call
-        return call
 
     def _maps_of(self, kv: KVCache) -> tuple[TensorMap, ...] | None:
         """Tensor maps of K and V, if the copy engine can bring them."""
-        tokens = tokens_of_box(self._spec.page_size, self._layout.tuning.chunk_tokens)
+        tokens = tokens_of_box(self._spec.page_size, self._tuning.chunk_tokens)
         return None if tokens is None else maps_of(kv, tokens)
 
 
-def _address(tensor: Tensor | None) -> int:
+def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _scale(scale: Any) -> tuple[int, int, float]:
+def scale_of(scale: Any) -> tuple[int, int, float]:
     """(address, stride, value) of a cache's scale."""
     if isinstance(scale, Tensor):
         return scale.data_ptr(), int(scale.numel() > 1), 1.0

@@ -21,6 +21,7 @@ HOPPER_SHARED_BYTES = 227 << 10
 _ROW_CHOICES = (8, 16, 32, 64, 128)
 _WARP_ROWS = (8, 16)
 _CHUNK_CHOICES = (16, 32)
+_STEP_TOKENS = 16
 _WIDE_HEAD_DIM = 128
 _SHORT_ROW_BYTES = 128
 _MAX_STAGES = 6
@@ -41,8 +42,8 @@ _PART_BYTES = 24  # four dims of a row, and what is known of it
 @dataclass(frozen=True)
 class DecodeTuning:
     """``rows``: packed query rows a tile; ``chunk_tokens``: KV tokens that a warp loads and multiplies at once;
-    ``num_warps`` a block; ``num_stages``: chunks of a warp's ring; costs as in TileKind, in any common unit. ``row_warps``
-    warps share the rows of a tile and their chunks, the others take other chunks."""
+    ``num_warps`` a block; ``num_stages``: chunks of a warp's ring; costs of an item and of a chunk in any common unit.
+    ``row_warps`` warps share the rows of a tile and their chunks, the others take other chunks."""
 
     rows: int
     chunk_tokens: int
@@ -78,7 +79,16 @@ class DecodeTuning:
         the planning kernel much smaller."""
         fits = capacity.max_q_len * spec.group_size <= self.rows
         limit = self.rows if fits else UNLIMITED_ROWS
-        return TileKind(self.rows, self.chunk_tokens, limit, self.item_cost, self.step_cost)
+        step = self.step_tokens(spec.page_size)
+        return TileKind(self.rows, step, limit, self.item_cost * self.chunk_tokens // step, self.step_cost)
+
+    def step_tokens(self, page_size: int | None) -> int:
+        """KV tokens of the partition's step, at whose multiples an item's first chunk may begin: 16, so that shares are even,
+        or a chunk's where a chunk that began elsewhere would lie in more pages than are looked up for it."""
+        chunk = self.chunk_tokens
+        fits = page_size is not None and (chunk % page_size == 0 or page_size % chunk == 0)
+        together = min(page_size or 1, chunk) if fits else 1
+        return _STEP_TOKENS if _STEP_TOKENS % together == 0 else chunk
 
 
 def swizzle_of(row_bytes: int) -> int:
@@ -194,7 +204,7 @@ def built_in_tuning(spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER
         num_warps=num_warps,
         num_stages=_MAX_STAGES * max(_FEW_WARPS * row_warps // num_warps, 1),
         workers_per_processor=1,
-        item_cost=4,
+        item_cost=6,
         step_cost=1,
         row_warps=row_warps,
     )

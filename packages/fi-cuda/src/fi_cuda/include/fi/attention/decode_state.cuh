@@ -11,8 +11,6 @@
 
 namespace fi {
 
-enum MaskForm { kNoMask, kMaskKv, kMaskNew };
-
 // A packed query row of an item's tile, as token and query head.
 template <class Config>
 struct TileRow {
@@ -75,19 +73,6 @@ struct DecodeState {
 #pragma unroll
         for (int e = 0; e < 4; ++e) total[tile][n][e] = 0.0f;
       }
-    }
-  }
-
-  // Brings an item's query rows into L2, shared among all threads of the block.
-  static __device__ __forceinline__ void prefetch(const Params& params, const AttentionItem& item) {
-    constexpr int kSectorElements = 32 / static_cast<int>(sizeof(Query));
-    constexpr int kSectors = (Config::kHeadDim + kSectorElements - 1) / kSectorElements;
-#pragma unroll 1
-    for (int unit = static_cast<int>(threadIdx.x); unit < Config::kRows * kSectors; unit += Config::kNumThreads) {
-      const Row row(item, unit / kSectors);
-      const Query* q = static_cast<const Query*>(params.q) + (item.q_begin + row.token) * params.q_stride_token +
-                       row.head * params.q_stride_head;
-      if (row.live) ptx::prefetch_to_l2(q + unit % kSectors * kSectorElements);
     }
   }
 

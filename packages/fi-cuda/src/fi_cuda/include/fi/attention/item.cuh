@@ -4,6 +4,10 @@
 
 namespace fi {
 
+// How a request's tokens are found, and which columns a packed mask has: numbered as in fi_cuda.kernels.attention.
+enum TableForm { kRagged, kDense, kIndptr };
+enum MaskForm { kNoMask, kMaskKv, kMaskNew };
+
 // Packed query row r of a request is its new token r / group_size and query head kv_head * group_size + r % group_size.
 struct alignas(16) AttentionItem {
   int request, kv_head, q_tile, kind;

@@ -2,12 +2,9 @@
 #pragma once
 
 #include "fi/attention/chunks.cuh"
-#include "fi/ptx/relaxed.cuh"
 #include "fi/tile/host_device.cuh"
 
 namespace fi {
-
-enum TableForm { kRagged, kDense, kIndptr };
 
 // How a warp looks up the pages of its chunks: one load gives the entries of as many chunks as its lanes can hold.
 template <class Config>
@@ -35,7 +32,6 @@ class ChunkWalk {
   static constexpr bool kPaged = Config::kTable != kRagged;
   static constexpr int kTokens = Config::kChunkTokens;
   static constexpr int kTokenWarps = WarpPlace<Config>::kTokenWarps;
-  static constexpr int kSectorEntries = 8;  // of the table, in the 32 bytes that L2 fetches
 
  public:
   __device__ __forceinline__ ChunkWalk(const Params& params, const AttentionItem* items, int num_items)
@@ -60,18 +56,6 @@ class ChunkWalk {
   // The table's entry for the chunk's token `token`; all lanes call this together, each for a token of its own.
   __device__ __forceinline__ int page_of(int token) const {
     return __shfl_sync(0xffffffffu, page_, held_ * Lookup::kEntries + token / Lookup::kEntryTokens);
-  }
-
-  // Brings into L2 what the block will look up for an item before its first chunks, shared among all threads.
-  static __device__ __forceinline__ void prefetch(const Params& params, const AttentionItem& item) {
-    if constexpr (!kPaged || Config::kTableRow || Config::kTable == kIndptr) {
-      const void* origins = Config::kTableRow ? params.table_row : params.kv_indptr;
-      if (threadIdx.x == 0) ptx::prefetch_to_l2(static_cast<const int*>(origins) + item.request);
-    } else {
-      const int position = item.kv_begin + static_cast<int>(threadIdx.x) * kSectorEntries * Config::kPageSize;
-      const int* entries = static_cast<const int*>(params.table) + item.request * params.table_stride;
-      if (position < item.kv_end) ptx::prefetch_to_l2(entries + static_cast<unsigned>(position) / Config::kPageSize);
-    }
   }
 
   __device__ __forceinline__ void advance() {

@@ -27,14 +27,13 @@ FI_HOST_DEVICE Quad quad(Int x, Int y, Int z, Int w) {
   return {static_cast<int>(x), static_cast<int>(y), static_cast<int>(z), static_cast<int>(w)};
 }
 
-constexpr int kLeastSteps = 2;
-
-// How many workers share a line, the first ones: in the balanced partition no more than get kLeastSteps steps each. With less
-// than a step, most of the pieces of a short batch would be empty and yet waited for.
+// How many workers share a line, the first ones: in the balanced partition no more than get a step each and a third of what an
+// item costs. With less than a step, most of the pieces of a short batch would be empty and yet waited for.
 FI_HOST_DEVICE Int num_sharing(const Line& line) {
   const Params& params = line.params;
   if (params.max_splits > 0) return params.num_workers;
-  return min_of(max_of(floor_div(line.total_cost, kLeastSteps * params.kinds[0].step_cost), 1), params.num_workers);
+  const Int least = max_of(params.kinds[0].item_cost / 3, params.kinds[0].step_cost);
+  return min_of(max_of(floor_div(line.total_cost, least), 1), params.num_workers);
 }
 
 // What stands before some place on the line; items and merges in batch-invariant mode only.

@@ -126,10 +126,6 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
     item = next;
     state.begin(params, item, rotator, lane);
     finisher.prepare(item);
-    if (idx + 1 < count) {
-      State::prefetch(params, items[idx + 1]);
-      ChunkWalk<Config, Params>::prefetch(params, items[idx + 1]);
-    }
     whole = State::seen_by_all(params, item);
     lowest = lowest_position<Config>(item, params.window);
     turn.pass(num_chunks);

@@ -121,6 +121,18 @@ struct OnlineSoftmax {
     }
   }
 
+  // The same, but a row's top stays as it is while no score exceeds it by more than `slack` natural units: weights of up to
+  // e^slack cost nothing, and most rescalings are saved ("FlashAttention-4", 2025).
+  __device__ __forceinline__ void raise_lazily(const float (&tops)[kRows], float slack, float (&rescale)[kRows]) {
+    float needed[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const bool exceeds = fmaf(tops[row], factor, -slack * kLog2E) > top[row] * factor;
+      needed[row] = exceeds ? tops[row] : minus_infinity();
+    }
+    raise(needed, rescale);
+  }
+
   // Puts the weights 2^(factor * (score - top)) in the place of a tile's scores, none above top, and sums them up.
   template <class Map, int kCount>
   __device__ __forceinline__ void weigh(float (&scores)[kCount]) {

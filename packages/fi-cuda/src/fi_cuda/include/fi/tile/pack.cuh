@@ -57,6 +57,20 @@ __device__ __forceinline__ __half from_float<__half>(float x) { return __float2h
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+// Two floats as T in one register, to nearest even, the first in the low half.
+template <class T>
+__device__ __forceinline__ unsigned pair_of(float low, float high);
+template <>
+__device__ __forceinline__ unsigned pair_of<__half>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&both);
+}
+template <>
+__device__ __forceinline__ unsigned pair_of<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&both);
+}
+
 // To nearest even, at an address that 4 divides.
 __device__ __forceinline__ void round_two(__half* address, float first, float second) {
   *reinterpret_cast<__half2*>(address) = __floats2half2_rn(first, second);

@@ -1,0 +1,274 @@
+// The work of a consumer warpgroup of prefill: its rows of every item, step after step.
+//
+// The scores of a step are started before the values of the step before, so that one step's softmax runs beside products. With
+// kPingPong warpgroups take turns in starting products, so that one's softmax runs beside another's products.
+#pragma once
+
+#include "fi/attention/prefill_store.cuh"
+
+namespace fi {
+
+template <class Config, class Params>
+class PrefillConsumer {
+  using Tile = PrefillTile<Config>;
+  using Shared = PrefillShared<Config>;
+  using State = PrefillState<Config, Params>;
+  using Rows = GroupRows<Config, Params>;
+  using Steps = ItemSteps<Config>;
+  static constexpr int kTokens = Config::kTokens;
+  static constexpr int kEdge = Config::kEdgeTokens;
+  // Whole steps go round both rings together: one cursor is enough.
+  static constexpr bool kTogether = !Config::kOverlap && Config::kKeyStages == Config::kValueStages;
+  static_assert(kTokens % kEdge == 0 && kEdge % 16 == 0);
+
+ public:
+  __device__ __forceinline__ PrefillConsumer(const Params& params, Shared& shared, int warpgroup)
+      : params_(params), shared_(shared), warpgroup_(warpgroup), store_(params, shared.flags + warpgroup, warpgroup) {}
+
+  __device__ __forceinline__ void run() {
+    if (Config::kPingPong && warpgroup_ == Config::kConsumers - 1) pass_turn();
+#pragma unroll 1
+    while (true) {
+      shared_.query_ring.wait_full(query_place());
+      const AttentionItem& item = shared_.items[item_.stage];
+      if (item.request == kNoRequest) return;
+      attend(item);
+      item_.advance();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void attend(const AttentionItem& item) {
+    const Rows rows(params_, item, warpgroup_);
+    const Steps steps(item, params_.window);
+    if (rows.first >= rows.end) {
+      skip(steps);
+      return;
+    }
+    state_.begin(score_of(item));
+    if (steps.num_steps == 0) {
+      release(shared_.query_ring, query_place());
+      store_.finish(item, state_);
+      return;
+    }
+    // Keys of the first step that no row sees are left out.
+    first_step<kEdge>(item, rows, steps, rows.by_any.high - steps.last);
+    if constexpr (Config::kOverlap) {
+#pragma unroll 1
+      for (int step = 2; step < steps.num_steps; ++step) next_step<kTokens, false>(weights_, item, rows, steps, step);
+      if (steps.num_steps > 1) last_values<kTokens, false>(weights_, item, steps);
+    } else {
+#pragma unroll 1
+      for (int step = 1; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
+    }
+    store_.finish(item, state_);
+  }
+
+  // Whether some row does not see all keys of a step.
+  static __device__ __forceinline__ bool masked(const Rows& rows, const Steps& steps, int step) {
+    const int position = steps.position(step);
+    return position < rows.by_all.low || position + kTokens > rows.by_all.high;
+  }
+
+  // A warpgroup without rows of the item only keeps the rings and the turns going.
+  __device__ __forceinline__ void skip(const Steps& steps) {
+    if (steps.num_steps == 0) release(shared_.query_ring, query_place());
+#pragma unroll 1
+    for (int step = 0; step < steps.num_steps; ++step) {
+      shared_.key_ring.wait_full(key_);
+      release_keys(steps, step);
+      if constexpr (Config::kPingPong) {
+        if (step > 0) {
+          wait_turn();
+          pass_turn();
+        }
+      }
+      shared_.value_ring.wait_full(value_place());
+      release_values();
+    }
+  }
+
+  // The first step, of which some row sees `width` keys; with kOverlap its values are started beside the next step's scores.
+  template <int kWidth>
+  __device__ __forceinline__ void first_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int width) {
+    if constexpr (kWidth < kTokens) {
+      if (width > kWidth) {
+        first_step<kWidth + kEdge>(item, rows, steps, width);
+        return;
+      }
+    }
+    float scores[kWidth / 2], rescale[2];
+    unsigned weights[kWidth / 16][4];
+    wait_full(shared_.key_ring, key_);
+    State::template multiply_keys<kWidth>(scores, queries(), shared_.keys[key_.stage]);
+    ptx::wgmma_wait<0>();
+    release_keys(steps, 0);
+    state_.template score<kWidth>(scores, params_, item, rows.first, steps.last, true, rescale);
+    state_.template weigh<kWidth>(scores);
+    State::template pack<kWidth>(scores, weights);
+    if (Config::kOverlap && steps.num_steps > 1) {
+      next_step<kWidth, true>(weights, item, rows, steps, 1);
+    } else {
+      last_values<kWidth, true>(weights, item, steps);
+    }
+  }
+
+  // A step on its own: its scores, then its values.
+  __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
+    float scores[kTokens / 2], rescale[2];
+    unsigned weights[kTokens / 16][4];
+    wait_full(shared_.key_ring, key_);
+    if constexpr (Config::kPingPong) wait_turn();
+    State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
+    if constexpr (Config::kPingPong) pass_turn();
+    ptx::wgmma_wait<0>();
+    release_keys(steps, step);
+    state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
+    state_.rescale_output(rescale);
+    wait_full(shared_.value_ring, value_place());
+    if constexpr (Config::kWindowed && Config::kBoxes) clear(0, steps.lowest - steps.position(step));
+    weigh_and_multiply<0>(scores, weights);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(state_.output);
+    release_values();
+  }
+
+  // The weights of a step in parts, each beside the products of the part before.
+  template <int kPart>
+  __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / 16][4]) {
+    constexpr int kParts = Config::kParts;
+    if constexpr (kPart < kParts) {
+      state_.template weigh<kTokens, kPart, kParts>(scores);
+      State::template pack<kTokens, kPart, kParts>(scores, weights);
+      state_.template multiply_values<kTokens, false, kPart, kParts>(weights, shared_.values[value_place().stage]);
+      weigh_and_multiply<kPart + 1>(scores, weights);
+    }
+  }
+
+  // The scores of `step` beside the values of the step before, of which kWidth keys have weights: `before`.
+  template <int kWidth, bool kFresh>
+  __device__ __forceinline__ void next_step(const unsigned (&before)[kWidth / 16][4], const AttentionItem& item, const Rows& rows,
+                                            const Steps& steps, int step) {
+    float scores[kTokens / 2], rescale[2];
+    wait_full(shared_.key_ring, key_);
+    if constexpr (Config::kPingPong) wait_turn();
+    State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
+    wait_full(shared_.value_ring, value_place());
+    if constexpr (kFresh && Config::kBoxes) clear(item.kv_end - steps.last, kWidth);
+    state_.template multiply_values<kWidth, kFresh>(before, shared_.values[value_place().stage]);
+    if constexpr (Config::kPingPong) pass_turn();
+    ptx::wgmma_wait<1>();
+    state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
+    state_.template weigh<kTokens>(scores);
+    release_keys(steps, step, state_.zero_of_weights());
+    ptx::wgmma_wait<0>();
+    release_values();
+    state_.rescale_output(rescale);
+    State::template pack<kTokens>(scores, weights_);
+  }
+
+  template <int kWidth, bool kFresh>
+  __device__ __forceinline__ void last_values(const unsigned (&weights)[kWidth / 16][4], const AttentionItem& item,
+                                              const Steps& steps) {
+    wait_full(shared_.value_ring, value_place());
+    if constexpr (kFresh && Config::kBoxes) clear(item.kv_end - steps.last, kWidth);
+    // Of a first step on its own too, where it is not the last one.
+    if constexpr (Config::kWindowed && Config::kBoxes) clear(0, steps.lowest - (kFresh ? steps.last : item.kv_begin));
+    state_.template multiply_values<kWidth, kFresh>(weights, shared_.values[value_place().stage]);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(state_.output);
+    release_values();
+  }
+
+  // Zeros in the place of the stage's values [begin, end) that are not readable: a weight of zero does not cancel a NaN. Every
+  // warpgroup does it for itself; what others write meanwhile are the same zeros.
+  __device__ __forceinline__ void clear(int begin, int end) {
+    if (begin >= end) return;
+    constexpr int kUnits = kBoxRowBytes / 16;
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+    unsigned char* stage = shared_.values[value_place().stage];
+    for (int unit = begin * kUnits + thread; unit < end * kUnits; unit += kWarpgroupThreads) {
+#pragma unroll
+      for (int column = 0; column < Tile::kValueColumns; ++column) {
+        *reinterpret_cast<int4*>(stage + column * Tile::kKeyColumnBytes + unit * 16) = int4{};
+      }
+    }
+    ptx::fence_proxy_async_shared();
+    ptx::named_barrier_sync(kOwnBarrier + warpgroup_, kWarpgroupThreads);
+  }
+
+  // The keys are free, and with the last step the queries. `zero` is 0: an arrival is not moved across a wait for products, so
+  // what `zero` is made of is computed before the wait that follows, beside those products.
+  __device__ __forceinline__ void release_keys(const Steps& steps, int step, int zero = 0) {
+    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(&shared_.key_ring.empty[key_.stage] + zero);
+    if constexpr (!kTogether) key_.advance();
+    if (step == steps.num_steps - 1) release(shared_.query_ring, query_place());
+  }
+
+  __device__ __forceinline__ void release_values() {
+    release(shared_.value_ring, value_place());
+    value_place().advance();
+  }
+
+  __device__ __forceinline__ RingCursor<Config::kQueryStages> query_place() const {
+    return {item_.stage % Config::kQueryStages, static_cast<unsigned>(item_.stage / Config::kQueryStages)};
+  }
+
+  __device__ __forceinline__ auto& value_place() {
+    if constexpr (kTogether) return key_;
+    else return value_;
+  }
+
+  __device__ __forceinline__ const unsigned char* queries() const { return shared_.queries[query_place().stage][warpgroup_]; }
+
+  // What was not copied by the copy engine has to be shown to the products.
+  template <class AnyRing, class Cursor>
+  static __device__ __forceinline__ void wait_full(AnyRing& ring, Cursor cursor) {
+    ring.wait_full(cursor);
+    if constexpr (!Config::kBoxes) ptx::fence_proxy_async_shared();
+  }
+
+  // One arrival a warp: its lanes' products are complete, as all call wgmma_wait together.
+  template <class AnyRing, class Cursor>
+  static __device__ __forceinline__ void release(AnyRing& ring, Cursor cursor) {
+    if (threadIdx.x % kWarpThreads == 0) ring.release(cursor);
+  }
+
+  __device__ __forceinline__ void wait_turn() const {
+    ptx::named_barrier_sync(kTurnBarrier + warpgroup_, 2 * kWarpgroupThreads);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    ptx::named_barrier_arrive(kTurnBarrier + (warpgroup_ + 1) % Config::kConsumers, 2 * kWarpgroupThreads);
+  }
+
+  __device__ __forceinline__ PrefillScore<Config> score_of(const AttentionItem& item) const {
+    float scale = params_.scale;
+    if constexpr (Config::kKScales) scale *= static_cast<const float*>(params_.k_scales)[item.kv_head * params_.k_scale_stride];
+    PrefillScore<Config> score = {scale, 0.0f, {0.0f, 0.0f}};
+    if constexpr (Config::kSoftCap) {
+      score.unit = params_.soft_cap;
+      score.inner = scale / params_.soft_cap;
+    } else if constexpr (Config::kSignedScale) {
+      score = {1.0f, scale, {0.0f, 0.0f}};
+    }
+    if constexpr (Config::kAlibi) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        score.slope[row] = static_cast<const float*>(params_.slopes)[store_.head_of(item, row)] / score.unit;
+      }
+    }
+    return score;
+  }
+
+  const Params& params_;
+  Shared& shared_;
+  const int warpgroup_;
+  PrefillStore<Config, Params> store_;
+  State state_;
+  unsigned weights_[kTokens / 16][4];  // of the step before, with kOverlap
+  RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::consumer();
+  RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::consumer();
+  RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::consumer();
+};
+
+}  // namespace fi

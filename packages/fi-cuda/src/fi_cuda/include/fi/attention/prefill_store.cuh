@@ -1,0 +1,195 @@
+// What becomes of a warpgroup's rows of an item: the output, or, if the tile was split, a slot from which the warpgroup that
+// finishes last merges the tile's pieces in the plan's order. Equal inputs and plan give equal bits, whoever merges.
+//
+// Pieces meet at a counter that needs no reset: the first piece adds 2^31 - (pieces - 1) and every other 1, so the top bit flips
+// when all are there and the rest is 0 again.
+#pragma once
+
+#include "fi/attention/prefill_state.cuh"
+
+namespace fi {
+
+template <class Config, class Params>
+class PrefillStore {
+  using Tile = PrefillTile<Config>;
+  using Dtype = typename Config::Dtype;
+  using State = PrefillState<Config, Params>;
+  using Rows = QueriesAsRows;
+  static constexpr int kOutputs = Config::kHeadDimVo / 2;
+  static constexpr int kColumnTiles = Config::kHeadDimVo / 8;
+
+ public:
+  __device__ __forceinline__ PrefillStore(const Params& params, int* flag, int warpgroup)
+      : params_(params), flag_(flag), warpgroup_(warpgroup), lane_(static_cast<int>(threadIdx.x) % kWarpThreads),
+        first_row_(static_cast<int>(threadIdx.x) / kWarpThreads % 4 * 16 + lane_ / 4) {}
+
+  // Called by all threads of the warpgroup.
+  __device__ __forceinline__ void finish(const AttentionItem& item, State& state) const {
+    PartialRow rows[2] = {state.softmax.row(0), state.softmax.row(1)};
+    if (item.slot < 0) {
+      store(item, rows, state.output, value_scale(item));
+      return;
+    }
+    leave_piece(item, rows, state.output, value_scale(item));
+    if (!is_last(item)) return;
+    merge(item, rows, state.output);
+    store(item, rows, state.output, 1.0f);
+  }
+
+  // The query head of the thread's row.
+  __device__ __forceinline__ int head_of(const AttentionItem& item, int row) const {
+    return item.kv_head * Tile::kGroup + row_of(row) % Tile::kGroup;
+  }
+
+ private:
+  __device__ __forceinline__ float value_scale(const AttentionItem& item) const {
+    if constexpr (!Config::kVScales) return params_.v_scale;
+    return params_.v_scale * static_cast<const float*>(params_.v_scales)[item.kv_head * params_.v_scale_stride];
+  }
+
+  __device__ __forceinline__ int row_of(int row) const { return first_row_ + row * 8; }
+  __device__ __forceinline__ int token_of(const AttentionItem& item, int row) const {
+    return item.q_tile * Tile::kTileTokens + warpgroup_ * Tile::kGroupTokens + row_of(row) / Tile::kGroup;
+  }
+  __device__ __forceinline__ bool is_live(const AttentionItem& item, int row) const {
+    return row_of(row) < Tile::kGroupRows && token_of(item, row) < item.q_len;
+  }
+
+  // Rows to the output, sinks included. Lane t of a quad has columns 2 t and 2 t + 1 of every 8: quads exchange what they have of
+  // 32 columns, after which a lane stores 8 neighbours.
+  __device__ __forceinline__ void store(const AttentionItem& item, const PartialRow (&rows)[2], const float (&output)[kOutputs],
+                                        float scale) const {
+    Dtype* to[2];
+    float factor[2];
+    bool live[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      live[row] = is_live(item, row);
+      const int head = head_of(item, row);
+      const int64 token = item.q_begin + token_of(item, row);
+      float sink = minus_infinity();
+      if constexpr (Config::kSinks) {
+        if (live[row]) sink = static_cast<const float*>(params_.sinks)[head];
+      }
+      const RowResult result = finish_row(rows[row], sink);
+      factor[row] = result.scale * scale;
+      to[row] = static_cast<Dtype*>(params_.out) + token * params_.out_stride_token + head * params_.out_stride_head;
+      if constexpr (Config::kLse) {
+        if (live[row] && lane_ % 4 == 0) {
+          static_cast<float*>(params_.lse)[token * params_.lse_stride_token + head] = result.lse;
+        }
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+      for (int tile = 0; tile + 4 <= kColumnTiles; tile += 4) {
+        unsigned parts[4];
+#pragma unroll
+        for (int idx = 0; idx < 4; ++idx) parts[idx] = pair(output, tile + idx, row, factor[row]);
+        transpose_quad(parts);
+        const uint4 whole = {parts[0], parts[1], parts[2], parts[3]};
+        if (live[row]) *reinterpret_cast<uint4*>(to[row] + (tile + lane_ % 4) * 8) = whole;
+      }
+#pragma unroll
+      for (int tile = kColumnTiles / 4 * 4; tile < kColumnTiles; ++tile) {
+        const unsigned part = pair(output, tile, row, factor[row]);
+        if (live[row]) *reinterpret_cast<unsigned*>(to[row] + tile * 8 + lane_ % 4 * 2) = part;
+      }
+    }
+  }
+
+  // A row without keys has the factor 0, and zeros whatever its output is.
+  static __device__ __forceinline__ unsigned pair(const float (&output)[kOutputs], int tile, int row, float factor) {
+    const int idx = tile * 4 + row * 2;
+    const bool none = factor == 0.0f;
+    return pair_of<Dtype>(none ? 0.0f : output[idx] * factor, none ? 0.0f : output[idx + 1] * factor);
+  }
+
+  // Lane t gets element t of lanes 0 to 3 of its quad, in their order.
+  __device__ __forceinline__ void transpose_quad(unsigned (&parts)[4]) const {
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+      const bool upper = (lane_ & distance) != 0;
+#pragma unroll
+      for (int idx = 0; idx < 4; ++idx) {
+        if ((idx & distance) != 0) continue;
+        const unsigned given = upper ? parts[idx] : parts[idx + distance];
+        const unsigned got = __shfl_xor_sync(0xffffffffu, given, distance);
+        if (upper) parts[idx] = got;
+        else parts[idx + distance] = got;
+      }
+    }
+  }
+
+  __device__ __forceinline__ int64 slot_row(int slot, int row) const {
+    return (static_cast<int64>(slot) * Config::kConsumers + warpgroup_) * 64 + row_of(row);
+  }
+  __device__ __forceinline__ float2* partial_of(int slot, int row) const {
+    return reinterpret_cast<float2*>(params_.partials) + slot_row(slot, row) * (Config::kHeadDimVo / 2) + lane_ % 4;
+  }
+
+  // Normalised rows and their log-sum-exps in base 2 to the item's slot; a row without keys has -inf and zeros.
+  __device__ __forceinline__ void leave_piece(const AttentionItem& item, const PartialRow (&rows)[2],
+                                              const float (&output)[kOutputs], float scale) const {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      if (!is_live(item, row)) continue;
+      const RowResult result = finish_row(rows[row]);
+      const bool none = result.scale == 0.0f;
+      const float factor = result.scale * scale;
+      float2* to = partial_of(item.slot, row);
+#pragma unroll
+      for (int tile = 0; tile < kColumnTiles; ++tile) {
+        const int idx = tile * 4 + row * 2;
+        __stcg(to + tile * 4, none ? float2{} : float2{output[idx] * factor, output[idx + 1] * factor});
+      }
+      if (lane_ % 4 == 0) __stcg(static_cast<float*>(params_.partial_rows) + slot_row(item.slot, row), result.lse * kLog2E);
+    }
+  }
+
+  // Counts the piece; whether it was the tile's last.
+  __device__ __forceinline__ bool is_last(const AttentionItem& item) const {
+    const int barrier = kOwnBarrier + warpgroup_;
+    ptx::named_barrier_sync(barrier, kWarpgroupThreads);  // every thread's part of the piece is written
+    if (threadIdx.x % kWarpgroupThreads == 0) {
+      int* counter = static_cast<int*>(params_.arrivals) + item.merge_idx * Config::kConsumers + warpgroup_;
+      const unsigned amount = item.slot == item.head_slot ? 0x80000000u - (item.num_pieces() - 1) : 1u;
+      const int before = ptx::add_acq_rel(counter, static_cast<int>(amount));
+      *flag_ = (before ^ static_cast<int>(static_cast<unsigned>(before) + amount)) < 0;
+    }
+    ptx::named_barrier_sync(barrier, kWarpgroupThreads);
+    return *flag_ != 0;
+  }
+
+  // The tile's pieces together: an unnormalised output and its rows.
+  __device__ __forceinline__ void merge(const AttentionItem& item, PartialRow (&rows)[2], float (&output)[kOutputs]) const {
+    const int pieces = item.num_pieces();
+#pragma unroll
+    for (int row = 0; row < 2; ++row) rows[row] = empty_row();
+#pragma unroll 1
+    for (int piece = 0; piece < pieces; ++piece) {
+      const int slot = item.slot_of(piece);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float lse = __ldcg(static_cast<const float*>(params_.partial_rows) + slot_row(slot, row));
+        const MergedRow merged = merge_rows(rows[row], {lse, lse == minus_infinity() ? 0.0f : 1.0f});
+        rows[row] = merged.row;
+        const float2* from = partial_of(slot, row);
+#pragma unroll
+        for (int tile = 0; tile < kColumnTiles; ++tile) {
+          const int idx = tile * 4 + row * 2;
+          const float2 part = __ldcg(from + tile * 4);
+          output[idx] = part.x * merged.scale_second + (piece == 0 ? 0.0f : output[idx] * merged.scale_first);
+          output[idx + 1] = part.y * merged.scale_second + (piece == 0 ? 0.0f : output[idx + 1] * merged.scale_first);
+        }
+      }
+    }
+  }
+
+  const Params& params_;
+  int* flag_;
+  const int warpgroup_, lane_, first_row_;
+};
+
+}  // namespace fi

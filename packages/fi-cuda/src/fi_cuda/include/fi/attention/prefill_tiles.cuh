@@ -1,0 +1,114 @@
+// Tiles of prefill: how packed query rows are shared by the warpgroups of a block, and what shared memory holds.
+#pragma once
+
+#include "fi/attention/item.cuh"
+#include "fi/pipeline/ring.cuh"
+#include "fi/pipeline/roles.cuh"
+#include "fi/softmax/columns.cuh"
+
+namespace fi {
+
+// Rows in boxes of 128 bytes, as TMA's widest swizzle lays them out; the last box of a row may be partly empty.
+constexpr int kBoxRowBytes = 128;
+
+template <class Config>
+struct PrefillTile {
+  using Dtype = typename Config::Dtype;
+  static constexpr int kBoxElements = kBoxRowBytes / static_cast<int>(sizeof(Dtype));
+  static constexpr int kGroup = Config::kGroupSize;
+  // A warpgroup's 64 accumulator rows hold whole tokens, so that one copy brings their query heads.
+  static constexpr int kGroupTokens = 64 / kGroup;
+  static constexpr int kGroupRows = kGroupTokens * kGroup;
+  static constexpr int kTileTokens = Config::kConsumers * kGroupTokens;
+  static_assert(kGroup <= 64, "a token's query heads of a KV head lie in one warpgroup");
+
+  static constexpr int kTokens = Config::kTokens;
+  static constexpr int kKeyColumns = (Config::kHeadDim + kBoxElements - 1) / kBoxElements;
+  static constexpr int kValueColumns = (Config::kHeadDimVo + kBoxElements - 1) / kBoxElements;
+  static constexpr int kKeyColumnBytes = kTokens * kBoxRowBytes;
+  static constexpr int kQueryColumnBytes = 64 * kBoxRowBytes;
+  static constexpr int kQueryBytes = kKeyColumns * kQueryColumnBytes;  // of a warpgroup
+  static_assert(kTokens % 16 == 0 && Config::kHeadDim % 16 == 0 && Config::kHeadDimVo % 16 == 0);
+};
+
+// At a multiple of 1024, where the swizzle's patterns begin.
+template <class Config>
+struct PrefillShared {
+  using Tile = PrefillTile<Config>;
+  // More than queries, as an item is still read when its queries are released; twice as many, so that an item's place says in
+  // which phase its queries' stage is.
+  static constexpr int kItems = 2 * Config::kQueryStages;
+  static constexpr int kReleases = Config::kConsumers * (kWarpgroupThreads / kWarpThreads);
+
+  unsigned char queries[Config::kQueryStages][Config::kConsumers][Tile::kQueryBytes];
+  unsigned char keys[Config::kKeyStages][Tile::kKeyColumns * Tile::kKeyColumnBytes];
+  unsigned char values[Config::kValueStages][Tile::kValueColumns * Tile::kKeyColumnBytes];
+  AttentionItem items[kItems];
+  Ring<Config::kQueryStages> query_ring;
+  Ring<Config::kKeyStages> key_ring;
+  Ring<Config::kValueStages> value_ring;
+  int flags[Config::kConsumers];
+  int taken[2];  // what producers of several warps tell one another
+
+  // `num_arrivals` fill a stage of keys or values.
+  __device__ __forceinline__ void init(int num_arrivals) {
+    query_ring.init(1, kReleases);
+    key_ring.init(num_arrivals, kReleases);
+    value_ring.init(num_arrivals, kReleases);
+  }
+};
+
+// Named barriers: a warpgroup's turn to start products, the producers', and a warpgroup's own.
+constexpr int kTurnBarrier = 1;
+constexpr int kProducerBarrier = 7;
+constexpr int kOwnBarrier = 8;
+
+// No further item: what a block's list ends with.
+constexpr int kNoRequest = -1;
+
+// The steps of kTokens keys that an item visits, from its end to its begin.
+template <class Config>
+struct ItemSteps {
+  int num_steps;
+  int last;  // position of the step at the end
+  int lowest;  // keys before it are visible to no row of the tile
+
+  __device__ __forceinline__ ItemSteps(const AttentionItem& item, int window) {
+    constexpr int kTokens = Config::kTokens;
+    num_steps = (item.kv_end - item.kv_begin + kTokens - 1) / kTokens;
+    last = item.kv_begin + (num_steps - 1) * kTokens;
+    lowest = 0;
+    if constexpr (Config::kWindowed) {
+      lowest = max(item.offset() + item.q_tile * PrefillTile<Config>::kTileTokens - window + 1, 0);
+    }
+  }
+  __device__ __forceinline__ int position(int step) const { return last - step * Config::kTokens; }
+};
+
+// A warpgroup's tokens of an item, and what they see.
+template <class Config, class Params>
+struct GroupRows {
+  using Tile = PrefillTile<Config>;
+  int first, end;  // tokens of the request; no row is live where first >= end
+  ColumnLimits by_all, by_any;
+
+  __device__ __forceinline__ GroupRows(const Params& params, const AttentionItem& item, int warpgroup) {
+    first = item.q_tile * Tile::kTileTokens + warpgroup * Tile::kGroupTokens;
+    end = min(first + Tile::kGroupTokens, item.q_len);
+    const int last = max(end - 1, first);
+    const int first_position = query_position(first, item.q_len, item.kv_len);
+    const int last_position = query_position(last, item.q_len, item.kv_len);
+    by_all = rule(params).seen_by_all(first_position, last_position, item.kv_len);
+    by_any = rule(params).seen_by_any(first_position, last_position, item.kv_len);
+    by_all.high = min(by_all.high, item.kv_end);
+    by_any.high = min(by_any.high, item.kv_end);
+    if constexpr (Config::kMask == kMaskNew) by_all.high = min(by_all.high, item.offset());
+    if constexpr (Config::kMask == kMaskKv) by_all.high = 0;
+  }
+
+  static __device__ __forceinline__ ColumnRule rule(const Params& params) {
+    return {Config::kCausal, Config::kWindowed ? params.window : kNoWindow};
+  }
+};
+
+}  // namespace fi

@@ -1,0 +1,55 @@
+// Attention of long queries on Hopper, bound by its matrix products.
+//
+// One block a multiprocessor works through its worker's items of the plan. One warp copies queries, keys and values into rings
+// by tensor maps; each of the other warpgroups has 64 packed query rows of an item. Sources: Shah et al., "FlashAttention-3",
+// 2024, section 3 (roles, overlap within and between warpgroups); "stream-K" (Osama et al., 2023) for equal shares.
+// Config: Dtype (q, out), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kConsumers
+// (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step), kBoxTokens, kKeyStages, kValueStages, kQueryStages,
+// kPingPong, kOverlap, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales, kLse. Params: those of
+// fi_cuda.kernels.attention.prefill.
+#pragma once
+
+#include "fi/attention/prefill_consume.cuh"
+#include "fi/attention/prefill_load.cuh"
+#include "fi/ptx/dependent_launch.cuh"
+
+namespace fi {
+
+// How the kernel's parameters allow keys and values to be copied.
+template <class Config, class Params>
+__device__ __forceinline__ RowCopies<Config, Params> copies_of(const Params& params) {
+  return RowCopies<Config, Params>(params);
+}
+template <class Config, class Params>
+__device__ __forceinline__ BoxCopies<Config, Params> copies_of(const Params& params, const ptx::TensorMap& keys,
+                                                               const ptx::TensorMap& values) {
+  return BoxCopies<Config, Params>(params, keys, values);
+}
+
+// `maps`: none, or those of K and V.
+template <class Config, class Params, class... Maps>
+__device__ __forceinline__ void attention_prefill(const Params& params, const ptx::TensorMap& queries, const Maps&... maps) {
+  using Shared = PrefillShared<Config>;
+  using Roles = WarpgroupRoles<Config::kConsumers, Config::kProducerRegisters, Config::kConsumerRegisters>;
+  extern __shared__ __align__(128) unsigned char unaligned[];
+  Shared& shared = *reinterpret_cast<Shared*>(unaligned + (-ptx::shared_address(unaligned) & 1023u));
+  static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes);
+  using Copies = decltype(copies_of<Config>(params, maps...));
+  if (threadIdx.x == 0) {
+    shared.init(Copies::kArrivals);
+    ptx::prefetch_tensor_map(&queries);
+    (ptx::prefetch_tensor_map(&maps), ...);
+  }
+  __syncthreads();
+  ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
+  Roles::run(
+      [&] {
+        if (warp_idx() < Copies::kWarps) {
+          PrefillLoader<Config, Params, Copies>(params, queries, copies_of<Config>(params, maps...), shared).run();
+        }
+      },
+      [&](int warpgroup) { PrefillConsumer<Config, Params>(params, shared, warpgroup).run(); });
+}
+
+}  // namespace fi

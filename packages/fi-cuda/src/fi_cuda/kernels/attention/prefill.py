@@ -1,0 +1,181 @@
+"""The prefill kernel: spec of ``fi/kernels/attention_prefill.cuh``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from fi_core.records import AttentionSpec
+
+from ...params import ParamsLayout
+from ...spec import KernelSpec, join_constants
+from .decode import MASK_FORMS, TABLE_FORMS
+from .prefill_tuning import PrefillTuning, box_tokens, prefill_shared_bytes
+
+_WARPGROUP_THREADS = 128
+_REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
+_REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
+"""Of a producer's and of a consumer's thread, by warpgroups of consumers: producers that copy rows themselves need more."""
+
+
+@dataclass(frozen=True)
+class PrefillSpec(KernelSpec):
+    """What is compiled into a prefill kernel: element type, head shape, addressing as for decode, tile (``consumers``
+    warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
+    of a copy), rings, and the features of the call."""
+
+    dtype: torch.dtype
+    stored: torch.dtype
+    head_dim: int
+    head_dim_vo: int
+    group_size: int
+    page_size: int
+    table: int
+    table_row: bool
+    consumers: int
+    tokens: int
+    edge_tokens: int
+    box_tokens: int
+    key_stages: int
+    value_stages: int
+    query_stages: int
+    ping_pong: bool
+    overlap: bool
+    parts: int
+    causal: bool
+    windowed: bool
+    soft_cap: bool
+    alibi: bool
+    sinks: bool
+    mask: int
+    k_scales: bool
+    v_scales: bool
+    lse: bool
+    signed_scale: bool = False
+
+    stem: ClassVar = "attention_prefill"
+    overlapping: ClassVar = True
+    tensor_maps: ClassVar[tuple[str, ...]] = ("queries",)
+    layout: ClassVar = ParamsLayout(
+        (
+            ("k", "pointer"),
+            ("v", "pointer"),
+            ("starts", "pointer"),
+            ("items", "pointer"),
+            ("order_items", "pointer"),
+            ("order", "output"),
+            ("arrivals", "output"),
+            ("partials", "output"),
+            ("partial_rows", "output"),
+            ("out", "output"),
+            ("lse", "output"),
+            ("table", "pointer"),
+            ("table_row", "pointer"),
+            ("kv_indptr", "pointer"),
+            ("mask_bits", "pointer"),
+            ("mask_indptr", "pointer"),
+            ("sinks", "pointer"),
+            ("slopes", "pointer"),
+            ("k_scales", "pointer"),
+            ("v_scales", "pointer"),
+            ("k_stride_page", "int64"),
+            ("k_stride_token", "int64"),
+            ("k_stride_head", "int64"),
+            ("v_stride_page", "int64"),
+            ("v_stride_token", "int64"),
+            ("v_stride_head", "int64"),
+            ("out_stride_token", "int64"),
+            ("out_stride_head", "int64"),
+            ("lse_stride_token", "int64"),
+            ("table_stride", "int64"),
+            ("k_scale_stride", "int32"),
+            ("v_scale_stride", "int32"),
+            ("num_kv_heads", "int32"),
+            ("window", "int32"),
+            ("scale", "float"),
+            ("soft_cap", "float"),
+            ("v_scale", "float"),
+        )
+    )
+
+    @property
+    def num_threads(self) -> int:
+        return _WARPGROUP_THREADS * (1 + self.consumers)
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        return 1
+
+    @property
+    def shared_bytes(self) -> int:
+        rings = (self.key_stages, self.value_stages, self.query_stages)
+        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1)
+        return prefill_shared_bytes(tuning, self.head_dim, self.head_dim_vo, self.dtype.itemsize)
+
+    def config_lines(self) -> list[str]:
+        """As ever, with the registers of producers and consumers and the block's shared memory."""
+        has_boxes = len(self.tensor_maps) > 1
+        producer, consumer = (_REGISTERS if has_boxes else _REGISTERS_FOR_ROWS)[self.consumers]
+        head = (
+            f"static constexpr int kProducerRegisters = {producer}, kConsumerRegisters = {consumer}, "
+            f"kSharedBytes = {self.shared_bytes};"
+        )
+        boxes = f"static constexpr bool kBoxes = {str(has_boxes).lower()};"
+        return join_constants([head, *super().config_lines(), boxes])
+
+
+@dataclass(frozen=True)
+class BoxPrefillSpec(PrefillSpec):
+    """The same with K and V copied as boxes of tensor maps."""
+
+    tensor_maps: ClassVar = ("queries", "keys", "values")
+
+
+class PrefillForm(NamedTuple):
+    """What the kernel of a call depends on besides its plan: whether a window is set, the LSE is wanted, scales are in
+    memory, the batch has ``table_row``; the columns of its mask; whether the softmax scale is not above 0; whether K and V
+    have tensor maps."""
+
+    windowed: bool = False
+    lse: bool = False
+    k_scales: bool = False
+    v_scales: bool = False
+    table_row: bool = False
+    mask_columns: str | None = None
+    signed_scale: bool = False
+    boxes: bool = False
+
+
+def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: PrefillForm) -> PrefillSpec:
+    """The kernel of a call; soft cap, ALiBi and sinks are there exactly when ``spec`` has the feature."""
+    return (BoxPrefillSpec if form.boxes else PrefillSpec)(
+        dtype=spec.dtype,
+        stored=spec.kv_dtype,
+        head_dim=spec.head_dim,
+        head_dim_vo=spec.head_dim_vo or 0,
+        group_size=spec.group_size,
+        page_size=spec.page_size or 0,
+        table=TABLE_FORMS[spec.table],
+        table_row=form.table_row,
+        consumers=tuning.consumers,
+        tokens=tuning.tokens,
+        edge_tokens=tuning.edge_tokens,
+        box_tokens=(box_tokens(spec.page_size, tuning.tokens) or 0) if form.boxes else 0,
+        key_stages=tuning.key_stages,
+        value_stages=tuning.value_stages,
+        query_stages=tuning.query_stages,
+        ping_pong=tuning.ping_pong,
+        overlap=tuning.overlap,
+        parts=tuning.parts,
+        causal=spec.causal,
+        windowed=form.windowed,
+        soft_cap="soft_cap" in spec.features,
+        alibi="alibi" in spec.features,
+        sinks="sinks" in spec.features,
+        mask=MASK_FORMS[form.mask_columns],
+        k_scales=form.k_scales,
+        v_scales=form.v_scales,
+        lse=form.lse,
+        signed_scale=form.signed_scale,
+    )

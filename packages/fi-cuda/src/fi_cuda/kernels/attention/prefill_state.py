@@ -1,0 +1,168 @@
+"""Attention of long queries as a plan's kernel: one launch a call, with tensor maps of Q, K and V."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
+from torch import Tensor
+
+from ...params import TensorMap
+from ...spec import kernel_for
+from ...tensor_map import Box, tensor_map_of
+from .boxes import column_maps_of
+from .layout import Layout
+from .order import OrderPlanner, fill_order_on_host, order_spec
+from .prefill import PrefillForm, prefill_spec
+from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens
+from .state import ListState, address_of, scale_of
+
+
+class PrefillAttention:
+    """The ``AttentionKernel`` protocol."""
+
+    def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
+        return Layout.of_prefill(spec, capacity, torch.device(device)).num_bytes
+
+    def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> PrefillState:
+        return PrefillState(spec, capacity, torch.device(device))
+
+
+class _Call(NamedTuple):
+    """What calls with the same cache and layer share: the launch, and the values that no call changes, between which go
+    those of out, lse and the batch."""
+
+    kv: weakref.ref[KVCache]
+    layer: ResolvedLayer  # kept, so that its id names it
+    launch: Callable[..., None]
+    cache: tuple[int, int]
+    workspace: tuple[int, ...]
+    layer_tensors: tuple[int, ...]
+    cache_strides: tuple[int, ...]
+    numbers: tuple[float, ...]
+    maps: tuple[TensorMap, ...]
+
+
+class PrefillState(ListState):
+    """Attention of long queries, and of batches in which some are short."""
+
+    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
+        super().__init__(spec, capacity, device, Layout.of_prefill(spec, capacity, device))
+        assert isinstance(self._layout.tuning, PrefillTuning)
+        self._tuning = self._layout.tuning
+        params = self._layout.params
+        self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
+        self._order_specs = {
+            window: order_spec(params[window], capacity, self._tuning.consumers) for window in self._orders
+        }
+        for order in self._orders.values():
+            order.header.zero_()
+        if not spec.batch_invariant:  # whose tiles are split by their own length alone
+            for window, order in self._orders.items():
+                planner = OrderPlanner(self._order_specs[window], capacity, window, order)
+                planner.load()
+                self._planners.append(planner)
+        unconverted = spec.kv_dtype == spec.dtype
+        self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens) if unconverted else None
+        elements = BOX_ROW_BYTES // spec.dtype.itemsize
+        self._query_box = Box((WARPGROUP_ROWS // spec.group_size, spec.group_size, elements))
+
+    def describe(self) -> Sequence[str]:
+        layout, tuning = self._layout, self._tuning
+        params = layout.params[self._spec.windows[0]]
+        split = f"at most {params.max_splits} pieces a tile" if params.max_splits else "equal shares for the workers"
+        turns = "in turns" if tuning.ping_pong else "at will"
+        loader = "rows by a warpgroup"
+        if self._box_tokens is not None:
+            loader = f"boxes of {self._box_tokens} tokens by tensor maps; {loader} from a cache that no map describes"
+        return (
+            f"tiles: {params.kinds[0].q_rows} rows x {tuning.tokens} KV tokens; {tuning.consumers} warpgroups {turns},"
+            f" {tuning.key_stages} + {tuning.value_stages} stages",
+            f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
+            f"K and V: {loader}",
+            f"planner: {self._planner}",
+            f"slots for partial results: {layout.bounds.num_slots}, of {tuning.slot_rows} rows each",
+        )
+
+    def _order_on_host(self, batch: Batch, staging: Tensor) -> None:
+        for window, regions in self._layout.orders.items():
+            order = regions.of(staging)
+            if self._spec.batch_invariant:
+                order.header.zero_()
+            else:
+                fill_order_on_host(batch.q_indptr, batch.kv_lens, self._order_specs[window], window, order)
+
+    def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
+        addressing = self._addresses
+        if q.shape[0] == 0:
+            return
+        call = self._remembered(kv, layer, lse is not None)
+        queries = tensor_map_of(q, self._query_box)
+        out_token, out_head, _ = out.stride()
+        call.launch(
+            self._device,
+            self._num_workers,
+            1,
+            *call.cache,
+            *call.workspace,
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            *addressing.addresses,
+            *call.layer_tensors,
+            *call.cache_strides,
+            out_token,
+            out_head,
+            0 if lse is None else lse.stride(0),
+            addressing.table_stride,
+            *call.numbers,
+            queries,
+            *call.maps,
+        )
+
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> _Call:
+        lists, layout, tuning = self._lists[layer.window], self._layout, self._tuning
+        regions = (layout.arrivals, layout.partials, layout.partial_rows)
+        workspace = [region.of(self._buffer) for region in regions]
+        k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
+        v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
+        scale = layer.scale * k_scale
+        addressing, maps = self._addresses, self._maps_of(kv)
+        form = PrefillForm(
+            windowed=layer.window is not None,
+            lse=with_lse,
+            k_scales=k_scales != 0,
+            v_scales=v_scales != 0,
+            table_row=addressing.has_rows,
+            mask_columns=addressing.mask_columns,
+            signed_scale=scale <= 0,
+            boxes=maps is not None,
+        )
+        spec = prefill_spec(self._spec, tuning, form)
+        strides = []
+        for cache in kv.as_nhd():
+            strides += [cache.stride(0) if kv.is_paged else 0, cache.stride(-3), cache.stride(-2)]
+        return _Call(
+            kv=weakref.ref(kv),
+            layer=layer,
+            launch=kernel_for(spec, self._device).launch,
+            workspace=tuple(map(address_of, (*lists[:2], *self._orders[layer.window][:2], *workspace))),
+            cache=(kv.k.data_ptr(), kv.v.data_ptr()),
+            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
+            cache_strides=tuple(strides),
+            numbers=(
+                *(k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
+                *(layer.window or 0, scale, layer.soft_cap or 1.0, v_scale),
+            ),
+            maps=maps or (),
+        )
+
+    def _maps_of(self, kv: KVCache) -> tuple[TensorMap, ...] | None:
+        """Tensor maps of K and V, if the copy engine can bring them."""
+        return None if self._box_tokens is None else column_maps_of(kv, self._box_tokens, BOX_ROW_BYTES)
+
+
+attention_prefill = PrefillAttention()
+"""What the kernel entry loads."""
