@@ -89,8 +89,14 @@ extern "C" __global__ void __launch_bounds__(256, 1) probe(float* out, int* flag
     float c[4] = {};
     mma_m16n8k16<__nv_bfloat16>(c, x4, x2);
     mma_m16n8k16<__half>(c, x4, x2);
-    out[threadIdx.x] = exp2_approx(c[0]) + log2_approx(c[1]) + tanh_approx(c[2]) + rcp_approx(c[3]);
+    out[threadIdx.x] = exp2_approx(c[0]) + log2_approx(c[1]) + tanh_approx(c[2]) + rcp_approx(max_or_nan(c[3], c[0]));
   }
+  cluster_arrive_relaxed();
+  cluster_wait();
+  const unsigned place = address_in_cluster(bar + 2, 1), barrier = address_in_cluster(bar, 1);
+  store_async(place, make_uint2(1, 2), barrier);
+  store_async(place, make_uint4(1, 2, 3, 4), barrier);
+  store_async(place, 5ull, barrier);
   cluster_arrive();
   cluster_wait();
   arrive_in_cluster(bar, num_blocks_in_cluster() - 1);
@@ -156,6 +162,7 @@ INSTRUCTIONS = {
         *("USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC", "ELECT", "BAR.SYNC", "BAR.ARV", "HMMA.16816.F32.BF16"),
         *("LDSM.16.M88.4", "LDSM.16.MT88.4", "STSM.16.M88.4", "STSM.16.MT88.4", "HMMA.16816.F32"),
         *("MUFU.EX2", "MUFU.LG2", "MUFU.TANH", "MUFU.RCP", "UCGABAR_ARV", "UCGABAR_WAIT", "MEMBAR.ALL.GPU"),
+        *("STAS.64", "STAS.128"),
         *("LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "SYNCS.ARRIVE.TRANS64.RED.A1T0", "LDG.E.64.STRONG.GPU", "CCTL.E.PF2"),
         *("STG.E.64.STRONG.GPU", "LDG.E.128.STRONG.GPU", "STG.E.128.STRONG.GPU"),
     ],
