@@ -267,13 +267,17 @@ def test_a_launch_refuses_what_is_not_a_map(monkeypatch):
     assert recorded.launches == []
 
 
-def test_clusters_divide_the_grid_and_are_portable(monkeypatch):
+def test_clusters_divide_the_grid_and_have_up_to_16_blocks(monkeypatch):
     recorded = Driver(monkeypatch, 0)
     with pytest.raises(LaunchError, match="5 blocks in x, in clusters of 2"):
         LaunchableKernel(Code, LAYOUT, LaunchShape(32, cluster_size=2)).launch(CUDA, 5, 1, 64, 7)
-    for size in (0, 9):
+    for size in (0, 17):
         with pytest.raises(LaunchError, match=f"clusters of {size} blocks"):
             LaunchableKernel(Code, LAYOUT, LaunchShape(32, cluster_size=size))
     LaunchableKernel(Code, LAYOUT, LaunchShape(32)).launch(CUDA, 5, 1, 64, 7)
     ((config, _, maps),) = recorded.launches
     assert config.numAttrs == 0 and maps == []
+    assert recorded.shared == []
+    # More than 8 blocks are not portable: the driver wants to be told.
+    LaunchableKernel(Code, LAYOUT, LaunchShape(32, cluster_size=16)).launch(CUDA, 32, 1, 64, 7)
+    assert recorded.shared == [(1, 0)]
