@@ -1,0 +1,110 @@
+"""The real vLLM end to end on a CPU with fi's attention backend, sampler and layers; run by ``nox -s vllm``.
+
+usage: python run_engine.py MODEL_FOLDER KIND     KIND: a model of ``models.py``
+Prompts longer than a step (chunked prefill), mixed steps, decode, and a second call (its prefix is in the cache): greedy
+tokens must equal those of transformers' ``generate``. Exit status 0 when they do, and when the seeds are honoured.
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
+
+PROMPT_LENGTHS = (5, 40, 100, 17)
+NUM_NEW = 12
+STEP_TOKENS = 64
+
+
+def make_engine(folder, **options):
+    from vllm import LLM
+
+    return LLM(
+        model=folder,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        attention_backend="CUSTOM",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=8,
+        max_num_batched_tokens=STEP_TOKENS,
+        kv_cache_memory_bytes=64 << 20,
+        seed=0,
+        compilation_config={"mode": 0, "custom_ops": ["none"]},
+        **options,
+    )
+
+
+def generate(engine, prompts, **params):
+    from vllm import SamplingParams
+
+    params = SamplingParams(ignore_eos=True, detokenize=False, max_tokens=NUM_NEW, **params)
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def expected(folder, prompts):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    tokens = []
+    for prompt in prompts:
+        found = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NUM_NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        tokens.append(found[0, len(prompt) :].tolist())
+    return tokens
+
+
+def main(folder):
+    with open(f"{folder}/config.json") as file:
+        vocab_size = json.load(file)["vocab_size"]
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, vocab_size, (num,), generator=generator).tolist() for num in PROMPT_LENGTHS]
+    engine = make_engine(folder)
+    want = expected(folder, prompts)
+    found = {"first": generate(engine, prompts, temperature=0), "again": generate(engine, prompts, temperature=0)}
+    seeded = dict(temperature=1.0, top_k=20, top_p=0.9, seed=3)
+    together, alone = generate(engine, prompts, **seeded), generate(engine, prompts[1:2], **seeded)[0]
+    report = {name: [one == other for one, other in zip(tokens, want, strict=True)] for name, tokens in found.items()}
+    report["seeded"] = together[1] == alone
+    report["shadow"] = shadow_counts()
+    report["used"] = used()
+    print("report", json.dumps(report), flush=True)
+    equal = all(all(report[name]) for name in found)
+    return 0 if equal and report["seeded"] and all(report["used"].values()) else 1
+
+
+def shadow_counts():
+    from fi_core.shadow import statistics
+
+    counts = statistics()
+    return {"calls": counts.calls, "compared": counts.compared, "mismatches": counts.mismatches}
+
+
+def used():
+    """Whether vLLM runs what was registered."""
+    import vllm.v1.sample.sampler as sampler
+    from fi_vllm.layers import REPLACED
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return {
+        "attention": AttentionBackendEnum.CUSTOM.get_path().startswith("fi_vllm."),
+        "sampler": sampler.TopKTopPSampler.__module__ == "fi_vllm.sampler",
+        "layers": all(op_registry_oot.get(cls.__name__) is ours for cls, ours in REPLACED.items()),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
