@@ -6,20 +6,20 @@ from pathlib import Path
 
 import fi_vllm
 import pytest
-from fi_vllm.versions import EngineVersionError, check_version
+from fi_adapters.versions import EngineVersionError
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 
 @pytest.mark.parametrize("found", ["0.22.0", "0.22.1", "0.22.1+cu130", "0.22.2.dev3"])
 def test_served(found):
-    check_version(found)
+    fi_vllm.ENGINE.check_version(found)
 
 
 @pytest.mark.parametrize("found", ["0.21.9", "0.23.0", "0.2.2", "1.22.0", None])
 def test_refused(found):
     with pytest.raises(EngineVersionError, match=r"pip install 'vllm==0\.22\.1'") as refused:
-        check_version(found)
+        fi_vllm.ENGINE.check_version(found)
     assert (found or "not installed") in str(refused.value)
 
 

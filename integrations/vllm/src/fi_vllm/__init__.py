@@ -6,9 +6,12 @@ the norms, activations and rotary embeddings. vLLM's own VLLM_PLUGINS picks amon
 
 from __future__ import annotations
 
-from .versions import check_engine
+from fi_adapters.versions import Engine
 
 __version__ = "0.1.0"
+
+ENGINE = Engine("vllm", "0.22", "0.22.1", "vllm._version", "VLLM_PLUGINS, a list of the plugins to load")
+"""The vLLM that this package is written for."""
 
 ATTENTION_BACKEND = "fi_vllm.backend.FiBackend"
 """What the slot CUSTOM of vLLM's registry is set to; a path, so that nothing is imported before it is chosen."""
@@ -17,7 +20,7 @@ ATTENTION_BACKEND = "fi_vllm.backend.FiBackend"
 def register() -> None:
     """Register the attention backend: ``--attention-backend CUSTOM`` selects it. Idempotent, since vLLM calls it in every
     process. Raises EngineVersionError in another vLLM than the one that this package is written for."""
-    check_engine()
+    ENGINE.check()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, ATTENTION_BACKEND)
@@ -25,7 +28,7 @@ def register() -> None:
 
 def register_sampler() -> None:
     """Replace the class that vLLM's sampler draws with, whatever the attention backend. Idempotent."""
-    check_engine()
+    ENGINE.check()
     from .sampler import install
 
     install()
@@ -34,7 +37,7 @@ def register_sampler() -> None:
 def register_layers() -> None:
     """Replace vLLM's custom ops of norms, gated activations and rotary embeddings, where its own setting ``custom_ops``
     enables them. Idempotent."""
-    check_engine()
+    ENGINE.check()
     from .layers import install
 
     install()

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import fi_core as fi
 import torch
+from fi_adapters.forms import MAX_PAGE, LayerForm, kv_format_of, refusal
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionImplBase, MultipleOf
 from vllm.v1.attention.backends.utils import get_kv_cache_layout
 
-from .forms import MAX_PAGE, LayerForm, refusal, spec_of
 from .impl import FiImpl
 from .metadata import FiMetadataBuilder
 
@@ -22,6 +22,11 @@ _STRIDE_ORDERS = {
 }
 """(layout, with a leading dim of layers) -> the order of the logical dims in memory. Pages come first where layers are
 included, so that a page of all layers is one piece."""
+
+
+_SOME_PAGE = 16
+_SOME_PROMPT = 256
+"""What is asked of fi where vLLM does not say yet: a page, and a request's new tokens in a step."""
 
 
 class FiBackend(AttentionBackend):
@@ -84,8 +89,9 @@ class FiBackend(AttentionBackend):
         if use_mla or use_sparse or cache_dtype not in cls.supported_kv_cache_dtypes or dtype not in cls.supported_dtypes:
             return None  # vLLM has its own words for these
         features = frozenset({"sinks"} if has_sink else ())
-        spec = spec_of(LayerForm(1, 1, head_size, cache_dtype, features), dtype, min(block_size or 16, MAX_PAGE))
-        why_not = refusal(spec, MAX_PAGE, _target(device_capability))
+        form = LayerForm(1, 1, head_size, kv_format_of(cache_dtype, dtype), features)
+        page_size = min(block_size or _SOME_PAGE, MAX_PAGE)
+        why_not = refusal(form.spec(dtype, page_size), _SOME_PROMPT, _target(device_capability))
         return None if why_not is None else str(why_not)
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import fi_core as fi
 import torch
+from fi_adapters.forms import LayerForm, kv_format_of
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from .forms import LayerForm, kv_format_of
 from .metadata import FiMetadata
 
 
 class FiImpl(AttentionImpl[FiMetadata]):
-    """``form`` and ``window`` say which plan the layer uses and what it picks in it. Whatever vLLM asks for beyond the
+    """``form_of`` and ``window`` say which plan the layer uses and what it picks in it. Whatever vLLM asks for beyond the
     arguments that are named here is refused by Python."""
 
     def __init__(
@@ -43,11 +43,17 @@ class FiImpl(AttentionImpl[FiMetadata]):
         self.slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.writes_kv = kv_sharing_target_layer_name is None
         asked = {"soft_cap": self.soft_cap, "sinks": sinks, "alibi": self.slopes}
-        features = frozenset(name for name, value in asked.items() if value is not None)
-        self.form = LayerForm(num_heads, num_kv_heads, head_size, kv_cache_dtype, features)
+        self.features = frozenset(name for name, value in asked.items() if value is not None)
+        self.form: LayerForm | None = None
         self._arguments: fi.LayerArgs | None = None
         self._memory: Tensor | None = None
         self._cache: fi.KVCache | None = None
+
+    def form_of(self, dtype: torch.dtype) -> LayerForm:
+        """The layer's form in a model of ``dtype``; the metadata's plans are found by it."""
+        kv_format = kv_format_of(self.kv_cache_dtype, dtype)
+        self.form = LayerForm(self.num_heads, self.num_kv_heads, self.head_size, kv_format, self.features)
+        return self.form
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take the sinks as they were loaded; vLLM calls this after each loading of weights. The tensor that kernels read stays
@@ -80,7 +86,7 @@ class FiImpl(AttentionImpl[FiMetadata]):
         if self.writes_kv and key is not None and value is not None:
             num_tokens = attn_metadata.num_tokens
             fi.append_kv(key[:num_tokens], value[:num_tokens], cache, attn_metadata.batch)
-        plan = attn_metadata.plans[self.form]
+        plan = attn_metadata.plans[self.form or self.form_of(query.dtype)]
         if plan.batch is not attn_metadata.batch:  # another step was planned since, such as a draft model's
             plan.update(attn_metadata.batch)
         fi.attention(query, cache, plan, self._arguments or self._bind(), out=output)

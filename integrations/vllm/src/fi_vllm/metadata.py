@@ -8,6 +8,8 @@ from typing import Any
 
 import fi_core as fi
 import torch
+from fi_adapters.forms import LayerForm, Limits, is_captured
+from fi_adapters.plans import PlanPair, update
 from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -19,8 +21,6 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from .forms import LayerForm, Limits, is_captured
-from .plans import GroupPlans
 
 
 @dataclass
@@ -45,18 +45,18 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         windows: dict[LayerForm, list[int | None]] = {}
+        dtype = vllm_config.model_config.dtype
         for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).items():
             if getattr(layer, "head_size_v", kv_cache_spec.head_size) != kv_cache_spec.head_size:
                 raise NotImplementedError(f"fi-vllm: {name} has V heads of {layer.head_size_v}, K heads of another size")
-            windows.setdefault(layer.impl.form, []).append(layer.impl.window)
-        self.plans = GroupPlans(
-            windows,
-            vllm_config.model_config.dtype,
-            kv_cache_spec.block_size,
-            limits_of(vllm_config),
-            device,
-            envs.VLLM_BATCH_INVARIANT,
-        )
+            windows.setdefault(layer.impl.form_of(dtype), []).append(layer.impl.window)
+        # The mode FULL captures one graph for both kinds of step, which holds one plan's kernel.
+        one_plan = vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL
+        page_size, limits = kv_cache_spec.block_size, limits_of(vllm_config)
+        self.pairs = {
+            form: PlanPair(form.spec(dtype, page_size, found, envs.VLLM_BATCH_INVARIANT), limits, device, one_plan)
+            for form, found in windows.items()
+        }
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
@@ -78,7 +78,7 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
             table=step.block_table_tensor,
             slot_mapping=step.slot_mapping[:num_tokens],
         )
-        return FiMetadata(batch, num_tokens, self.plans.update(batch, step.max_query_len))
+        return FiMetadata(batch, num_tokens, update(self.pairs, batch, step.max_query_len))
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         return False
@@ -95,6 +95,4 @@ def limits_of(config: VllmConfig) -> Limits:
         max_tokens=scheduler.max_num_batched_tokens + drafted * scheduler.max_num_seqs,
         max_kv_len=config.model_config.max_model_len + drafted,
         decode_len=1 + drafted,
-        # This mode captures one graph for both kinds of step, which holds one plan's kernel.
-        one_plan=config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL,
     )

@@ -5,10 +5,18 @@ from __future__ import annotations
 import fi_core as fi
 import torch
 import vllm.v1.sample.sampler as engine_sampler
+from fi_adapters.draws import draw, fresh_keys
 from torch import Tensor
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
-from .draws import draw, filters_of
+
+
+def filters_of(top_k: Tensor | None, top_p: Tensor | None) -> fi.FilterParams:
+    """top-k, then top-p on what is left, as vLLM applies them; k of the vocabulary's size and p of 1 switch a row's off."""
+    return fi.FilterParams(
+        top_k=None if top_k is None else top_k.to(torch.int32),
+        top_p=None if top_p is None else top_p.to(torch.float32),
+    )
 
 
 class FiTopKTopPSampler(TopKTopPSampler):
@@ -23,10 +31,11 @@ class FiTopKTopPSampler(TopKTopPSampler):
         self, logits: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """(tokens int64 [N], None or the filtered logits or log-probabilities float32 [N, V])."""
+        keys = fresh_keys(logits.shape[0], logits.device, generators)
         if self.logprobs_mode not in ("processed_logits", "processed_logprobs"):
-            return draw(logits, generators, k, p), None
+            return draw(logits, filters_of(k, p), keys), None
         kept = fi.filter_logits(logits, filters_of(k, p), "logits")
-        tokens = draw(kept, generators, None, None)
+        tokens = draw(kept, fi.FilterParams(), keys)
         return tokens, kept if self.logprobs_mode == "processed_logits" else kept.log_softmax(dim=-1)
 
 

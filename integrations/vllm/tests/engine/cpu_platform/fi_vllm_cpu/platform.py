@@ -4,10 +4,11 @@ import torch
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability
 
-# The one native op that the CPU worker calls: it binds threads to cores.
+# The native ops that are named on a CPU: the worker binds threads to cores, Gemma's activation is looked up and not called.
 _library = torch.library.Library("_C", "FRAGMENT")
 _library.define("init_cpu_memory_env(int[] nodes) -> ()")
 _library.impl("init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd")
+_library.define("gelu_tanh_and_mul(Tensor(a!) out, Tensor input) -> ()")
 
 
 class TestPlatform(CpuPlatform):

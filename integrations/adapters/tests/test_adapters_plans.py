@@ -1,13 +1,13 @@
-"""What vLLM says as fi's specs and capacities, and the plans of a KV group against a dense oracle; no vLLM is needed."""
+"""An engine's layers and limits as specs, capacities and plans; what the plans compute, against a dense oracle."""
 
 import fi_core as fi
 import pytest
 import torch
+from fi_adapters.forms import LayerForm, Limits, is_captured, kv_format_of, refusal
+from fi_adapters.plans import PlanPair, update
 from fi_core.settings import settings
-from fi_vllm.forms import LayerForm, Limits, is_captured, kv_format_of, refusal, spec_of
-from fi_vllm.plans import GroupPlans
 
-FORM = LayerForm(4, 2, 32, "auto", frozenset())
+FORM = LayerForm(4, 2, 32, "fp32")
 LIMITS = Limits(max_batch=4, max_tokens=64, max_kv_len=128, decode_len=3)
 HOPPER = fi.Target("cuda", (9, 0))
 
@@ -36,9 +36,10 @@ def test_cache_dtypes():
 
 
 def test_spec_keeps_each_window_once():
-    spec = spec_of(FORM, torch.float16, 32, [None, 128, None, 128], batch_invariant=True)
-    assert spec.windows == (None, 128) and spec.page_size == 32 and spec.kv_format == "fp16"
-    assert spec.causal and spec.batch_invariant and spec.table == "dense"
+    form = LayerForm(4, 2, 32, "fp8_e4m3", head_dim_vo=48)
+    spec = form.spec(torch.float16, 32, [None, 128, None, 128], batch_invariant=True)
+    assert spec.windows == (None, 128) and spec.page_size == 32 and spec.kv_format == "fp8_e4m3"
+    assert spec.causal and spec.batch_invariant and spec.table == "dense" and spec.head_dim_vo == 48
 
 
 def test_capacities():
@@ -49,7 +50,7 @@ def test_capacities():
 
 
 def test_the_reference_alone_is_refused_on_a_gpu_unless_asked_for(environment):
-    spec = spec_of(FORM, torch.float32, 16)
+    spec = FORM.spec(torch.float32, 16)
     with fi.use(backend="reference"):
         assert refusal(spec, 1, fi.Target("cpu")) is None
         why_not = str(refusal(spec, 1, HOPPER))
@@ -59,7 +60,7 @@ def test_the_reference_alone_is_refused_on_a_gpu_unless_asked_for(environment):
 
 
 def test_what_no_kernel_serves_is_refused_with_every_reason():
-    spec = spec_of(LayerForm(1, 1, 32, "auto", frozenset()), torch.float64, 16)
+    spec = FORM.spec(torch.float64, 16)
     with fi.use(backend="triton"):
         assert "triton" in str(refusal(spec, 1, HOPPER))
 
@@ -72,44 +73,48 @@ def test_shadowed_and_reference_steps_are_not_captured(environment):
     assert not is_captured("cuda")
 
 
-def group(limits=LIMITS, windows=None, **options):
-    return GroupPlans(windows or {FORM: [None]}, torch.float32, 16, limits, torch.device("cpu"), **options)
-
-
 def batch_of(q_lens, kv_lens):
     indptr = torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     pages = torch.arange(1, 1 + 8 * len(q_lens), dtype=torch.int32).view(-1, 8)
     return fi.Batch(indptr, torch.tensor(kv_lens, dtype=torch.int32), table=pages)
 
 
+def pair_of(form, *windows, **options):
+    spec = form.spec(torch.float32, 16, windows or (None,), options.pop("batch_invariant", False))
+    return PlanPair(spec, LIMITS, torch.device("cpu"), **options)
+
+
 def test_steps_with_few_new_tokens_have_a_plan_of_their_own():
-    plans = group()
-    decode = plans.update(batch_of([1, 3], [9, 20]), 3)[FORM]
-    mixed = plans.update(batch_of([1, 4], [9, 20]), 4)[FORM]
+    pairs = {FORM: pair_of(FORM)}
+    decode = update(pairs, batch_of([1, 3], [9, 20]), 3)[FORM]
+    mixed = update(pairs, batch_of([1, 4], [9, 20]), 4)[FORM]
     assert decode is not mixed
     assert decode.capacity.max_q_len == 3 and mixed.capacity.max_q_len == 64
     assert decode.batch.size == mixed.batch.size == 2
 
 
-@pytest.mark.parametrize("options", [dict(limits=Limits(4, 64, 128, 1, one_plan=True)), dict(batch_invariant=True)])
-def test_one_plan_for_every_step(options):
-    plans = group(**options)
-    batch = batch_of([1], [9])
-    assert plans.update(batch, 1)[FORM] is plans.update(batch, 64)[FORM]
+@pytest.mark.parametrize("option", ["one_plan", "batch_invariant"])
+def test_one_plan_for_every_step(option):
+    pair = pair_of(FORM, **{option: True})
+    assert pair.pick(1) is pair.pick(64)
 
 
 def test_layers_with_other_windows_and_features_share_a_batch():
-    sinks = LayerForm(4, 2, 32, "auto", frozenset({"sinks"}))
-    plans = group(windows={FORM: [None, 5], sinks: [None]})
+    sinks = LayerForm(4, 2, 32, "fp32", frozenset({"sinks"}))
     batch = batch_of([2, 1], [6, 30])
-    found = plans.update(batch, 2)
+    found = update({FORM: pair_of(FORM, None, 5), sinks: pair_of(sinks)}, batch, 2)
     q, kv = torch.randn(3, 4, 32), fi.KVCache(torch.randn(17, 16, 2, 32), torch.randn(17, 16, 2, 32))
     for window in (None, 5):
         out = fi.attention(q, kv, found[FORM], fi.LayerArgs(window=window))
         torch.testing.assert_close(out, dense(q, kv, batch, window))
-    zeros = torch.full((4,), -torch.inf)
-    out = fi.attention(q, kv, found[sinks], fi.LayerArgs(sinks=zeros))
+    without = torch.full((4,), -torch.inf)
+    out = fi.attention(q, kv, found[sinks], fi.LayerArgs(sinks=without))
     torch.testing.assert_close(out, dense(q, kv, batch, None))
+
+
+def test_a_plan_of_what_fi_lacks_raises_every_reason():
+    with fi.use(backend="triton"), pytest.raises(fi.UnsupportedError, match="device"):
+        pair_of(FORM)
 
 
 def dense(q, kv, batch, window):

@@ -1,6 +1,7 @@
 """The real vLLM end to end on a CPU with fi's attention backend, sampler and layers; run by ``nox -s vllm``.
 
-usage: python run_engine.py MODEL_FOLDER KIND     KIND: a model of ``models.py``
+usage: python run_engine.py MODEL_FOLDER [layers]     (a tiny model of benchmarks/engines/models.py; "layers": fi's norms and
+                                                       rotary embedding run too, which vLLM would leave to torch on a CPU)
 Prompts longer than a step (chunked prefill), mixed steps, decode, and a second call (its prefix is in the cache): greedy
 tokens must equal those of transformers' ``generate``. Exit status 0 when they do, and when the seeds are honoured.
 """
@@ -26,9 +27,14 @@ NUM_NEW = 12
 STEP_TOKENS = 64
 
 
-def make_engine(folder, **options):
+def make_engine(folder, layers):
     from vllm import LLM
 
+    if layers:
+        from fi_vllm.layers import REPLACED
+
+        for ours in REPLACED.values():
+            ours.forward_cpu = ours.forward_cuda
     return LLM(
         model=folder,
         skip_tokenizer_init=True,
@@ -40,8 +46,7 @@ def make_engine(folder, **options):
         max_num_batched_tokens=STEP_TOKENS,
         kv_cache_memory_bytes=64 << 20,
         seed=0,
-        compilation_config={"mode": 0, "custom_ops": ["none"]},
-        **options,
+        compilation_config={"mode": 0, "custom_ops": ["all" if layers else "none"]},
     )
 
 
@@ -66,12 +71,12 @@ def expected(folder, prompts):
     return tokens
 
 
-def main(folder):
+def main(folder, *options):
     with open(f"{folder}/config.json") as file:
         vocab_size = json.load(file)["vocab_size"]
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, vocab_size, (num,), generator=generator).tolist() for num in PROMPT_LENGTHS]
-    engine = make_engine(folder)
+    engine = make_engine(folder, "layers" in options)
     want = expected(folder, prompts)
     found = {"first": generate(engine, prompts, temperature=0), "again": generate(engine, prompts, temperature=0)}
     seeded = dict(temperature=1.0, top_k=20, top_p=0.9, seed=3)
@@ -107,4 +112,4 @@ def used():
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

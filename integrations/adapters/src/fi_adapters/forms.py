@@ -1,4 +1,4 @@
-"""What vLLM says of a layer and of its limits, as fi's specs and capacities; no vLLM is imported here."""
+"""An engine's layers and limits as fi's specs and capacities, and the reasons against what fi does not serve fast."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from fi_core.plan import attention_values
 from fi_core.records import KVFormat, format_of
 from fi_core.registry import registry
+from fi_core.settings import settings
 
 KV_FORMATS: dict[str, KVFormat] = {
     "float16": "fp16",
@@ -18,16 +19,17 @@ KV_FORMATS: dict[str, KVFormat] = {
     "fp8_e4m3": "fp8_e4m3",
     "fp8_e5m2": "fp8_e5m2",
 }
-"""vLLM's names of cache dtypes, without "auto", which is the model's dtype."""
+"""The engines' names of cache dtypes, without "auto", which is the model's dtype."""
 
 REFERENCE = "reference"
 """The backend of fi that reads lengths on the host: for CPUs and for tests."""
 
 MAX_PAGE = 256
+"""Tokens of fi's largest page."""
 
 
 def kv_format_of(cache_dtype: str, dtype: torch.dtype) -> KVFormat:
-    """The storage format that vLLM calls ``cache_dtype``; ArgumentError for one that fi does not have."""
+    """The storage format that the engines call ``cache_dtype``; ArgumentError for one that fi does not have."""
     if cache_dtype == "auto":
         return format_of(dtype)
     if cache_dtype not in KV_FORMATS:
@@ -37,14 +39,36 @@ def kv_format_of(cache_dtype: str, dtype: torch.dtype) -> KVFormat:
 
 @dataclass(frozen=True)
 class LayerForm:
-    """What must be equal for layers to share a plan, apart from what their KV group has in common; the window is left out,
-    since a plan serves several. ``cache_dtype`` is vLLM's name; ``features`` as in AttentionSpec."""
+    """What must be equal for layers to share a plan, apart from what the whole engine has in common. The window is left out,
+    since a plan serves several; ``features`` as in AttentionSpec."""
 
     num_qo_heads: int
     num_kv_heads: int
     head_dim: int
-    cache_dtype: str
-    features: frozenset[str]
+    kv_format: KVFormat
+    features: frozenset[str] = frozenset()
+    head_dim_vo: int | None = None
+
+    def spec(
+        self,
+        dtype: torch.dtype,
+        page_size: int,
+        windows: Iterable[int | None] = (None,),
+        batch_invariant: bool = False,
+    ) -> fi.AttentionSpec:
+        """The spec of such layers: causal, over a paged cache with a dense table."""
+        return fi.AttentionSpec(
+            self.num_qo_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.head_dim_vo,
+            dtype,
+            self.kv_format,
+            page_size,
+            windows=tuple(dict.fromkeys(windows)),
+            features=self.features,
+            batch_invariant=batch_invariant,
+        )
 
 
 @dataclass(frozen=True)
@@ -52,43 +76,19 @@ class Limits:
     """Upper bounds of an engine's steps.
 
     ``max_batch`` requests, ``max_tokens`` new tokens a step, ``max_kv_len`` tokens a request; ``decode_len``: most new
-    tokens of a request in a step that only decodes (1, and with speculation the drafted ones). ``one_plan``: mixed and decode
-    steps must go through the same kernel.
+    tokens of a request in a step that only decodes (1, and with speculation the drafted ones).
     """
 
     max_batch: int
     max_tokens: int
     max_kv_len: int
     decode_len: int = 1
-    one_plan: bool = False
 
     def capacity(self, decode: bool) -> fi.Capacity:
         """Of the plan for steps that only decode, or of the one for every step."""
         longest = min(self.decode_len if decode else self.max_tokens, self.max_kv_len)
         tokens = self.max_batch * longest if decode else self.max_tokens
         return fi.Capacity(self.max_batch, tokens, longest, self.max_kv_len)
-
-
-def spec_of(
-    form: LayerForm,
-    dtype: torch.dtype,
-    page_size: int,
-    windows: Iterable[int | None] = (None,),
-    batch_invariant: bool = False,
-) -> fi.AttentionSpec:
-    """The spec of layers of one form: vLLM's paged cache with a dense block table, causal. A window w shows a query the
-    last w keys, itself included, in vLLM and in fi alike."""
-    return fi.AttentionSpec(
-        form.num_qo_heads,
-        form.num_kv_heads,
-        form.head_dim,
-        dtype=dtype,
-        kv_format=kv_format_of(form.cache_dtype, dtype),
-        page_size=page_size,
-        windows=tuple(dict.fromkeys(windows)),
-        features=form.features,
-        batch_invariant=batch_invariant,
-    )
 
 
 def refusal(spec: fi.AttentionSpec, max_q_len: int, target: fi.Target) -> fi.UnsupportedError | None:
@@ -109,8 +109,6 @@ def refusal(spec: fi.AttentionSpec, max_q_len: int, target: fi.Target) -> fi.Uns
 
 def wants_reference() -> bool:
     """Whether the user's FI_BACKEND names the torch reference."""
-    from fi_core.settings import settings
-
     return settings().backend == REFERENCE
 
 
@@ -119,6 +117,4 @@ def is_captured(device_type: str) -> bool:
 
     A replayed graph calls no Python, so FI_SHADOW would see nothing; the reference reads lengths on the host.
     """
-    from fi_core.settings import settings
-
     return device_type == "cuda" and not wants_reference() and settings().shadow == 0
