@@ -66,9 +66,9 @@ def config_of(kind: str, size: str) -> Any:
         return Qwen3Config(**common)
     window = _WINDOWS[size]
     if kind == "gemma2":
-        tied = {**common, "tie_word_embeddings": True}
-        scalar = common["head_dim"]
-        return Gemma2Config(**tied, sliding_window=window, query_pre_attn_scalar=scalar, hidden_activation="gelu_pytorch_tanh")
+        gelu = "gelu_pytorch_tanh"
+        own = dict(tie_word_embeddings=True, hidden_activation=gelu, hidden_act=gelu)  # SGLang reads the older name
+        return Gemma2Config(**{**common, **own}, sliding_window=window, query_pre_attn_scalar=common["head_dim"])
     return GptOssConfig(**common, sliding_window=window, num_local_experts=4, num_experts_per_tok=2)
 
 

@@ -37,7 +37,8 @@ def register() -> None:
         server_args.add_deterministic_attention_backend_choices([NAME])
         server_args.add_radix_supported_deterministic_attention_backend_choices([NAME])
     register_attention_backend(NAME)(make_attention)
-    register_sampler_backend(NAME, make_sampler)
+    if NAME not in server_args.SAMPLING_BACKEND_CHOICES:
+        register_sampler_backend(NAME, make_sampler)
 
 
 def make_attention(runner: Any) -> FiAttnBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import fi_core as fi
@@ -19,6 +20,9 @@ from .steps import StepBuffers
 
 _CHAINS = (None, "EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms that verify a chain of tokens where ``speculative_eagle_topk`` is 1."""
+
+
+_DRAFT_ELSEWHERE = "a draft model runs with speculative_draft_attention_backend='triton'"
 
 
 class FiAttnBackend(AttentionBackend):
@@ -54,10 +58,8 @@ class FiAttnBackend(AttentionBackend):
         mode = forward_batch.forward_mode
         if _is_uniform(mode) or mode.is_idle():
             return
-        if not mode.is_extend() or mode.is_draft_extend_v2():
-            raise NotImplementedError(
-                f"fi-sglang: a step of mode {mode.name}; run the draft model with speculative_draft_attention_backend='triton'"
-            )
+        if not mode.is_extend() or mode.is_dllm_extend():
+            raise NotImplementedError(f"fi-sglang: a step of mode {mode.name}; {_DRAFT_ELSEWHERE}")
         slots = forward_batch.out_cache_loc
         if slots.shape[0] > self.limits.max_tokens:
             raise fi.CapacityError("out_cache_loc", f"at most {self.limits.max_tokens} tokens", slots.shape[0])
@@ -77,9 +79,7 @@ class FiAttnBackend(AttentionBackend):
         if mode.is_target_verify():  # seq_lens are those before the drafted tokens
             num_new = added = int(forward_batch.spec_info.draft_token_num)
         elif forward_batch.spec_info is not None and getattr(forward_batch.spec_info, "kv_indptr", None) is not None:
-            raise NotImplementedError(
-                "fi-sglang: steps of a draft model; run it with speculative_draft_attention_backend='triton'"
-            )
+            raise NotImplementedError(f"fi-sglang: a step of a draft model; {_DRAFT_ELSEWHERE}")
         batch = self.buffers.uniform(
             forward_batch.seq_lens, forward_batch.req_pool_indices, forward_batch.out_cache_loc, num_new, added
         )
@@ -134,6 +134,8 @@ class FiAttnBackend(AttentionBackend):
         num_tokens = batch.slot_mapping.shape[0]
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)[:num_tokens]
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)[:num_tokens]
+        if k.shape[0] < num_tokens:  # a padded step of which SGLang passes the real tokens
+            batch = replace(batch, slot_mapping=batch.slot_mapping[: k.shape[0]])
         fi.append_kv(k, v, bound.cache, batch)
 
     def _plan(self, batch: fi.Batch, longest: int) -> None:
@@ -189,7 +191,7 @@ def check_engine_options(runner: Any) -> None:
             type(pool) is not MHATokenToKVPool,
             f"a KV pool of type {type(pool).__name__}; for a pool of its own for window layers, pass disable_hybrid_swa_memory=True",
         ),
-        (layout not in (None, "NHD", "nhd", "layer_first"), f"the pool layout {layout}"),
+        (layout not in (None, "nhd"), f"the pool layout {layout}"),
         (getattr(runner, "dcp_size", 1) > 1, "decode context parallelism"),
         (options.speculative_algorithm not in _CHAINS, f"speculation by {options.speculative_algorithm}"),
         ((options.speculative_eagle_topk or 1) > 1, "draft trees: pass speculative_eagle_topk=1"),

@@ -4,11 +4,12 @@ import torch
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability
 
-# The native ops that are named on a CPU: the worker binds threads to cores, Gemma's activation is looked up and not called.
+# The native ops that are named on a CPU: the worker binds threads to cores; GELU's are looked up and not called.
 _library = torch.library.Library("_C", "FRAGMENT")
 _library.define("init_cpu_memory_env(int[] nodes) -> ()")
 _library.impl("init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd")
-_library.define("gelu_tanh_and_mul(Tensor(a!) out, Tensor input) -> ()")
+for _name in ("gelu_and_mul", "gelu_tanh_and_mul"):
+    _library.define(f"{_name}(Tensor(a!) out, Tensor input) -> ()")
 
 
 class TestPlatform(CpuPlatform):
