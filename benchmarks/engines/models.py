@@ -15,42 +15,42 @@ from typing import Any
 KINDS = ("llama", "qwen3", "gemma2", "gpt_oss")
 
 _SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    ),
-    "small": dict(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        initializer_range=0.06,
-    ),
-    "8b": dict(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        initializer_range=0.02,
-    ),
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+    },
+    "small": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.06,
+    },
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "initializer_range": 0.02,
+    },
 }
 
 _HEAD_DIMS = {
-    "tiny": dict(llama=32, qwen3=32, gemma2=32, gpt_oss=32),
-    "small": dict(llama=128, qwen3=128, gemma2=256, gpt_oss=64),
-    "8b": dict(llama=128, qwen3=128, gemma2=256, gpt_oss=64),
+    "tiny": {"llama": 32, "qwen3": 32, "gemma2": 32, "gpt_oss": 32},
+    "small": {"llama": 128, "qwen3": 128, "gemma2": 256, "gpt_oss": 64},
+    "8b": {"llama": 128, "qwen3": 128, "gemma2": 256, "gpt_oss": 64},
 }
 _WINDOWS = {"tiny": 24, "small": 128, "8b": 4096}
 
@@ -67,7 +67,11 @@ def config_of(kind: str, size: str) -> Any:
     window = _WINDOWS[size]
     if kind == "gemma2":
         gelu = "gelu_pytorch_tanh"
-        own = dict(tie_word_embeddings=True, hidden_activation=gelu, hidden_act=gelu)  # SGLang reads the older name
+        own = {
+            "tie_word_embeddings": True,
+            "hidden_activation": gelu,
+            "hidden_act": gelu,
+        }  # SGLang reads the older name
         return Gemma2Config(**{**common, **own}, sliding_window=window, query_pre_attn_scalar=common["head_dim"])
     return GptOssConfig(**common, sliding_window=window, num_local_experts=4, num_experts_per_tok=2)
 

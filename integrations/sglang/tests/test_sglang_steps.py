@@ -56,24 +56,24 @@ def test_more_requests_than_sglang_allows():
 
 
 def layer(**changed):
-    fields = dict(
-        layer_id=0,
-        tp_q_head_num=4,
-        tp_k_head_num=2,
-        qk_head_dim=32,
-        v_head_dim=32,
-        scaling=0.25,
-        logit_cap=0.0,
-        logit_capping_method="tanh",
-        sliding_window_size=-1,
-        is_cross_attention=False,
-        attn_type=SimpleNamespace(value="decoder"),
-        xai_temperature_len=-1,
-        k_scale=None,
-        v_scale=None,
-        k_scale_float=None,
-        v_scale_float=None,
-    )
+    fields = {
+        "layer_id": 0,
+        "tp_q_head_num": 4,
+        "tp_k_head_num": 2,
+        "qk_head_dim": 32,
+        "v_head_dim": 32,
+        "scaling": 0.25,
+        "logit_cap": 0.0,
+        "logit_capping_method": "tanh",
+        "sliding_window_size": -1,
+        "is_cross_attention": False,
+        "attn_type": SimpleNamespace(value="decoder"),
+        "xai_temperature_len": -1,
+        "k_scale": None,
+        "v_scale": None,
+        "k_scale_float": None,
+        "v_scale_float": None,
+    }
     return SimpleNamespace(**{**fields, **changed})
 
 
@@ -114,7 +114,9 @@ def test_a_bound_layer():
 
 def test_fp8_scales_are_numbers_where_the_host_has_them():
     memory = torch.zeros(10, 2, 32).to(torch.float8_e4m3fn)
-    bound = BoundLayer.of(layer(k_scale=torch.tensor(0.5), k_scale_float=0.5, v_scale=torch.tensor(2.0)), memory, memory, None)
+    bound = BoundLayer.of(
+        layer(k_scale=torch.tensor(0.5), k_scale_float=0.5, v_scale=torch.tensor(2.0)), memory, memory, None
+    )
     assert bound.cache.k_scale == 0.5 and torch.equal(bound.cache.v_scale, torch.tensor(2.0))
 
 

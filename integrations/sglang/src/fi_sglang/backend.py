@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import fi_core as fi
-import torch
 from fi_adapters.forms import LayerForm, Limits, is_captured
 from fi_adapters.plans import PlanPair
 from sglang.srt.configs.model_config import AttentionArch
@@ -171,7 +170,9 @@ def limits_of(runner: Any) -> Limits:
     options, pool = runner.server_args, runner.req_to_token_pool
     drafted = options.speculative_num_draft_tokens or 0
     max_batch = pool.size + 1
-    longest_prefill = max(options.chunked_prefill_size or 0, options.max_prefill_tokens or 0, runner.model_config.context_len)
+    longest_prefill = max(
+        options.chunked_prefill_size or 0, options.max_prefill_tokens or 0, runner.model_config.context_len
+    )
     return Limits(
         max_batch=max_batch,
         max_tokens=longest_prefill + max_batch * max(1, drafted),
@@ -185,11 +186,14 @@ def check_engine_options(runner: Any) -> None:
     options, pool = runner.server_args, runner.token_to_kv_pool
     layout = getattr(pool, "kv_cache_layout", None)
     for is_asked, what in (
-        (runner.model_config.attention_arch == AttentionArch.MLA, "latent attention (MLA): use another attention backend"),
+        (
+            runner.model_config.attention_arch == AttentionArch.MLA,
+            "latent attention (MLA): use another attention backend",
+        ),
         (runner.model_config.is_encoder_decoder, "encoder-decoder models: use another attention backend"),
         (
             type(pool) is not MHATokenToKVPool,
-            f"a KV pool of type {type(pool).__name__}; for a pool of its own for window layers, pass disable_hybrid_swa_memory=True",
+            f"a KV pool of type {type(pool).__name__} (disable_hybrid_swa_memory=True keeps window layers in the common pool)",
         ),
         (layout not in (None, "nhd"), f"the pool layout {layout}"),
         (getattr(runner, "dcp_size", 1) > 1, "decode context parallelism"),

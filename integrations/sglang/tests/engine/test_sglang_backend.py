@@ -30,14 +30,14 @@ def runner_of(*layers, kv_dtype=torch.float32, **changed):
         device="cpu",
         enable_memory_saver=False,
     )
-    options = dict(
-        enable_deterministic_inference=False,
-        chunked_prefill_size=64,
-        max_prefill_tokens=128,
-        speculative_algorithm=None,
-        speculative_eagle_topk=None,
-        speculative_num_draft_tokens=None,
-    )
+    options = {
+        "enable_deterministic_inference": False,
+        "chunked_prefill_size": 64,
+        "max_prefill_tokens": 128,
+        "speculative_algorithm": None,
+        "speculative_eagle_topk": None,
+        "speculative_num_draft_tokens": None,
+    }
     return SimpleNamespace(
         req_to_token_pool=ReqToTokenPool(6, CONTEXT, "cpu", False),
         token_to_kv_pool=pool,
@@ -61,7 +61,9 @@ class Step:
         shuffled = torch.randperm(SLOTS - 1)[: num * CONTEXT] + 1
         table[1 : num + 1] = shuffled.view(num, CONTEXT).int()
         self.table, self.q_lens = table, q_lens
-        self.kv_lens = [length + (q if mode.is_target_verify() else 0) for length, q in zip(seq_lens, q_lens, strict=True)]
+        self.kv_lens = [
+            length + (q if mode.is_target_verify() else 0) for length, q in zip(seq_lens, q_lens, strict=True)
+        ]
         slots = [table[row + 1, kv - q : kv] for row, (q, kv) in enumerate(zip(q_lens, self.kv_lens, strict=True))]
         self.batch = SimpleNamespace(
             forward_mode=mode,
@@ -175,7 +177,7 @@ def test_layers_with_other_windows_and_an_fp8_pool():
 def test_a_chain_of_drafted_tokens():
     torch.manual_seed(0)
     layer = layer_of()
-    more = dict(speculative_algorithm="EAGLE", speculative_eagle_topk=1, speculative_num_draft_tokens=4)
+    more = {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4}
     runner = runner_of(layer, **more)
     backend = FiAttnBackend(runner)
     info = SimpleNamespace(draft_token_num=4)

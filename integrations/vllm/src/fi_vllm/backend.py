@@ -86,7 +86,12 @@ class FiBackend(AttentionBackend):
         """fi's own reasons where no kernel serves such layers; what depends on their number of heads shows when the plans
         are made, before the engine serves."""
         cache_dtype = kv_cache_dtype or "auto"
-        if use_mla or use_sparse or cache_dtype not in cls.supported_kv_cache_dtypes or dtype not in cls.supported_dtypes:
+        if (
+            use_mla
+            or use_sparse
+            or cache_dtype not in cls.supported_kv_cache_dtypes
+            or dtype not in cls.supported_dtypes
+        ):
             return None  # vLLM has its own words for these
         features = frozenset({"sinks"} if has_sink else ())
         form = LayerForm(1, 1, head_size, kv_format_of(cache_dtype, dtype), features)

@@ -22,7 +22,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 
-
 @dataclass
 class FiMetadata(AttentionMetadata):
     """Of one step and one KV group: ``batch`` with the slots of its first ``num_tokens`` tokens (padding included, whose
@@ -48,7 +47,9 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
         dtype = vllm_config.model_config.dtype
         for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).items():
             if getattr(layer, "head_size_v", kv_cache_spec.head_size) != kv_cache_spec.head_size:
-                raise NotImplementedError(f"fi-vllm: {name} has V heads of {layer.head_size_v}, K heads of another size")
+                raise NotImplementedError(
+                    f"fi-vllm: {name} has V heads of {layer.head_size_v}, K heads of another size"
+                )
             windows.setdefault(layer.impl.form_of(dtype), []).append(layer.impl.window)
         # The mode FULL captures one graph for both kinds of step, which holds one plan's kernel.
         one_plan = vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL

@@ -10,7 +10,6 @@ from torch import Tensor
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 
-
 def filters_of(top_k: Tensor | None, top_p: Tensor | None) -> fi.FilterParams:
     """top-k, then top-p on what is left, as vLLM applies them; k of the vocabulary's size and p of 1 switch a row's off."""
     return fi.FilterParams(
@@ -24,7 +23,9 @@ class FiTopKTopPSampler(TopKTopPSampler):
     itself; where it wants them after the filters (processed_*), the filtered logits are made once and drawn from."""
 
     def __init__(self, logprobs_mode: str = "raw_logprobs") -> None:
-        torch.nn.Module.__init__(self)  # the base class picks among its own ways to draw, and may import FlashInfer for it
+        torch.nn.Module.__init__(
+            self
+        )  # the base class picks among its own ways to draw, and may import FlashInfer for it
         self.logprobs_mode = logprobs_mode
 
     def forward(

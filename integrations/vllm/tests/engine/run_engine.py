@@ -79,7 +79,7 @@ def main(folder, *options):
     engine = make_engine(folder, "layers" in options)
     want = expected(folder, prompts)
     found = {"first": generate(engine, prompts, temperature=0), "again": generate(engine, prompts, temperature=0)}
-    seeded = dict(temperature=1.0, top_k=20, top_p=0.9, seed=3)
+    seeded = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3}
     together, alone = generate(engine, prompts, **seeded), generate(engine, prompts[1:2], **seeded)[0]
     report = {name: [one == other for one, other in zip(tokens, want, strict=True)] for name, tokens in found.items()}
     report["seeded"] = together[1] == alone

@@ -13,19 +13,19 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.utils import select_common_block_size
 
-ASKED = dict(
-    head_size=128,
-    dtype=torch.bfloat16,
-    kv_cache_dtype="auto",
-    block_size=16,
-    use_mla=False,
-    has_sink=False,
-    use_sparse=False,
-    use_mm_prefix=False,
-    use_per_head_quant_scales=False,
-    device_capability=DeviceCapability(9, 0),
-    attn_type=AttentionType.DECODER,
-)
+ASKED = {
+    "head_size": 128,
+    "dtype": torch.bfloat16,
+    "kv_cache_dtype": "auto",
+    "block_size": 16,
+    "use_mla": False,
+    "has_sink": False,
+    "use_sparse": False,
+    "use_mm_prefix": False,
+    "use_per_head_quant_scales": False,
+    "device_capability": DeviceCapability(9, 0),
+    "attn_type": AttentionType.DECODER,
+}
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_norms(engine_class, residual, dtype):
     found = with_residual(layer, "forward_cuda", x, other)
     expected = with_residual(layer, "forward_native", x, other)
     pairs = zip(found, expected, strict=True) if residual else [(found, expected)]
-    limits = {} if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    limits = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for one, two in pairs:
         torch.testing.assert_close(one, two, **limits)
 

@@ -1,6 +1,7 @@
 """For tests: fi under the names that SGLang's CPU engine insists on, and a word printed where fi is made."""
 
-from fi_sglang import make_attention, make_sampler, register as register_fi
+from fi_sglang import make_attention, make_sampler
+from fi_sglang import register as register_fi
 
 
 def _announced(make):

@@ -1,4 +1,4 @@
-"""For tests: a platform on which vLLM runs on a CPU without its native libraries, with the attention backend that was asked for."""
+"""For tests: a platform on which vLLM runs on a CPU without its native libraries, with any attention backend."""
 
 
 def platform() -> str:
