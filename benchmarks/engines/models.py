@@ -1,10 +1,10 @@
 """Random-weight models for the engines: folders with a config and weights, which vLLM, SGLang and transformers load alike.
 
 usage: python models.py KIND FOLDER [--size tiny|small|8b] [--config-only]
-KIND: llama, qwen3, gemma2 (soft-cap, every other layer a window, head_dim 256), gpt_oss (sinks, every other layer a window,
-head_dim 64). "tiny" runs on a CPU, "small" is for correctness on a GPU, "8b" is Llama-3.1-8B's shape (with --config-only for
-engines that make weights themselves). Weights are drawn wide (standard deviation 0.2 where tiny), so that greedy choices
-are far apart and tokens can be compared.
+KIND: llama, qwen3, gemma2 (soft-cap, every other layer a window, head_dim 256), gpt_oss (dense Llama layers with head_dim 64,
+to which the plugin in gpt_oss_attention gives sinks and windows). "tiny" runs on a CPU, "small" is for correctness on a GPU, "8b"
+is Llama-3.1-8B's shape (with --config-only for engines that make weights themselves). Weights are drawn wide (standard deviation
+0.2 where tiny), so that greedy choices are far apart and tokens can be compared.
 """
 
 from __future__ import annotations
@@ -57,23 +57,17 @@ _WINDOWS = {"tiny": 24, "small": 128, "8b": 4096}
 
 def config_of(kind: str, size: str) -> Any:
     """The transformers config of ``kind`` in ``size``."""
-    from transformers import Gemma2Config, GptOssConfig, LlamaConfig, Qwen3Config
+    from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
     common = {**_SIZES[size], "head_dim": _HEAD_DIMS[size][kind], "tie_word_embeddings": False, "dtype": "bfloat16"}
-    if kind == "llama":
+    if kind in ("llama", "gpt_oss"):
         return LlamaConfig(**common)
     if kind == "qwen3":
         return Qwen3Config(**common)
-    window = _WINDOWS[size]
-    if kind == "gemma2":
-        gelu = "gelu_pytorch_tanh"
-        own = {
-            "tie_word_embeddings": True,
-            "hidden_activation": gelu,
-            "hidden_act": gelu,
-        }  # SGLang reads the older name
-        return Gemma2Config(**{**common, **own}, sliding_window=window, query_pre_attn_scalar=common["head_dim"])
-    return GptOssConfig(**common, sliding_window=window, num_local_experts=4, num_experts_per_tok=2)
+    gelu = "gelu_pytorch_tanh"
+    own = {"tie_word_embeddings": True, "hidden_activation": gelu, "hidden_act": gelu}  # SGLang reads the older name
+    scalar = common["head_dim"]
+    return Gemma2Config(**{**common, **own}, sliding_window=_WINDOWS[size], query_pre_attn_scalar=scalar)
 
 
 def write(kind: str, folder: str, size: str = "tiny", config_only: bool = False) -> None:
