@@ -55,10 +55,14 @@ ADAPTERS = ("integrations/adapters", "integrations/vllm", "integrations/sglang")
 EVERYTHING = (*SERVING, *ADAPTERS, "packages/fi-triton", "packages/fi-cuda")
 
 ENGINES = {
-    "vllm": ("vllm==0.22.1", "cpu_platform", ("llama", "qwen3", "gemma2")),
-    "sglang": ("sglang==0.5.15", "cpu_names", ("llama", "qwen3")),  # SGLang's Gemma needs Triton on a CPU too
+    "vllm": (
+        "vllm==0.22.1",
+        "cpu_platform",
+        (("llama", "pressure"), ("llama", "layers"), ("qwen3", "layers"), ("gemma2", "layers")),
+    ),
+    "sglang": ("sglang==0.5.15", "cpu_names", (("llama",), ("qwen3",))),  # SGLang's Gemma needs Triton on a CPU too
 }
-"""Engine -> its pin, the folder beside its tests that makes it run on a CPU, and the models that it serves there."""
+"""Engine -> its pin, the folder beside its tests that makes it run on a CPU, and the runs: a model and the script's options."""
 ENGINE_PYTHON = os.environ.get("ENGINE_PYTHON", "3.12")
 """What virtualenv is to look for: the engines' wheels are for Python 3.12. A version or the path of an interpreter."""
 
@@ -253,7 +257,7 @@ def sglang(session: nox.Session) -> None:
 
 def serve_with(session: nox.Session, engine: str) -> None:
     """Make the engine's own environment on first use, then run the adapter's tests and the end-to-end runs in it."""
-    pin, beside, kinds = ENGINES[engine]
+    pin, beside, runs = ENGINES[engine]
     folder, tests = ROOT / ".nox" / engine, ROOT / "integrations" / engine / "tests"
     python = str(folder / "bin" / "python")
     # The engine is installed alone: what it names beyond requirements.txt, a CPU does not need.
@@ -276,12 +280,11 @@ def serve_with(session: nox.Session, engine: str) -> None:
     variables = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "2"}
     command = [python, "-m", "pytest", "--timeout", "300", str(tests), "integrations/adapters/tests", *session.posargs]
     session.run(*command, env=variables, external=True)
-    for kind in kinds:
+    shadowed, script = {**variables, "FI_SHADOW": "1"}, str(tests / "engine" / "run_engine.py")
+    for kind, *options in runs:
         model = str(MODELS / f"tiny-{kind}")
         session.run(python, "benchmarks/engines/models.py", kind, model, env=variables, external=True)
-        more = ["layers"] if engine == "vllm" else []
-        shadowed = {**variables, "FI_SHADOW": "1"}
-        session.run(python, str(tests / "engine" / "run_engine.py"), model, *more, env=shadowed, external=True)
+        session.run(python, script, model, *options, env=shadowed, external=True)
 
 
 @nox.session(default=False)

@@ -30,6 +30,9 @@ part() { # part SECONDS NAME COMMAND...
   echo "$name: exit status $status"; [ $status -eq 0 ] || tail -4 "$out/$name.log"
 }
 
+draw="g = torch.Generator('cuda').manual_seed(1); torch.empty(1, dtype=torch.int64, device='cuda').random_(generator=g)"
+"$python" -c "import torch; $draw; print('a draw of a seeded request takes', g.get_offset(), 'of its generator; vLLM takes back 4')"
+
 for kind in $kinds; do
   [ -e "$models/$kind/config.json" ] || part 120 "model_$kind" "$python" "$here/models.py" "$kind" "$models/$kind" --size small
   tokens=() files=()

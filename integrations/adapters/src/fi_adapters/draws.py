@@ -15,7 +15,11 @@ def fresh_keys(
     num_rows: int, device: torch.device, generators: Mapping[int, torch.Generator] = NO_GENERATORS
 ) -> fi.DrawKeys:
     """A key for each row that was not used before: from the row's generator where it has one, so that a seeded request draws
-    the same tokens in any batch, else from torch's default generator of the device. Nothing waits for the device."""
+    the same tokens in any batch, else from torch's default generator of the device. Nothing waits for the device.
+
+    One number is drawn from a generator. On CUDA that takes 4 of its offset, as any small draw does: what vLLM takes back when
+    it throws a token away.
+    """
     seed = torch.empty(num_rows, dtype=torch.int64, device=device)
     if len(generators) < num_rows:
         seed.random_()
