@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Accuracy, decode profile and throughput of one engine with fi and with its own backends, most important first.
 # usage: job.sh vllm|sglang SITE OUT [MODELS]      SITE: the engine's unpacked site folder ("" where it is installed)
-# env: PYTHON (default python3), KINDS (default "llama gemma2 qwen3 gpt_oss"), WORKLOADS, REQUESTS, ROUNDS
+# env: PYTHON (default python3), KINDS (default "llama gemma2 qwen3 gpt_oss"), WORKLOADS, REQUESTS, ROUNDS, RATE
 # Every part has its own time limit and process; what is done by then is in OUT.
 set -u
 engine=$1 site=$2 out=$3 models=${4:-$3/models}
@@ -62,4 +62,9 @@ for round in $(seq "${ROUNDS:-3}"); do
     part 400 "throughput_${backend}_$round" "$python" "$here/throughput.py" "$engine" "$models/llama8b" "$backend" "$out/throughput.jsonl" \
       --workloads "${WORKLOADS:-uniform,chat,long,prefix}" --requests "${REQUESTS:-128}" --options "$large"
   done
+done
+
+for backend in $ours $own; do
+  part 300 "online_$backend" "$python" "$here/online.py" "$engine" "$models/llama8b" "$backend" "$out/online.jsonl" \
+    --workloads chat,uniform --rate "${RATE:-8}" --requests "${REQUESTS:-128}" --options "$large"
 done

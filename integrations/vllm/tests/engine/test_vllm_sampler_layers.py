@@ -120,3 +120,30 @@ def test_a_scaled_rotary_embedding():
     expected, _ = layer.forward_native(positions, q.clone())
     torch.testing.assert_close(layer.forward_cuda(positions, q)[0], expected)
     assert type(layer).__module__ == "fi_vllm.layers"
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_norms_and_activations_are_compiled_as_one_graph(residual):
+    """Inductor's graphs of a model must not break where ``custom_ops`` enables an op."""
+    torch.manual_seed(0)
+    norm, gate = RMSNorm(64), SiluAndMul(compile_native=False)
+    norm.weight.data = torch.randn(64)
+    x, other = torch.randn(5, 64), torch.randn(5, 64) if residual else None
+
+    def through(x, other):
+        found = norm.forward_cuda(x, other)
+        return gate.forward_cuda(found[0] if residual else found)
+
+    arguments = (x.clone(), None if other is None else other.clone())
+    found = torch.compile(through, backend="eager", fullgraph=True)(*arguments)
+    expected = norm.forward_native(x, other)
+    torch.testing.assert_close(found, gate.forward_native(expected[0] if residual else expected))
+
+
+def test_a_rotary_embedding_is_compiled_as_one_graph():
+    layer = RotaryEmbedding(32, 32, 64, 10000.0, True, torch.float32)
+    positions, q, k = torch.arange(9), torch.randn(9, 128), torch.randn(9, 64)
+    expected = layer.forward_native(positions, q.clone(), k.clone())
+    found = torch.compile(layer.forward_cuda, backend="eager", fullgraph=True)(positions, q, k)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two)
