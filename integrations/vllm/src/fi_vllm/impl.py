@@ -45,6 +45,7 @@ class FiImpl(AttentionImpl[FiMetadata]):
         asked = {"soft_cap": self.soft_cap, "sinks": sinks, "alibi": self.slopes}
         self.features = frozenset(name for name, value in asked.items() if value is not None)
         self.form: LayerForm | None = None
+        self._read_sinks: Tensor | None = None
         self._arguments: fi.LayerArgs | None = None
         self._memory: Tensor | None = None
         self._cache: fi.KVCache | None = None
@@ -58,10 +59,11 @@ class FiImpl(AttentionImpl[FiMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take the sinks as they were loaded; vLLM calls this after each loading of weights. The tensor that kernels read stays
         the same, for graphs that were captured before."""
-        if self._arguments is None:
-            self._bind()
-        elif self.sinks is not None and self._arguments.sinks is not None:
-            self._arguments.sinks.copy_(self.sinks)
+        if self.sinks is None:
+            return
+        if self._read_sinks is None:
+            self._read_sinks = torch.empty(self.num_heads, dtype=torch.float32, device=self.sinks.device)
+        self._read_sinks.copy_(self.sinks.detach())
 
     def forward(
         self,
@@ -89,14 +91,18 @@ class FiImpl(AttentionImpl[FiMetadata]):
         plan = attn_metadata.plans[self.form or self.form_of(query.dtype)]
         if plan.batch is not attn_metadata.batch:  # another step was planned since, such as a draft model's
             plan.update(attn_metadata.batch)
-        fi.attention(query, cache, plan, self._arguments or self._bind(), out=output)
+        fi.attention(query, cache, plan, self._layer_arguments(), out=output)
         return output
 
-    def _bind(self) -> fi.LayerArgs:
-        """The layer's arguments; sinks in float32, once."""
-        sinks = None if self.sinks is None else self.sinks.detach().to(torch.float32, copy=True).contiguous()
-        self._arguments = fi.LayerArgs(self.scale, self.soft_cap, self.window, sinks, self.slopes)
-        return self._arguments
+    def _layer_arguments(self) -> fi.LayerArgs:
+        """Made anew where a model changed the scale, as those that vLLM runs from transformers do."""
+        found = self._arguments
+        if found is None or found.scale != self.scale:
+            if self.sinks is not None and self._read_sinks is None:
+                self.process_weights_after_loading(self.sinks.dtype)
+            found = fi.LayerArgs(self.scale, self.soft_cap, self.window, self._read_sinks, self.slopes)
+            self._arguments = found
+        return found
 
     def _cache_in(self, layer: Any, memory: Tensor) -> fi.KVCache:
         """K and V in ``memory`` [pages, 2, tokens, Hkv, D]; FP8 arrives as bytes, its scales are the layer's."""

@@ -244,7 +244,17 @@ def test_sinks_that_are_loaded_again_are_read_where_graphs_read_them():
     sinks = torch.zeros(HEADS, dtype=torch.bfloat16)
     impl = impl_of(sinks=sinks)
     impl.process_weights_after_loading(torch.bfloat16)
-    seen = impl._arguments.sinks
+    seen = impl._layer_arguments().sinks
     sinks.fill_(2.0)
     impl.process_weights_after_loading(torch.bfloat16)
-    assert impl._arguments.sinks is seen and seen.eq(2.0).all() and seen.dtype == torch.float32
+    assert impl._layer_arguments().sinks is seen and seen.eq(2.0).all() and seen.dtype == torch.float32
+
+
+def test_a_scale_that_the_model_changes_later():
+    builder, memory = make({"a": impl_of()}), torch.randn(BLOCKS, 2, BLOCK, KV_HEADS, DIM)
+    metadata = step([1, 1], [9, 30])
+    run(builder, "a", metadata, memory)
+    impl = builder.vllm_config.compilation_config.static_forward_context["a"].impl
+    impl.scale = 2 * impl.scale
+    q, _, output = run(builder, "a", metadata, memory)
+    torch.testing.assert_close(output.double(), oracle(2 * q, memory, metadata), rtol=1e-5, atol=1e-5)
