@@ -24,6 +24,10 @@ case $engine in
   *) sed -n '2,5p' "$0" >&2; exit 2 ;;
 esac
 
+choose() { # choose BACKEND: the engine's own backends run with the engine's own layers and sampler
+  if [ "$1" = "$ours" ]; then unset VLLM_PLUGINS; else export VLLM_PLUGINS=fi_gpt_oss_attention; fi
+}
+
 part() { # part SECONDS NAME COMMAND...
   local limit=$1 name=$2; shift 2
   timeout "$limit" "$@" > "$out/$name.log" 2>&1; local status=$?
@@ -37,6 +41,7 @@ for kind in $kinds; do
   [ -e "$models/$kind/config.json" ] || part 120 "model_$kind" "$python" "$here/models.py" "$kind" "$models/$kind" --size small
   tokens=() files=()
   for backend in $ours $own; do
+    choose "$backend"
     file=$out/accuracy_${kind}_$backend.json
     [ "$kind" = gpt_oss ] && export PYTHONPATH=$here/gpt_oss_attention:$plain || export PYTHONPATH=$plain
     part 150 "accuracy_${kind}_$backend" "$python" "$here/accuracy.py" run "$engine" "$models/$kind" "$backend" "$file" --options "$small" "${tokens[@]}"
@@ -46,6 +51,7 @@ for kind in $kinds; do
 done
 
 export PYTHONPATH=$plain
+choose "$ours"
 # With the plugin that raises at a synchronisation.
 PYTHONPATH=$here/no_sync:$plain part 150 no_sync "$python" "$here/throughput.py" "$engine" "$models/llama" "$ours" "$out/guarded.jsonl" --workloads short --requests 128 --options "$small"
 grep -h fi_no_sync "$out/no_sync.log"
@@ -53,18 +59,21 @@ grep -h fi_no_sync "$out/no_sync.log"
 "$python" "$here/models.py" llama "$models/llama8b" --size 8b --config-only
 if [ "$engine" = vllm ]; then
   for backend in $ours $own; do
+    choose "$backend"
     part 150 "profile_$backend" "$python" "$here/decode_profile.py" "$models/llama8b" "$backend" "$out/profile_$backend.json" --options "$large"
     tail -1 "$out/profile_$backend.log"
   done
 fi
 for round in $(seq "${ROUNDS:-3}"); do
   for backend in $ours $own; do
+    choose "$backend"
     part 400 "throughput_${backend}_$round" "$python" "$here/throughput.py" "$engine" "$models/llama8b" "$backend" "$out/throughput.jsonl" \
       --workloads "${WORKLOADS:-uniform,chat,long,prefix}" --requests "${REQUESTS:-128}" --options "$large"
   done
 done
 
 for backend in $ours $own; do
+  choose "$backend"
   part 300 "online_$backend" "$python" "$here/online.py" "$engine" "$models/llama8b" "$backend" "$out/online.jsonl" \
     --workloads chat,uniform --rate "${RATE:-8}" --requests "${REQUESTS:-128}" --options "$large"
 done
