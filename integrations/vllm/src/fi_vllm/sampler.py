@@ -1,9 +1,10 @@
-"""vLLM's top-k and top-p sampler on ``fi_core.sample``, requests with seeds included."""
+"""vLLM's top-k and top-p sampler on ``fi_core.sample``, requests with seeds included, and its penalties."""
 
 from __future__ import annotations
 
 import fi_core as fi
 import torch
+import vllm.v1.sample.ops.penalties as engine_penalties
 import vllm.v1.sample.sampler as engine_sampler
 from fi_adapters.draws import draw, fresh_keys
 from torch import Tensor
@@ -19,8 +20,8 @@ def filters_of(top_k: Tensor | None, top_p: Tensor | None) -> fi.FilterParams:
 
 
 class FiTopKTopPSampler(TopKTopPSampler):
-    """Draws with fi. vLLM applies penalties, the grammar's mask, temperature and min-p before, and gathers log-probabilities
-    itself; where it wants them after the filters (processed_*), the filtered logits are made once and drawn from."""
+    """Draws with fi. vLLM applies the grammar's mask, temperature and min-p before, and gathers log-probabilities itself; where it
+    wants them after the filters (processed_*), the filtered logits are made once and drawn from."""
 
     def __init__(self, logprobs_mode: str = "raw_logprobs") -> None:
         torch.nn.Module.__init__(
@@ -40,6 +41,37 @@ class FiTopKTopPSampler(TopKTopPSampler):
         return tokens, kept if self.logprobs_mode == "processed_logits" else kept.log_softmax(dim=-1)
 
 
+def penalize(
+    logits: Tensor,
+    prompt_tokens: Tensor,
+    output_tokens: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+    repetition: Tensor,
+) -> Tensor:
+    """Repetition, frequency and presence penalties (float32 [N] each) on float32 logits [N, V], in place and in one pass.
+
+    ``prompt_tokens`` and ``output_tokens`` int64 [N, any], padded with V.
+    """
+    vocab_size = logits.shape[1]
+    penalties = fi.PenaltyParams(
+        repetition=repetition,
+        frequency=frequency,
+        presence=presence,
+        prompt_counts=_counts(prompt_tokens, vocab_size),
+        output_counts=_counts(output_tokens, vocab_size),
+    )
+    return fi.penalize_logits(logits, penalties, out=logits)
+
+
+def _counts(tokens: Tensor, vocab_size: int) -> Tensor:
+    """int32 [N, V]: how often each token occurs in its row; the padding is counted beside it."""
+    counts = torch.zeros((tokens.shape[0], vocab_size + 1), dtype=torch.int32, device=tokens.device)
+    return counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.int32))[:, :vocab_size]
+
+
 def install() -> None:
-    """Make ``FiTopKTopPSampler`` the class that vLLM's sampler uses. It looks the name up in its own module."""
+    """Make vLLM's sampler use these: ``FiTopKTopPSampler``, which it looks up in its own module, and ``penalize``, which its
+    function for all penalties looks up in that of its penalties (speculation's sampler calls it too)."""
     engine_sampler.TopKTopPSampler = FiTopKTopPSampler
+    engine_penalties.apply_penalties = penalize

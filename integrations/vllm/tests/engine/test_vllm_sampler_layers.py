@@ -3,6 +3,7 @@
 import fi_vllm
 import pytest
 import torch
+import vllm.v1.sample.ops.penalties as engine_penalties
 import vllm.v1.sample.sampler as engine_sampler
 from fi_vllm.layers import REPLACED
 from fi_vllm.sampler import FiTopKTopPSampler
@@ -11,6 +12,7 @@ from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+from vllm.model_executor.layers.utils import apply_penalties
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 
 
@@ -62,6 +64,23 @@ def test_a_request_with_a_seed_draws_alike_in_any_batch(dtype):
         return [int(sampler(logits[:num_rows].clone(), generators, k, None)[0][row]) for _ in range(3)]
 
     assert tokens(0, 1) == tokens(2, 4)
+
+
+@pytest.mark.parametrize("vocab_size", [64, 1001])
+def test_penalties_are_vllms(vocab_size):
+    torch.manual_seed(0)
+    logits = torch.randn(3, vocab_size) * 4
+    prompts = torch.randint(0, vocab_size, (3, 20))
+    prompts[1, 5:] = vocab_size  # vLLM's padding
+    outputs = [[1, 2, 2, 7], [], [9, 9, 9, -1]]  # -1: a token that is not known yet
+    presence, frequency = torch.tensor([0.5, 0.0, -1.0]), torch.tensor([0.1, 0.7, 0.0])
+    repetition = torch.tensor([1.3, 1.0, 0.8])
+    asked = (prompts, presence, frequency, repetition, outputs)
+    found = engine_sampler.apply_all_penalties(logits.clone(), *asked)
+    assert engine_penalties.apply_penalties.__module__ == "fi_vllm.sampler"
+    engine_penalties.apply_penalties = apply_penalties  # vLLM's own
+    expected = engine_sampler.apply_all_penalties(logits.clone(), *asked)
+    torch.testing.assert_close(found, expected)
 
 
 def test_every_class_is_replaced_and_keeps_its_settings_name():
