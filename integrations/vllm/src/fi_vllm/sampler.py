@@ -20,8 +20,8 @@ def filters_of(top_k: Tensor | None, top_p: Tensor | None) -> fi.FilterParams:
 
 
 class FiTopKTopPSampler(TopKTopPSampler):
-    """Draws with fi. vLLM applies the grammar's mask, temperature and min-p before, and gathers log-probabilities itself; where it
-    wants them after the filters (processed_*), the filtered logits are made once and drawn from."""
+    """Draws with fi. vLLM applies the grammar's mask, temperature and min-p before, and gathers log-probabilities itself;
+    where it wants them after the filters (processed_*), the filtered logits are made once and drawn from."""
 
     def __init__(self, logprobs_mode: str = "raw_logprobs") -> None:
         torch.nn.Module.__init__(
