@@ -51,10 +51,23 @@ SPIN_COUNT = "3000"
 machine where others use the cores too makes two threads ten times slower than one."""
 
 SERVING = ("packages/fi-core", "packages/fi-scheduler", "packages/fi-sampling", "integrations/engine")
-EVERYTHING = (*SERVING, "packages/fi-triton", "packages/fi-cuda")
+ADAPTERS = ("integrations/adapters", "integrations/vllm", "integrations/sglang")
+EVERYTHING = (*SERVING, *ADAPTERS, "packages/fi-triton", "packages/fi-cuda")
+
+ENGINES = {
+    "vllm": (
+        "vllm==0.22.1",
+        "cpu_platform",
+        (("llama", "pressure"), ("llama", "layers"), ("qwen3", "layers"), ("gemma2", "layers")),
+    ),
+    "sglang": ("sglang==0.5.15", "cpu_names", (("llama",), ("qwen3",))),  # SGLang's Gemma needs Triton on a CPU too
+}
+"""Engine -> its pin, the folder beside its tests that makes it run on a CPU, and the runs: a model and the script's options."""
+ENGINE_PYTHON = os.environ.get("ENGINE_PYTHON", "3.12")
+"""What virtualenv is to look for: the engines' wheels are for Python 3.12. A version or the path of an interpreter."""
 
 TEST_FOLDERS = {
-    "reference": (*(f"{folder}/tests" for folder in SERVING), "benchmarks/tests", "tests"),
+    "reference": (*(f"{folder}/tests" for folder in (*SERVING, *ADAPTERS)), "benchmarks/tests", "tests"),
     "triton": ("packages/fi-triton/tests",),
     "cuda": ("packages/fi-cuda/tests",),
 }
@@ -97,7 +110,7 @@ def install(session: nox.Session, name: str, *arguments: str, **variables: str) 
     metadata = [
         CONSTRAINTS,
         *sorted(ROOT.glob("packages/*/pyproject.toml")),
-        ROOT / "integrations/engine/pyproject.toml",
+        *sorted(ROOT.glob("integrations/*/pyproject.toml")),
     ]
     state = hashlib.sha256(repr(arguments).encode() + b"".join(path.read_bytes() for path in metadata)).hexdigest()
     stamp = ENVIRONMENT / "installed" / name
@@ -228,6 +241,50 @@ def docs(session: nox.Session) -> None:
     prepare(session, *EVERYTHING, tools=TEST_TOOLS)
     names = ("test_markdown", "test_readme_example", "test_readme_matrix")
     pytest(session, "docs", *(f"tests/{name}.py" for name in names))
+
+
+@nox.session(default=False)
+def vllm(session: nox.Session) -> None:
+    """fi-vllm against the real vLLM, on a CPU: its classes, then whole runs with every call of fi compared (FI_SHADOW=1)."""
+    serve_with(session, "vllm")
+
+
+@nox.session(default=False)
+def sglang(session: nox.Session) -> None:
+    """fi-sglang against the real SGLang, on a CPU: its classes, then whole runs with every call of fi compared."""
+    serve_with(session, "sglang")
+
+
+def serve_with(session: nox.Session, engine: str) -> None:
+    """Make the engine's own environment on first use, then run the adapter's tests and the end-to-end runs in it."""
+    pin, beside, runs = ENGINES[engine]
+    folder, tests = ROOT / ".nox" / engine, ROOT / "integrations" / engine / "tests"
+    python = str(folder / "bin" / "python")
+    # The engine is installed alone: what it names beyond requirements.txt, a CPU does not need.
+    options = ["install", "--quiet", *torch_source(session)]
+    alone = ["--no-deps", "--no-build-isolation"]
+    packages = [f"packages/fi-{name}" for name in ("core", "scheduler", "triton", "cuda")]
+    folders = [*packages, "integrations/adapters", f"integrations/{engine}"]
+    editable = [argument for path in folders for argument in ("-e", str(ROOT / path))]
+    if not (folder / "ready").exists():
+        environment = ["--quiet", "--pip", "bundle", "-p", ENGINE_PYTHON, str(folder)]
+        session.run(sys.executable, "-m", "virtualenv", *environment, external=True)
+        for what in (
+            ["-r", str(tests / "engine" / "requirements.txt"), *BUILD_TOOLS],
+            ["--no-deps", pin],
+            [*alone, *editable],
+        ):
+            session.run(python, "-m", "pip", *options, *what, env={"FI_SIBLINGS": ""}, external=True)
+        (folder / "ready").touch()
+    paths = os.pathsep.join(str(tests / "engine" / name) for name in (beside, ""))
+    variables = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "2"}
+    command = [python, "-m", "pytest", "--timeout", "300", str(tests), "integrations/adapters/tests", *session.posargs]
+    session.run(*command, env=variables, external=True)
+    shadowed, script = {**variables, "FI_SHADOW": "1"}, str(tests / "engine" / "run_engine.py")
+    for kind, *options in runs:
+        model = str(MODELS / f"tiny-{kind}")
+        session.run(python, "benchmarks/engines/models.py", kind, model, env=variables, external=True)
+        session.run(python, script, model, *options, env=shadowed, external=True)
 
 
 @nox.session(default=False)

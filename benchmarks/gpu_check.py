@@ -2,7 +2,7 @@
 compute-sanitizer, the partition's cost, the operations' and the engine's speed.
 
 ``python benchmarks/gpu_check.py --out FOLDER [--model PATH] [--sections versions,conformance,...]`` from a source tree on
-PYTHONPATH (packages/*/src, integrations/engine/src, packages/dist-info). Everything is written to FOLDER (JSON and logs);
+PYTHONPATH (packages/*/src, integrations/*/src, packages/dist-info). Everything is written to FOLDER (JSON and logs);
 a short table ends the output, with what cannot run here as "not run". Exit status 1 if a section failed.
 """
 

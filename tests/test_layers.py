@@ -19,6 +19,9 @@ every package, and no package may import it."""
 
 ABOVE = {
     "fi_engine",
+    "fi_adapters",
+    "fi_vllm",
+    "fi_sglang",
     "benchmarks",
     "fi_benchmarks",
     "examples",

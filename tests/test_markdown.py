@@ -23,7 +23,9 @@ DOCUMENTS = sorted(
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 CODE = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-SYMBOL = re.compile(r"^(fi_(?:core|scheduler|sampling|cuda|triton|engine)(?:\.\w+)*|fi\.\w+(?:\.\w+)*)(?:\(.*\))?$")
+SYMBOL = re.compile(
+    r"^(fi_(?:core|scheduler|sampling|cuda|triton|engine|adapters)(?:\.\w+)*|fi\.\w+(?:\.\w+)*)(?:\(.*\))?$"
+)
 TOP_LEVEL = ("packages/", "integrations/", "examples/", "benchmarks/", "docs/", "tests/", ".ci/")
 
 

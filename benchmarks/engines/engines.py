@@ -1,0 +1,147 @@
+"""vLLM and SGLang behind one small interface: greedy tokens, and log-probabilities of given or of generated tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Protocol
+
+Tokens = list[int]
+
+VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class Engine(Protocol):
+    """An engine that is started with one model and one attention backend."""
+
+    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
+        """Greedy tokens; ``num_new`` of each prompt, or its own number for each."""
+        ...
+
+    def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
+        """Of every token of each prompt but the first: what a prefill computes."""
+        ...
+
+    def forced_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> list[list[float]]:
+        """Of ``forced`` tokens after each prompt, each computed by a decode step."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_engine(name: str, folder: str, backend: str, **options: Any) -> Engine:
+    """Start "vllm" or "sglang"; ``options`` are the engine's own and win over what is set here."""
+    return VllmEngine(folder, backend, **options) if name == "vllm" else SglangEngine(folder, backend, **options)
+
+
+class VllmEngine:
+    def __init__(self, folder: str, backend: str, **options: Any) -> None:
+        for name, value in VLLM_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from forced_tokens import ForcedTokens
+        from vllm import LLM
+
+        settings: dict[str, Any] = {
+            "model": folder,
+            "skip_tokenizer_init": True,
+            "attention_backend": backend,
+            "dtype": "bfloat16",
+            "seed": 0,
+            "async_scheduling": False,  # forced tokens are read by their number, which then is always up to date
+            "logits_processors": [ForcedTokens],
+            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        }
+        self.engine = LLM(**{**settings, **options})
+
+    def _run(self, prompts: list[Tokens], params: list[Any]) -> list[Any]:
+        return self.engine.generate([{"prompt_token_ids": each} for each in prompts], params, use_tqdm=False)
+
+    def _params(self, **values: Any) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **values)
+
+    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
+        nums = [num_new] * len(prompts) if isinstance(num_new, int) else num_new
+        return [
+            list(out.outputs[0].token_ids) for out in self._run(prompts, [self._params(max_tokens=num) for num in nums])
+        ]
+
+    def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
+        found = self._run(prompts, [self._params(max_tokens=1, prompt_logprobs=0)] * len(prompts))
+        return [_chosen(out.prompt_logprobs[1:], prompt[1:]) for out, prompt in zip(found, prompts, strict=True)]
+
+    def forced_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> list[list[float]]:
+        params = [self._params(max_tokens=len(each), logprobs=0, extra_args={"forced_tokens": each}) for each in forced]
+        found = self._run(prompts, params)
+        return [_chosen(out.outputs[0].logprobs, each) for out, each in zip(found, forced, strict=True)]
+
+    def close(self) -> None:
+        del self.engine
+
+
+def _chosen(positions: Any, tokens: Tokens) -> list[float]:
+    return [position[token].logprob for position, token in zip(positions, tokens, strict=True)]
+
+
+class SglangEngine:
+    def __init__(self, folder: str, backend: str, **options: Any) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import sglang
+
+        settings: dict[str, Any] = {
+            "model_path": folder,
+            "skip_tokenizer_init": True,
+            "attention_backend": backend,
+            "sampling_backend": "fi" if backend == "fi" else "pytorch",
+            "dtype": "bfloat16",
+            "random_seed": 0,
+            "grammar_backend": "none",
+            "log_level": "warning",
+            "host": "127.0.0.1",
+            "disable_hybrid_swa_memory": True,
+        }
+        self.engine = sglang.Engine(**{**settings, **options})
+
+    def _run(self, prompts: list[Tokens], num_new: int | list[int], **more: Any) -> list[Any]:
+        nums = [num_new] * len(prompts) if isinstance(num_new, int) else num_new
+        params = [{"temperature": 0.0, "max_new_tokens": num, "ignore_eos": True} for num in nums]
+        return self.engine.generate(input_ids=prompts, sampling_params=params, **more)
+
+    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
+        return [out["output_ids"] for out in self._run(prompts, num_new)]
+
+    def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
+        found = self._run(prompts, 1, return_logprob=True, logprob_start_len=0)
+        return [[item[0] for item in out["meta_info"]["input_token_logprobs"][1:]] for out in found]
+
+    def forced_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> list[list[float]]:
+        """SGLang cannot force tokens and report what they had been before: those of its own greedy tokens, for as long as
+        they are the forced ones."""
+        found = self._run(prompts, max(map(len, forced)), return_logprob=True, logprob_start_len=-1)
+        lists = []
+        for out, wanted in zip(found, forced, strict=True):
+            values = [item[0] for item in out["meta_info"]["output_token_logprobs"]]
+            same = next(
+                (i for i, (a, b) in enumerate(zip(out["output_ids"], wanted, strict=False)) if a != b), len(wanted)
+            )
+            lists.append(values[:same])
+        return lists
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+
+def engine_options(text: str) -> dict[str, Any]:
+    """Options of an engine from JSON, as scripts take them."""
+    options = json.loads(text)
+    if not isinstance(options, dict):
+        raise ValueError(f"options are a JSON object, got {text}")
+    return options

@@ -1,0 +1,64 @@
+"""A step's batch over SGLang's request-to-token map, in int32 buffers whose addresses stay; no SGLang is imported here."""
+
+from __future__ import annotations
+
+import fi_core as fi
+import torch
+from torch import Tensor
+
+
+class StepBuffers:
+    """The lengths of a step and which row of the map each request has. fi reads the map itself, as a table of pages of one
+    token: nothing of a request's length is copied, flattened or counted on the host.
+
+    A captured CUDA graph reads the buffers by address, and every batch size uses their front.
+    """
+
+    def __init__(self, req_to_token: Tensor, max_batch: int) -> None:
+        """``req_to_token`` int32 [rows, context] of token slots."""
+        device = req_to_token.device
+        self.table = req_to_token
+        self.max_batch = max_batch
+        self.kv_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.rows = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.q_indptr = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
+        self._uniform: dict[int, Tensor] = {}
+
+    def uniform_indptr(self, q_len: int) -> Tensor:
+        """Offsets int32 [max_batch + 1] of requests with ``q_len`` new tokens each; made once for each length."""
+        found = self._uniform.get(q_len)
+        if found is None:
+            steps = torch.arange(self.max_batch + 1, dtype=torch.int32, device=self.table.device)
+            found = self._uniform[q_len] = steps * q_len
+        return found
+
+    def uniform(self, seq_lens: Tensor, rows: Tensor, slots: Tensor, q_len: int, added: int = 0) -> fi.Batch:
+        """B requests with ``q_len`` new tokens each; ``seq_lens`` [B] of any integer type, to which ``added`` comes where it
+        leaves the new tokens out. Legal while a CUDA graph is captured."""
+        num = self._fill(seq_lens, rows)
+        if added:
+            self.kv_lens[:num] += added
+        return self._batch(self.uniform_indptr(q_len), num, slots)
+
+    def ragged(self, seq_lens: Tensor, rows: Tensor, slots: Tensor, q_lens: Tensor) -> fi.Batch:
+        """B requests with ``q_lens`` [B] new tokens, which ``seq_lens`` [B] include."""
+        num = self._fill(seq_lens, rows)
+        torch.cumsum(q_lens[:num], 0, dtype=torch.int32, out=self.q_indptr[1 : num + 1])
+        return self._batch(self.q_indptr, num, slots)
+
+    def _fill(self, seq_lens: Tensor, rows: Tensor) -> int:
+        num = seq_lens.shape[0]
+        if num > self.max_batch:
+            raise fi.CapacityError("seq_lens", f"at most {self.max_batch} requests, SGLang's own limit", num)
+        self.kv_lens[:num].copy_(seq_lens)
+        self.rows[:num].copy_(rows[:num])
+        return num
+
+    def _batch(self, q_indptr: Tensor, num: int, slots: Tensor) -> fi.Batch:
+        return fi.Batch(
+            q_indptr[: num + 1],
+            self.kv_lens[:num],
+            table=self.table,
+            table_row=self.rows[:num],
+            slot_mapping=slots.to(torch.int64),
+        )

@@ -1,0 +1,138 @@
+"""Batches over SGLang's request-to-token map, and what its layers ask for; no SGLang is needed."""
+
+import importlib
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import fi_core as fi
+import fi_sglang
+import pytest
+import torch
+from fi_adapters.versions import EngineVersionError
+from fi_sglang.layers import BoundLayer, check_layer, window_of, windows_of
+from fi_sglang.steps import StepBuffers
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+
+
+def buffers(max_batch=4, rows=6, context=32):
+    return StepBuffers(torch.arange(rows * context, dtype=torch.int32).view(rows, context), max_batch)
+
+
+def int64(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def test_decode_reads_the_map_itself():
+    made = buffers()
+    batch = made.uniform(int64(5, 30), int64(3, 1), int64(99, 98), 1)
+    assert batch.table is made.table and batch.table_row.tolist() == [3, 1]
+    assert batch.q_indptr.tolist() == [0, 1, 2] and batch.kv_lens.tolist() == [5, 30]
+    assert batch.slot_mapping.tolist() == [99, 98]
+
+
+def test_buffers_keep_their_addresses():
+    made = buffers()
+    first, second = (made.uniform(int64(*lens), int64(*lens), int64(*lens), 1) for lens in ((5, 30), (7, 8, 9)))
+    for name in ("q_indptr", "kv_lens", "table_row"):
+        assert getattr(first, name).data_ptr() == getattr(second, name).data_ptr()
+    assert made.uniform_indptr(3).data_ptr() == made.uniform_indptr(3).data_ptr()
+
+
+def test_verification_counts_the_drafted_tokens():
+    batch = buffers().uniform(int64(5, 20), int64(1, 2), torch.arange(8), 4, added=4)
+    assert batch.q_indptr.tolist() == [0, 4, 8] and batch.kv_lens.tolist() == [9, 24]
+
+
+def test_prompts_of_any_length():
+    batch = buffers().ragged(int64(5, 20, 3), int64(1, 2, 5), torch.arange(11), int64(5, 3, 3))
+    assert batch.q_indptr.tolist() == [0, 5, 8, 11] and batch.kv_lens.tolist() == [5, 20, 3]
+
+
+def test_more_requests_than_sglang_allows():
+    with pytest.raises(fi.CapacityError, match="at most 4"):
+        buffers().uniform(torch.ones(5), torch.ones(5), torch.ones(5), 1)
+
+
+def layer(**changed):
+    fields = {
+        "layer_id": 0,
+        "tp_q_head_num": 4,
+        "tp_k_head_num": 2,
+        "qk_head_dim": 32,
+        "v_head_dim": 32,
+        "scaling": 0.25,
+        "logit_cap": 0.0,
+        "logit_capping_method": "tanh",
+        "sliding_window_size": -1,
+        "is_cross_attention": False,
+        "attn_type": SimpleNamespace(value="decoder"),
+        "xai_temperature_len": -1,
+        "k_scale": None,
+        "v_scale": None,
+        "k_scale_float": None,
+        "v_scale_float": None,
+    }
+    return SimpleNamespace(**{**fields, **changed})
+
+
+def test_windows():
+    assert window_of(layer()) is None and window_of(layer(sliding_window_size=127)) == 128
+    assert window_of(layer(sliding_window_size=0)) == 1
+    layers = [layer(), layer(sliding_window_size=127), layer(), layer(v_head_dim=16)]
+    assert windows_of(layers) == {(4, 2, 32, 32): [None, 128], (4, 2, 32, 16): [None]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"is_cross_attention": True}, "cross attention"),
+        ({"attn_type": SimpleNamespace(value="encoder_only")}, "encoder_only"),
+        ({"attn_type": SimpleNamespace(value="decoder_bidirectional")}, "bidirectional"),
+        ({"logit_cap": 30.0, "logit_capping_method": "clip"}, "clip"),
+        ({"xai_temperature_len": 1024}, "position"),
+    ],
+)
+def test_refused_layers(changed, what):
+    with pytest.raises(NotImplementedError, match=what):
+        check_layer(layer(**changed))
+
+
+def test_a_bound_layer():
+    keys, values = torch.zeros(10, 2, 32), torch.zeros(10, 2, 32)
+    sinks = torch.ones(4, dtype=torch.bfloat16)
+    bound = BoundLayer.of(layer(logit_cap=50.0, sliding_window_size=7), keys, values, sinks)
+    assert bound.form.features == {"soft_cap", "sinks"} and bound.form.kv_format == "fp32"
+    assert bound.cache.page_size == 1 and bound.cache.k.data_ptr() == keys.data_ptr()
+    assert bound.arguments.window == 8 and bound.arguments.soft_cap == 50.0 and bound.arguments.scale == 0.25
+    read = bound.arguments.sinks
+    sinks.fill_(3.0)
+    bound.follow(sinks)
+    assert bound.arguments.sinks is read and read.eq(3.0).all()
+
+
+def test_fp8_scales_are_numbers_where_the_host_has_them():
+    memory = torch.zeros(10, 2, 32).to(torch.float8_e4m3fn)
+    bound = BoundLayer.of(
+        layer(k_scale=torch.tensor(0.5), k_scale_float=0.5, v_scale=torch.tensor(2.0)), memory, memory, None
+    )
+    assert bound.cache.k_scale == 0.5 and torch.equal(bound.cache.v_scale, torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("found", ["0.5.15", "0.5.15.post2"])
+def test_served_versions(found):
+    fi_sglang.ENGINE.check_version(found)
+
+
+@pytest.mark.parametrize("found", ["0.5.14", "0.5.16", "0.6.0", "0.5.1", None])
+def test_refused_versions(found):
+    with pytest.raises(EngineVersionError, match=r"pip install 'sglang==0\.5\.15'"):
+        fi_sglang.ENGINE.check_version(found)
+
+
+def test_entry_points_lead_to_functions():
+    for target in PROJECT["entry-points"]["sglang.srt.plugins"].values():
+        module, name = target.split(":")
+        assert callable(getattr(importlib.import_module(module), name))
+    assert PROJECT["version"] == fi_sglang.__version__
