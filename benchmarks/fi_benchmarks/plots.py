@@ -99,7 +99,7 @@ def draw_roofline(rows: Rows, path: Path) -> None:
     for place, (group, cases) in enumerate(groups):
         marker = _MARKERS[place % len(_MARKERS)]
         for kind in (PEER, OURS):
-            best = [row for case in cases if (row := case.best(kind)) is not None and row["num_flops"]]
+            best = [row for case in cases if (row := case.best(kind)) is not None and row.get("num_flops")]
             x = [row["num_flops"] / row["num_bytes"] for row in best]
             y = [row["num_flops"] / row["us"] * 1e6 for row in best]
             face, label = (f"C{place}", group) if kind == OURS else ("none", None)

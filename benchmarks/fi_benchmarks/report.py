@@ -79,7 +79,8 @@ def _line(case: CaseRows) -> list[str]:
     else:
         spread = f"{microseconds(ours['p10'])} to {microseconds(ours['p90'])}"
         share = f"{ours['share_of_ceiling']:.0%}"
-        cells += [ours["impl"], microseconds(ours["us"]), spread, microseconds(ours["warm_us"]), share]
+        warm = microseconds(ours["warm_us"]) if "warm_us" in ours else ""
+        cells += [ours["impl"], microseconds(ours["us"]), spread, warm, share]
     cells += ["", ""] if peer is None else [peer["impl"], microseconds(peer["us"])]
     cells += [f"{peer['us'] / ours['us']:.2f}" if ours and peer else ""]
     cells += ["" if ceiling is None else f"{microseconds(ceiling['us'])} ({ceiling['impl']})"]

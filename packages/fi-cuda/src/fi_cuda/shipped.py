@@ -152,7 +152,7 @@ def _sampling_specs() -> Iterator[KernelSpec]:
             yield VerifySpec(dtype, VECTOR_BYTES, *form, tree=tree, proposals=False)
         two_rows = geometry_for(128256, num_rows, rows_held=2)
         yield VerifySpec(dtype, VECTOR_BYTES, *two_rows, tree=False, proposals=True)
-    yield TopKSpec(dtype, VECTOR_BYTES, *geometry_for(131072, 1), 2048, False)
+    yield TopKSpec(dtype, VECTOR_BYTES, *geometry_for(131072, 1), 512, False)
 
 
 def _attention_specs() -> Iterator[KernelSpec]:
