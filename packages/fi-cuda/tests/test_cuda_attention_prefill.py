@@ -16,8 +16,9 @@ from fi_core.registry import registry
 from fi_cuda.compile import compile_source
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning
+from fi_cuda.kernels.attention.call import CallForm
 from fi_cuda.kernels.attention.plan import DeviceWorkList, fill_on_host
-from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillForm, PrefillSpec, prefill_spec
+from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillSpec, prefill_spec
 from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.kernels.attention.prefill_tuning import (
     PrefillTuning,
@@ -159,17 +160,15 @@ def test_what_is_served(changes, served):
 
 # Agreement with the kernel
 
-EVERY = PrefillForm(
-    windowed=True, lse=True, k_scales=True, v_scales=True, table_row=True, mask_columns="new", boxes=True
-)
+EVERY = CallForm(windowed=True, lse=True, k_scales=True, v_scales=True, table_row=True, mask_columns="new", boxes=True)
 KERNELS = {
-    "boxes": prefill_spec(SPEC, TUNING, PrefillForm(boxes=True)),
-    "rows": prefill_spec(replace(SPEC, page_size=1), TUNING, PrefillForm()),
-    "fp8": prefill_spec(replace(SPEC, kv_format="fp8_e4m3"), TUNING, PrefillForm(k_scales=True)),
+    "boxes": prefill_spec(SPEC, TUNING, CallForm(boxes=True)),
+    "rows": prefill_spec(replace(SPEC, page_size=1), TUNING, CallForm()),
+    "fp8": prefill_spec(replace(SPEC, kv_format="fp8_e4m3"), TUNING, CallForm(k_scales=True)),
     "features": prefill_spec(
         AttentionSpec(14, 2, 96, 80, features=frozenset({"soft_cap", "sinks", "alibi", "mask"})), TUNING, EVERY
     ),
-    "signed": prefill_spec(SPEC, TUNING, PrefillForm(signed_scale=True, mask_columns="kv", boxes=True)),
+    "signed": prefill_spec(SPEC, TUNING, CallForm(signed_scale=True, mask_columns="kv", boxes=True)),
 }
 
 

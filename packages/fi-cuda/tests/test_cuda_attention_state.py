@@ -15,7 +15,8 @@ from fi_core.registry import registry
 from fi_core.rope import FusedRope, RopeConfig, RopeTable, YarnScaling
 from fi_cuda.compile import compile_source
 from fi_cuda.kernels.attention import layout, plan, state, tuning
-from fi_cuda.kernels.attention.decode import CallForm, DecodeSpec, decode_spec
+from fi_cuda.kernels.attention.call import CallForm
+from fi_cuda.kernels.attention.decode import DecodeSpec, decode_spec
 from fi_cuda.kernels.attention.plan import DeviceWorkList, fill_on_host
 from fi_cuda.kernels.attention.state import attention_decode
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, partition_params

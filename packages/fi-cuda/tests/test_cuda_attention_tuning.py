@@ -15,8 +15,9 @@ from fi_core.records import AttentionSpec, Capacity, KVCache
 from fi_core.registry import registry
 from fi_core.rope import FusedRope
 from fi_cuda.entries import ATTENTION_ENTRIES
-from fi_cuda.kernels.attention import boxes, decode, tuning
-from fi_cuda.kernels.attention.decode import CallForm, decode_spec
+from fi_cuda.kernels.attention import boxes, tuning
+from fi_cuda.kernels.attention.call import MASK_FORMS, TABLE_FORMS, CallForm
+from fi_cuda.kernels.attention.decode import decode_spec
 from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.kernels.attention.state import attention_decode
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, built_in_tuning, tuning_for
@@ -151,8 +152,8 @@ def test_what_is_served(changes, served, attention):
 
 
 def test_masks_and_tables_are_numbered_as_in_the_headers():
-    assert decode.TABLE_FORMS == {"ragged": 0, "dense": 1, "indptr": 2}
-    assert decode.MASK_FORMS == {None: 0, "kv": 1, "new": 2}
+    assert TABLE_FORMS == {"ragged": 0, "dense": 1, "indptr": 2}
+    assert MASK_FORMS == {None: 0, "kv": 1, "new": 2}
 
 
 # Boxes

@@ -10,10 +10,11 @@ from fi_core.records import AttentionSpec, Capacity
 from fi_core.rope import FusedRope
 
 from .kernels.append_kv import AppendShape, spec_for
-from .kernels.attention.decode import CallForm, decode_spec
+from .kernels.attention.call import CallForm
+from .kernels.attention.decode import decode_spec
 from .kernels.attention.order import order_spec
 from .kernels.attention.plan import plan_spec
-from .kernels.attention.prefill import PrefillForm, prefill_spec
+from .kernels.attention.prefill import prefill_spec
 from .kernels.attention.prefill_tuning import built_in_prefill_tuning, prefill_params
 from .kernels.attention.tuning import built_in_tuning, partition_params
 from .kernels.copy_pages import CopyPagesSpec
@@ -187,17 +188,15 @@ def _attention_specs() -> Iterator[KernelSpec]:
 def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[KernelSpec]:
     """Prefill and mixed batches of the same models; ragged K and V, pages of one token and FP8 for one of them."""
     for model in MODELS.values():
-        yield from _prefill_specs(AttentionSpec(model.num_q_heads, model.num_kv_heads, model.head_dim), PrefillForm())
+        yield from _prefill_specs(AttentionSpec(model.num_q_heads, model.num_kv_heads, model.head_dim), CallForm())
     ragged = replace(eight, page_size=None, table="ragged")
     for spec in (ragged, replace(ragged, causal=False), replace(eight, dtype=torch.float16, kv_format="fp16")):
-        yield from _prefill_specs(spec, PrefillForm())
-    yield from _prefill_specs(replace(eight, page_size=1), PrefillForm(), boxes=False)
-    yield from _prefill_specs(
-        replace(eight, kv_format="fp8_e4m3"), PrefillForm(k_scales=True, v_scales=True), boxes=False
-    )
-    yield from _prefill_specs(AttentionSpec(128, 128, 192, 128), PrefillForm(lse=True))
+        yield from _prefill_specs(spec, CallForm())
+    yield from _prefill_specs(replace(eight, page_size=1), CallForm(), boxes=False)
+    yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), CallForm(k_scales=True, v_scales=True), boxes=False)
+    yield from _prefill_specs(AttentionSpec(128, 128, 192, 128), CallForm(lse=True))
     for window in sinks.windows:
-        yield from _prefill_specs(sinks, PrefillForm(windowed=window is not None), window)
+        yield from _prefill_specs(sinks, CallForm(windowed=window is not None), window)
 
 
 def _decode_specs(
@@ -210,7 +209,7 @@ def _decode_specs(
 
 
 def _prefill_specs(
-    spec: AttentionSpec, form: PrefillForm, window: int | None = None, boxes: bool = True
+    spec: AttentionSpec, form: CallForm, window: int | None = None, boxes: bool = True
 ) -> Iterator[KernelSpec]:
     tuning = built_in_prefill_tuning(spec)
     params = prefill_params(spec, _PREFILL, tuning, window, _HOPPER_PROCESSORS)

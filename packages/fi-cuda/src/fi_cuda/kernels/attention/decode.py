@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from fi_core.records import AttentionSpec
 
 from ...params import ParamsLayout
 from ...spec import KernelSpec, join_constants
+from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm, call_fields
 from .tuning import DecodeTuning, HeadForm, shared_bytes
 
-TABLE_FORMS = {"ragged": 0, "dense": 1, "indptr": 2}
-MASK_FORMS = {None: 0, "kv": 1, "new": 2}
 ROPE_PAIRS = {None: 0, "half": 1, "interleaved": 2}
 
 
@@ -64,31 +63,14 @@ class DecodeSpec(KernelSpec):
             ("q", "pointer"),
             ("k", "pointer"),
             ("v", "pointer"),
-            ("out", "output"),
-            ("lse", "output"),
-            ("table", "pointer"),
-            ("table_row", "pointer"),
-            ("kv_indptr", "pointer"),
-            ("mask_bits", "pointer"),
-            ("mask_indptr", "pointer"),
-            ("sinks", "pointer"),
-            ("slopes", "pointer"),
+            *TENSOR_PARAMS,
             ("inv_freq", "pointer"),
             ("q_scales", "pointer"),
             ("k_scales", "pointer"),
             ("v_scales", "pointer"),
             ("q_stride_token", "int64"),
             ("q_stride_head", "int64"),
-            ("k_stride_page", "int64"),
-            ("k_stride_token", "int64"),
-            ("k_stride_head", "int64"),
-            ("v_stride_page", "int64"),
-            ("v_stride_token", "int64"),
-            ("v_stride_head", "int64"),
-            ("out_stride_token", "int64"),
-            ("out_stride_head", "int64"),
-            ("lse_stride_token", "int64"),
-            ("table_stride", "int64"),
+            *STRIDE_PARAMS,
             ("q_scale_stride", "int32"),
             ("k_scale_stride", "int32"),
             ("v_scale_stride", "int32"),
@@ -129,50 +111,20 @@ class BoxDecodeSpec(DecodeSpec):
     tensor_maps: ClassVar = ("keys", "values")
 
 
-class CallForm(NamedTuple):
-    """What the kernel of a call depends on besides its plan: whether a window is set, the LSE is wanted, scales are in
-    memory, the batch has ``table_row``; the columns of its mask; whether K and V have tensor maps."""
-
-    windowed: bool = False
-    lse: bool = False
-    k_scales: bool = False
-    v_scales: bool = False
-    table_row: bool = False
-    mask_columns: str | None = None
-    boxes: bool = False
-    q_scales: bool = False
-
-
 def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> DecodeSpec:
-    """The kernel of a call; soft cap, ALiBi and sinks are there exactly when ``spec`` has the feature."""
+    """The kernel of a call."""
     rope = spec.rope
     return (BoxDecodeSpec if form.boxes else DecodeSpec)(
-        dtype=spec.dtype,
+        **call_fields(spec, form),
         query=spec.q_dtype,
-        stored=spec.kv_dtype,
-        head_dim=spec.head_dim,
-        head_dim_vo=spec.head_dim_vo or 0,
-        group_size=spec.group_size,
-        page_size=spec.page_size or 0,
-        table=TABLE_FORMS[spec.table],
-        table_row=form.table_row,
         rows=tuning.rows,
         chunk_tokens=tuning.chunk_tokens,
         num_warps=tuning.num_warps,
         row_warps=tuning.row_warps,
         stages=tuning.num_stages,
-        causal=spec.causal,
-        windowed=form.windowed,
-        soft_cap="soft_cap" in spec.features,
-        alibi="alibi" in spec.features,
-        sinks="sinks" in spec.features,
-        mask=MASK_FORMS[form.mask_columns],
         rotary_dim=0 if rope is None else rope.rotary_dim,
         rope_pairs=ROPE_PAIRS[None if rope is None else rope.pairs],
         rope_keys=rope is not None and rope.keys,
         q_scales=form.q_scales,
-        k_scales=form.k_scales,
-        v_scales=form.v_scales,
-        lse=form.lse,
         batch_invariant=spec.batch_invariant,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from fi_core.records import AttentionSpec
 
 from ...params import ParamsLayout
 from ...spec import KernelSpec, join_constants
-from .decode import MASK_FORMS, TABLE_FORMS
+from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm, call_fields
 from .prefill_tuning import PrefillTuning, box_tokens, prefill_shared_bytes
 
 _WARPGROUP_THREADS = 128
@@ -68,27 +68,10 @@ class PrefillSpec(KernelSpec):
             ("arrivals", "output"),
             ("partials", "output"),
             ("partial_rows", "output"),
-            ("out", "output"),
-            ("lse", "output"),
-            ("table", "pointer"),
-            ("table_row", "pointer"),
-            ("kv_indptr", "pointer"),
-            ("mask_bits", "pointer"),
-            ("mask_indptr", "pointer"),
-            ("sinks", "pointer"),
-            ("slopes", "pointer"),
+            *TENSOR_PARAMS,
             ("k_scales", "pointer"),
             ("v_scales", "pointer"),
-            ("k_stride_page", "int64"),
-            ("k_stride_token", "int64"),
-            ("k_stride_head", "int64"),
-            ("v_stride_page", "int64"),
-            ("v_stride_token", "int64"),
-            ("v_stride_head", "int64"),
-            ("out_stride_token", "int64"),
-            ("out_stride_head", "int64"),
-            ("lse_stride_token", "int64"),
-            ("table_stride", "int64"),
+            *STRIDE_PARAMS,
             ("k_scale_stride", "int32"),
             ("v_scale_stride", "int32"),
             ("num_kv_heads", "int32"),
@@ -132,32 +115,10 @@ class BoxPrefillSpec(PrefillSpec):
     tensor_maps: ClassVar = ("queries", "keys", "values")
 
 
-class PrefillForm(NamedTuple):
-    """What the kernel of a call depends on besides its plan: whether a window is set, the LSE is wanted, scales are in
-    memory, the batch has ``table_row``; the columns of its mask; whether the softmax scale is not above 0; whether K and V
-    have tensor maps."""
-
-    windowed: bool = False
-    lse: bool = False
-    k_scales: bool = False
-    v_scales: bool = False
-    table_row: bool = False
-    mask_columns: str | None = None
-    signed_scale: bool = False
-    boxes: bool = False
-
-
-def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: PrefillForm) -> PrefillSpec:
-    """The kernel of a call; soft cap, ALiBi and sinks are there exactly when ``spec`` has the feature."""
+def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> PrefillSpec:
+    """The kernel of a call."""
     return (BoxPrefillSpec if form.boxes else PrefillSpec)(
-        dtype=spec.dtype,
-        stored=spec.kv_dtype,
-        head_dim=spec.head_dim,
-        head_dim_vo=spec.head_dim_vo or 0,
-        group_size=spec.group_size,
-        page_size=spec.page_size or 0,
-        table=TABLE_FORMS[spec.table],
-        table_row=form.table_row,
+        **call_fields(spec, form),
         consumers=tuning.consumers,
         tokens=tuning.tokens,
         edge_tokens=tuning.edge_tokens,
@@ -168,14 +129,5 @@ def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: PrefillForm) 
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
         parts=tuning.parts,
-        causal=spec.causal,
-        windowed=form.windowed,
-        soft_cap="soft_cap" in spec.features,
-        alibi="alibi" in spec.features,
-        sinks="sinks" in spec.features,
-        mask=MASK_FORMS[form.mask_columns],
-        k_scales=form.k_scales,
-        v_scales=form.v_scales,
-        lse=form.lse,
         signed_scale=form.signed_scale,
     )

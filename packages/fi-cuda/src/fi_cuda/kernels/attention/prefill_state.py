@@ -14,9 +14,10 @@ from ...params import TensorMap
 from ...spec import kernel_for
 from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
+from .call import CallForm
 from .layout import Layout
 from .order import OrderPlanner, fill_order_on_host, order_spec
-from .prefill import PrefillForm, prefill_spec
+from .prefill import prefill_spec
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens
 from .state import ListState, address_of, scale_of
 
@@ -130,7 +131,7 @@ class PrefillState(ListState):
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
         scale = layer.scale * k_scale
         addressing, maps = self._addresses, self._maps_of(kv)
-        form = PrefillForm(
+        form = CallForm(
             windowed=layer.window is not None,
             lse=with_lse,
             k_scales=k_scales != 0,

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...params import TensorMap
 from ...spec import kernel_for
 from .boxes import maps_of, tokens_of_box
-from .decode import CallForm, decode_spec
+from .call import CallForm
+from .decode import decode_spec
 from .layout import Layout
 from .order import OrderPlanner
 from .plan import DevicePlanner, fill_on_host
