@@ -17,7 +17,8 @@ class BoxLoader {
   using Walk = ChunkWalk<Config, Params>;
   static constexpr bool kPaged = Config::kTable != kRagged;
   static constexpr int kBoxTokens = Stage::kBoxTokens;
-  static_assert(Lookup::kWholePages && kBoxTokens == Lookup::kEntryTokens && kBoxTokens % 8 == 0, "a box begins where the swizzle's pattern does");
+  static_assert(Lookup::kWholePages && kBoxTokens == Lookup::kEntryTokens && kBoxTokens % 8 == 0,
+                "a box begins where the swizzle's pattern does");
 
  public:
   static constexpr int kArrivals = 1;

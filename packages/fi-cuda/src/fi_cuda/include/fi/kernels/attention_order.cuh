@@ -4,10 +4,10 @@
 //
 // One block. Pairs of a request and a q tile are sorted by the KV steps they visit, most first: a stable counting sort in which
 // every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. Tiles of one warpgroup's rows or
-// fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once. A batch that exceeds the limits, or
-// with negative lengths, has no tiles.
-// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kCausal, kWindowed, kShift (a bin has 2^kShift
-// numbers of steps), kWorkers, kHeads (KV heads), kItemCost, kStepCost.
+// fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
+// A batch that exceeds the limits, or with negative lengths, has no tiles.
+// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kCausal, kWindowed,
+// kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kItemCost, kStepCost.
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
 // [., 16] (fi/attention/item.cuh, without head), header int [4] (fi/attention/order.cuh); max_pairs, max_q_tokens, max_q_len,
 // max_kv_len; num_requests, window.

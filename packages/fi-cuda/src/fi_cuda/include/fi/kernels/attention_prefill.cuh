@@ -3,10 +3,11 @@
 // One block a multiprocessor works through its worker's items of the plan. One warp copies queries, keys and values into rings
 // by tensor maps; each of the other warpgroups has 64 packed query rows of an item. Sources: Shah et al., "FlashAttention-3",
 // 2024, section 3 (roles, overlap within and between warpgroups); "stream-K" (Osama et al., 2023) for equal shares.
-// Config: Dtype (q, out), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kConsumers
-// (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step), kBoxTokens, kKeyStages, kValueStages, kQueryStages,
-// kPingPong, kOverlap, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales, kLse. Params: those of
-// fi_cuda.kernels.attention.prefill.
+// Config: Dtype (q, out), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0:
+// ragged), kTable, kTableRow, kConsumers (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
+// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kPingPong, kOverlap, kParts (of a step's weights), kCausal, kWindowed,
+// kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales, kLse, kSignedScale (the softmax scale may be 0 or less),
+// kProducerRegisters, kConsumerRegisters, kSharedBytes. Params: those of fi_cuda.kernels.attention.prefill.
 #pragma once
 
 #include "fi/attention/prefill_consume.cuh"
