@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from fi_core.hookspecs import hookimpl
 from fi_core.ops import OPERATIONS
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, PackedMask
 from fi_core.registry import registry
-from fi_cuda.compile import compile_source
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning
 from fi_cuda.kernels.attention.call import CallForm
@@ -28,8 +26,6 @@ from fi_cuda.kernels.attention.prefill_tuning import (
     prefill_tuning_for,
 )
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
-from fi_cuda.params import KINDS
-from fi_cuda.source import CompileTarget, KernelSource
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -39,29 +35,9 @@ CAPACITY = Capacity(max_batch=5, max_q_tokens=300, max_q_len=200, max_kv_len=500
 TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, 1, 2)
 
 
-class Launches:
-    """Stands in for every kernel: keeps the last launch of each spec."""
-
-    def __init__(self):
-        self.last = {}
-
-    def kernel_for(self, spec, device):
-        recorder = self
-
-        class Kernel:
-            def launch(self, device, grid_x, grid_y, *values):
-                names = [name for name, _ in spec.layout.fields]
-                struct.pack(spec.layout.packer.format, *values[: len(names)])  # as the driver would be given them
-                names += spec.tensor_maps
-                recorder.last[spec.stem] = ((grid_x, grid_y), dict(zip(names, values, strict=True)), spec)
-
-        return Kernel()
-
-
 @pytest.fixture
-def launches(monkeypatch):
+def launches(monkeypatch, recorder):
     """A machine of 7 processors whose kernels are recorded instead of launched."""
-    recorder = Launches()
     for module in (order, plan, prefill_state):
         monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
     monkeypatch.setattr(layout, "num_processors", lambda device: 7)
@@ -173,20 +149,10 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_kernel_agrees_on_fields_and_shared_memory(name):
+def test_the_kernel_agrees_on_fields_and_shared_memory(name, compile_with_offsets):
     made = KERNELS[name]
-    source = made.source()
-    lines = [f"static_assert((sizeof(fi::PrefillShared<Config>) + 2047) / 1024 >= {made.shared_bytes // 1024});"]
-    codes = ""
-    for field, kind in made.layout.fields:
-        code = KINDS[kind][1]
-        # NVRTC has no offsetof; this is what the macro is made of.
-        lines.append(f"static_assert(__INTADDR__(&((Params*)0)->{field}) == {struct.calcsize(f'@{codes}0{code}')});")
-        codes += code
-    text = source.text.replace('extern "C"', " ".join(lines) + '\nextern "C"')
-    resources = compile_source(
-        KernelSource(source.stem, source.symbol, text, source.include_folders), CompileTarget("sm_90a")
-    ).resources
+    fits = f"static_assert((sizeof(fi::PrefillShared<Config>) + 2047) / 1024 >= {made.shared_bytes // 1024});"
+    resources = compile_with_offsets(made, fits).resources
     assert resources.spill_store_bytes == resources.spill_load_bytes == 0
 
 

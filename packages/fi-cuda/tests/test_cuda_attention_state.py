@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import struct
 import weakref
 from dataclasses import fields, replace
 
@@ -13,15 +12,12 @@ from fi_core.hookspecs import hookimpl
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, PackedMask
 from fi_core.registry import registry
 from fi_core.rope import FusedRope, RopeConfig, RopeTable, YarnScaling
-from fi_cuda.compile import compile_source
 from fi_cuda.kernels.attention import layout, plan, state, tuning
 from fi_cuda.kernels.attention.call import CallForm
 from fi_cuda.kernels.attention.decode import DecodeSpec, decode_spec
 from fi_cuda.kernels.attention.plan import DeviceWorkList, fill_on_host
 from fi_cuda.kernels.attention.state import attention_decode
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, partition_params
-from fi_cuda.params import KINDS
-from fi_cuda.source import CompileTarget, KernelSource
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -30,31 +26,9 @@ SPEC = AttentionSpec(8, 2, 64)
 CAPACITY = Capacity(max_batch=5, max_q_tokens=10, max_q_len=2, max_kv_len=500)
 
 
-class Launches:
-    """Stands in for every kernel: keeps the last launch of each spec."""
-
-    def __init__(self):
-        self.last = {}
-        self.specs = []
-
-    def kernel_for(self, spec, device):
-        self.specs.append(spec)
-        recorder = self
-
-        class Kernel:
-            def launch(self, device, grid_x, grid_y, *values):
-                names = [name for name, _ in spec.layout.fields]
-                struct.pack(spec.layout.packer.format, *values[: len(names)])  # as the driver would be given them
-                names += spec.tensor_maps
-                recorder.last[spec.stem] = ((grid_x, grid_y), dict(zip(names, values, strict=True)), spec)
-
-        return Kernel()
-
-
 @pytest.fixture
-def launches(monkeypatch):
+def launches(monkeypatch, recorder):
     """A machine of 7 processors whose kernels are recorded instead of launched."""
-    recorder = Launches()
     for module in (plan, state):
         monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
     monkeypatch.setattr(layout, "num_processors", lambda device: 7)
@@ -139,20 +113,10 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_kernel_agrees_on_fields_and_shared_memory(name):
+def test_the_kernel_agrees_on_fields_and_shared_memory(name, compile_with_offsets):
     made = KERNELS[name]
-    source = made.source()
-    lines = []
-    if name != "plan":
-        lines.append(f"static_assert(fi::DecodeShared<Config>::kBytes == {made.shared_bytes});")
-    codes = ""
-    for field, kind in made.layout.fields:
-        code = KINDS[kind][1]
-        # NVRTC has no offsetof; this is what the macro is made of.
-        lines.append(f"static_assert(__INTADDR__(&((Params*)0)->{field}) == {struct.calcsize(f'@{codes}0{code}')});")
-        codes += code
-    text = source.text.replace('extern "C"', " ".join(lines) + '\nextern "C"')
-    compile_source(KernelSource(source.stem, source.symbol, text, source.include_folders), CompileTarget("sm_90a"))
+    equal = f"static_assert(fi::DecodeShared<Config>::kBytes == {made.shared_bytes});"
+    compile_with_offsets(made, *([] if name == "plan" else [equal]))
 
 
 def test_arrangement_of_the_workspace(launches):

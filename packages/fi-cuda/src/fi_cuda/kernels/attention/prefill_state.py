@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
@@ -19,7 +18,7 @@ from .layout import Layout
 from .order import OrderPlanner, fill_order_on_host, order_spec
 from .prefill import prefill_spec
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens
-from .state import ListState, address_of, scale_of
+from .state import Call, ListState, address_of, cache_strides_of, scale_of
 
 
 class PrefillAttention:
@@ -30,21 +29,6 @@ class PrefillAttention:
 
     def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> PrefillState:
         return PrefillState(spec, capacity, torch.device(device))
-
-
-class _Call(NamedTuple):
-    """What calls with the same cache and layer share: the launch, and the values that no call changes, between which go
-    those of out, lse and the batch."""
-
-    kv: weakref.ref[KVCache]
-    layer: ResolvedLayer  # kept, so that its id names it
-    launch: Callable[..., None]
-    cache: tuple[int, int]
-    workspace: tuple[int, ...]
-    layer_tensors: tuple[int, ...]
-    cache_strides: tuple[int, ...]
-    numbers: tuple[float, ...]
-    maps: tuple[TensorMap, ...]
 
 
 class PrefillState(ListState):
@@ -123,7 +107,7 @@ class PrefillState(ListState):
             *call.maps,
         )
 
-    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> _Call:
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         lists, layout, tuning = self._lists[layer.window], self._layout, self._tuning
         regions = (layout.arrivals, layout.partials, layout.partial_rows)
         workspace = [region.of(self._buffer) for region in regions]
@@ -142,17 +126,14 @@ class PrefillState(ListState):
             boxes=maps is not None,
         )
         spec = prefill_spec(self._spec, tuning, form)
-        strides = []
-        for cache in kv.as_nhd():
-            strides += [cache.stride(0) if kv.is_paged else 0, cache.stride(-3), cache.stride(-2)]
-        return _Call(
+        return Call(
             kv=weakref.ref(kv),
             layer=layer,
             launch=kernel_for(spec, self._device).launch,
             workspace=tuple(map(address_of, (*lists[:2], *self._orders[layer.window][:2], *workspace))),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
-            cache_strides=tuple(strides),
+            cache_strides=cache_strides_of(kv),
             numbers=(
                 *(k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
                 *(layer.window or 0, scale, layer.soft_cap or 1.0, v_scale),

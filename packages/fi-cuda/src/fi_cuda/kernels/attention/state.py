@@ -33,9 +33,9 @@ class DecodeAttention:
         return DecodeState(spec, capacity, torch.device(device))
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What calls with the same cache and layer share: the launch, and the values that no call changes, between which go
-    those of q, out, lse and the batch."""
+    those of q, out, lse and the batch. In the order that each kernel's layout has."""
 
     kv: weakref.ref[KVCache]
     layer: ResolvedLayer  # kept, so that its id names it
@@ -210,7 +210,7 @@ class DecodeState(ListState):
             *call.maps,
         )
 
-    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> _Call:
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         """Find the kernel for calls with this cache and layer, and remember it with what they share."""
         lists, layout, rope = self._lists[layer.window], self._layout, layer.rope
         workspace = (layout.partials, layout.partial_rows)
@@ -229,10 +229,7 @@ class DecodeState(ListState):
             boxes=maps is not None,
         )
         spec = decode_spec(self._spec, self._tuning, form)
-        strides = []
-        for cache in kv.as_nhd():
-            strides += [cache.stride(0) if kv.is_paged else 0, cache.stride(-3), cache.stride(-2)]
-        return _Call(
+        return Call(
             kv=weakref.ref(kv),
             layer=layer,
             launch=kernel_for(spec, self._device).launch,
@@ -246,7 +243,7 @@ class DecodeState(ListState):
                 ),
                 *(q_scales, k_scales, v_scales),
             ),
-            cache_strides=tuple(strides),
+            cache_strides=cache_strides_of(kv),
             numbers=(
                 *(q_scale_stride, k_scale_stride, v_scale_stride, layer.window or 0),
                 *(layer.scale * q_scale * k_scale, layer.soft_cap or 1.0, v_scale),
@@ -263,6 +260,14 @@ class DecodeState(ListState):
 
 def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def cache_strides_of(kv: KVCache) -> tuple[int, ...]:
+    """Strides of page (0: ragged), token and head of K, then of V, in elements."""
+    strides: list[int] = []
+    for cache in kv.as_nhd():
+        strides += [cache.stride(0) if kv.is_paged else 0, cache.stride(-3), cache.stride(-2)]
+    return tuple(strides)
 
 
 def scale_of(scale: Any) -> tuple[int, int, float]:

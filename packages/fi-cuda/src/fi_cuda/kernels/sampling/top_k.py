@@ -17,8 +17,6 @@ from ..rows import power_of_2_at_least, vector_bytes
 from .forms import ClusterRowSpec, address
 from .geometry import Geometry, geometry_for, start_delay
 
-MAX_K = 2048
-
 SORTED_IN_ROW = 512
 """Most tokens that are sorted in memory that the kernel has anyway, as fi/sampling/first_k.cuh has it."""
 
@@ -83,10 +81,10 @@ def _launch(logits: Tensor, tokens: Tensor | None, values: Tensor, indices: Tens
 
 
 def top_k(logits: Tensor, values: Tensor, indices: Tensor) -> None:
-    """The ``TopK`` protocol of fi-core, k up to MAX_K."""
+    """The ``TopK`` protocol of fi-core, k up to what the kernel's entry declares."""
     _launch(logits, None, values, indices, None)
 
 
 def logprobs(logits: Tensor, tokens: Tensor, out: LogprobsOut) -> None:
-    """The ``Logprobs`` protocol of fi-core, top_n up to MAX_K."""
+    """The ``Logprobs`` protocol of fi-core, top_n likewise."""
     _launch(logits, tokens, out.values, out.indices, out.chosen)
