@@ -80,12 +80,16 @@ def saved_by(levels: tuple[SharedLevel, ...], costs: SharingCosts, q_lens: list[
     )
 
 
-def best_by_trial(held: Mapping[str, Pages], order: tuple[str, ...], costs: SharingCosts, q_lens: list[int], depth: int) -> float:
+def best_by_trial(
+    held: Mapping[str, Pages], order: tuple[str, ...], costs: SharingCosts, q_lens: list[int], depth: int
+) -> float:
     """The most that any set of shared prefixes saves."""
     starts = {held[name][:length] for name in order for length in range(1, len(held[name]) + 1)}
     shared = [start for start in starts if sum(held[name][: len(start)] == start for name in order) > 1]
     best = 0.0
-    for chosen in itertools.chain.from_iterable(itertools.combinations(shared, count) for count in range(len(shared) + 1)):
+    for chosen in itertools.chain.from_iterable(
+        itertools.combinations(shared, count) for count in range(len(shared) + 1)
+    ):
         levels = []
         for start in chosen:
             members = [index for index, name in enumerate(order) if held[name][: len(start)] == start]
@@ -105,7 +109,9 @@ def best_by_trial(held: Mapping[str, Pages], order: tuple[str, ...], costs: Shar
     numbers=st.tuples(*[st.sampled_from((0.0, 0.5, 1.0, 4.0, 16.0))] * 4),
     depth=st.integers(1, 3),
 )
-def test_the_choice_saves_the_most(held: dict[str, Pages], q_lens: list[int], numbers: tuple[float, ...], depth: int) -> None:
+def test_the_choice_saves_the_most(
+    held: dict[str, Pages], q_lens: list[int], numbers: tuple[float, ...], depth: int
+) -> None:
     pair_ns, row_ns, node_ns, batch_ns = numbers
     costs = SharingCosts(1.0, 0.75, pair_ns / 16, row_ns, node_ns, batch_ns)
     lens = dict(zip(held, q_lens, strict=False))

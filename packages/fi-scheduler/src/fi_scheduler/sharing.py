@@ -200,9 +200,7 @@ class _Choice:
         self._q_lens = q_lens
         self._known: dict[tuple[int, int, int], tuple[float, bool]] = {}
 
-    def best(
-        self, group: PrefixGroup, begin: int, covered: int, depth: int, spans: Mapping[PrefixGroup, int]
-    ) -> float:
+    def best(self, group: PrefixGroup, begin: int, covered: int, depth: int, spans: Mapping[PrefixGroup, int]) -> float:
         """Nanoseconds saved in ``group``, whose requests begin at ``begin``, when pages up to ``covered`` are read once and
         ``depth`` more levels may be."""
         key = begin, group.end, covered << 8 | depth

@@ -62,7 +62,9 @@ class StepPlanner:
         self._policy: SchedulingPolicy = policy
         self._cache: PrefixCache = cache
         self._held = HeldPages(pool, cache)
-        self._sharer = None if config.sharing is None else Sharer(config.sharing, pool.page_size, config.max_prefix_depth)
+        self._sharer = (
+            None if config.sharing is None else Sharer(config.sharing, pool.page_size, config.max_prefix_depth)
+        )
         self.sharing: Sharing | None = None
         """What the last plan chose of shared prefixes, and why (None: PlannerConfig.sharing is None)."""
         self._requests: dict[str, Request] = {}
