@@ -98,7 +98,9 @@ def test_running_samples_are_read_once_and_later_ones_join_them(tiny_loaded: Any
     # Three samples share 32 tokens, all four requests 16.
     assert steps[-1].levels == ((0, 4, 0, 16), (0, 3, 16, 32)) or steps[-1].levels == ((0, 4, 0, 16), (1, 4, 16, 32))
     lines = engine.explain_sharing()
-    assert any("2 shared prefixes" in line for line in lines) and any("decode steps: reference" in line for line in lines)
+    assert any("2 shared prefixes" in line for line in lines) and any(
+        "decode steps: reference" in line for line in lines
+    )
     list(engine.stream([*samples, late]))
     (alone,) = _engine(tiny_loaded).generate([late.prompt_ids], replace(late.params, seed=None))
     assert tuple(late.token_ids) == alone.token_ids
