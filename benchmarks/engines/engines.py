@@ -29,8 +29,9 @@ class Engine(Protocol):
         """Of every token of each prompt but the first: what a prefill computes."""
         ...
 
-    def forced_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> list[list[float]]:
-        """Of ``forced`` tokens after each prompt, each computed by a decode step."""
+    def decode_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> tuple[list[Tokens], list[list[float]]]:
+        """(tokens after each prompt, their log-probabilities, each computed by a decode step): ``forced`` ones, or as many
+        of the engine's own greedy ones where it cannot be made to emit given tokens."""
         ...
 
     def close(self) -> None: ...
@@ -78,10 +79,10 @@ class VllmEngine:
         found = self._run(prompts, [self._params(max_tokens=1, prompt_logprobs=0)] * len(prompts))
         return [_chosen(out.prompt_logprobs[1:], prompt[1:]) for out, prompt in zip(found, prompts, strict=True)]
 
-    def forced_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> list[list[float]]:
+    def decode_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> tuple[list[Tokens], list[list[float]]]:
         params = [self._params(max_tokens=len(each), logprobs=0, extra_args={"forced_tokens": each}) for each in forced]
         found = self._run(prompts, params)
-        return [_chosen(out.outputs[0].logprobs, each) for out, each in zip(found, forced, strict=True)]
+        return forced, [_chosen(out.outputs[0].logprobs, each) for out, each in zip(found, forced, strict=True)]
 
     def close(self) -> None:
         del self.engine
@@ -122,26 +123,23 @@ class SglangEngine:
         found = self._run(prompts, 1, return_logprob=True, logprob_start_len=0)
         return [[item[0] for item in out["meta_info"]["input_token_logprobs"][1:]] for out in found]
 
-    def forced_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> list[list[float]]:
-        """SGLang cannot force tokens and report what they had been before: those of its own greedy tokens, for as long as
-        they are the forced ones."""
-        found = self._run(prompts, max(map(len, forced)), return_logprob=True, logprob_start_len=-1)
-        lists = []
-        for out, wanted in zip(found, forced, strict=True):
-            values = [item[0] for item in out["meta_info"]["output_token_logprobs"]]
-            same = next(
-                (i for i, (a, b) in enumerate(zip(out["output_ids"], wanted, strict=False)) if a != b), len(wanted)
-            )
-            lists.append(values[:same])
-        return lists
+    def decode_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> tuple[list[Tokens], list[list[float]]]:
+        """Of its own greedy tokens: SGLang cannot report what forced tokens had been before."""
+        nums = [len(each) for each in forced]
+        found = self._run(prompts, nums, return_logprob=True, logprob_start_len=-1)
+        values = [[item[0] for item in out["meta_info"]["output_token_logprobs"]] for out in found]
+        return [out["output_ids"] for out in found], values
 
     def close(self) -> None:
         self.engine.shutdown()
 
 
-def engine_options(text: str) -> dict[str, Any]:
-    """Options of an engine from JSON, as scripts take them."""
-    options = json.loads(text)
-    if not isinstance(options, dict):
-        raise ValueError(f"options are a JSON object, got {text}")
+def engine_options(texts: list[str]) -> dict[str, Any]:
+    """Options of an engine from JSON objects, as scripts take them; a later one wins."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"options are a JSON object, got {text}")
+        options |= found
     return options
