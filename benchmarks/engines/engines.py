@@ -34,6 +34,11 @@ class Engine(Protocol):
         of the engine's own greedy ones where it cannot be made to emit given tokens."""
         ...
 
+    def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
+        """Of every token of each answer: how far its log-probability is below that of the best token there (0: it is the
+        best), computed from prompt and answer as one prompt."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -84,6 +89,17 @@ class VllmEngine:
         found = self._run(prompts, params)
         return forced, [_chosen(out.outputs[0].logprobs, each) for out, each in zip(found, forced, strict=True)]
 
+    def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
+        whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        found = self._run(whole, [self._params(max_tokens=1, prompt_logprobs=1)] * len(whole))
+        return [
+            [
+                max(each.logprob for each in position.values()) - position[token].logprob
+                for position, token in zip(out.prompt_logprobs[-len(answer) :], answer, strict=True)
+            ]
+            for out, answer in zip(found, answers, strict=True)
+        ]
+
     def close(self) -> None:
         del self.engine
 
@@ -129,6 +145,17 @@ class SglangEngine:
         found = self._run(prompts, nums, return_logprob=True, logprob_start_len=-1)
         values = [[item[0] for item in out["meta_info"]["output_token_logprobs"]] for out in found]
         return [out["output_ids"] for out in found], values
+
+    def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
+        whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        found = self._run(whole, 1, return_logprob=True, logprob_start_len=0, top_logprobs_num=1)
+        lists = []
+        for out, answer in zip(found, answers, strict=True):
+            infos = out["meta_info"]
+            best = [position[0][0] for position in infos["input_top_logprobs"][-len(answer) :]]
+            chosen = [item[0] for item in infos["input_token_logprobs"][-len(answer) :]]
+            lists.append([most - value for most, value in zip(best, chosen, strict=True)])
+        return lists
 
     def close(self) -> None:
         self.engine.shutdown()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Accuracy, the check that nothing waits for the device, throughput and latency of one engine, with fi and with its own backends.
+# Accuracy, checks that nothing waits for the device and that a full cache loses nothing, throughput and latency of one engine, with fi and with its own backends.
 # usage: job.sh vllm|sglang SITE OUT [WORK]     SITE: the engine's unpacked site folder ("" where it is installed)
 #                                               WORK: models, caches and whole results (default OUT/work); OUT gets logs and tables
-# env: PYTHON (default python3), PARTS (default "accuracy no_sync speed online"), KINDS (default "llama gemma2 qwen3 gpt_oss"),
+# env: PYTHON (default python3), PARTS (default "accuracy no_sync pressure speed online"), KINDS (default "llama gemma2 qwen3 gpt_oss"),
 #      TOGETHER (processes at once where speed is not measured, default 6), OWN (the engine's backends for speed),
 #      WORKLOADS, REQUESTS, ROUNDS, RATE, KV_GIB (cache of each engine under speed), LIMIT (seconds for speed)
 # Every part has its own time limit, process and log; what is done by then is in OUT.
@@ -22,9 +22,9 @@ case $engine in
   vllm) ours=CUSTOM own="FLASH_ATTN TRITON_ATTN"
         small='{"max_model_len": 1024, "max_num_seqs": 64, "gpu_memory_utilization": 0.04, "kv_cache_memory_bytes": 1073741824, "enable_prefix_caching": true}'
         large='{"load_format": "dummy", "max_model_len": 36864, "max_num_seqs": 256, "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": '$((kv_gib << 30))'}' ;;
-  sglang) ours=fi own="triton"
-        small='{"context_length": 1024, "max_running_requests": 64, "mem_fraction_static": 0.9, "max_total_tokens": 65536, "cuda_graph_max_bs_decode": 64}'
-        large='{"load_format": "dummy", "context_length": 36864, "max_running_requests": 256, "mem_fraction_static": 0.9, "max_total_tokens": '$((kv_gib * 8192))'}' ;;
+  sglang) ours=fi own=triton
+        small='{"context_length": 1024, "max_running_requests": 64, "mem_fraction_static": 0.9, "max_total_tokens": 65536, "chunked_prefill_size": 2048, "cuda_graph_bs_decode": [1, 4, 16, 64], "cuda_graph_bs_prefill": [256, 2048]}'
+        large='{"load_format": "dummy", "context_length": 36864, "max_running_requests": 256, "mem_fraction_static": 0.9, "max_total_tokens": '$((kv_gib * 8192))', "cuda_graph_max_bs_decode": 128, "cuda_graph_bs_prefill": [256, 1024, 4096, 8192]}' ;;
   *) sed -n '3,4p' "$0" >&2; exit 2 ;;
 esac
 
@@ -34,7 +34,7 @@ choose() { # choose BACKEND: the engine's own backends run with the engine's own
 
 part() { # part SECONDS NAME COMMAND...
   local limit=$1 name=$2 start=$SECONDS; shift 2
-  timeout -k 3 "$limit" "$@" > "$out/$name.log" 2>&1 < /dev/null; local status=$?
+  timeout --foreground -k 3 "$limit" "$@" > "$out/$name.log" 2>&1 < /dev/null; local status=$?
   echo "$name: exit status $status after $((SECONDS - start)) s"
   [ $status -eq 0 ] || grep -E '^[A-Za-z_.]*(Error|Exception|assert)' "$out/$name.log" | tail -2
   return $status
@@ -55,6 +55,14 @@ compare() { # compare KIND NAME OWN...: fi's run by name, against the engine's
   local files=() name
   for name in "${@:2}"; do [ -e "$work/accuracy_$1_$name.json" ] && files+=("$work/accuracy_$1_$name.json"); done
   [ ${#files[@]} -gt 1 ] && "$python" "$here/accuracy.py" compare "${files[@]}" | sed "s/^/$1 /" | tee -a "$out/accuracy.txt"
+}
+
+others() { # the engine's own runs of one kind: a line each of BACKEND, NAME and OPTIONS
+  local backend
+  for backend in $own; do echo "$backend $backend {}"; done
+  [ "$engine" = sglang ] || return 0
+  echo 'triton triton_eager {"disable_cuda_graph": true, "triton_attention_num_kv_splits": 3}'
+  case $1 in llama | qwen3) echo 'torch_native torch_native {}' ;; esac
 }
 
 ways() { # ways of one kind: a line each of NAME and OPTIONS
@@ -82,7 +90,7 @@ all_accuracy() {
   local kind backend name options
   for kind in $kinds; do
     while read -r name options; do beside accuracy "$kind" "$ours" "$name" "$options"; done < <(ways "$kind")
-    for backend in $own; do beside accuracy "$kind" "$backend" "$backend" '{}'; done
+    while read -r backend name options; do beside accuracy "$kind" "$backend" "$name" "$options"; done < <(others "$kind")
     [ "$kind" = llama ] && for backend in $ours $own; do beside accuracy "$kind" "$backend" "${backend}_fp8" "$fp8"; done
   done
 }
@@ -90,7 +98,7 @@ all_accuracy() {
 compare_all() {
   local kind name
   for kind in $kinds; do
-    while read -r name _; do compare "$kind" "$name" $own; done < <(ways "$kind")
+    while read -r name _; do compare "$kind" "$name" $(others "$kind" | cut -d ' ' -f 2); done < <(ways "$kind")
   done
   compare llama "${ours}_fp8" ${own// /_fp8 }_fp8
 }
@@ -100,6 +108,19 @@ no_sync() { # with the plugin that raises at a synchronisation
   export PYTHONPATH=$here/no_sync:$plain
   part 150 no_sync "$python" "$here/throughput.py" "$engine" "$work/models/llama" "$ours" "$work/guarded.jsonl" --workloads short --requests 128 --options "$small"
   grep -h fi_no_sync "$out/no_sync.log"
+}
+
+pressure() { # pressure NAME KIND OPTIONS [VARIABLE=VALUE ...]
+  choose "$ours"
+  part 150 "$1" env "${@:4}" "$python" "$here/pressure.py" "$engine" "$work/models/$2" "$ours" --options "$small" --options "$3"
+  grep -h '^pressure' "$out/$1.log" | cut -c1-300
+}
+
+all_pressure() {
+  beside pressure pressure llama '{}'
+  [ "$engine" = vllm ] || return 0
+  beside pressure pressure_ngram llama '{"logits_processors": null, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}}'
+  beside pressure pressure_v2_runner qwen3 '{"logits_processors": null}' VLLM_USE_V2_MODEL_RUNNER=1
 }
 
 speed_of() { # speed_of BACKEND OF
@@ -129,10 +150,11 @@ kinds=${KINDS:-llama gemma2 qwen3 gpt_oss}
 draw="g = torch.Generator('cuda').manual_seed(1); torch.empty(1, dtype=torch.int64, device='cuda').random_(generator=g)"
 "$python" -c "import torch; $draw; print('a draw of a seeded request takes', g.get_offset(), 'of its generator; vLLM takes back 4')"
 "$python" "$here/models.py" llama "$work/models/llama8b" --size 8b --config-only
-parts=" ${PARTS:-accuracy no_sync speed online} "
-case $parts in *" accuracy "* | *" no_sync "*) models ;; esac
+parts=" ${PARTS:-accuracy no_sync pressure speed online} "
+case $parts in *" accuracy "* | *" no_sync "* | *" pressure "*) models ;; esac
 case $parts in *" accuracy "*) all_accuracy ;; esac
 case $parts in *" no_sync "*) beside no_sync ;; esac
+case $parts in *" pressure "*) all_pressure ;; esac
 wait
 case $parts in *" accuracy "*) compare_all ;; esac
 case $parts in *" speed "*) speed ;; esac
