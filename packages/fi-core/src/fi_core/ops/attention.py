@@ -53,6 +53,7 @@ OPERATION = Operation(
         "rope_pairs": "'none', 'half' or 'interleaved'",
         "rotary_dim": "dims of a head that rotate, 0 with rope 'none'",
         "max_q_len": "most new tokens of one request",
+        "levels": "whether batches may name prefixes that requests share",
     },
     typical={
         "dtype": torch.bfloat16,
@@ -72,6 +73,7 @@ OPERATION = Operation(
         "rope_pairs": "none",
         "rotary_dim": 0,
         "max_q_len": 1,
+        "levels": False,
     },
     cases=_cases,
 )

@@ -20,6 +20,7 @@ from ...rope import FusedRope, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
 from ...tolerances import attention_tolerance, lse_tolerance
 from . import poisoned
 from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale
+from .prefixes import Forest, forests, share
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Scenario:
     ``window`` is what the call picks of spec.windows; ``mask`` the columns of a packed mask; ``spare_rows`` rows of q and
     out past q_indptr[B]; ``strided`` makes q and out views of wider tensors; ``before`` plans another batch first, to find
     state that an update fails to replace. ``q_scale`` is the form of the scale of FP8 queries; ``scaling`` that of the
-    rotation's frequencies.
+    rotation's frequencies; ``forest`` what requests share.
     """
 
     spec: AttentionSpec
@@ -44,12 +45,15 @@ class Scenario:
     slack: int = 0
     q_scale: ScaleForm = "none"
     scaling: YarnScaling | Llama3Scaling | None = None
+    forest: Forest | None = None
 
     @property
     def capacity(self) -> Capacity:
         longest = max([1, *self.q_lens]) + self.slack
         total = max(1, sum(self.q_lens), longest) + self.slack
-        return Capacity(max(1, len(self.q_lens)) + self.slack, total, longest, max([1, *self.kv_lens]) + self.slack)
+        prefixes = () if self.forest is None else (len(self.forest.nodes) + self.slack, self.forest.depth)
+        longest_kv = max([1, *self.kv_lens]) + self.slack
+        return Capacity(max(1, len(self.q_lens)) + self.slack, total, longest, longest_kv, *prefixes)
 
 
 def _scenario(q_lens: tuple[int, ...], kv_lens: tuple[int, ...], options: Mapping[str, Any]) -> Scenario:
@@ -71,7 +75,7 @@ def case(
     name: str, q_lens: tuple[int, ...], kv_lens: tuple[int, ...], tags: frozenset[str] = frozenset(), **options: Any
 ) -> Case:
     scenario = _scenario(q_lens, kv_lens, options)
-    values = attention_values(scenario.spec, scenario.capacity.max_q_len)
+    values = attention_values(scenario.spec, scenario.capacity.max_q_len, scenario.forest is not None)
     return Case(name, values, lambda device, seed: build(scenario, device, seed), tags)
 
 
@@ -91,14 +95,18 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
     q = _place(stored, scenario.strided)
     lengths = torch.tensor(scenario.kv_lens, dtype=torch.int32, device=device)
     mask = _mask(scenario, device, generator)
-    batch = Batch(indptr_of(scenario.q_lens, device), lengths, mask=mask, **cache.fields)
+    levels = None
+    if scenario.forest is not None:
+        share(cache, scenario.forest, scenario.form)
+        levels = scenario.forest.levels(device)
+    batch = Batch(indptr_of(scenario.q_lens, device), lengths, mask=mask, levels=levels, **cache.fields)
     layer = _layer(scenario, q_scale, device, generator)
     shape = (rows, spec.num_qo_heads, spec.head_dim_vo or 0)
 
     def run(kernel: AttentionKernel) -> dict[str, Tensor]:
         state = kernel.plan(spec, scenario.capacity, str(device))
         if scenario.before:
-            state.update(replace(batch, kv_lens=lengths.flip(0).contiguous().clamp(max=1)))
+            state.update(replace(batch, kv_lens=lengths.flip(0).contiguous().clamp(max=1), levels=None))
         state.update(batch)
         out = _place(poisoned(shape, spec.dtype, device), scenario.strided)
         lse = poisoned(shape[:2], torch.float32, device) if "lse" in spec.features else None
@@ -187,6 +195,7 @@ def cases() -> Iterator[Case]:
     yield from _features()
     yield from _formats()
     yield from _rotations()
+    yield from _prefixes()
     yield from _large()
 
 
@@ -357,6 +366,11 @@ def _rotations() -> Iterator[Case]:
         yield case(
             f"rope_qk_{kv_format}_q", (1, 2), (150, 40), **stored, rope=full, q_format="fp8_e4m3", q_scale="heads"
         )
+
+
+def _prefixes() -> Iterator[Case]:
+    for name, forest, q_lens, kv_lens, options in forests():
+        yield case(f"prefix_{name}", q_lens, kv_lens, **{"dtype": _BF16, "forest": forest, **options})
 
 
 def _large() -> Iterator[Case]:
