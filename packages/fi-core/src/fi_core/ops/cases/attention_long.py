@@ -82,7 +82,9 @@ def _features() -> Iterator[Case]:
         yield _case(f"mask_tree_d{head_dim}", features={"mask"}, mask="new", causal=False, **plain)
         yield _case(f"not_causal_d{head_dim}", causal=False, features={"lse"}, **plain)
         everything = {"soft_cap", "sinks", "alibi", "mask", "lse"}
-        yield _case(f"every_feature_d{head_dim}", features=everything, mask="kv", windows=(None, 70), window=70, **plain)
+        yield _case(
+            f"every_feature_d{head_dim}", features=everything, mask="kv", windows=(None, 70), window=70, **plain
+        )
     yield _case("window_not_causal", windows=(60,), causal=False, features={"lse"})
     yield _case("window_append", _APPEND, windows=(200,), features={"sinks", "lse"}, head_dim=128)
     yield _case("soft_cap_slots", features={"soft_cap"}, page_size=1, head_dim=128)
