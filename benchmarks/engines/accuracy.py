@@ -3,9 +3,8 @@
 usage: python accuracy.py run ENGINE MODEL_FOLDER BACKEND OUT.json [--options JSON ...] [--name NAME]
        python accuracy.py compare FI.json OWN.json OWN.json ...
 64 prompts, each with 64 tokens drawn for it: "prompt" are the tokens' log-probabilities as a prefill computes them, "decode" as
-decode steps do. SGLang cannot force tokens in decode steps, so there "decode" are those of its own greedy tokens, and compared are
-those up to the first token that two backends choose differently. ``compare`` also counts
-equal greedy texts, and their tokens before the first difference.
+decode steps do. SGLang cannot force tokens in decode steps: there "decode" are those of its own greedy tokens, up to the first
+that two backends choose differently. ``compare`` also counts equal greedy texts, and their tokens before the first difference.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 logger = init_logger(__name__)
 
 MIN_PREFIX, MIN_REQUESTS = 256, 8
-"""Tokens that requests share, and requests, from which reading the tokens once is worth a part more to merge (vLLM's own bounds)."""
+"""Tokens that requests share, and requests, from which reading the tokens once is worth one more part to merge: vLLM's bounds."""
 
 
 @dataclass
@@ -75,7 +75,9 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
         target = fi.target_of(self.device)
         found = all(shares_prefixes(spec, limits, target) for spec in specs.values())
         if not found:
-            logger.warning("fi-vllm: no kernel reads a common prefix of %s once; it is read for each request", self.layer_names)
+            logger.warning(
+                "fi-vllm: no kernel reads a common prefix of %s once; it is read for each request", self.layer_names
+            )
         return found
 
     @classmethod

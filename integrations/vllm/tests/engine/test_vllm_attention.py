@@ -39,7 +39,9 @@ def make(layers, num_drafted=0, mode=CUDAGraphMode.NONE, max_model_len=128, casc
             static_forward_context={name: Layer(impl) for name, impl in layers.items()}, cudagraph_mode=mode
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=64),
-        model_config=SimpleNamespace(dtype=torch.float32, max_model_len=max_model_len, disable_cascade_attn=not cascade),
+        model_config=SimpleNamespace(
+            dtype=torch.float32, max_model_len=max_model_len, disable_cascade_attn=not cascade
+        ),
         speculative_config=speculation,
     )
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
