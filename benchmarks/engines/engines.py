@@ -21,8 +21,9 @@ VLLM_ENVIRONMENT = {
 class Engine(Protocol):
     """An engine that is started with one model and one attention backend."""
 
-    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
-        """Greedy tokens; ``num_new`` of each prompt, or its own number for each."""
+    def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
+        """Greedy tokens, or drawn ones with ``sampling`` (temperature, top_k, top_p, as both engines call them); ``num_new`` of
+        each prompt, or its own number for each."""
         ...
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
@@ -72,13 +73,12 @@ class VllmEngine:
     def _params(self, **values: Any) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **values)
+        return SamplingParams(**({"temperature": 0.0, "ignore_eos": True, "detokenize": False} | values))
 
-    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
+    def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
         nums = [num_new] * len(prompts) if isinstance(num_new, int) else num_new
-        return [
-            list(out.outputs[0].token_ids) for out in self._run(prompts, [self._params(max_tokens=num) for num in nums])
-        ]
+        params = [self._params(max_tokens=num, **sampling) for num in nums]
+        return [list(out.outputs[0].token_ids) for out in self._run(prompts, params)]
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
         found = self._run(prompts, [self._params(max_tokens=1, prompt_logprobs=0)] * len(prompts))
@@ -127,13 +127,16 @@ class SglangEngine:
         }
         self.engine = sglang.Engine(**{**settings, **options})
 
-    def _run(self, prompts: list[Tokens], num_new: int | list[int], **more: Any) -> list[Any]:
+    def _run(
+        self, prompts: list[Tokens], num_new: int | list[int], sampling: dict[str, float] | None = None, **more: Any
+    ) -> list[Any]:
         nums = [num_new] * len(prompts) if isinstance(num_new, int) else num_new
-        params = [{"temperature": 0.0, "max_new_tokens": num, "ignore_eos": True} for num in nums]
+        drawn = sampling or {"temperature": 0.0}
+        params = [{"max_new_tokens": num, "ignore_eos": True, **drawn} for num in nums]
         return self.engine.generate(input_ids=prompts, sampling_params=params, **more)
 
-    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
-        return [out["output_ids"] for out in self._run(prompts, num_new)]
+    def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
+        return [out["output_ids"] for out in self._run(prompts, num_new, sampling)]
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
         found = self._run(prompts, 1, return_logprob=True, logprob_start_len=0)

@@ -106,7 +106,7 @@ compare_all() {
 no_sync() { # with the plugin that raises at a synchronisation
   choose "$ours"
   export PYTHONPATH=$here/no_sync:$plain
-  part 150 no_sync "$python" "$here/throughput.py" "$engine" "$work/models/llama" "$ours" "$work/guarded.jsonl" --workloads short --requests 128 --options "$small"
+  part 150 no_sync "$python" "$here/throughput.py" "$engine" "$work/models/llama" "$ours" "$work/guarded.jsonl" --workloads short,sampled --requests 128 --options "$small"
   grep -h fi_no_sync "$out/no_sync.log"
 }
 
@@ -126,7 +126,7 @@ all_pressure() {
 speed_of() { # speed_of BACKEND OF
   choose "$1"
   part "${LIMIT:-500}" "speed_$1" "$python" "$here/throughput.py" "$engine" "$work/models/llama8b" "$1" "$out/throughput.jsonl" --options "$large" \
-    --workloads "${WORKLOADS:-uniform,chat,long,prefix}" --requests "${REQUESTS:-64}" --rounds "${ROUNDS:-3}" --turns "$work/turns" --of "$2" --profile "$out/profile_$1.json"
+    --workloads "${WORKLOADS:-uniform,chat,sampled,long,prefix}" --requests "${REQUESTS:-64}" --rounds "${ROUNDS:-3}" --turns "$work/turns" --of "$2" --profile "$out/profile_$1.json"
   touch "$work/turns/ready.$1"
 }
 
