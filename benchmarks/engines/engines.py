@@ -40,6 +40,10 @@ class Engine(Protocol):
         best), computed from prompt and answer as one prompt."""
         ...
 
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -100,6 +104,9 @@ class VllmEngine:
             for out, answer in zip(found, answers, strict=True)
         ]
 
+    def forget(self) -> None:
+        self.engine.reset_prefix_cache()
+
     def close(self) -> None:
         del self.engine
 
@@ -159,6 +166,9 @@ class SglangEngine:
             chosen = [item[0] for item in infos["input_token_logprobs"][-len(answer) :]]
             lists.append([most - value for most, value in zip(best, chosen, strict=True)])
         return lists
+
+    def forget(self) -> None:
+        self.engine.flush_cache()
 
     def close(self) -> None:
         self.engine.shutdown()
