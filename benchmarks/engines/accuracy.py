@@ -1,7 +1,7 @@
 """Teacher-forced log-probabilities of one engine with one attention backend, and how far those of several backends differ.
 
 usage: python accuracy.py run ENGINE MODEL_FOLDER BACKEND OUT.json [--options JSON ...] [--name NAME]
-       python accuracy.py compare FI.json OWN.json OWN.json ...
+       python accuracy.py compare FI.json OWN.json OWN.json ... [REFERENCE.json ...]
 64 prompts, each with 64 tokens drawn for it: "prompt" are the tokens' log-probabilities as a prefill computes them, "decode" as
 decode steps do. SGLang cannot force tokens in decode steps: there "decode" are those of its own greedy tokens, up to the first
 that two backends choose differently. ``compare`` also counts equal greedy texts, and their tokens before the first difference.
@@ -48,6 +48,8 @@ def run(options: argparse.Namespace) -> None:
     result["prompt"] = [values[-NUM_NEW:] for values in found]
     result["decode_tokens"], result["decode"] = engine.decode_logprobs(prompts, drawn)
     result["greedy"] = engine.generate(prompts, NUM_NEW)
+    for part in ("prompt", "decode"):
+        result[part] = [[round(value, 6) for value in values] for values in result[part]]
     Path(options.out).write_text(json.dumps(result))
     print("written", options.out, flush=True)
     engine.close()
@@ -69,23 +71,31 @@ def difference(one: dict[str, Any], two: dict[str, Any], part: str) -> tuple[flo
 
 
 def compare(paths: list[str]) -> int:
-    """Print each pair; 1 unless fi's (the first) means are within the largest among the engine's own."""
+    """Print each pair of engine runs, and how far each is from float32 where a result of ``reference.py`` is among them; 1
+    unless fi's means (the first run's) are within the largest of the engine's own."""
     results = [json.loads(Path(path).read_text()) for path in paths]
+    exact = [result for result in results if result["backend"] == "float32"]
+    runs = [result for result in results if result["backend"] != "float32"]
     status = 0
     for part in ("prompt", "decode"):
-        means: dict[bool, list[float]] = {True: [], False: []}
-        for one, two in combinations(results, 2):
+        ours, own = [], []
+        for one, two in combinations(runs, 2):
             mean, most, num = difference(one, two, part)
             same = [common_length(a, b) for a, b in zip(one["greedy"], two["greedy"], strict=True)]
             print(
                 f"{part}: {one['name']} against {two['name']}: mean {mean:.5f}, largest {most:.5f} of {num}; "
                 f"greedy texts equal: {same.count(NUM_NEW)} of {len(same)}, tokens: {sum(same)} of {NUM_NEW * len(same)}"
             )
-            means[one is results[0]].append(mean)
-        if means[False]:
-            holds = max(means[True]) <= max(means[False])
+            (ours if one is runs[0] else own).append(mean)
+        if own:
+            holds = max(ours) <= max(own)
             print(f"{part}: fi differs by no more than the engine's own among themselves: {holds}")
             status |= not holds
+        for reference in exact:
+            found = [(run["name"], *difference(run, reference, part)) for run in runs]
+            if all(num for *_, num in found):
+                texts = (f"{name} mean {mean:.5f}, largest {most:.5f}" for name, mean, most, _ in found)
+                print(f"{part}: from {reference['name']}: {'; '.join(texts)}")
     return status
 
 
