@@ -10,6 +10,7 @@ import torch
 from fi_core.contract import Anything, Between, Condition, KernelEntry, OneOf, Request, Rule, SubsetOf
 from fi_core.ops.sampling_arguments import MAX_VOCAB
 from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, Q_FORMATS, format_of
+from fi_core.sampling import PENALTIES
 
 BACKEND = "cuda"
 MIN_CAPABILITY = (8, 0)
@@ -146,10 +147,12 @@ _FILTERING: Mapping[str, Rule] = {
 }
 
 _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
-    "sample": _FILTERING,
+    "sample": {**_FILTERING, "penalties": SubsetOf(*PENALTIES)},
     "filter_logits": {**_FILTERING, "kind": OneOf("logits", "probs")},
     "top_k": {**_VOCABULARY, "k": Between(1, _MAX_TOP_K)},
     "logprobs": {**_VOCABULARY, "top_n": Between(0, _MAX_TOP_K)},
+    "penalize_logits": {**_VOCABULARY, "parts": SubsetOf(*PENALTIES), "counts": OneOf("none", "dense", "sparse")},
+    "record_tokens": {"capacity": Between(1)},
     "verify_chain": {
         "vocab_size": Between(1, MAX_VOCAB),
         "num_draft": Anything(),

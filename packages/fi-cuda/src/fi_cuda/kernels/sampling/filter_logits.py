@@ -30,6 +30,7 @@ class FilterLogitsSpec(FilteringSpec):
     layout: ClassVar = ParamsLayout(
         (
             ("logits", "pointer"),
+            ("slots", "pointer"),
             ("temperature", "pointer"),
             ("top_k", "pointer"),
             ("top_p", "pointer"),
@@ -57,7 +58,9 @@ def _bound(
     return kernel_for(FilterLogitsSpec.of(dtype, vectors[0], geometry, filters, vectors[1], probs), device)
 
 
-def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
+def filter_logits(
+    logits: Tensor, filters: FilterParams, kind: str, out: Tensor, slots: Tensor | None = None
+) -> None:
     """The ``FilterLogits`` protocol of fi-core, a cluster a row; ``out`` may be the logits."""
     device, (num_rows, vocab_size) = logits.device, logits.shape
     chosen = geometry_for(vocab_size, num_rows, search=searches(filters.active))
@@ -68,6 +71,7 @@ def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor)
         num_rows * chosen.cluster_size,
         1,
         logits.data_ptr(),
+        address(slots),
         address(filters.temperature),
         address(filters.top_k),
         address(filters.top_p),

@@ -7,27 +7,29 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from fi_core.sampling import DrawKeys, FilterParams
+from fi_core.sampling import NO_PENALTIES, DrawKeys, FilterParams, PenaltyParams
 from torch import Tensor
 
 from ...launch import LaunchableKernel
 from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
-from .forms import FilteringSpec, address, searches
+from .forms import PENALTY_FIELDS, FilteringSpec, address, penalty_values, searches
 from .geometry import Geometry, geometry_for, start_delay
 
 
 @dataclass(frozen=True)
 class SampleSpec(FilteringSpec):
-    """Of rows of logits."""
+    """Of rows of logits that no penalties change."""
 
+    penalised: ClassVar = False
     stem: ClassVar = "sample"
     overlapping: ClassVar = True
     layout: ClassVar = ParamsLayout(
         (
             ("logits", "pointer"),
             ("rows", "pointer"),
+            ("slots", "pointer"),
             ("temperature", "pointer"),
             ("top_k", "pointer"),
             ("top_p", "pointer"),
@@ -46,24 +48,48 @@ class SampleSpec(FilteringSpec):
     )
 
 
+    def config_lines(self) -> list[str]:
+        return [*super().config_lines(), f"static constexpr bool kPenalties = {str(self.penalised).lower()};"]
+
+
+@dataclass(frozen=True)
+class PenalisedSampleSpec(SampleSpec):
+    """Of rows that penalties change on their way in."""
+
+    penalised: ClassVar = True
+    layout: ClassVar = ParamsLayout((*SampleSpec.layout.fields, *PENALTY_FIELDS))
+
+
 @lru_cache(maxsize=1024)
 def _bound(
-    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str]
+    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], penalised: bool
 ) -> LaunchableKernel:
-    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters), device)
+    spec = PenalisedSampleSpec if penalised else SampleSpec
+    return kernel_for(spec.of(dtype, vector, geometry, filters), device)
 
 
-def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor) -> None:
+def sample(
+    logits: Tensor,
+    filters: FilterParams,
+    keys: DrawKeys,
+    rows: Tensor | None,
+    tokens: Tensor,
+    penalties: PenaltyParams = NO_PENALTIES,
+    slots: Tensor | None = None,
+) -> None:
     """The ``Sample`` protocol of fi-core, a cluster an output."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
     chosen = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
-    kernel = _bound(device, logits.dtype, vector_bytes(logits, multiple_of=vocab_size), chosen, filters.active)
+    penalised = bool(penalties.active)
+    vector = vector_bytes(logits, multiple_of=vocab_size)
+    kernel = _bound(device, logits.dtype, vector, chosen, filters.active, penalised)
     kernel.launch(
         device,
         num_outputs * chosen.cluster_size,
         1,
         logits.data_ptr(),
         address(rows),
+        address(slots),
         address(filters.temperature),
         address(filters.top_k),
         address(filters.top_p),
@@ -77,4 +103,5 @@ def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor |
         rows is not None and rows.dtype == torch.int64,
         filters.order == "joint",
         *start_delay(chosen, num_outputs, logits.element_size()),
+        *(penalty_values(penalties) if penalised else ()),
     )
