@@ -211,9 +211,6 @@ def test_slots_pick_rows_of_the_parameters():
     expected[2] = -1
     columns_of_keys = fi.DrawKeys(keys.seed, keys.sample, position)
     assert torch.equal(fi.sample(logits, filters, columns_of_keys, slots=slots), expected)
-    probs = fi.filter_logits(logits, gathered)
-    probs[2] = 0
-    assert torch.equal(fi.filter_logits(logits, filters, slots=slots), probs)
     for bad in (slots.int(), slots.float()):
         with pytest.raises(fi.ArgumentError, match="^slots"):
             fi.sample(logits, filters, columns_of_keys, slots=bad)

@@ -163,7 +163,7 @@ def functional_calls() -> dict:
     }  # fmt: skip
 
 
-OUTPUT_PLACE = {"sample": 4, "filter_logits": 3, "penalize_logits": 2}
+OUTPUT_PLACE = {"sample": 4, "penalize_logits": 2}
 """Where the output is among a kernel's arguments; elsewhere last."""
 
 

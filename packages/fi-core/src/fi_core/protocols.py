@@ -144,9 +144,7 @@ class Sample(Protocol):
 class FilterLogits(Protocol):
     """Protocol of ``filter_logits``: out float32 [N, V]: masked, temperature-scaled logits or renormalised probabilities."""
 
-    def __call__(
-        self, logits: Tensor, filters: FilterParams, kind: str, out: Tensor, slots: Tensor | None
-    ) -> None: ...
+    def __call__(self, logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None: ...
 
 
 class TopK(Protocol):

@@ -27,7 +27,7 @@ from .kernels.sampling.forms import searches
 from .kernels.sampling.geometry import geometry_for
 from .kernels.sampling.penalize_logits import PenalizeLogitsSpec
 from .kernels.sampling.record_tokens import RecordTokensSpec
-from .kernels.sampling.sample import PenalisedSampleSpec, SampleSpec
+from .kernels.sampling.sample import ColumnSampleSpec, SampleSpec
 from .kernels.sampling.top_k import TopKSpec
 from .kernels.sampling.verify import VerifySpec
 from .spec import KernelSpec
@@ -147,7 +147,8 @@ def _sampling_specs() -> Iterator[KernelSpec]:
             yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
         for filters in (usual, frozenset[str]()):
             form = geometry_for(128256, num_rows, search=searches(filters))
-            yield PenalisedSampleSpec.of(dtype, VECTOR_BYTES, form, filters)
+            for penalties in (False, True):
+                yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, penalties)
         form = geometry_for(128256, num_rows)
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
         for probs in (False, True):

@@ -40,7 +40,7 @@ def _filter_logits(filters: tuple[str, ...], probs: bool, joint: bool) -> AotSpe
     arguments = {"logits_ptr": "*fp32", "temperature_ptr": "*fp32", **used, "out_ptr": "*fp32", "no_list_ptr": "*i32"}
     arguments |= _integers("logits_stride", "out_stride", "vocab_size")
     name = f"filter_logits_{'probs' if probs else 'logits'}_{'joint' if joint else 'sequential'}"
-    constants = {"slots_ptr": None, **absent, "JOINT": joint, "PROBS": probs, "BLOCK": 1024}
+    constants = {**absent, "JOINT": joint, "PROBS": probs, "BLOCK": 1024}
     return AotSpec(name, "fi_triton.sampling.filter_logits:filter_logits_kernel", arguments, constants, num_warps=16)
 
 

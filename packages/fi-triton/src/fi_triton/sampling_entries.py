@@ -18,7 +18,7 @@ _LOGITS: Mapping[str, Rule] = {"dtype": OneOf(torch.float32, torch.float16, torc
 _FILTERED: Mapping[str, Rule] = {**_LOGITS, "filters": SubsetOf(*FILTERS), "order": OneOf("sequential", "joint")}
 
 _RULES: Mapping[str, Mapping[str, Rule]] = {
-    "sample": {**_FILTERED, "penalties": SubsetOf()},  # penalize_logits comes before
+    "sample": {**_FILTERED, "penalties": SubsetOf(), "slots": OneOf(False, True)},  # penalize_logits comes before
     "filter_logits": {**_FILTERED, "kind": OneOf("logits", "probs")},
     "top_k": {**_LOGITS, "k": Between(1, _MAX_K)},
     "logprobs": {**_LOGITS, "top_n": Between(0, _MAX_K)},

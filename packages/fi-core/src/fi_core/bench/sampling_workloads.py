@@ -61,7 +61,7 @@ def _sample(device: torch.device, scale: Scale) -> Workload:
     def call() -> Outputs:
         return {"tokens": sample.sample(logits, filters, keys, out=out)}
 
-    values = {**_FILTERED, "penalties": frozenset[str]()}
+    values = {**_FILTERED, "penalties": frozenset[str](), "slots": False}
     return _workload(scale, values, call, cost, {"tokens": EXACT})
 
 

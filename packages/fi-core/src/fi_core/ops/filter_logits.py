@@ -12,10 +12,7 @@ from ..contract import Case, Cost, Operation
 from ..dispatch import Dispatcher
 from ..errors import ArgumentError
 from ..library import register
-from ..sampling import FILTERS, FilterParams
-from ..settings import settings
-from .arguments import call_checked
-from .penalty_arguments import check_slots
+from ..sampling import FilterParams
 from .sampling_arguments import FILTER_SCHEMA, check_filters, check_logits, flat_filters, tensor_or_new
 
 
@@ -48,62 +45,41 @@ OPERATION = Operation(
 _dispatch = Dispatcher("filter_logits", "dtype", "vocab_size", "filters", "order", "kind")
 
 
-def filter_logits(
-    logits: Tensor,
-    filters: FilterParams,
-    kind: str = "probs",
-    out: Tensor | None = None,
-    *,
-    slots: Tensor | None = None,
-) -> Tensor:
+def filter_logits(logits: Tensor, filters: FilterParams, kind: str = "probs", out: Tensor | None = None) -> Tensor:
     """Apply temperature and filters to logits [N, V] as ``sample`` does; return ``out`` float32 [N, V].
 
     kind "logits": l' = float32(l) / temperature where a token is kept, -inf elsewhere. kind "probs": mass / (kept mass)
     where kept (the fixed-point masses of ``sample``, so a token below 2^-32 of the largest has 0), 0 elsewhere.
     Temperature 0: the first index of the largest logit alone is kept, l' = l there and its probability is 1. An
-    unusable row (NaN, +inf, no finite logit, a parameter out of its range, a slot below 0) gives logits all -inf and
-    probabilities all 0, so that a draw from it gives -1.
+    unusable row (NaN, +inf, no finite logit, a parameter out of its range) gives logits all -inf and probabilities
+    all 0, so that a draw from it gives -1.
 
-    logits, filters and slots as in ``sample``; ``out`` may be float32 logits themselves. Raises ArgumentError and
+    logits and filters as in ``sample``; ``out`` may be float32 logits themselves. Raises ArgumentError and
     UnsupportedError.
     """
     check_logits("logits", logits)
-    check_slots(slots, logits.shape[0], logits.device)
-    check_filters(filters, logits.shape[0], logits.device, slots)
+    check_filters(filters, logits.shape[0], logits.device)
     if kind not in ("logits", "probs"):
         raise ArgumentError("kind", "'logits' or 'probs'", repr(kind))
     out = tensor_or_new("out", out, torch.float32, logits.shape, logits.device)
     if torch.compiler.is_compiling():
-        _OP(logits, *flat_filters(filters), kind, slots, out)
+        _OP(logits, *flat_filters(filters), kind, out)
     else:
-        _run(logits, filters, kind, out, slots)
+        _run(logits, filters, kind, out)
     return out
 
 
-def _run(logits: Tensor, filters: FilterParams, kind: str, out: Tensor, slots: Tensor | None) -> None:
-    def check() -> None:
-        from .. import checks
-
-        columns = [getattr(filters, name) for name in ("temperature", *FILTERS)]
-        sizes = [column.shape[0] for column in columns if column is not None]
-        if slots is not None and sizes:
-            checks.check_slots(slots, min(sizes))
-
-    if settings().check:
-        check()
+def _run(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
     kernel = _dispatch(logits.device, logits.dtype, logits.shape[1], filters.active, filters.order, kind)
     if logits.shape[0]:
-        call_checked(kernel, (logits, filters, kind, out, slots), check)
+        kernel(logits, filters, kind, out)
 
 
 def _run_flat(logits: Tensor, *flat: Any) -> None:
-    kind, slots, out = flat[-3:]
-    _run(logits, FilterParams(*flat[:-3]), kind, out, slots)
+    _run(logits, FilterParams(*flat[:-2]), *flat[-2:])
 
 
-_OP = register(
-    f"filter_logits(Tensor logits, {FILTER_SCHEMA}, str kind, Tensor? slots, Tensor(a!) out) -> ()", _run_flat
-)
+_OP = register(f"filter_logits(Tensor logits, {FILTER_SCHEMA}, str kind, Tensor(a!) out) -> ()", _run_flat)
 
 
 def cost(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Cost:

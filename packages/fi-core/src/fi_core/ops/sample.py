@@ -45,6 +45,7 @@ OPERATION = Operation(
         "filters": "filters that some row uses, of top_k, top_p, min_p, typical_p",
         "order": "'sequential' (each on what the previous ones left) or 'joint' (each on the whole, intersected)",
         "penalties": "changes of the logits before, of allowed, bias, repetition, frequency, presence",
+        "slots": "whether the parameters lie in columns from which slots pick",
     },
     typical={
         "dtype": torch.float32,
@@ -52,11 +53,12 @@ OPERATION = Operation(
         "filters": frozenset({"top_k", "top_p"}),
         "order": "sequential",
         "penalties": frozenset(),
+        "slots": False,
     },
     cases=_cases,
 )
 
-_dispatch = Dispatcher("sample", "dtype", "vocab_size", "filters", "order", "penalties")
+_dispatch = Dispatcher("sample", "dtype", "vocab_size", "filters", "order", "penalties", "slots")
 
 
 def sample(
@@ -150,7 +152,7 @@ def _run(
 
     if settings().check:
         check()
-    values = (logits.dtype, logits.shape[1], filters.active, filters.order, penalties.active)
+    values = (logits.dtype, logits.shape[1], filters.active, filters.order, penalties.active, slots is not None)
     kernel = _dispatch(logits.device, *values)
     if tokens.shape[0]:
         call_checked(kernel, (logits, filters, keys, rows, tokens, penalties, slots), check)

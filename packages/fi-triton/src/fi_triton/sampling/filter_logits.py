@@ -46,7 +46,6 @@ def _write_single(row_ptr, vocab_size, chosen, out_ptr, PROBS: tl.constexpr, BLO
 @triton.jit
 def filter_logits_kernel(
     logits_ptr,
-    slots_ptr,  # int64 [N], or None
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -66,14 +65,12 @@ def filter_logits_kernel(
     row_ptr = logits_ptr + index * logits_stride
     out_row_ptr = out_ptr + index * out_stride
     largest, first, no_nan = scan_row(row_ptr, vocab_size, 4 * BLOCK)
-    slot = index if slots_ptr is None else tl.load(slots_ptr + index)
-    place = tl.maximum(slot, 0)
-    temperature = tl.full((), 1.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + place)
-    k_ptr = None if top_k_ptr is None else top_k_ptr + place
-    p_ptr = None if top_p_ptr is None else top_p_ptr + place
-    m_ptr = None if min_p_ptr is None else min_p_ptr + place
-    t_ptr = None if typical_p_ptr is None else typical_p_ptr + place
-    valid = (slot >= 0) & valid_filters(temperature, k_ptr, p_ptr, m_ptr, t_ptr)
+    temperature = tl.full((), 1.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + index)
+    k_ptr = None if top_k_ptr is None else top_k_ptr + index
+    p_ptr = None if top_p_ptr is None else top_p_ptr + index
+    m_ptr = None if min_p_ptr is None else min_p_ptr + index
+    t_ptr = None if typical_p_ptr is None else typical_p_ptr + index
+    valid = valid_filters(temperature, k_ptr, p_ptr, m_ptr, t_ptr)
     greedy = temperature <= 0.0
     temperature = tl.where(greedy, 1.0, temperature)
     peak = tl.div_rn(largest, temperature)
@@ -87,13 +84,12 @@ def filter_logits_kernel(
         _write_single(row_ptr, vocab_size, tl.where(usable, first, -1), out_row_ptr, PROBS, BLOCK)
 
 
-def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor, slots: Tensor | None = None) -> None:
+def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
     """The ``FilterLogits`` protocol; float32 ``out`` may be the logits."""
     num_rows, vocab_size = logits.shape
     with on_device(logits.device):
         filter_logits_kernel[(num_rows,)](
             logits,
-            slots,
             filters.temperature,
             filters.top_k,
             filters.top_p,

@@ -22,7 +22,6 @@ _PROBS = Tolerance(1e-5, 2e-6)
 def _build(case: DrawCase, kind: str, device: torch.device, seed: int) -> Trial:
     inputs = draw_inputs(case, seed)
     content, filters = inputs.logits.to(device), on_device(inputs.filters, device)
-    slots = None if inputs.slots is None else inputs.slots.to(device)
     shape = inputs.logits.shape
     tolerance = {"out": EXACT if kind == "logits" else _PROBS, "rest": EXACT, "kept": EXACT}
 
@@ -32,12 +31,12 @@ def _build(case: DrawCase, kind: str, device: torch.device, seed: int) -> Trial:
     def run(kernel: Any) -> Mapping[str, Tensor]:
         logits = guarded(shape, case.dtype, device, after=case.after, content=content)
         out = guarded(shape, torch.float32, device, after=case.after)
-        kernel(logits.view, filters, kind, out.view, slots)
+        kernel(logits.view, filters, kind, out.view)
         return {"out": out.view.contiguous(), "rest": out.rest(), "kept": kept(out.view)}
 
     def expected() -> Mapping[str, Tensor]:
         out = torch.empty(shape, dtype=torch.float64)
-        filter_logits(inputs.logits, inputs.filters, kind, out, inputs.slots)
+        filter_logits(inputs.logits, inputs.filters, kind, out)
         return {"out": out, "rest": guarded(shape, torch.float32, device, after=case.after).rest(), "kept": kept(out)}
 
     return Trial(run, expected, tolerance)

@@ -80,8 +80,6 @@ def draw_cases() -> Iterator[DrawCase]:
     yield DrawCase(
         "v4096", vocab_size=4096, num_rows=3, columns={"top_k": (50, 0, 1000), "top_p": (0.91, 0.62)}, make=noise
     )
-    yield DrawCase("slots", slotted=True, num_rows=20, columns=FILTERS["top_k_top_p"])
-    yield DrawCase("slots_every", slotted=True, num_rows=20, columns=_EVERY_FILTER, make=hostile)
 
 
 def sample_cases() -> Iterator[DrawCase]:
@@ -90,6 +88,9 @@ def sample_cases() -> Iterator[DrawCase]:
     yield DrawCase("rows", num_rows=4, repeats=5, columns=FILTERS["plain"])
     yield DrawCase("rows_every", num_rows=7, repeats=4, columns=_EVERY_FILTER, make=hostile, after=3)
     yield DrawCase("rows_one", num_rows=1, repeats=40, columns=FILTERS["top_p"])
+    yield DrawCase("slots", slotted=True, num_rows=20, columns=FILTERS["top_k_top_p"])
+    yield DrawCase("slots_plain", slotted=True, num_rows=20)
+    yield DrawCase("slots_every", slotted=True, num_rows=20, columns=_EVERY_FILTER, make=hostile)
     yield DrawCase("slots_rows", num_rows=4, repeats=5, slotted=True, columns=FILTERS["top_k_top_p"])
     for part in PENALTIES:
         yield DrawCase(f"penalties_{part}", parts=(part,), num_rows=9)
@@ -131,5 +132,5 @@ def cases() -> Iterator[Case]:
     """Every case of ``sample``."""
     for case in sample_cases():
         values = {"dtype": case.dtype, "vocab_size": case.vocab_size, "filters": case.filters, "order": case.order}
-        values["penalties"] = frozenset(case.parts)
+        values |= {"penalties": frozenset(case.parts), "slots": case.slotted}
         yield Case(case.name, values, partial(_build, case), case.tags)

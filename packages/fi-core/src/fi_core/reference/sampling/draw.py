@@ -70,13 +70,8 @@ def _drawn(logits: Tensor, filters: FilterParams, keys: DrawKeys) -> Tensor:
     return torch.where(weights.usable, draw(mass, random_bits(keys, PURPOSE_DRAW)), -1)
 
 
-def filter_logits(
-    logits: Tensor, filters: FilterParams, kind: str, out: Tensor, slots: Tensor | None = None
-) -> None:
+def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
     """The ``FilterLogits`` protocol; ``out`` may be float64 (then the probabilities are the oracle's)."""
-    if slots is not None:
-        places = slots.clamp(min=0)
-        filters = map_columns(filters, lambda column: column[places])
     temperature = filters.temperature
     greedy = None
     if temperature is not None:
@@ -90,8 +85,6 @@ def filter_logits(
         first = weights.scaled.argmax(dim=1, keepdim=True)
         mask = torch.where(greedy.unsqueeze(1), torch.zeros_like(mask).scatter_(1, first, True), mask)
     usable = weights.usable & valid_filters(filters, logits.shape[0], logits.device)
-    if slots is not None:
-        usable &= slots >= 0
     mask &= usable.unsqueeze(1)
     if kind == "logits":
         out.copy_(weights.scaled.masked_fill(~mask, -torch.inf))

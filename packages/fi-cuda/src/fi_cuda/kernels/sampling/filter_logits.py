@@ -30,7 +30,6 @@ class FilterLogitsSpec(FilteringSpec):
     layout: ClassVar = ParamsLayout(
         (
             ("logits", "pointer"),
-            ("slots", "pointer"),
             ("temperature", "pointer"),
             ("top_k", "pointer"),
             ("top_p", "pointer"),
@@ -58,9 +57,7 @@ def _bound(
     return kernel_for(FilterLogitsSpec.of(dtype, vectors[0], geometry, filters, vectors[1], probs), device)
 
 
-def filter_logits(
-    logits: Tensor, filters: FilterParams, kind: str, out: Tensor, slots: Tensor | None = None
-) -> None:
+def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
     """The ``FilterLogits`` protocol of fi-core, a cluster a row; ``out`` may be the logits."""
     device, (num_rows, vocab_size) = logits.device, logits.shape
     chosen = geometry_for(vocab_size, num_rows, search=searches(filters.active))
@@ -71,7 +68,6 @@ def filter_logits(
         num_rows * chosen.cluster_size,
         1,
         logits.data_ptr(),
-        address(slots),
         address(filters.temperature),
         address(filters.top_k),
         address(filters.top_p),

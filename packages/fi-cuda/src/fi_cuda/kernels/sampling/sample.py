@@ -20,16 +20,14 @@ from .geometry import Geometry, geometry_for, start_delay
 
 @dataclass(frozen=True)
 class SampleSpec(FilteringSpec):
-    """Of rows of logits that no penalties change."""
+    """Of rows of logits, each with its own parameters beside it."""
 
-    penalised: ClassVar = False
     stem: ClassVar = "sample"
     overlapping: ClassVar = True
     layout: ClassVar = ParamsLayout(
         (
             ("logits", "pointer"),
             ("rows", "pointer"),
-            ("slots", "pointer"),
             ("temperature", "pointer"),
             ("top_k", "pointer"),
             ("top_p", "pointer"),
@@ -47,25 +45,59 @@ class SampleSpec(FilteringSpec):
         )
     )
 
-
     def config_lines(self) -> list[str]:
-        return [*super().config_lines(), f"static constexpr bool kPenalties = {str(self.penalised).lower()};"]
+        return [*super().config_lines(), "static constexpr bool kColumns = false, kPenalties = false;"]
 
 
 @dataclass(frozen=True)
-class PenalisedSampleSpec(SampleSpec):
-    """Of rows that penalties change on their way in."""
+class ColumnSampleSpec(FilteringSpec):
+    """Of rows whose parameters lie in columns; ``penalties``: which change the rows on their way in."""
 
-    penalised: ClassVar = True
-    layout: ClassVar = ParamsLayout((*SampleSpec.layout.fields, *PENALTY_FIELDS))
+    penalties: bool
+
+    stem: ClassVar = "sample"
+    overlapping: ClassVar = True
+    layout: ClassVar = ParamsLayout((*SampleSpec.layout.fields, ("slots", "pointer"), *PENALTY_FIELDS))
+
+    def config_lines(self) -> list[str]:
+        return [*super().config_lines(), "static constexpr bool kColumns = true;"]
 
 
 @lru_cache(maxsize=1024)
 def _bound(
-    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], penalised: bool
+    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str]
 ) -> LaunchableKernel:
-    spec = PenalisedSampleSpec if penalised else SampleSpec
-    return kernel_for(spec.of(dtype, vector, geometry, filters), device)
+    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters), device)
+
+
+@lru_cache(maxsize=1024)
+def _bound_to_columns(
+    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], penalties: bool
+) -> LaunchableKernel:
+    return kernel_for(ColumnSampleSpec.of(dtype, vector, geometry, filters, penalties), device)
+
+
+def _values(
+    logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor, form: Geometry
+) -> tuple[int, ...]:
+    """The values of SampleSpec's layout."""
+    return (
+        logits.data_ptr(),
+        address(rows),
+        address(filters.temperature),
+        address(filters.top_k),
+        address(filters.top_p),
+        address(filters.min_p),
+        keys.seed.data_ptr(),
+        keys.sample.data_ptr(),
+        keys.position.data_ptr(),
+        tokens.data_ptr(),
+        logits.stride(0),
+        logits.shape[1],
+        rows is not None and rows.dtype == torch.int64,
+        filters.order == "joint",
+        *start_delay(form, tokens.shape[0], logits.element_size()),
+    )
 
 
 def sample(
@@ -77,31 +109,32 @@ def sample(
     penalties: PenaltyParams = NO_PENALTIES,
     slots: Tensor | None = None,
 ) -> None:
-    """The ``Sample`` protocol of fi-core, a cluster an output."""
+    """The ``Sample`` protocol of fi-core, a cluster an output; its entry admits neither penalties nor slots."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    chosen = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
-    penalised = bool(penalties.active)
+    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
+    kernel = _bound(device, logits.dtype, vector_bytes(logits, multiple_of=vocab_size), form, filters.active)
+    kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens, form))
+
+
+def sample_columns(
+    logits: Tensor,
+    filters: FilterParams,
+    keys: DrawKeys,
+    rows: Tensor | None,
+    tokens: Tensor,
+    penalties: PenaltyParams,
+    slots: Tensor | None,
+) -> None:
+    """The ``Sample`` protocol of fi-core with all of its parts, a cluster an output."""
+    device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
+    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
     vector = vector_bytes(logits, multiple_of=vocab_size)
-    kernel = _bound(device, logits.dtype, vector, chosen, filters.active, penalised)
+    kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, bool(penalties.active))
     kernel.launch(
         device,
-        num_outputs * chosen.cluster_size,
+        num_outputs * form.cluster_size,
         1,
-        logits.data_ptr(),
-        address(rows),
+        *_values(logits, filters, keys, rows, tokens, form),
         address(slots),
-        address(filters.temperature),
-        address(filters.top_k),
-        address(filters.top_p),
-        address(filters.min_p),
-        keys.seed.data_ptr(),
-        keys.sample.data_ptr(),
-        keys.position.data_ptr(),
-        tokens.data_ptr(),
-        logits.stride(0),
-        vocab_size,
-        rows is not None and rows.dtype == torch.int64,
-        filters.order == "joint",
-        *start_delay(chosen, num_outputs, logits.element_size()),
-        *(penalty_values(penalties) if penalised else ()),
+        *penalty_values(penalties),
     )

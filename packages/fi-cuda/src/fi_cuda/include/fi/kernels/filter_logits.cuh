@@ -4,8 +4,7 @@
 // What the filters keep is found as in sample.cuh; each block then writes the part of the row that it holds, which the whole
 // cluster has read by then, so the output may be the logits.
 // Config: Dtype, kVectorBytes, kOutVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens, kProbs, kTopK, kTopP, kMinP.
-// Params: logits [rows, vocab_size]; slots (int64: a row's place in the columns, below 0: none; null: in order); temperature,
-// top_p, min_p float32 and top_k int32 columns or null; out float32.
+// Params: logits [rows, vocab_size]; temperature, top_p, min_p float32 and top_k int32 [rows] or null; out float32.
 #pragma once
 
 #include "fi/ptx/dependent_launch.cuh"
@@ -64,15 +63,14 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   start_in_turn<Config>(params.layer, params.delay);
   ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
-  const int64 slot = params.slots == nullptr ? index : static_cast<const int64*>(params.slots)[index];
-  RowFilters filters = load_filters<Config>(params, slot > 0 ? slot : 0);
+  RowFilters filters = load_filters<Config>(params, index);
   const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + index * params.logits_stride;
   const Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice);
   normalise(filters, params.vocab_size);
   row.share(extremes, params.vocab_size, filters.temperature, false);
   ptx::allow_next_kernel();
 
-  if (!row.usable() || !filters.valid || slot < 0) {
+  if (!row.usable() || !filters.valid) {
     write_slice(row, params, [](int, float) { return Config::kProbs ? 0.0f : minus_infinity(); });
     return;
   }

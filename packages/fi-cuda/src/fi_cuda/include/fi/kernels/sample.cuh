@@ -5,10 +5,11 @@
 // exchanged first. Rows with a small top_k are then decided by the first block (short_list.cuh); others find the last token
 // that their filters keep (find_prefix.cuh), sum up the kept masses, and draw in index order.
 // Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTopK, kTopP, kMinP: which filters some row uses;
-// kPenalties: whether some row uses penalties (fi/sampling/penalties.cuh, which has their Params).
-// Params: logits [rows, vocab_size]; rows (int32, or int64 if wide_rows; null: in order); slots (int64: an output's place in the
-// columns, below 0: none; null: in order); temperature, top_p, min_p float32, top_k int32, seed int64 and sample int32 columns,
-// temperature or null; position int64 and tokens int64 [outputs].
+// kColumns: parameters lie in columns from which slots may pick; with it kPenalties: penalties change the rows on their way in
+// (fi/sampling/penalties.cuh, which has their Params).
+// Params: logits [rows, vocab_size]; rows (int32, or int64 if wide_rows; null: in order); temperature, top_p, min_p float32
+// and top_k int32 [outputs], temperature or null; seed, sample, position [outputs]; tokens int64 [outputs]. With kColumns also
+// slots (int64 [outputs]: an output's place in all columns but position, below 0: none; null: in order).
 #pragma once
 
 #include "fi/ptx/dependent_launch.cuh"
@@ -28,19 +29,28 @@ struct SampleStage {
   RowFilters filters;
   int64 seed, position;
   int sample;
-  PenaltyRow<Params> penalties;
+  typename Choose<Config::kPenalties, PenaltyRow<Params>, NoPenalties>::Type penalties;
 
-  __device__ __forceinline__ SampleStage(const Params& params, int output) : params(params), output(output) {
-    slot = params.slots == nullptr ? output : static_cast<const int64*>(params.slots)[output];
+  __device__ __forceinline__ SampleStage(const Params& params, int output) : params(params), output(output), slot(output) {
+    if constexpr (Config::kColumns) {
+      if (params.slots != nullptr) slot = static_cast<const int64*>(params.slots)[output];
+    } else {
+      load(output);
+    }
   }
 
+  // Addresses that a slot decides wait for it, behind the loads of the row.
   __device__ __forceinline__ void begun() {
-    const int64 place = slot > 0 ? slot : 0;
+    if constexpr (Config::kColumns) load(slot > 0 ? slot : 0);
+    if constexpr (Config::kPenalties) penalties.find(params, output, slot);
+  }
+
+  template <class Place>
+  __device__ __forceinline__ void load(Place place) {
     filters = load_filters<Config>(params, place);
     seed = static_cast<const int64*>(params.seed)[place];
-    sample = static_cast<const int*>(params.sample)[place];
     position = static_cast<const int64*>(params.position)[output];
-    if constexpr (Config::kPenalties) penalties.find(params, output, slot);
+    sample = static_cast<const int*>(params.sample)[place];
   }
 
   __device__ __forceinline__ unsigned word(int token) const { return penalties.word(token); }
@@ -102,6 +112,7 @@ struct SampleKernel {
   }
 
   __device__ __forceinline__ void run() {
+    // What is loaded here is first used when the logits have come.
     SampleStage<Config, Params> stage(params, output);
     const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + source() * params.logits_stride;
     Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice, stage);
@@ -116,7 +127,7 @@ struct SampleKernel {
     }
     row.share(extremes, params.vocab_size, temperature, listed);
     if (threadIdx.x == 0) row.shared.random = random_bits(stage.seed, stage.position, stage.sample, Purpose::kDraw);
-    if (!row.usable() || !filters.valid || stage.slot < 0) {
+    if (!row.usable() || !filters.valid || (Config::kColumns && stage.slot < 0)) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
@@ -139,7 +150,8 @@ struct SampleKernel {
   }
 
   // Penalties and temperature; returns the thread's new extremes.
-  __device__ __forceinline__ Extremes penalise(const PenaltyRow<Params>& penalties, float temperature) {
+  template <class Penalties>
+  __device__ __forceinline__ Extremes penalise(const Penalties& penalties, float temperature) {
     float* slice = row.shared.slice;
     const int left = params.vocab_size - row.first_token;
     const int num_tokens = max(0, min(left, RowShape<Config>::kBlockTokens));

@@ -26,8 +26,8 @@ struct RowFilters {
 
 // Row `place` of the columns temperature (float32 or null) and, where Config has the filter, top_k (int32), top_p and min_p
 // (float32). Nothing here depends on what is loaded, so the row's own loads can follow at once.
-template <class Config, class Params>
-__device__ __forceinline__ RowFilters load_filters(const Params& params, int64 place) {
+template <class Config, class Params, class Place>
+__device__ __forceinline__ RowFilters load_filters(const Params& params, Place place) {
   RowFilters filters = {1.0f, 0, 1.0f, 0.0f, params.joint != 0, false, true};
   if (params.temperature != nullptr) filters.temperature = static_cast<const float*>(params.temperature)[place];
   if constexpr (Config::kTopK) filters.top_k = static_cast<const int*>(params.top_k)[place];

@@ -37,6 +37,10 @@ struct PenaltyRow {
   }
 };
 
+struct NoPenalties {
+  __device__ __forceinline__ unsigned word(int) const { return 0xffffffffu; }
+};
+
 // A block's part of a row: `num_tokens` from `first_token` (a multiple of 32) on.
 template <int kThreads, class Params>
 struct PenaltyPatch {
