@@ -242,7 +242,11 @@ def test_output_that_does_not_fit_leaves_nothing_to_draw_in_its_row():
     assert history.num_entries.tolist() == [3, 2, 0] and history.num_output.tolist() == [4, 4, 0]
     keys = fi.DrawKeys(torch.arange(3), torch.zeros(3, dtype=torch.int32), torch.arange(3))
     counted = fi.PenaltyParams(frequency=torch.ones(3), history=history)
-    assert (fi.sample(torch.zeros(3, 40), fi.FilterParams(), keys, penalties=counted) < 0).tolist() == [True, False, False]
+    assert (fi.sample(torch.zeros(3, 40), fi.FilterParams(), keys, penalties=counted) < 0).tolist() == [
+        True,
+        False,
+        False,
+    ]
     repeated = fi.PenaltyParams(repetition=torch.ones(3), history=history)
     assert (fi.sample(torch.zeros(3, 40), fi.FilterParams(), keys, penalties=repeated) >= 0).all()
 

@@ -13,9 +13,9 @@ from fi_core import (
     KVCache,
     LayerArgs,
     PenaltyParams,
-    TokenHistory,
     RopeConfig,
     RopeTable,
+    TokenHistory,
     YarnScaling,
     library,
 )

@@ -30,7 +30,14 @@ def _sample(dtype: str, filters: tuple[str, ...], joint: bool = False) -> AotSpe
         "candidates_ptr": "*i32",
         **_integers("logits_stride", "vocab_size", "capacity"),
     }
-    constants = {"rows_ptr": None, "slots_ptr": None, **absent, "JOINT": joint, "FILTERED": bool(filters), "BLOCK": 1024}
+    constants = {
+        "rows_ptr": None,
+        "slots_ptr": None,
+        **absent,
+        "JOINT": joint,
+        "FILTERED": bool(filters),
+        "BLOCK": 1024,
+    }
     name = "_".join(("sample", dtype, *filters, *(("joint",) if joint else ())))
     return AotSpec(name, "fi_triton.sampling.sample:sample_kernel", arguments, constants, num_warps=16)
 

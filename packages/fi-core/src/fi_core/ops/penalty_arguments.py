@@ -123,7 +123,9 @@ def _check_histories(penalties: PenaltyParams, logits: Tensor, num_outputs: int,
     if history is None and output is None and (penalties.frequency is not None or penalties.presence is not None):
         raise ArgumentError("penalties.output_counts", "a tensor, or a history, for frequency and presence", None)
     if history is None and output is None and prompt is None and penalties.repetition is not None:
-        raise ArgumentError("penalties.output_counts", "a tensor (or prompt_counts, or a history), for repetition", None)
+        raise ArgumentError(
+            "penalties.output_counts", "a tensor (or prompt_counts, or a history), for repetition", None
+        )
     if rows is not None:
         check_tensor("penalties.rows", rows, torch.int32, (num_outputs,), logits.device)
     free = rows is not None or slots is not None

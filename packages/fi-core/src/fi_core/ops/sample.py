@@ -76,11 +76,10 @@ def sample(
 
     logits float32, float16, bfloat16 or float64 (read as float32), contiguous last dim, 1 <= V <= 2^19. ``out``, if
     given, receives the tokens. A token depends on its own row, parameters and key alone, never on the batch around it.
-    Output n uses row n of ``filters``, ``keys`` and ``penalties``; with ``slots`` int64 [N] it uses row ``slots[n]`` of
-    them, but for ``keys.position``, ``penalties.step_allowed`` and ``penalties.rows``, which have a row for each output:
-    parameters then lie in columns with a place for each request in flight. A slot below 0 gives -1.
-    ``penalties`` change the logits first, as ``penalize_logits`` does and rounded to their dtype as there; they take a
-    ``history``, not dense counts. A row whose history's output did not fit gives -1 if frequency or presence is given.
+    Output n uses row n of ``filters``, ``keys`` and ``penalties``, or with ``slots`` int64 [N] row ``slots[n]`` (below 0:
+    the token is -1) but for ``keys.position``, ``penalties.step_allowed`` and ``penalties.rows``: parameters then lie in
+    columns with a place for each request in flight. ``penalties`` change the logits first, rounded to their dtype, as
+    ``penalize_logits`` does; they take a ``history``, not dense counts.
 
     Definition, the same for every back end. The only inexact step is the exponential of step 2, so two kernels may
     differ only where a random number or a filter's limit falls within its rounding of a boundary.
@@ -109,15 +108,7 @@ def sample(
     check_penalties(penalties, logits, num_outputs, slots)
     if penalties.counts == "dense":
         raise ArgumentError("penalties.history", "a TokenHistory in place of dense counts", penalties.history)
-    if rows is not None:
-        if rows.dtype not in (torch.int32, torch.int64):
-            raise ArgumentError("rows.dtype", "int32 or int64", rows.dtype)
-        check_tensor("rows", rows, rows.dtype, (num_outputs,), logits.device)
-        if num_outputs and not logits.shape[0]:
-            raise ArgumentError("rows", "no rows, as logits has none", f"{num_outputs} rows")
-    elif num_outputs != logits.shape[0]:
-        named = "keys.seed" if slots is None else "slots"
-        raise ArgumentError(named, f"shape ({logits.shape[0]},), one for each row of logits", (num_outputs,))
+    _check_source(logits, rows, num_outputs, slots)
     tokens = tensor_or_new("out", out, torch.int64, (num_outputs,), logits.device)
     if torch.compiler.is_compiling():
         _OP(logits, *flat_filters(filters), *flat_keys(keys), *flat_penalties(penalties), rows, slots, tokens)
@@ -129,6 +120,19 @@ def sample(
 def _num_outputs(keys: DrawKeys, slots: Tensor | None) -> int:
     counted = keys.seed if slots is None else slots
     return counted.shape[0] if counted.dim() else 0
+
+
+def _check_source(logits: Tensor, rows: Tensor | None, num_outputs: int, slots: Tensor | None) -> None:
+    """Raise ArgumentError unless every output has a row of logits."""
+    if rows is not None:
+        if rows.dtype not in (torch.int32, torch.int64):
+            raise ArgumentError("rows.dtype", "int32 or int64", rows.dtype)
+        check_tensor("rows", rows, rows.dtype, (num_outputs,), logits.device)
+        if num_outputs and not logits.shape[0]:
+            raise ArgumentError("rows", "no rows, as logits has none", f"{num_outputs} rows")
+    elif num_outputs != logits.shape[0]:
+        named = "keys.seed" if slots is None else "slots"
+        raise ArgumentError(named, f"shape ({logits.shape[0]},), one for each row of logits", (num_outputs,))
 
 
 def _run(

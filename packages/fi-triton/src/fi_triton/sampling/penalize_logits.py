@@ -16,7 +16,15 @@ _ENTRIES = tl.constexpr(16)
 
 @triton.jit
 def spread_entries_kernel(
-    entries_ptr, num_entries_ptr, rows_ptr, slots_ptr, counts_ptr, entries_stride, vocab_size, capacity, BLOCK: tl.constexpr
+    entries_ptr,
+    num_entries_ptr,
+    rows_ptr,
+    slots_ptr,
+    counts_ptr,
+    entries_stride,
+    vocab_size,
+    capacity,
+    BLOCK: tl.constexpr,
 ):
     """Program (row, block of entries): counts of a sparse history to where its tokens are in counts [rows, vocab_size]."""
     row = tl.program_id(0).to(tl.int64)

@@ -112,7 +112,8 @@ def sample(
     penalties: PenaltyParams = NO_PENALTIES,
     slots: Tensor | None = None,
 ) -> None:
-    """The ``Sample`` protocol; its entry admits no penalties. Takes N * min(V, 16384) int32 of scratch memory when a filter is active."""
+    """The ``Sample`` protocol; its entry admits no penalties. Takes N * min(V, 16384) int32 of scratch memory when a filter
+    is active."""
     num_outputs, vocab_size = tokens.shape[0], logits.shape[1]
     filtered = bool(filters.active)
     capacity = min(vocab_size, MAX_CANDIDATES) if filtered else 1

@@ -97,11 +97,9 @@ def random_penalties(shape: PenaltyShape, generator: torch.Generator) -> Penalty
         held = (shape.held_rows or shape.num_rows, shape.vocab_size)
         for name in ("prompt_counts", "output_counts"):
             every[name] = torch.randint(-3, 4, held, generator=generator).clamp(min=0).to(torch.int32)
-        penalties = PenaltyParams(**{name: every[name] for name in names})
+        penalties = PenaltyParams(**{name: every[name] for name in names}, history=None)
     else:
-        history = random_history(
-            shape.held_rows or shape.num_rows, shape.vocab_size, shape.capacity, generator
-        )
+        history = random_history(shape.held_rows or shape.num_rows, shape.vocab_size, shape.capacity, generator)
         if shape.overfull:
             history.num_entries[::4] = shape.capacity + 1
         penalties = PenaltyParams(

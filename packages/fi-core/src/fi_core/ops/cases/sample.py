@@ -98,9 +98,9 @@ def sample_cases() -> Iterator[DrawCase]:
         yield DrawCase(f"penalties_{name}", parts=PENALTIES, columns=FILTERS[name])
     for dtype in (torch.float16, torch.bfloat16):
         yield DrawCase(f"penalties_{name_of(dtype)}", parts=PENALTIES, dtype=dtype, columns=FILTERS["top_k_top_p"])
-    for vocab_size in (1, 31, 33, 5003):
-        shape = {"vocab_size": vocab_size, "num_rows": 4, "slotted": vocab_size > 33}
-        yield DrawCase(f"penalties_v{vocab_size}", parts=PENALTIES, columns=FILTERS["top_k"], **shape)
+    for vocab_size, slotted in ((1, False), (31, False), (33, False), (5003, True)):
+        name, filters = f"penalties_v{vocab_size}", FILTERS["top_k"]
+        yield DrawCase(name, 4, vocab_size, columns=filters, parts=PENALTIES, slotted=slotted)
     yield DrawCase("penalties_slots", parts=PENALTIES, slotted=True, num_rows=20, columns=FILTERS["top_k_top_p"])
     yield DrawCase("penalties_slots_rows", parts=PENALTIES, slotted=True, num_rows=4, repeats=5, after=3)
     yield DrawCase("penalties_hostile", parts=PENALTIES, make=hostile, num_rows=21, columns=FILTERS["mixed_greedy"])
