@@ -23,8 +23,8 @@ case $engine in
         small='{"max_model_len": 1024, "max_num_seqs": 64, "gpu_memory_utilization": 0.04, "kv_cache_memory_bytes": 1073741824, "enable_prefix_caching": true}'
         large='{"load_format": "dummy", "logits_processors": null, "async_scheduling": null, "max_model_len": 36864, "max_num_seqs": 256, "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": '$((kv_gib << 30))'}' ;;
   sglang) ours=fi own=triton
-        small='{"context_length": 1024, "max_running_requests": 64, "mem_fraction_static": 0.9, "max_total_tokens": 65536, "chunked_prefill_size": 2048, "cuda_graph_bs_decode": [1, 4, 16, 64], "cuda_graph_bs_prefill": [256, 2048]}'
-        large='{"load_format": "dummy", "context_length": 36864, "max_running_requests": 256, "mem_fraction_static": 0.9, "max_total_tokens": '$((kv_gib * 8192))', "cuda_graph_max_bs_decode": 128, "cuda_graph_bs_prefill": [256, 1024, 4096, 8192]}' ;;
+        small='{"context_length": 1024, "max_running_requests": 64, "mem_fraction_static": 0.97, "max_total_tokens": 65536, "chunked_prefill_size": 2048, "cuda_graph_bs_decode": [1, 4, 16, 64], "cuda_graph_bs_prefill": [256, 2048]}'
+        large='{"load_format": "dummy", "context_length": 36864, "max_running_requests": 256, "mem_fraction_static": 0.97, "max_total_tokens": '$((kv_gib * 8192))', "cuda_graph_max_bs_decode": 128, "cuda_graph_bs_prefill": [256, 1024, 4096, 8192]}' ;;
   *) sed -n '3,4p' "$0" >&2; exit 2 ;;
 esac
 
