@@ -62,7 +62,7 @@ accuracy() { # accuracy KIND BACKEND NAME OPTIONS; NAME fi_attention: the engine
 compare() { # compare KIND NAME OWN...: fi's run by name, against the engine's
   local files=() name
   for name in "${@:2}"; do [ -e "$work/accuracy_$1_$name.json" ] && files+=("$work/accuracy_$1_$name.json"); done
-  [ ${#files[@]} -gt 1 ] && "$python" "$here/accuracy.py" compare "${files[@]}" $(ls "$work"/reference_"$1"*.json 2> /dev/null) | sed "s/^/$1 /" | tee -a "$out/accuracy.txt"
+  [ ${#files[@]} -gt 1 ] && "$python" "$here/accuracy.py" compare "${files[@]}" $(ls "$work"/reference_"$1"*.json 2> /dev/null) "$out/accuracy.jsonl" | sed "s/^/$1 /" | tee -a "$out/accuracy.txt"
 }
 
 others() { # the engine's own runs of one kind: a line each of BACKEND, NAME and OPTIONS

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         lists.append(logits.log_softmax(dim=-1).gather(1, tokens[0, -NUM_NEW:, None])[:, 0].tolist())
     name = "_".join(["float32", *(f"{part}_{kind}" for part, kind in (("kv", options.kv), ("q", options.q)) if kind)])
     result = {"engine": "transformers", "backend": "float32", "model": options.model, "name": name}
-    return result | {"prompt": lists, "decode": lists, "decode_tokens": drawn, "greedy": drawn}
+    return result | {"prompt": lists, "decode": lists, "decode_tokens": drawn, "greedy": []}
 
 
 def main() -> None:
