@@ -17,7 +17,7 @@ _DEPTH = 4
 def _node(spec: AttentionSpec, element: str, stored: str) -> AotSpec:
     tuning = built_in_tuning(spec, Capacity(64, 256, 256, 131072))
     every = spec.features != frozenset()
-    pointers = {name: "*i32" for name in ("worker_indptr_ptr", "items_ptr", "nodes_ptr", "node_rows_ptr", "rows_ptr")}
+    pointers = dict.fromkeys(("worker_indptr_ptr", "items_ptr", "nodes_ptr", "node_rows_ptr", "rows_ptr"), "*i32")
     pointers |= {"q_ptr": f"*{element}", "k_ptr": f"*{stored}", "v_ptr": f"*{stored}"}
     floats = (
         "state_ptr",

@@ -71,9 +71,9 @@ def merge_kernel(
         q_begin = tl.load(q_indptr_ptr + request)
         q_len = tl.load(q_indptr_ptr + request + 1) - q_begin
         tile_rows = tl.where(kind == 0, ROWS, BIG_ROWS)
-        is_whole = q_begin >= 0
+        own_begin = 0
         if LEVELS:
-            is_whole = tl.load(own_begin_ptr + request) == 0
+            own_begin = tl.load(own_begin_ptr + request)
         used_rows = tl.minimum(tile_rows, q_len * GROUP - q_tile * tile_rows)
         for first_row in range(tl.program_id(1) * BLOCK_ROWS, used_rows, tl.num_programs(1) * BLOCK_ROWS):
             row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -83,18 +83,18 @@ def merge_kernel(
             head = kv_head * GROUP + packed % GROUP
             sink = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
             if SINKS:
-                if is_whole:
+                if own_begin == 0:
                     sink = tl.load(sinks_ptr + head, mask=live, other=0.0) * LOG2E
             result, lse = merge_rows(
                 tail_begin - 1, 1 + tail_end - tail_begin, head_slot, row, live, partial_ptr, partial_lse_ptr, sink,
                 SLOT_ROWS, BLOCK_ROWS, PIECES, DIM_VO, BLOCK_DV,
             )  # fmt: skip
-            if is_whole:
+            if own_begin == 0:
                 rows = out_ptr + token * out_stride_token + head.to(tl.int64) * out_stride_head
                 wanted = live[:, None] & (dims < DIM_VO)[None, :]
                 tl.store(rows[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=wanted)
                 if LSE:
                     tl.store(lse_ptr + token * lse_stride_token + head, lse * LN2, mask=live)
-            elif LEVELS:
-                row = (state_begin + token) * HEADS + head
-                store_rows(row, live, result, lse, state_ptr, state_lse_ptr, DIM_VO, BLOCK_DV)
+            else:
+                state_row = (state_begin + token) * HEADS + head
+                store_rows(state_row, live, result, lse, state_ptr, state_lse_ptr, DIM_VO, BLOCK_DV)
