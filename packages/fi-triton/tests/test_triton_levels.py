@@ -43,7 +43,10 @@ def test_every_feature_over_random_trees(seed, device):
 
 def test_fp8_with_scales_of_heads_and_of_a_tensor(device):
     for scale in ("heads", "tensor", "float"):
-        check(forest_case(7, kv_format="fp8_e4m3", dtype=torch.bfloat16, scale=scale, page_size=5, kv_layout="HND"), device)
+        check(
+            forest_case(7, kv_format="fp8_e4m3", dtype=torch.bfloat16, scale=scale, page_size=5, kv_layout="HND"),
+            device,
+        )
 
 
 def shared_batch(device: str) -> tuple[torch.Tensor, KVCache, Batch]:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .prefixes import SharedPrefixes
 from .records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from .rope import RopeTable
 from .sampling import DrawKeys, FilterParams, LogprobsOut, PenaltyParams, TokenHistory
@@ -71,6 +72,17 @@ class CopyPages(Protocol):
         bit is kept. The caches may be one; their strides differ, also between K and V, and need not be multiples of 16
         bytes, nor need the addresses. With placement "from_host" or "to_host" one cache is in pinned host memory, which
         the device reaches by its address (unified addressing)."""
+        ...
+
+
+class FindSharedPrefixes(Protocol):
+    """Protocol of ``find_shared_prefixes``: levels of ``batch`` (table "dense" or "indptr") into ``out``, whose order is given."""
+
+    def __call__(
+        self, batch: Batch, page_size: int, max_depth: int, min_saved_tokens: int, out: SharedPrefixes
+    ) -> None:
+        """Order and nodes are those of the reference, rows of ``out.nodes`` behind them 0. Of a request the table's first
+        (kv_len - q_len) // page_size entries count; an entry below 0 is equal to none."""
         ...
 
 
