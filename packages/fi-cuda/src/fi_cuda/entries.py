@@ -118,6 +118,16 @@ _LONG_QUERIES: Mapping[str, Rule] = {
     "rotary_dim": Between(0, 0),
 }
 
+_SHARED_PREFIXES: Mapping[str, Rule] = {
+    **_LONG_QUERIES,
+    "levels": OneOf(True),
+    "max_q_len": Between(1),
+    "table": OneOf("dense", "indptr"),
+    "windowed": OneOf(False),  # a node's keys are visible to all of its members
+    "features": SubsetOf("soft_cap", "sinks", "lse"),
+    "batch_invariant": OneOf(False),
+}
+
 
 def _same_or_fp8(request: Request) -> bool:
     return request["kv_format"] in (format_of(request["dtype"]), "fp8_e4m3", "fp8_e5m2")
@@ -196,6 +206,10 @@ def _load_attention_prefill() -> Any:
     return importlib.import_module("fi_cuda.kernels.attention.prefill_state").attention_prefill
 
 
+def _load_attention_prefix() -> Any:
+    return importlib.import_module("fi_cuda.kernels.attention.prefix_state").attention_prefix
+
+
 ATTENTION_ENTRIES: list[KernelEntry] = [
     KernelEntry(
         "attention",
@@ -216,6 +230,19 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
         BACKEND,
         _LONG_QUERIES,
         _load_attention_prefill,
+        devices=("cuda",),
+        min_capability=WARPGROUP_CAPABILITY,
+        conditions=(
+            Condition("a Hopper GPU", _on_hopper),
+            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+        ),
+    ),
+    KernelEntry(
+        "attention",
+        "attention_prefix",
+        BACKEND,
+        _SHARED_PREFIXES,
+        _load_attention_prefix,
         devices=("cuda",),
         min_capability=WARPGROUP_CAPABILITY,
         conditions=(
