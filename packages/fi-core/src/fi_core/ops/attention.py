@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,9 @@ from .caches import check_cache, check_strides
 
 def _cases() -> Iterator[Case]:
     from .cases.attention import cases
+    from .cases.attention_long import long_cases
 
-    return cases()
+    return chain(cases(), long_cases())
 
 
 OPERATION = Operation(

@@ -167,7 +167,7 @@ def _mask(scenario: Scenario, device: torch.device, generator: torch.Generator) 
         bits = torch.ones(q_len, math.ceil(columns / 8) * 8, dtype=torch.uint8)
         bits[:, :columns] = torch.rand(q_len, columns, generator=generator) < 0.6
         weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
-        parts.append((bits.view(q_len, -1, 8) * weights).sum(dim=2, dtype=torch.uint8).flatten())
+        parts.append((bits.view(q_len, bits.shape[1] // 8, 8) * weights).sum(dim=2, dtype=torch.uint8).flatten())
         indptr.append(indptr[-1] + parts[-1].numel())
     packed = torch.cat(parts).to(device)
     return PackedMask(packed, torch.tensor(indptr, dtype=torch.int64, device=device), scenario.mask)
