@@ -19,10 +19,9 @@ class PrefillStore {
   static constexpr int kColumnTiles = Config::kHeadDimVo / 8;
 
  public:
-  __device__ __forceinline__ PrefillStore(const Params& params, int* flag, int warpgroup,
-                                          int thread = static_cast<int>(threadIdx.x))
-      : params_(params), flag_(flag), warpgroup_(warpgroup), lane_(thread % kWarpThreads),
-        first_row_(thread / kWarpThreads % 4 * 16 + lane_ / 4) {}
+  __device__ __forceinline__ PrefillStore(const Params& params, int* flag, int warpgroup)
+      : params_(params), flag_(flag), warpgroup_(warpgroup), lane_(static_cast<int>(threadIdx.x) % kWarpThreads),
+        first_row_(static_cast<int>(threadIdx.x) / kWarpThreads % 4 * 16 + lane_ / 4) {}
 
   // Called by all threads of the warpgroup.
   __device__ __forceinline__ void finish(const AttentionItem& item, State& state) const {

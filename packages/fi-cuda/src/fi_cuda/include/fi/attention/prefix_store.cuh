@@ -17,33 +17,29 @@ class PrefixStore : public PrefillStore<Config, Params> {
  public:
   using Base::Base;
 
-  // Called by all threads of the warpgroup. What an item's end needs of the thread is computed there: kept from item to item it
-  // would take registers from the scores.
+  // Called by all threads of the warpgroup.
   __device__ __forceinline__ void finish(const AttentionItem& item, State& state) const {
-    int thread = static_cast<int>(threadIdx.x);
-    asm volatile("" : "+r"(thread));
-    PrefixStore(Base::params_, Base::flag_, Base::warpgroup_, thread).leave(item, state);
-  }
-
- private:
-  __device__ __forceinline__ void leave(const AttentionItem& item, State& state) const {
     const PartialRow rows[2] = {state.softmax.row(0), state.softmax.row(1)};
     const float scale = Base::value_scale(item);
     if (item.slot < 0) Base::store(item, rows, state.output, scale);
     else leave_parts(item, rows, state.output, scale);
   }
 
+ private:
   // Normalised rows and their log-sum-exps in base 2; a row without keys has -inf and zeros.
   __device__ __forceinline__ void leave_parts(const AttentionItem& item, const PartialRow (&rows)[2],
                                               const float (&output)[kOutputs], float scale) const {
+    // Rows of a tile stand side by side, as its tokens do.
+    const int before = item.q_tile * Tile::kTileTokens + Base::warpgroup_ * Tile::kGroupTokens;
+    const int num_rows = min((item.q_len - before) * Tile::kGroup, Tile::kGroupRows);
+    const int64 first = item.slot + (static_cast<int64>(item.kv_head) * item.q_len + before) * Tile::kGroup;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      if (!Base::is_live(item, row)) continue;
+      if (Base::row_of(row) >= num_rows) continue;
       const RowResult result = finish_row(rows[row]);
       const bool none = result.scale == 0.0f;
       const float factor = result.scale * scale;
-      const int64 part = item.slot + (static_cast<int64>(item.kv_head) * item.q_len + Base::token_of(item, row)) * Tile::kGroup +
-                         Base::row_of(row) % Tile::kGroup;
+      const int64 part = first + Base::row_of(row);
       float2* to = static_cast<float2*>(Base::params_.partials) + part * (Config::kHeadDimVo / 2) + Base::lane_ % 4;
 #pragma unroll
       for (int tile = 0; tile < kOutputs / 4; ++tile) {

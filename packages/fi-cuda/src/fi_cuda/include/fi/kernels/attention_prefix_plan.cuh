@@ -171,8 +171,8 @@ class PrefixPlanner {
   // The longest piece of which a list schedule ends first, and from that how long requests' own pieces may be.
   __device__ __forceinline__ void choose_pieces() {
     const int longest = sums_.longest_node;
-    if (thread_ < kCandidates && longest > 0) {
-      const int chunk = (longest + thread_) / (thread_ + 1);
+    for (int candidate = thread_; candidate < kCandidates && longest > 0; candidate += kThreads) {
+      const int chunk = (longest + candidate) / (candidate + 1);
       int64 tiles = 0, parts = 0, cost = sums_.own_cost;
       int64 slowest = 0;
       for (int idx = 0; idx < params_.num_nodes; ++idx) {
@@ -188,8 +188,8 @@ class PrefixPlanner {
       const int64 rounds = (tiles * Config::kHeads + Config::kWorkers - 1) / Config::kWorkers;
       const int64 alone = rounds * (chunk * slowest + Config::kNodeItemCost);
       const int64 even = cost * Config::kHeads / Config::kWorkers;
-      const bool fits = thread_ == 0 || (tiles <= params_.max_node_rows && parts <= params_.max_node_tokens);
-      if (fits) atomicMin(&sums_.best, static_cast<unsigned long long>(max(alone, even)) << 8 | static_cast<unsigned>(thread_));
+      const bool fits = candidate == 0 || (tiles <= params_.max_node_rows && parts <= params_.max_node_tokens);
+      if (fits) atomicMin(&sums_.best, static_cast<unsigned long long>(max(alone, even)) << 8 | static_cast<unsigned>(candidate));
     }
     __syncthreads();
     const int64 even = sums_.own_cost * Config::kHeads / Config::kWorkers;
