@@ -1,4 +1,4 @@
-"""Shared prefixes: specs of ``fi/kernels/attention_prefix.cuh`` and ``attention_prefix_plan.cuh``, the plan's device memory and its
+"""Shared prefixes: specs of ``fi/kernels/attention_prefix.cuh`` and ``attention_prefix_plan.cuh``, the plan's memory and its
 planner."""
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class PrefixLayout:
         max_node_tokens = depth * sharing + pieces * tile
         own_tokens = sharing + pieces * min(tile, capacity.max_q_len)
         max_parts = (max_node_tokens + own_tokens) * heads
-        if max_parts * spec.num_kv_heads > _INT32_MAX:
+        if max_parts > _INT32_MAX:
             raise CapacityError("max_q_tokens", "parts whose number 32 bits hold", max_parts)
         max_rows = max_node_rows + tiles + pieces
         build = RegionBuilder()

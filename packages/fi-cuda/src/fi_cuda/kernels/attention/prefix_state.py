@@ -1,5 +1,5 @@
-"""Attention whose batches may share prefixes, as a plan's kernel: a list of nodes' and requests' tiles, one launch a call. A batch
-without levels is served as if the plan had none."""
+"""Attention whose batches may share prefixes, as a plan's kernel: a list of nodes' and requests' tiles, one launch a call. A
+batch without levels is served as if the plan had none."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ class PrefixState:
         self._buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         for region in (layout.header, layout.barrier):
             region.of(self._buffer).zero_()
-        self._planner = PrefixPlanner(
-            prefix_plan_spec(spec, tuning, self._num_workers), capacity, layout, self._buffer
-        )
+        self._planner = PrefixPlanner(prefix_plan_spec(spec, tuning, self._num_workers), capacity, layout, self._buffer)
         self._planner.load()  # compiling and loading would not be legal in a capture
         self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
         self._levels: SharedPrefixes | None = None
