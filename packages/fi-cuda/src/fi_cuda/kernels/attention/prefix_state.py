@@ -139,8 +139,8 @@ class PrefixState:
 
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         layout = self._layout
-        regions = (layout.rows, layout.tokens, layout.segments, layout.header, layout.barrier)
-        regions += (layout.partials, layout.partial_rows)
+        lists = (layout.rows, layout.tokens, layout.segments)
+        written = (layout.header, layout.barrier, layout.partials, layout.partial_rows)
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
         scale = layer.scale * k_scale
@@ -158,7 +158,7 @@ class PrefixState:
             kv=weakref.ref(kv),
             layer=layer,
             launch=kernel_for(prefix_spec(self._spec, self._tuning, form), self._device).launch,
-            workspace=tuple(region.of(self._buffer).data_ptr() for region in regions),
+            workspace=tuple(region.of(self._buffer).data_ptr() for region in (*lists, *written)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
             cache_strides=cache_strides_of(kv),
