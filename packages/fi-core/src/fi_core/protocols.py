@@ -76,7 +76,7 @@ class CopyPages(Protocol):
 
 
 class FindSharedPrefixes(Protocol):
-    """Protocol of ``find_shared_prefixes``: levels of ``batch`` (table "dense" or "indptr") into ``out``, whose order is given."""
+    """Protocol of ``find_shared_prefixes``: levels of ``batch`` (table "dense" or "indptr") into ``out``, which has an order."""
 
     def __call__(
         self, batch: Batch, page_size: int, max_depth: int, min_saved_tokens: int, out: SharedPrefixes

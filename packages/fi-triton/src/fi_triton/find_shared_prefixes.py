@@ -130,8 +130,8 @@ def part_kernel(
     matched_ptr, covered_ptr, place_ptr, order_ptr, leader_ptr, length_ptr, new_matched_ptr, new_place_ptr, new_order_ptr,
     size_ptr, wanted_ptr, num_requests, min_saved, PAGE_SIZE: tl.constexpr, REQUESTS: tl.constexpr,
 ):  # fmt: skip
-    """The part of request ``program_id(0)``: its size, its common pages, whether it is to be a node (noted at its leader); and the
-    request's place in the new order."""
+    """The part of request ``program_id(0)``: its size, its common pages, whether it is to be a node (noted at its leader);
+    and the request's place in the new order."""
     request = tl.program_id(0)
     leader = tl.load(leader_ptr + request)
     leader_place = tl.load(place_ptr + leader)
@@ -152,7 +152,7 @@ def part_kernel(
         new_place += tl.sum((inside & before).to(tl.int32), 0)
     if size == 1:
         length = tl.load(matched_ptr + request)
-    saved = (size - 1).to(tl.int64) * (length * PAGE_SIZE - tl.load(covered_ptr + request))
+    saved = (length * PAGE_SIZE - tl.load(covered_ptr + request)).to(tl.int64) * (size - 1)
     tl.store(new_matched_ptr + request, length)
     tl.store(new_place_ptr + request, new_place)
     tl.store(new_order_ptr + new_place, request)

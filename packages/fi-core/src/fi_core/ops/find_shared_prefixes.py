@@ -53,9 +53,10 @@ def find_shared_prefixes(
     (the default saves 8 MiB with 8 KV heads of 128 dims in bfloat16; see ``fi_scheduler.sharing`` for what pays where). What
     is too little for a node is left to the nodes within it. Groups are found at most ``max_depth`` branchings deep.
 
-    ``out`` has ``nodes`` int32 [N, 4] (new: N = ``max_prefixes``) and ``order`` int32 [B], contiguous and on the batch's device; the
-    rows behind the nodes found are 0, and nodes that would be more than N are left out. Stream-ordered, no synchronisation,
-    legal in CUDA-graph capture. The batch has a table of pages of ``page_size`` tokens. Raises ArgumentError.
+    ``out`` has ``nodes`` int32 [N, 4] (new: N = ``max_prefixes``) and ``order`` int32 [B], contiguous and on the batch's
+    device; the rows behind the nodes found are 0, and nodes that would be more than N are left out. Stream-ordered, no
+    synchronisation, legal in CUDA-graph capture. The batch has a table of pages of ``page_size`` tokens. Raises
+    ArgumentError.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:
