@@ -220,7 +220,7 @@ def check_copy(source: KVCache, target: KVCache, source_pages: Tensor, target_pa
         if source.k.data_ptr() == target.k.data_ptr() or source.v.data_ptr() == target.v.data_ptr():
             place = torch.searchsorted(ordered, source_pages.long()).clamp(max=used.shape[0] - 1)
             overwritten = used & (source_pages != target_pages) & (ordered[place] == source_pages)
-            record.note(_ARGUMENTS[-1], overwritten, source_pages, 0)
+            record.note("source_pages of one pair, target_pages of another", overwritten, source_pages, 0)
     record.publish()
 
 

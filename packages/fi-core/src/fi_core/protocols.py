@@ -12,7 +12,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .prefixes import SharedPrefixes
 from .records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from .rope import RopeTable
 from .sampling import DrawKeys, FilterParams, LogprobsOut, PenaltyParams, TokenHistory
@@ -76,12 +75,12 @@ class CopyPages(Protocol):
 
 
 class FindSharedPrefixes(Protocol):
-    """Protocol of ``find_shared_prefixes``: levels of ``batch`` (table "dense" or "indptr") into ``out``, which has an order."""
+    """Protocol of ``find_shared_prefixes``: levels of ``batch`` (table "dense" or "indptr")."""
 
     def __call__(
-        self, batch: Batch, page_size: int, max_depth: int, min_saved_tokens: int, out: SharedPrefixes
+        self, batch: Batch, page_size: int, max_depth: int, min_saved_tokens: int, nodes: Tensor, order: Tensor
     ) -> None:
-        """Order and nodes are those of the reference, rows of ``out.nodes`` behind them 0. Of a request the table's first
+        """``nodes`` and ``order`` are those of the reference, rows behind the nodes found 0. Of a request the table's first
         (kv_len - q_len) // page_size entries count; an entry below 0 is equal to none."""
         ...
 

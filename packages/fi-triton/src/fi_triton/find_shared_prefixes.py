@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fi_core.prefixes import SharedPrefixes
 from fi_core.records import Batch
+from torch import Tensor
 
 from .launch import on_device
 
@@ -199,11 +199,11 @@ def node_kernel(
 
 
 def find_shared_prefixes(
-    batch: Batch, page_size: int, max_depth: int, min_saved_tokens: int, out: SharedPrefixes
+    batch: Batch, page_size: int, max_depth: int, min_saved_tokens: int, nodes: Tensor, out_order: Tensor
 ) -> None:
     """The ``FindSharedPrefixes`` protocol."""
-    table, size, num_nodes = batch.table, batch.size, out.nodes.shape[0]
-    assert table is not None and out.order is not None
+    table, size, num_nodes = batch.table, batch.size, nodes.shape[0]
+    assert table is not None
     state = torch.empty((len(_ARRAYS) + 2, size), dtype=torch.int32, device=table.device)
     counts = torch.empty(max_depth + 1, dtype=torch.int32, device=table.device)
     (
@@ -233,7 +233,7 @@ def find_shared_prefixes(
     options: dict[str, Any] = {"REQUESTS": _REQUESTS_AT_ONCE, "num_warps": 4}
     with on_device(table.device):
         begin_kernel[(max(size, num_nodes, max_depth + 1),)](
-            state, counts, out.nodes, num_nodes, *lengths, *addressing, size, page_size, rows, by_indptr, max_depth,
+            state, counts, nodes, num_nodes, *lengths, *addressing, size, page_size, rows, by_indptr, max_depth,
             num_warps=1,
         )  # fmt: skip
         for level in range(max_depth if size else 0):
@@ -249,11 +249,11 @@ def find_shared_prefixes(
                 new_place, place, new_order, order, new_matched, matched
             )  # fmt: skip
             node_kernel[(size,)](
-                out.nodes, num_nodes, counts[level:], covered, leader, matched, place, part_size, wanted, next_page,
+                nodes, num_nodes, counts[level:], covered, leader, matched, place, part_size, wanted, next_page,
                 *lengths, *addressing, size, page_size, rows, by_indptr, **options,
             )  # fmt: skip
             group, leader = leader, group
-        out.order.copy_(order)
+        out_order.copy_(order)
 
 
 def load_kernel() -> object:

@@ -81,7 +81,7 @@ def find_shared_prefixes(
     if settings().check:
         _check_indices(batch, table, page_size)
     kernel = _dispatch(table.device, batch.table_form, max_depth)
-    call_checked(kernel, (batch, *numbers, out), lambda: _check_indices(batch, table, page_size))
+    call_checked(kernel, (batch, *numbers, out.nodes, out.order), lambda: _check_indices(batch, table, page_size))
     return out
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..prefixes import SharedPrefixes
 from ..records import Batch
 
 
@@ -22,29 +21,28 @@ class _Group:
 
 
 def find_shared_prefixes(
-    batch: Batch, page_size: int, max_depth: int, min_saved_tokens: int, out: SharedPrefixes
+    batch: Batch, page_size: int, max_depth: int, min_saved_tokens: int, nodes: Tensor, order: Tensor
 ) -> None:
     """The ``FindSharedPrefixes`` protocol; synchronises on a GPU."""
     starts = (batch.kv_lens - (batch.q_indptr[1:] - batch.q_indptr[:-1])).clamp(min=0).tolist()
     pages = [row[: start // page_size].tolist() for row, start in zip(_rows(batch), starts, strict=True)]
     groups = [_Group(tuple(range(batch.size)), 0, 0)]
-    nodes: list[tuple[int, int, int, int]] = []
+    found: list[tuple[int, int, int, int]] = []
     for _ in range(max_depth):
         parts = [part for group in groups for part in _parts(group, pages)]
         groups, begin = [], 0
         for part in parts:
             count, end = len(part.members), part.matched * page_size
             saved = (count - 1) * (end - part.covered)
-            if count > 1 and saved >= min_saved_tokens and len(nodes) < out.nodes.shape[0]:
-                nodes.append((begin, begin + count, part.covered, end))
+            if count > 1 and saved >= min_saved_tokens and len(found) < nodes.shape[0]:
+                found.append((begin, begin + count, part.covered, end))
                 part = _Group(part.members, part.matched, end)
             groups.append(part)
             begin += count
-    assert out.order is not None
-    order = [member for group in groups for member in group.members]
-    out.order.copy_(torch.tensor(order, dtype=torch.int32))
-    out.nodes.zero_()
-    out.nodes[: len(nodes)] = torch.tensor(nodes, dtype=torch.int32).view(-1, 4).to(out.nodes.device)
+    members = [member for group in groups for member in group.members]
+    order.copy_(torch.tensor(members, dtype=torch.int32))
+    nodes.zero_()
+    nodes[: len(found)] = torch.tensor(found, dtype=torch.int32).view(-1, 4).to(nodes.device)
 
 
 def _parts(group: _Group, pages: Sequence[list[int]]) -> Iterator[_Group]:

@@ -92,15 +92,16 @@ def _tuning(spec: AttentionSpec, max_q_len: int) -> Tuning:
     return built_in_tuning(spec, Capacity(256, 8192, max_q_len, 131072))
 
 
-def _merge(dtype: str, dim: int, sinks: bool) -> AotSpec:
+def _merge(dtype: str, dim: int, sinks: bool, levels: bool = False) -> AotSpec:
     arguments = {"merges_ptr": "*i32", "num_merges_ptr": "*i32", "q_indptr_ptr": "*i32", "out_ptr": f"*{dtype}"}
     arguments |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
     arguments |= {"out_stride_token": "i32:16", "out_stride_head": "i32:16", "lse_stride_token": "i32", **_STATE}
     arguments["state_begin"] = "i32"
     constants = {"ROWS": 16, "BIG_ROWS": 64, "BLOCK_ROWS": 4, "PIECES": 8, "GROUP": 4, "SINKS": sinks, "LSE": sinks}
-    constants |= {"DIM_VO": dim, "BLOCK_DV": block_dim(dim), "LEVELS": False, "HEADS": 32}
+    constants |= {"DIM_VO": dim, "BLOCK_DV": block_dim(dim), "LEVELS": levels, "HEADS": 32}
     kernel = "fi_triton.attention.merge:merge_kernel"
-    return AotSpec(f"attention_merge_{dtype}_d{dim}", kernel, arguments, constants, max_stack_bytes=16)
+    name = f"attention_{'levels_' if levels else ''}merge_{dtype}_d{dim}"
+    return AotSpec(name, kernel, arguments, constants, max_stack_bytes=16)
 
 
 def _plan(max_splits: int, windowed: bool) -> Iterator[AotSpec]:
@@ -154,6 +155,7 @@ def _specs() -> Iterator[AotSpec]:
         yield _attention(f"mixed_{kv_format}_d128", spec, 2048, scales=True)
     for dtype_name, dim in (("bf16", 128), ("fp32", 256)):
         yield _merge(dtype_name, dim, sinks=dim == 128)
+        yield _merge(dtype_name, dim, sinks=dim == 128, levels=True)
     for max_splits in (0, 8):
         yield from _plan(max_splits, windowed=max_splits == 0)
     for max_q_len in (1, 2048):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...contract import EXACT, Case, Trial
-from ...prefixes import SharedPrefixes
 from ...protocols import FindSharedPrefixes
 from ...records import Batch
 from ...reference.prefixes import find_shared_prefixes
@@ -73,7 +72,7 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
     def outputs(call: FindSharedPrefixes) -> dict[str, Tensor]:
         nodes = torch.full((scenario.max_prefixes, 4), _POISON, dtype=torch.int32, device=device)
         order = torch.full((batch.size,), _POISON, dtype=torch.int32, device=device)
-        call(batch, *numbers, SharedPrefixes(nodes, order))
+        call(batch, *numbers, nodes, order)
         return {"nodes": nodes, "order": order}
 
     return Trial(outputs, lambda: outputs(find_shared_prefixes), {"nodes": EXACT, "order": EXACT})
