@@ -105,21 +105,30 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "rotary_dim": Between(0, multiple_of=16),  # steps of the product rotate as a whole
 }
 
+_FP8_STEP = 32  # elements of the inner dim of one product
 _MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of one warpgroup
 
 _LONG_QUERIES: Mapping[str, Rule] = {
     **_SHORT_QUERIES,
     "group_size": Between(1, _MAX_LONG_GROUP),
     "max_q_len": Between(_MAX_SHORT_QUERY + 1),
-    "q_format": OneOf("same"),
-    "rope": OneOf("none"),
-    "rope_pairs": OneOf("none"),
-    "rotary_dim": Between(0, 0),
+    "q_format": OneOf("same", "fp8_e4m3"),
+    "rope": OneOf("none", "q"),
 }
 
 
 def _same_or_fp8(request: Request) -> bool:
     return request["kv_format"] in (format_of(request["dtype"]), "fp8_e4m3", "fp8_e5m2")
+
+
+def _multiplies_fp8(request: Request) -> bool:
+    if request["q_format"] == "same":
+        return True
+    return request["kv_format"] == request["q_format"] and int(request["head_dim"]) % _FP8_STEP == 0
+
+
+def _rotates_16_bits(request: Request) -> bool:
+    return request["rope"] == "none" or request["q_format"] == "same"
 
 
 def _pairs_in_lanes(request: Request) -> bool:
@@ -220,6 +229,8 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
         conditions=(
             Condition("a Hopper GPU", _on_hopper),
             Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+            Condition(f"with FP8 queries, K and V in their format and a head_dim that {_FP8_STEP} divides", _multiplies_fp8),
+            Condition("with RoPE, queries in the output's dtype", _rotates_16_bits),
         ),
     ),
 ]

@@ -19,6 +19,7 @@ from ...reference.attention import oracle
 from ...rope import FusedRope, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
 from ...tolerances import attention_tolerance, lse_tolerance
 from . import poisoned
+from .attention_long import long_query_cases
 from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale
 
 
@@ -29,7 +30,7 @@ class Scenario:
     ``window`` is what the call picks of spec.windows; ``mask`` the columns of a packed mask; ``spare_rows`` rows of q and
     out past q_indptr[B]; ``strided`` makes q and out views of wider tensors; ``before`` plans another batch first, to find
     state that an update fails to replace. ``q_scale`` is the form of the scale of FP8 queries; ``scaling`` that of the
-    rotation's frequencies.
+    rotation's frequencies. ``fp8_weights``: kernels may round the softmax weights to FP8.
     """
 
     spec: AttentionSpec
@@ -44,6 +45,7 @@ class Scenario:
     slack: int = 0
     q_scale: ScaleForm = "none"
     scaling: YarnScaling | Llama3Scaling | None = None
+    fp8_weights: bool = False
 
     @property
     def capacity(self) -> Capacity:
@@ -115,7 +117,7 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
         }
         return {name: rest[name][num_tokens:] if name in rest else value for name, value in outputs.items()}
 
-    tolerance = {"out": attention_tolerance(spec.dtype), "rest of out": EXACT}
+    tolerance = {"out": attention_tolerance(spec.dtype, scenario.fp8_weights), "rest of out": EXACT}
     if "lse" in spec.features:
         tolerance |= {"lse": lse_tolerance(spec.dtype), "rest of lse": EXACT}
     return Trial(run, expected, tolerance)
@@ -187,6 +189,7 @@ def cases() -> Iterator[Case]:
     yield from _features()
     yield from _formats()
     yield from _rotations()
+    yield from long_query_cases(_case)
     yield from _large()
 
 
