@@ -1,71 +1,146 @@
-"""Cases of what attention kernels for many new tokens do by themselves: features, FP8 and RoPE over several steps of keys."""
+"""Conformance cases of ``attention`` with many new tokens a request, beside requests with one, none and no cache.
+
+Backends serve long queries by kernels of their own, which meet every layout, shape and feature here. Requests end inside
+a tile, a step and a page; one continues a cache, one is all new, one decodes, and one is padding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ...contract import Case
-from ...records import ATTENTION_FEATURES
-from ...rope import FusedRope, Llama3Scaling
+from ...rope import FusedRope
+from .attention import case
 
-_LENS = (40, 1, 18), (290, 150, 18)
 _BF16, _FP16 = torch.bfloat16, torch.float16
-_EVERY = set(ATTENTION_FEATURES)
-
-_FEATURES: Mapping[str, Mapping[str, Any]] = {
-    "window": {"windows": (50,), "features": {"lse"}},
-    "window_wide": {"windows": (200,), "page_size": 64},
-    "window_not_causal": {"windows": (30,), "causal": False, "table": "ragged"},
-    "soft_cap": {"features": {"soft_cap", "lse"}, "head_dim": 128},
-    "alibi_sinks": {"features": {"alibi", "sinks"}, "heads": (7, 1)},
-    "every_feature": {"features": _EVERY, "mask": "kv", "windows": (None, 60), "window": 60},
+_LONG = ((70, 1, 0, 130, 1), (203, 77, 0, 130, 0))
+_APPEND = ((17, 3), (1500, 700))
+_HOSTILE = frozenset({"hostile"})
+_PLACES: Mapping[str, Mapping[str, Any]] = {
+    "table_row": {"table_row": True, "storage": "interleaved"},
+    "indptr": {"dtype": _FP16, "table": "indptr", "kv_layout": "HND"},
+    "fp8": {"kv_format": "fp8_e5m2", "scale": "tensor", "storage": "padded"},
 }
-_FP8_CACHES: Mapping[str, Mapping[str, Any]] = {
-    "e4m3_d128": {"head_dim": 128, "scale": "heads", "features": {"lse"}},
-    "e4m3_d64": {"page_size": 64, "kv_layout": "HND", "storage": "interleaved", "windows": (50,)},
-    "e4m3_d256_ragged": {"head_dim": 256, "table": "ragged", "scale": "tensor", "heads": (2, 1)},
-    "e4m3_page1": {"page_size": 1, "scale": "float", "head_dim": 96},
-    "e5m2_fp16": {"dtype": _FP16, "kv_format": "fp8_e5m2", "scale": "heads", "head_dim": 96},
-}
-_FP8_PRODUCTS: Mapping[str, Mapping[str, Any]] = {
-    "d64": {"features": {"lse"}},
-    "d128": {"head_dim": 128, "features": {"lse"}, "scale": "heads", "q_scale": "heads", "heads": (8, 2)},
-    "d128_ragged": {"head_dim": 128, "table": "ragged", "causal": False, "strided": True, "q_scale": "float"},
-    "d256": {"head_dim": 256, "page_size": 8, "scale": "tensor", "q_scale": "tensor", "heads": (2, 1)},
-    "d96_fp16": {"head_dim": 96, "dtype": _FP16, "heads": (7, 1), "page_size": 64, "kv_layout": "HND"},
-    "d192_128": {"head_dim": 192, "head_dim_vo": 128, "storage": "interleaved", "before": True},
-    "page1": {"page_size": 1, "head_dim": 128, "q_scale": "tensor", "windows": (100,)},
-    "invariant": {"batch_invariant": True, "page_size": 32},
-    "every_feature": {
-        "features": _EVERY,
-        "mask": "new",
-        "windows": (60,),
-        "heads": (6, 2),
-        "q_scale": "heads",
-        "scale": "heads",
-    },
-}
-_ROTATIONS: Mapping[str, Mapping[str, Any]] = {
-    "d64": {"rope": FusedRope(64), "features": {"lse"}},
-    "d128": {"head_dim": 128, "rope": FusedRope(128), "heads": (8, 2), "scaling": Llama3Scaling()},
-    "interleaved": {"head_dim": 128, "rope": FusedRope(128, "interleaved"), "heads": (7, 1), "strided": True},
-    "partial": {"head_dim": 192, "head_dim_vo": 128, "rope": FusedRope(64), "table": "ragged"},
-    "d256": {"head_dim": 256, "rope": FusedRope(128), "windows": (70,), "dtype": _FP16, "heads": (2, 1)},
-    "fp8_kv": {"head_dim": 128, "rope": FusedRope(128), "kv_format": "fp8_e4m3", "scale": "heads"},
-}
-_FORMS: tuple[tuple[str, Mapping[str, Mapping[str, Any]], Mapping[str, Any]], ...] = (
-    ("prefill", _FEATURES, {}),
-    ("prefill_kv", _FP8_CACHES, {"kv_format": "fp8_e4m3"}),
-    ("prefill_fp8", _FP8_PRODUCTS, {"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3", "fp8_weights": True}),
-    ("prefill_rope_q", _ROTATIONS, {}),
-)
 
 
-def long_query_cases(case: Callable[..., Case]) -> Iterator[Case]:
-    """``case`` makes one of its name, q_lens, kv_lens and options."""
-    for prefix, named, form in _FORMS:
-        for name, options in named.items():
-            yield case(f"{prefix}_{name}", *_LENS, **{"dtype": _BF16, **form, **options})
+def _case(name: str, lens: tuple[tuple[int, ...], tuple[int, ...]] = _LONG, **options: Any) -> Case:
+    return case(f"long_{name}", *lens, **{"dtype": _BF16, "heads": (4, 2), **options})
+
+
+def long_cases() -> Iterator[Case]:
+    yield from _shapes()
+    yield from _layouts()
+    yield from _features()
+    yield from _formats()
+    yield from _hostile()
+
+
+def _shapes() -> Iterator[Case]:
+    for dtype in (_BF16, _FP16):
+        yield _case(str(dtype).removeprefix("torch."), dtype=dtype, features={"lse"})
+    for group in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 48, 64, 128):
+        yield _case(f"group_{group}", heads=(group, 1), features={"lse"})
+    for head_dim in (80, 96, 128, 192, 256):
+        for table in ("dense", "ragged"):
+            yield _case(f"head_dim_{head_dim}_{table}", head_dim=head_dim, table=table)
+    for table in ("dense", "ragged"):
+        yield _case(f"head_dim_192_128_{table}", head_dim=192, head_dim_vo=128, table=table)
+    yield _case("append", _APPEND, head_dim=128, heads=(8, 2), features={"lse"})
+    yield _case("append_slots", _APPEND, head_dim=128, heads=(8, 2), page_size=1, table_row=True, features={"lse"})
+    yield _case("append_ragged", _APPEND, head_dim=128, heads=(8, 2), table="ragged", features={"lse"})
+    yield _case("many_requests", ((19,) * 24, tuple(range(19, 43))), features={"lse"})
+    yield _case("decodes_beside", ((40, *(1,) * 20), (300, *range(20))), heads=(8, 1), features={"lse"})
+    yield _case("invariant", batch_invariant=True, features={"lse"})
+    yield _case("invariant_append", _APPEND, batch_invariant=True)
+    yield _case("second_update", before=True)
+
+
+def _layouts() -> Iterator[Case]:
+    for page_size in (1, 2, 3, 5, 8, 16, 24, 32, 64, 100, 128, 255, 256):
+        for name, options in _PLACES.items():
+            yield _case(f"page_size_{page_size}_{name}", page_size=page_size, **options)
+    for storage in ("interleaved", "padded"):
+        for kv_layout in ("NHD", "HND"):
+            placed: dict[str, Any] = {"storage": storage, "kv_layout": kv_layout, "strided": True}
+            yield _case(f"{storage}_{kv_layout}", **placed)
+            yield _case(f"ragged_{storage}_{kv_layout}", table="ragged", **placed)
+
+
+def _features() -> Iterator[Case]:
+    for head_dim in (64, 128, 256):
+        plain: dict[str, Any] = {"head_dim": head_dim}
+        for window in (1, 5, 64, 150, 1000):
+            yield _case(f"window_{window}_d{head_dim}", windows=(window,), features={"lse"}, **plain)
+        yield _case(f"window_of_two_d{head_dim}", windows=(None, 20), window=20, **plain)
+        yield _case(f"soft_cap_d{head_dim}", features={"soft_cap", "lse"}, **plain)
+        yield _case(f"sinks_d{head_dim}", features={"sinks", "lse"}, **plain)
+        yield _case(f"alibi_d{head_dim}", features={"alibi", "lse"}, heads=(6, 2), **plain)
+        yield _case(f"mask_kv_d{head_dim}", features={"mask", "lse"}, mask="kv", causal=False, **plain)
+        yield _case(f"mask_tree_d{head_dim}", features={"mask"}, mask="new", causal=False, **plain)
+        yield _case(f"not_causal_d{head_dim}", causal=False, features={"lse"}, **plain)
+        everything = {"soft_cap", "sinks", "alibi", "mask", "lse"}
+        yield _case(
+            f"every_feature_d{head_dim}", features=everything, mask="kv", windows=(None, 70), window=70, **plain
+        )
+    yield _case("window_not_causal", windows=(60,), causal=False, features={"lse"})
+    yield _case("window_append", _APPEND, windows=(200,), features={"sinks", "lse"}, head_dim=128)
+    yield _case("soft_cap_slots", features={"soft_cap"}, page_size=1, head_dim=128)
+    yield _case("rope_q", rope=FusedRope(64), features={"lse"})
+    yield _case("rope_q_d128", rope=FusedRope(128), head_dim=128, heads=(8, 2))
+    yield _case("rope_q_interleaved", rope=FusedRope(32, "interleaved"))
+    yield _case("rope_q_partial", rope=FusedRope(64), head_dim=192, head_dim_vo=128, table="ragged", heads=(7, 1))
+    yield _case("rope_q_d256", rope=FusedRope(256), head_dim=256, dtype=_FP16, windows=(90,))
+    yield _case("rope_q_fp8", rope=FusedRope(128), head_dim=128, kv_format="fp8_e4m3", scale="heads")
+    yield _case("rope_q_slots", rope=FusedRope(128, "interleaved"), head_dim=128, page_size=1, strided=True)
+    yield _case("rope_qk", rope=FusedRope(64, keys=True), features={"lse"})
+
+
+def _formats() -> Iterator[Case]:
+    for kv_format in ("fp8_e4m3", "fp8_e5m2"):
+        for head_dim in (64, 128, 256):
+            yield _case(f"{kv_format}_d{head_dim}", kv_format=kv_format, scale="heads", head_dim=head_dim)
+        yield _case(f"{kv_format}_ragged", kv_format=kv_format, scale="tensor", table="ragged", head_dim=128)
+        yield _case(f"{kv_format}_slots", kv_format=kv_format, scale="float", page_size=1, as_bytes=True)
+        queries: dict[str, Any] = {"kv_format": kv_format, "q_format": "fp8_e4m3", "scale": "heads", "q_scale": "heads"}
+        queries["fp8_weights"] = kv_format == "fp8_e4m3"
+        yield _case(f"{kv_format}_queries_d64", **queries, features={"lse"})
+        yield _case(f"{kv_format}_queries_d128", **queries, head_dim=128, heads=(8, 2))
+        yield _case(f"{kv_format}_queries_ragged", **queries, head_dim=128, table="ragged", strided=True)
+    yield from _fp8_products()
+
+
+def _fp8_products() -> Iterator[Case]:
+    """Q, K and V in e4m3, which kernels may multiply as they are."""
+    form: dict[str, Any] = {"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3", "fp8_weights": True}
+    everything = {"soft_cap", "sinks", "alibi", "mask", "lse"}
+    for name, options in (
+        ("d256", {"head_dim": 256, "page_size": 8, "scale": "tensor", "q_scale": "tensor"}),
+        ("d96_fp16", {"head_dim": 96, "dtype": _FP16, "heads": (7, 1), "page_size": 64, "kv_layout": "HND"}),
+        ("d192_128", {"head_dim": 192, "head_dim_vo": 128, "storage": "interleaved", "before": True}),
+        ("window", {"windows": (100,), "features": {"lse"}, "head_dim": 128, "causal": False}),
+        ("slots", {"page_size": 1, "head_dim": 128, "q_scale": "float", "windows": (100,), "as_bytes": True}),
+        ("invariant", {"batch_invariant": True, "page_size": 32, "features": {"lse"}}),
+        ("every_feature", {"features": everything, "mask": "kv", "windows": (60,), "q_scale": "heads", "scale": "heads"}),
+        ("append", {"head_dim": 128, "heads": (8, 2), "q_scale": "heads", "scale": "heads"}),
+    ):
+        lens = _APPEND if name == "append" else _LONG
+        yield _case(f"fp8_products_{name}", lens, **form, **options)
+    yield _case("fp8_products_padding", ((40, 1, 0, 20), (0, 9, 0, 0)), **form)
+
+
+def _hostile() -> Iterator[Case]:
+    for name, q_lens, kv_lens, options in (
+        ("padding", (40, 1, 0, 20), (0, 9, 0, 0), {}),
+        ("all_padding", (40, 1), (0, 0), {}),
+        ("padding_with_sinks", (40, 1, 2), (0, 9, 0), {"features": {"lse", "sinks"}}),
+        ("no_new_tokens", (0, 33, 0), (20, 35, 7), {}),
+        ("more_queries_than_keys", (90, 40), (30, 40), {}),
+        ("more_queries_than_keys_not_causal", (90,), (30,), {"causal": False, "windows": (20,)}),
+        ("no_spare_rows", (40, 1), (40, 66), {"spare_rows": 0}),
+        ("many_spare_rows", (17, 1), (40, 66), {"spare_rows": 300}),
+        ("capacity_to_spare", (40, 1), (40, 66), {"slack": 5000}),
+    ):
+        yield case(f"long_{name}", q_lens, kv_lens, _HOSTILE, **{"dtype": _BF16, "features": {"lse"}, **options})
