@@ -106,30 +106,32 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "rotary_dim": Between(0, multiple_of=16),  # steps of the product rotate as a whole
 }
 
-_FP8_STEP = 32  # elements of the inner dim of one product
 _MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of one warpgroup
 
 _LONG_QUERIES: Mapping[str, Rule] = {
     **_SHORT_QUERIES,
     "group_size": Between(1, _MAX_LONG_GROUP),
     "max_q_len": Between(_MAX_SHORT_QUERY + 1),
-    "q_format": OneOf("same", "fp8_e4m3"),
-    "rope": OneOf("none", "q"),
+    "q_format": OneOf("same"),
+    "rope": OneOf("none"),
+    "rope_pairs": OneOf("none"),
+    "rotary_dim": Between(0, 0),
+}
+_LONG_FP8_QUERIES: Mapping[str, Rule] = {
+    **_LONG_QUERIES,
+    "kv_format": OneOf("fp8_e4m3"),
+    "head_dim": Between(32, 256, multiple_of=32),  # elements of the inner dim of one product
+    "q_format": OneOf("fp8_e4m3"),
+}
+_LONG_ROTATED_QUERIES: Mapping[str, Rule] = {
+    **_LONG_QUERIES,
+    **{name: _SHORT_QUERIES[name] for name in ("rope_pairs", "rotary_dim")},
+    "rope": OneOf("q"),
 }
 
 
 def _same_or_fp8(request: Request) -> bool:
     return request["kv_format"] in (format_of(request["dtype"]), "fp8_e4m3", "fp8_e5m2")
-
-
-def _multiplies_fp8(request: Request) -> bool:
-    if request["q_format"] == "same":
-        return True
-    return request["kv_format"] == request["q_format"] and int(request["head_dim"]) % _FP8_STEP == 0
-
-
-def _rotates_16_bits(request: Request) -> bool:
-    return request["rope"] == "none" or request["q_format"] == "same"
 
 
 def _pairs_in_lanes(request: Request) -> bool:
@@ -197,6 +199,10 @@ SAMPLING_ENTRIES: list[KernelEntry] = [
 """Kernels of sampling: a row of logits lies in the shared memory of a cluster of blocks."""
 
 
+_NOT_PREFERRED = -60
+"""Priority of kernels that have not run on a GPU yet: below that of the Triton backend."""
+
+
 def _load_attention_decode() -> Any:
     return importlib.import_module("fi_cuda.kernels.attention.state").attention_decode
 
@@ -219,20 +225,26 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
             Condition("a rotary_dim that 32 divides with rope_pairs 'half'", _pairs_in_lanes),
         ),
     ),
-    KernelEntry(
-        "attention",
-        "attention_prefill",
-        BACKEND,
-        _LONG_QUERIES,
-        _load_attention_prefill,
-        devices=("cuda",),
-        min_capability=WARPGROUP_CAPABILITY,
-        conditions=(
-            Condition("a Hopper GPU", _on_hopper),
-            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
-            Condition(f"with FP8 queries, K and V in their format and a head_dim that {_FP8_STEP} divides", _multiplies_fp8),
-            Condition("with RoPE, queries in the output's dtype", _rotates_16_bits),
-        ),
+    *(
+        KernelEntry(
+            "attention",
+            name,
+            BACKEND,
+            rules,
+            _load_attention_prefill,
+            devices=("cuda",),
+            min_capability=WARPGROUP_CAPABILITY,
+            conditions=(
+                Condition("a Hopper GPU", _on_hopper),
+                Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+            ),
+            priority=priority,
+        )
+        for name, rules, priority in (
+            ("attention_prefill", _LONG_QUERIES, 0),
+            ("attention_prefill_fp8", _LONG_FP8_QUERIES, _NOT_PREFERRED),
+            ("attention_prefill_rotated", _LONG_ROTATED_QUERIES, _NOT_PREFERRED),
+        )
     ),
 ]
 """Kernels of attention, each for some lengths of queries."""

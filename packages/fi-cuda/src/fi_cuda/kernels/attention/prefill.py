@@ -46,6 +46,7 @@ class PrefillSpec(KernelSpec):
     ping_pong: bool
     overlap: bool
     parts: int
+    polynomial_every: int
     causal: bool
     windowed: bool
     soft_cap: bool
@@ -105,8 +106,7 @@ class PrefillSpec(KernelSpec):
         rings = (self.key_stages, self.value_stages, self.query_stages)
         landing = self.landing_stages
         tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1, landing)
-        item_bytes = (self.query.itemsize, self.stored.itemsize)
-        return prefill_shared_bytes(tuning, HeadBytes(self.head_dim, self.head_dim_vo, *item_bytes, self.has_boxes))
+        return prefill_shared_bytes(tuning, HeadBytes(self.head_dim, self.head_dim_vo, self.query.itemsize))
 
     @property
     def has_boxes(self) -> bool:
@@ -147,9 +147,10 @@ def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> 
         key_stages=tuning.key_stages,
         value_stages=tuning.value_stages,
         query_stages=tuning.query_stages,
-        landing_stages=tuning.landing_stages,
+        landing_stages=tuning.landing_stages if spec.q_is_fp8 or form.boxes else 0,
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
         parts=tuning.parts,
+        polynomial_every=tuning.polynomial_every if "soft_cap" in spec.features else 0,
         signed_scale=form.signed_scale,
     )

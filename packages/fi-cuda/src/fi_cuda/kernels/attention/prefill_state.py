@@ -50,7 +50,9 @@ class PrefillState(ListState):
                 planner = OrderPlanner(self._order_specs[window], capacity, window, order)
                 planner.load()
                 self._planners.append(planner)
-        self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens)
+        lands = self._tuning.landing_stages > 0
+        by_boxes = lands or spec.kv_dtype == spec.q_dtype
+        self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens) if by_boxes else None
         elements = BOX_ROW_BYTES // spec.q_dtype.itemsize
         self._query_box = Box((WARPGROUP_ROWS // spec.group_size, spec.group_size, elements))
 

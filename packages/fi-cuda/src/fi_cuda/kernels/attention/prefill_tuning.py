@@ -34,10 +34,13 @@ _MAX_TOKENS = 256
 @dataclass(frozen=True)
 class PrefillTuning:
     """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
-    item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings, and ``landing_stages`` of that for what is not
-    multiplied as it is stored; ``ping_pong``: warpgroups take turns in
+    item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
     starting products; ``overlap``: a step's scores are started before the values of the step before, else ``parts`` of a step's
-    weights are each computed beside the values of the part before; costs as in TileKind, in any common unit."""
+    weights are each computed beside the values of the part before; costs as in TileKind, in any common unit.
+
+    ``landing_stages``: of the ring for K and V that are not multiplied as they are stored; FP8 queries need it, and 0 has FP8
+    K and V beside other queries copied row by row. ``polynomial_every``: one of so many scores has the tangent of its soft cap
+    from a polynomial, none with 0."""
 
     consumers: int
     tokens: int
@@ -50,7 +53,8 @@ class PrefillTuning:
     parts: int
     item_cost: int
     step_cost: int
-    landing_stages: int = 2
+    landing_stages: int = 0
+    polynomial_every: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -59,10 +63,12 @@ class PrefillTuning:
             ("edge_tokens", tuple(size for size in range(16, self.tokens + 1, 16) if self.tokens % size == 0)),
             ("ping_pong", (False, True)),
             ("overlap", (False, True)),
+            ("landing_stages", (0, 2, 3, 4)),  # one is filled while another is read
+            ("polynomial_every", (0, 1, 2, 4)),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
-        for name in ("key_stages", "value_stages", "query_stages", "parts", "landing_stages"):
+        for name in ("key_stages", "value_stages", "query_stages", "parts"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ArgumentError(f"tuning.{name}", "an int of at least 1", getattr(self, name))
 
@@ -86,23 +92,16 @@ def box_tokens(page_size: int | None, tokens: int) -> int | None:
 
 
 class HeadBytes(NamedTuple):
-    """What of a call decides how much shared memory a tuning takes: dims, bytes of an element of Q and of K and V, and whether
-    tensor maps bring K and V."""
+    """What of a spec decides how much shared memory a tuning takes: dims, and bytes of an element of Q."""
 
     head_dim: int
     head_dim_vo: int
     query: int
-    stored: int
-    boxes: bool
 
     @classmethod
-    def of(cls, spec: AttentionSpec, boxes: bool = True) -> HeadBytes:
-        return cls(spec.head_dim, spec.head_dim_vo or 0, spec.q_dtype.itemsize, spec.kv_dtype.itemsize, boxes)
+    def of(cls, spec: AttentionSpec) -> HeadBytes:
+        return cls(spec.head_dim, spec.head_dim_vo or 0, spec.q_dtype.itemsize)
 
-    @property
-    def lands(self) -> bool:
-        """Whether K or V are not multiplied as they are stored, and the producers change them in shared memory."""
-        return self.query == 1 or (self.stored != self.query and self.boxes)
 
 
 def prefill_shared_bytes(tuning: PrefillTuning, heads: HeadBytes) -> int:
@@ -114,7 +113,7 @@ def prefill_shared_bytes(tuning: PrefillTuning, heads: HeadBytes) -> int:
     # FP8 values lie transposed: rows of 128 tokens, one a dim.
     transposed = -(-tuning.tokens // BOX_ROW_BYTES) * heads.head_dim_vo
     values = tuning.value_stages * (transposed if heads.query == 1 else tuning.tokens * value_columns)
-    landing = tuning.landing_stages * tuning.tokens * -(-max(dims) // BOX_ROW_BYTES) if heads.lands else 0
+    landing = tuning.landing_stages * tuning.tokens * -(-max(dims) // BOX_ROW_BYTES)
     items = 2 * tuning.query_stages * _ITEM_BYTES
     return (queries + keys + values + landing) * BOX_ROW_BYTES + items + _BARRIER_BYTES + _ALIGNMENT
 
@@ -133,6 +132,10 @@ def prefill_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuni
         raise ArgumentError("fi_tuning", f"names among {names}", sorted(unknown))
     tuning = replace(built_in, **given)
     size = prefill_shared_bytes(tuning, HeadBytes.of(spec))
+    may_land = spec.kv_dtype != spec.q_dtype and box_tokens(spec.page_size, tuning.tokens) is not None
+    if spec.q_is_fp8 > (tuning.landing_stages > 0) or (tuning.landing_stages > 0) > (spec.q_is_fp8 or may_land):
+        expected = "2 or more with FP8 queries, 0 where K and V are multiplied as they are stored or come row by row"
+        raise ArgumentError("tuning.landing_stages", expected, tuning.landing_stages)
     if size > limit:
         raise ArgumentError("tuning.key_stages", f"rings that fit into {limit} bytes", size)
     return tuning
@@ -144,7 +147,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     head_dim_vo = spec.head_dim_vo or 0
     widest = max(spec.head_dim, head_dim_vo)
     tokens, edge_tokens = (128, 32) if head_dim_vo <= _NARROW_HEAD_DIM else (64, 32)
-    boxes = box_tokens(spec.page_size, tokens) is not None
+    boxes = spec.kv_dtype == spec.q_dtype and box_tokens(spec.page_size, tokens) is not None
     three = widest <= _NARROW_HEAD_DIM and boxes  # producers that copy rows themselves need too many registers
     tuning = PrefillTuning(
         consumers=3 if three else 2,
@@ -158,9 +161,10 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         parts=2 if three else 1,
         item_cost=2,
         step_cost=2,
+        landing_stages=2 if spec.q_is_fp8 else 0,
     )
     for smaller in (replace(tuning, query_stages=1), replace(tuning, query_stages=1, key_stages=2)):
-        if prefill_shared_bytes(tuning, HeadBytes.of(spec, boxes)) > limit:
+        if prefill_shared_bytes(tuning, HeadBytes.of(spec)) > limit:
             tuning = smaller
     return tuning
 

@@ -3,12 +3,12 @@
 #pragma once
 
 #include "fi/attention/prefill_tiles.cuh"
+#include "fi/ptx/convert.cuh"
 #include "fi/ptx/fence.cuh"
 #include "fi/ptx/named_barrier.cuh"
 #include "fi/ptx/wgmma.cuh"
 #include "fi/softmax/online.cuh"
 #include "fi/softmax/score.cuh"
-#include "fi/tile/fp8.cuh"
 #include "fi/tile/fragments.cuh"
 #include "fi/tile/pack.cuh"
 #include "fi/tile/swizzle.cuh"
@@ -35,8 +35,7 @@ struct PrefillScore {
     return score;
   }
 
-  // tanh x for |x| <= 1 within a relative 8.2e-5 (a least-squares fit of tanh x / x in x^2): the special function unit
-  // has exponentials to do.
+  // tanh x for |x| <= 1 within a relative 8.2e-5: a fit of tanh x / x in x^2 with the least maximum.
   static __device__ __forceinline__ float tanh_of_small(float x) {
     const float square = x * x;
     return x * fmaf(fmaf(fmaf(-0.026630413f, square, 0.118898861f), square, -0.330654979f), square, 0.999918640f);
@@ -115,8 +114,12 @@ class PrefillState {
           offset[row] = score_.slope[row] * static_cast<float>(distance);
         }
       }
-      if (Config::kSoftCap && are_small(scores)) make_scores<true>(scores, offset);
-      else make_scores<false>(scores, offset);
+      if constexpr (Config::kPolynomialEvery > 0) {
+        if (are_small(scores)) make_scores<true>(scores, offset);
+        else make_scores<false>(scores, offset);
+      } else {
+        make_scores<false>(scores, offset);
+      }
     }
     if (masked) hide(params, item, first_token, position, scores);
     float tops[2];
@@ -146,7 +149,7 @@ class PrefillState {
       for (int part = 0; part < 4; ++part) {
         if constexpr (Tile::kFp8) {
           const float* four = scores + step * 16 + part / 2 * 8 + part % 2 * 2;
-          weights[step][part] = four_of<Factor>(four[0], four[1], four[4], four[5]);
+          weights[step][part] = ptx::e4m3x4_of(four[0], four[1], four[4], four[5]);
         } else {
           weights[step][part] = pair_of<Factor>(scores[step * 8 + part * 2], scores[step * 8 + part * 2 + 1]);
         }
@@ -165,15 +168,12 @@ class PrefillState {
   }
 
  private:
-  // Every kSmallStride-th score may have its tangent by a polynomial, so that half of them do not wait for the special unit.
-  static constexpr int kSmallStride = 2;
-
-  // Whether none of those exceeds the cap, in the whole warp.
+  // Whether none of the scores that may have their tangent from a polynomial exceeds the cap, in the whole warp.
   template <int kCount>
   __device__ __forceinline__ bool are_small(const float (&scores)[kCount]) const {
     float largest[2] = {};
 #pragma unroll
-    for (int idx = 0; idx < kCount; idx += kSmallStride) {
+    for (int idx = 0; idx < kCount; idx += Config::kPolynomialEvery) {
       largest[Rows::row(idx)] = fmaxf(largest[Rows::row(idx)], fabsf(scores[idx]));
     }
     bool small = true;
@@ -187,8 +187,10 @@ class PrefillState {
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) {
       const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
-      scores[idx] = kSmall && idx % kSmallStride == 0 ? score_.template of<true>(scores[idx], offset[row], column, row)
-                                                      : score_.template of<false>(scores[idx], offset[row], column, row);
+      // The special unit has exponentials to do.
+      const bool polynomial = kSmall && idx % (Config::kPolynomialEvery + !kSmall) == 0;
+      scores[idx] = polynomial ? score_.template of<true>(scores[idx], offset[row], column, row)
+                               : score_.template of<false>(scores[idx], offset[row], column, row);
     }
   }
 

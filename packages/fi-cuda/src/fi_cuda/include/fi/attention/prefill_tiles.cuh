@@ -39,13 +39,13 @@ struct PrefillTile {
   static constexpr int kValueBytes =
       kFp8 ? kTransposedColumns * kTransposedColumnBytes : kValueColumns * kKeyColumnBytes;
 
-  // What is not multiplied as it is stored lands in a ring of its own, from which the producers transpose it or make it wider.
-  static constexpr bool kWidened = sizeof(typename Config::Stored) != sizeof(Factor);
-  static constexpr bool kLanded = kFp8 || (kWidened && Config::kBoxes);
+  // What is not multiplied as it is stored may land in a ring of its own, from which the producers transpose it or make it wider.
+  static constexpr bool kLanded = Config::kLandingStages > 0;
+  static constexpr int kLandingStages = kLanded ? Config::kLandingStages : 1;
   static constexpr int kLandingColumns =
       ((Config::kHeadDim > Config::kHeadDimVo ? Config::kHeadDim : Config::kHeadDimVo) + kBoxRowBytes - 1) / kBoxRowBytes;
   static constexpr int kLandingBytes = kLandingColumns * kKeyColumnBytes;
-  static constexpr int kLandingStages = kLanded ? Config::kLandingStages : 1;
+  static_assert(kLanded || !kFp8);
 };
 
 // The stages of the ring where K and V land, if there is one.
@@ -72,9 +72,9 @@ struct PrefillShared : PrefillLanding<Config> {
   Ring<Config::kQueryStages> query_ring;
   Ring<Config::kKeyStages> key_ring;
   Ring<Config::kValueStages> value_ring;
-  Ring<Tile::kLandingStages> landing_ring;
   int flags[Config::kConsumers];
   int taken[2];  // what producers of several warps tell one another
+  Ring<Tile::kLandingStages> landing_ring;
 
   // Copies says how many arrivals fill a stage of keys, of values, and of what lands.
   template <class Copies>

@@ -35,24 +35,6 @@ __device__ __forceinline__ void halves_of(unsigned& low, unsigned& high, unsigne
   }
 }
 
-// Four floats as FP8 in one register, to nearest even and saturated, the first in the lowest byte. PTX ISA, section "cvt"; sm_89.
-template <class T>
-__device__ __forceinline__ unsigned four_of(float first, float second, float third, float fourth) {
-  unsigned result;
-  if constexpr (kFp8Format<T> == __NV_E4M3) {
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}"
-        : "=r"(result)
-        : "f"(first), "f"(second), "f"(third), "f"(fourth));
-  } else {
-    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e5m2x2.f32 low, %2, %1;\ncvt.rn.satfinite.e5m2x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n}"
-        : "=r"(result)
-        : "f"(first), "f"(second), "f"(third), "f"(fourth));
-  }
-  return result;
-}
-
 // What many numbers are divided by. Powers of 2 move scales below 2^-60 and above 2^60 to where no intermediate result that
 // matters is subnormal or overflows; `lift` moves the numbers alike and takes the scale's sign. The other members are those of
 // the lifted scale; `near` and `rest`: its inverse rounded down, and a little more than what that lacks, never 0.
