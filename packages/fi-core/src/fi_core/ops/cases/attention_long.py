@@ -123,7 +123,10 @@ def _fp8_products() -> Iterator[Case]:
         ("window", {"windows": (100,), "features": {"lse"}, "head_dim": 128, "causal": False}),
         ("slots", {"page_size": 1, "head_dim": 128, "q_scale": "float", "windows": (100,), "as_bytes": True}),
         ("invariant", {"batch_invariant": True, "page_size": 32, "features": {"lse"}}),
-        ("every_feature", {"features": everything, "mask": "kv", "windows": (60,), "q_scale": "heads", "scale": "heads"}),
+        (
+            "every_feature",
+            {"features": everything, "mask": "kv", "windows": (60,), "q_scale": "heads", "scale": "heads"},
+        ),
         ("append", {"head_dim": 128, "heads": (8, 2), "q_scale": "heads", "scale": "heads"}),
     ):
         lens = _APPEND if name == "append" else _LONG

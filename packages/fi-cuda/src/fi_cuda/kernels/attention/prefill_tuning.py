@@ -103,7 +103,6 @@ class HeadBytes(NamedTuple):
         return cls(spec.head_dim, spec.head_dim_vo or 0, spec.q_dtype.itemsize)
 
 
-
 def prefill_shared_bytes(tuning: PrefillTuning, heads: HeadBytes) -> int:
     """Shared memory of a block: rings of queries, keys and values, items and barriers, and what aligning them may take."""
     dims = (heads.head_dim, heads.head_dim_vo)
