@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from fi_core.records import AttentionSpec
@@ -60,6 +60,7 @@ class PrefillSpec(KernelSpec):
     v_scales: bool
     lse: bool
     signed_scale: bool = False
+    levels: bool = False
 
     stem: ClassVar = "attention_prefill"
     overlapping: ClassVar = True
@@ -133,8 +134,13 @@ class BoxPrefillSpec(PrefillSpec):
 
 def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> PrefillSpec:
     """The kernel of a call."""
+    return (BoxPrefillSpec if form.boxes else PrefillSpec)(**prefill_fields(spec, tuning, form))
+
+
+def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> dict[str, Any]:
+    """The fields of a call's spec, by name."""
     rope = spec.rope
-    return (BoxPrefillSpec if form.boxes else PrefillSpec)(
+    return dict(
         **call_fields(spec, form),
         query=spec.q_dtype,
         rotary_dim=0 if rope is None else rope.rotary_dim,
