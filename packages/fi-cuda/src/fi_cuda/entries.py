@@ -138,8 +138,6 @@ _SHARED_PREFIXES: Mapping[str, Rule] = {
     "levels": OneOf(True),
     "max_q_len": Between(1),
     "table": OneOf("dense", "indptr"),
-    "windowed": OneOf(False),  # a node's keys are visible to all of its members
-    "features": SubsetOf("soft_cap", "sinks", "lse"),
     "batch_invariant": OneOf(False),
 }
 
