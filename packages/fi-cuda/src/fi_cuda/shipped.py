@@ -12,6 +12,7 @@ from fi_core.rope import FusedRope
 from .kernels.append_kv import AppendShape, spec_for
 from .kernels.attention.call import CallForm
 from .kernels.attention.decode import decode_spec
+from .kernels.attention.mixed_state import short_capacity
 from .kernels.attention.order import order_spec
 from .kernels.attention.plan import plan_spec
 from .kernels.attention.prefill import prefill_spec
@@ -213,6 +214,8 @@ def _prefill_specs(
 ) -> Iterator[KernelSpec]:
     tuning = built_in_prefill_tuning(spec)
     params = prefill_params(spec, _PREFILL, tuning, window, _HOPPER_PROCESSORS)
+    short = short_capacity(spec, _PREFILL)
     yield plan_spec(params, _PREFILL)
-    yield order_spec(params, _PREFILL, tuning.consumers)
+    yield order_spec(params, _PREFILL, tuning.consumers, short.max_q_len)
+    yield plan_spec(partition_params(spec, short, built_in_tuning(spec, short), window, _HOPPER_PROCESSORS), short)
     yield prefill_spec(spec, tuning, form._replace(boxes=boxes))

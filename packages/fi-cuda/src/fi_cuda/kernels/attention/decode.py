@@ -50,6 +50,7 @@ class DecodeSpec(KernelSpec):
     v_scales: bool
     lse: bool
     batch_invariant: bool
+    queries_ahead: bool = False
 
     stem: ClassVar = "attention_decode"
     overlapping: ClassVar = True
@@ -93,10 +94,12 @@ class DecodeSpec(KernelSpec):
 
     @property
     def shared_bytes(self) -> int:
-        tuning = DecodeTuning(self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1, self.row_warps)
+        tuning = DecodeTuning(
+            self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1, self.row_warps, self.queries_ahead
+        )
         in_half = self.stored.itemsize == 1 and self.rope_pairs == ROPE_PAIRS["half"]
-        rotated = (self.rotary_dim, self.rope_keys, in_half)
-        return shared_bytes(tuning, HeadForm(self.head_dim, self.head_dim_vo, self.stored.itemsize, *rotated))
+        sizes = (self.head_dim, self.head_dim_vo, self.stored.itemsize, self.query.itemsize)
+        return shared_bytes(tuning, HeadForm(*sizes, self.rotary_dim, self.rope_keys, in_half))
 
     def config_lines(self) -> list[str]:
         """As ever, with neighbours of one type on one line."""
@@ -127,4 +130,5 @@ def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> De
         rope_keys=rope is not None and rope.keys,
         q_scales=form.q_scales,
         batch_invariant=spec.batch_invariant,
+        queries_ahead=tuning.queries_ahead,
     )

@@ -79,6 +79,7 @@ class ListState:
         self._spec = spec
         self._device = device
         self._layout = layout
+        self._max_q_len = capacity.max_q_len
         self._buffer = buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         layout.arrivals.of(buffer).zero_()
         for slots in (layout.partials, layout.partial_rows):
@@ -126,8 +127,11 @@ class ListState:
         # Pinned memory comes from torch's caching allocator, which reuses a block only after the copy that reads it.
         pinned = self._device.type == "cuda"
         staging = torch.empty(layout.host_bytes, dtype=torch.uint8, pin_memory=pinned)
+        q_indptr, kv_lens = batch.q_indptr, batch.kv_lens
+        if bool((q_indptr.diff() > self._max_q_len).any()):  # as on the device: beyond the capacity there is no work
+            q_indptr, kv_lens = q_indptr[:1], kv_lens[:0]
         for window, regions in layout.lists.items():
-            fill_on_host(batch.q_indptr, batch.kv_lens, layout.params[window], regions.of(staging))
+            fill_on_host(q_indptr, kv_lens, layout.params[window], regions.of(staging))
         self._order_on_host(batch, staging)
         self._buffer[: layout.host_bytes].copy_(staging, non_blocking=True)
 

@@ -33,7 +33,8 @@ struct DecodeShared {
   static constexpr int kItems = kShares + static_cast<int>(sizeof(Shares<Config>));
   static constexpr int kBarriers = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
   static constexpr int kRotations = (kBarriers + kTokenWarps * Config::kStages * 8 + 15) / 16 * 16;
-  static constexpr int kBytes = kRotations + Rotations<Config>::kBytes + ChunkStage<Config>::kAlignment;
+  static constexpr int kQueries = kRotations + Rotations<Config>::kBytes;
+  static constexpr int kBytes = kQueries + NextQueries<Config>::kBytes + ChunkStage<Config>::kAlignment;
 };
 
 constexpr int kItemParts = sizeof(AttentionItem) / 16;
@@ -71,7 +72,8 @@ __device__ __forceinline__ Rotator<Config> rotator_of(const Params& params, unsi
 // Attends to `count` items in shared memory, which the block's worker has `before` others before and `after` after.
 template <class Config, class Params, class Loader>
 __device__ __forceinline__ void attend_items(const Params& params, const Loader& loader, unsigned char* shared, int before,
-                                             int count, int after, RingCursor<Config::kStages>& place) {
+                                             int count, int after, RingCursor<Config::kStages>& place,
+                                             NextQueries<Config>& queries) {
   using Shared = DecodeShared<Config>;
   using State = DecodeState<Config, Params>;
   using Stage = ChunkStage<Config>;
@@ -120,12 +122,14 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
     AttentionItem next = {};
     if (idx + 1 < count) {
       next = items[idx + 1];
-      state.load(params, next, warp.first_row(), lane);  // arrives while the item before is finished
+      const unsigned char* rows = Config::kQueriesAhead && idx >= 0 ? queries.wait() : nullptr;
+      state.load(params, next, warp.first_row(), rows, lane);  // arrives while the item before is finished
     }
     if (idx >= 0) finisher.finish(item, state, before + idx, after + count - 1 - idx);
     if (++idx == count) break;
     item = next;
     state.begin(params, item, rotator, lane);
+    if (Config::kQueriesAhead && idx + 1 < count) queries.request(params, items[idx + 1]);
     finisher.prepare(item);
     whole = State::seen_by_all(params, item);
     lowest = lowest_position<Config>(item, params.window);
@@ -171,6 +175,8 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
       ptx::init_barrier(barriers + warp.token_warp * Config::kStages + stage, loader.kArrivals);
     }
   }
+  NextQueries<Config> queries = {shared + Shared::kQueries, 0};
+  if (Config::kQueriesAhead && threadIdx.x == 0) queries.init();
   ptx::fence_barrier_init();
   if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = part;
   if constexpr (Rotations<Config>::kKeys) rotator_of<Config>(params, shared + Shared::kRotations).fill_table();
@@ -179,7 +185,7 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
     const int count = min(end - first, kItemsAtOnce);
     fetch_items<Config::kNumThreads>(items, list + first, first == begin, count);
     __syncthreads();
-    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place);
+    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place, queries);
     __syncthreads();
   }
 }
