@@ -8,7 +8,7 @@ SNAPSHOT = """
 Anything ArgumentError AttentionSpec BackendInfo Batch Between Capacity CapacityError Case Condition Cost DrawKeys
 EXACT FiError FilterParams FusedRope IndexCheckError KVCache KernelEntry KernelRegistry LayerArgs LayoutError LinearScaling
 Llama3Scaling LogprobsOut OneOf Operation PackedMask PenaltyParams Plan PluginError PluginStatus Request RopeConfig RopeTable Rule
-Selection Settings SettingsError ShadowMismatchError SubsetOf Target Tolerance Trial UnknownBackendError
+Selection Settings SettingsError ShadowMismatchError SharedPrefixes SubsetOf Target Tolerance Trial UnknownBackendError
 UnsupportedError YarnScaling add_rmsnorm append_kv attention backends copy_pages explain filter_logits gelu_mul hookimpl
 logprobs lse_base2 merge_states penalize_logits plan rmsnorm rope sample silu_mul target_of top_k use verify_chain verify_tree
 """

@@ -52,6 +52,7 @@ from .ops.top_k import top_k
 from .ops.verify_chain import verify_chain
 from .ops.verify_tree import verify_tree
 from .plan import Plan, plan
+from .prefixes import SharedPrefixes
 from .records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, PackedMask
 from .registry import KernelRegistry, PluginStatus, Selection, use
 from .rope import FusedRope, LinearScaling, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
@@ -101,6 +102,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "ShadowMismatchError",
+    "SharedPrefixes",
     "SubsetOf",
     "Target",
     "Tolerance",

@@ -99,6 +99,7 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "features": SubsetOf(*ATTENTION_FEATURES),
     "batch_invariant": Anything(),
     "max_q_len": Between(1, _MAX_SHORT_QUERY),
+    "levels": OneOf(False),
     "q_format": OneOf(*Q_FORMATS),
     "rope": OneOf("none", "q", "qk"),
     "rope_pairs": OneOf("none", "half", "interleaved"),

@@ -42,6 +42,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         "features": SubsetOf(*sorted(ATTENTION_FEATURES)),
         "batch_invariant": OneOf(False, True),
         "max_q_len": _SIZE,
+        "levels": OneOf(False, True),
         "q_format": OneOf(*Q_FORMATS),
         "rope": OneOf("none", "q", "qk"),
         "rope_pairs": OneOf("none", "half", "interleaved"),
