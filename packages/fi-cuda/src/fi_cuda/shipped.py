@@ -106,7 +106,7 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
     for table in (False, True):
         dims = (model.head_dim, model.head_dim, VECTOR_BYTES)
         for few_tokens in (False, True):
-            yield rope_spec_for(dtype, torch.int64, dims, "half", table, few_tokens)
+            yield rope_spec_for(dtype, torch.int64, dims, "half", table, few_tokens, model.num_q_heads)
     for kv_format in (DTYPES[dtype], "fp8_e4m3"):
         plain = AppendShape(
             dtype=dtype,

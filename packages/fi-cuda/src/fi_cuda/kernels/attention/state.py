@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from torch import Tensor
 
+from ...launch import RepeatedLaunch
 from ...params import TensorMap
 from ...spec import kernel_for
 from .boxes import maps_of, tokens_of_box
@@ -46,6 +48,16 @@ class Call(NamedTuple):
     cache_strides: tuple[int, ...]
     numbers: tuple[float, ...]
     maps: tuple[TensorMap, ...]
+
+
+@dataclass(slots=True)
+class DecodeCall:
+    """The same of a decode call, whose parameters stay packed: ``own`` says for which q, out, lse and batch."""
+
+    kv: weakref.ref[KVCache]
+    shared: Call
+    launch: RepeatedLaunch
+    own: tuple[object, ...] = ()
 
 
 class _Addressing(NamedTuple):
@@ -97,6 +109,7 @@ class ListState:
         self._num_workers = layout.params[spec.windows[0]].num_workers
         self._batch: Batch | None = None
         self._addressing: _Addressing | None = None
+        self._num_addressings = 0
         self._calls: dict[tuple[int, int, bool], Any] = {}
         self._planner = "not yet updated"
 
@@ -121,6 +134,7 @@ class ListState:
         if before is None or (before.has_rows, before.mask_columns) != (now.has_rows, now.mask_columns):
             self._calls.clear()
         self._addressing = now
+        self._num_addressings += 1
 
     def _plan_on_host(self, batch: Batch) -> None:
         layout = self._layout
@@ -188,33 +202,35 @@ class DecodeState(ListState):
         )
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
-        addressing = self._addresses
         call = self._remembered(kv, layer, lse is not None)
-        q_token, q_head, _ = q.stride()
-        out_token, out_head, _ = out.stride()
-        call.launch(
-            self._device,
-            self._num_workers,
-            1,
-            *call.workspace,
+        own = (
+            *(self._num_addressings, q.data_ptr(), q.stride(), out.data_ptr(), out.stride()),
+            *(() if lse is None else (lse.data_ptr(), lse.stride(0))),
+        )
+        if own != call.own:  # with equal tensors the parameters are packed already
+            self._pack(call, q, out, lse)
+            call.own = own
+        call.launch.launch()
+
+    def _pack(self, call: DecodeCall, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+        addressing, shared = self._addresses, call.shared
+        call.launch.pack(
+            *shared.workspace,
             q.data_ptr(),
-            *call.cache,
+            *shared.cache,
             out.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
+            address_of(lse),
             *addressing.addresses,
-            *call.layer_tensors,
-            q_token,
-            q_head,
-            *call.cache_strides,
-            out_token,
-            out_head,
+            *shared.layer_tensors,
+            *q.stride()[:2],
+            *shared.cache_strides,
+            *out.stride()[:2],
             0 if lse is None else lse.stride(0),
             addressing.table_stride,
-            *call.numbers,
-            *call.maps,
+            *shared.numbers,
         )
 
-    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> DecodeCall:
         """Find the kernel for calls with this cache and layer, and remember it with what they share."""
         lists, layout, rope = self._lists[layer.window], self._layout, layer.rope
         workspace = (layout.partials, layout.partial_rows)
@@ -232,11 +248,11 @@ class DecodeState(ListState):
             mask_columns=addressing.mask_columns,
             boxes=maps is not None,
         )
-        spec = decode_spec(self._spec, self._tuning, form)
-        return Call(
+        kernel = kernel_for(decode_spec(self._spec, self._tuning, form), self._device)
+        shared = Call(
             kv=weakref.ref(kv),
             layer=layer,
-            launch=kernel_for(spec, self._device).launch,
+            launch=kernel.launch,
             workspace=(*map(address_of, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(
@@ -255,6 +271,7 @@ class DecodeState(ListState):
             ),
             maps=maps or (),
         )
+        return DecodeCall(shared.kv, shared, kernel.repeated(self._device, self._num_workers, shared.maps))
 
     def _maps_of(self, kv: KVCache) -> tuple[TensorMap, ...] | None:
         """Tensor maps of K and V, if the copy engine can bring them."""
