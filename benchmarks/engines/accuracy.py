@@ -1,9 +1,10 @@
 """Teacher-forced log-probabilities of one engine with one attention backend, and how far those of several backends differ.
 
-usage: python accuracy.py run ENGINE MODEL_FOLDER BACKEND OUT.json [--options JSON] [--tokens FILE.json]
+usage: python accuracy.py run ENGINE MODEL_FOLDER BACKEND OUT.json [--options JSON ...] [--name NAME]
        python accuracy.py compare FI.json OWN.json OWN.json ...
-The first run without --tokens draws 64 prompts and lets its engine continue each by 64 tokens; give its file to the others as
---tokens, so that all are asked the same. Compared are the numbers of a prefill ("prompt") and those of decode steps ("decode").
+64 prompts, each with 64 tokens drawn for it: "prompt" are the tokens' log-probabilities as a prefill computes them, "decode" as
+decode steps do. SGLang cannot force tokens in decode steps: there "decode" are those of its own greedy tokens, up to the first
+that two backends choose differently. ``compare`` also counts equal greedy texts, and their tokens before the first difference.
 """
 
 from __future__ import annotations
@@ -29,30 +30,41 @@ def prompts_of(vocab_size: int) -> list[list[int]]:
     return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
+def drawn_tokens(vocab_size: int) -> list[list[int]]:
+    """64 tokens for each prompt, the same in every run."""
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(0, vocab_size, (NUM_PROMPTS, NUM_NEW), generator=generator).tolist()
+
+
 def run(options: argparse.Namespace) -> None:
     engine = open_engine(options.engine, options.model, options.backend, **engine_options(options.options))
-    if options.tokens:
-        given = json.loads(Path(options.tokens).read_text())
-        prompts, forced = given["prompts"], given["forced"]
-    else:
-        prompts = prompts_of(json.loads((Path(options.model) / "config.json").read_text())["vocab_size"])
-        forced = engine.generate(prompts, NUM_NEW)
+    vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
+    prompts, drawn = prompts_of(vocab_size), drawn_tokens(vocab_size)
     result: dict[str, Any] = {"engine": options.engine, "backend": options.backend, "model": options.model}
-    result |= {"prompts": prompts, "forced": forced}
-    whole = [prompt + more for prompt, more in zip(prompts, forced, strict=True)]
-    found = engine.prompt_logprobs(whole)
-    result["prompt"] = [values[-len(more) :] for values, more in zip(found, forced, strict=True)]
-    result["decode"] = engine.forced_logprobs(prompts, forced)
+    result["name"] = options.name or options.backend
+    found = engine.prompt_logprobs([prompt + more for prompt, more in zip(prompts, drawn, strict=True)])
+    result["prompt"] = [values[-NUM_NEW:] for values in found]
+    result["decode_tokens"], result["decode"] = engine.decode_logprobs(prompts, drawn)
     result["greedy"] = engine.generate(prompts, NUM_NEW)
     Path(options.out).write_text(json.dumps(result))
     print("written", options.out, flush=True)
     engine.close()
 
 
-def difference(one: list[list[float]], two: list[list[float]]) -> tuple[float, float, int]:
-    """(mean, largest absolute difference, numbers compared) of the positions that both have."""
-    lists = zip(one, two, strict=True)
-    apart = [abs(a - b) for first, second in lists for a, b in zip(first, second, strict=False)]
+def common_length(one: list[int], two: list[int]) -> int:
+    """How many tokens are equal before the first that differs."""
+    pairs = enumerate(zip(one, two, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(two)))
+
+
+def difference(one: dict[str, Any], two: dict[str, Any], part: str) -> tuple[float, float, int]:
+    """(mean, largest absolute difference, numbers compared) of the positions that have the same tokens before them."""
+    apart = []
+    for row, (first, second) in enumerate(zip(one[part], two[part], strict=True)):
+        same = len(first) if part == "prompt" else common_length(one["decode_tokens"][row], two["decode_tokens"][row])
+        apart += [abs(a - b) for a, b in zip(first[:same], second[:same], strict=False)]
     return (sum(apart) / len(apart), max(apart), len(apart)) if apart else (float("nan"), float("nan"), 0)
 
 
@@ -63,11 +75,11 @@ def compare(paths: list[str]) -> int:
     for part in ("prompt", "decode"):
         means: dict[bool, list[float]] = {True: [], False: []}
         for one, two in combinations(results, 2):
-            mean, most, num = difference(one[part], two[part])
-            same = sum(a == b for a, b in zip(one["greedy"], two["greedy"], strict=True))
-            names = f"{one['backend']} against {two['backend']}"
+            mean, most, num = difference(one, two, part)
+            same = [common_length(a, b) for a, b in zip(one["greedy"], two["greedy"], strict=True)]
             print(
-                f"{part}: {names}: mean {mean:.5f}, largest {most:.5f} of {num}; greedy equal {same}/{len(one['greedy'])}"
+                f"{part}: {one['name']} against {two['name']}: mean {mean:.5f}, largest {most:.5f} of {num}; "
+                f"greedy texts equal: {same.count(NUM_NEW)} of {len(same)}, tokens: {sum(same)} of {NUM_NEW * len(same)}"
             )
             means[one is results[0]].append(mean)
         if means[False]:
@@ -84,8 +96,8 @@ def main() -> None:
     parser.add_argument("command", choices=["run"])
     for name in ("engine", "model", "backend", "out"):
         parser.add_argument(name)
-    parser.add_argument("--options", default="{}")
-    parser.add_argument("--tokens")
+    parser.add_argument("--options", action="append", default=[])
+    parser.add_argument("--name", help="what compare calls it, instead of the backend")
     run(parser.parse_args())
 
 
