@@ -188,7 +188,6 @@ class TensorMapKernel(LaunchableKernel):
             arguments.pointers[1 + idx] = tensor_map.address
         arguments.maps = maps
 
-
     def repeated(self, device: torch.device, grid_x: int, maps: tuple[TensorMap, ...]) -> RepeatedLaunch:
         made = super().repeated(device, grid_x, maps)
         self._point_at(maps, made.arguments)

@@ -51,6 +51,7 @@ class DecodeSpec(KernelSpec):
     lse: bool
     batch_invariant: bool
     queries_ahead: bool = False
+    slice_units: int = 8
 
     stem: ClassVar = "attention_decode"
     overlapping: ClassVar = True
@@ -131,4 +132,5 @@ def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> De
         q_scales=form.q_scales,
         batch_invariant=spec.batch_invariant,
         queries_ahead=tuning.queries_ahead,
+        slice_units=tuning.slice_units,
     )

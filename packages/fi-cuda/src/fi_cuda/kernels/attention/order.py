@@ -91,9 +91,7 @@ class AttentionOrderSpec(KernelSpec):
         return self.item_cost + self.step_cost * (((_BINS - place) << self.shift) - 1)
 
 
-def order_spec(
-    params: PartitionParams, capacity: Capacity, consumers: int, short_q_len: int = 0
-) -> AttentionOrderSpec:
+def order_spec(params: PartitionParams, capacity: Capacity, consumers: int, short_q_len: int = 0) -> AttentionOrderSpec:
     """The spec for one kind of tiles of whole tokens, equally many for each of ``consumers`` warpgroups; ``short_q_len`` as in
     AttentionOrderSpec."""
     (kind,) = params.kinds

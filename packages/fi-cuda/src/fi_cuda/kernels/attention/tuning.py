@@ -44,7 +44,8 @@ class DecodeTuning:
     """``rows``: packed query rows a tile; ``chunk_tokens``: KV tokens that a warp loads and multiplies at once;
     ``num_warps`` a block; ``num_stages``: chunks of a warp's ring; costs of an item and of a chunk in any common unit.
     ``row_warps`` warps share the rows of a tile and their chunks, the others take other chunks. ``queries_ahead``: an item's
-    query rows come to shared memory while the item before is worked on."""
+    query rows come to shared memory while the item before is worked on. ``slice_units``: groups of four dims that a worker at
+    least merges at once of a tile of many pieces."""
 
     rows: int
     chunk_tokens: int
@@ -55,12 +56,14 @@ class DecodeTuning:
     step_cost: int
     row_warps: int = 1
     queries_ahead: bool = False
+    slice_units: int = 8
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("rows", _ROW_CHOICES),
             ("chunk_tokens", _CHUNK_CHOICES),
             ("num_warps", (1, 2, 4, 8, 16)),
+            ("slice_units", (4, 8)),
             ("row_warps", [warps for warps in (1, 2, 4, 8, 16) if self.num_warps % warps == 0]),
         ):
             if getattr(self, name) not in allowed:
