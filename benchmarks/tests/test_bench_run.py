@@ -250,13 +250,13 @@ def test_tunings_are_in_effect_while_their_variants_are_made():
         return lambda: {}
 
     problem = Problem({}, None, {"": make, "+update": make}, lambda outputs: None, Cost(1, 1))
-    given = [GivenTuning.parse(f"attention_decode:{text}") for text in ("slice_units=4,queries_ahead=True", "rows=8")]
+    given = [GivenTuning.parse(f"attention_decode:{text}") for text in ("num_stages=2,flag=True", "rows=8")]
     tuned = with_tunings(Case("attention", "decode", "a case", lambda device: problem), given).build(CPU)
-    names = ["slice_units=4,queries_ahead=True", "rows=8"]
+    names = ["num_stages=2,flag=True", "rows=8"]
     assert list(tuned.ours) == ["", "+update", *(f"{form}+{name}" for form in ("", "+update") for name in names)]
     for maker in tuned.ours.values():
         maker()
-    answers = [{"slice_units": 4, "queries_ahead": True}, {"rows": 8}]
+    answers = [{"num_stages": 2, "flag": True}, {"rows": 8}]
     assert asked == [[None, None]] * 2 + [[answer, None] for answer in answers] * 2
 
 

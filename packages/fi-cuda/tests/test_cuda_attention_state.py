@@ -89,12 +89,6 @@ def test_tuning_reaches_kernel_and_partition(launches):
 KERNELS = {
     "bf16": decode_spec(SPEC, DecodeTuning(8, 16, 4, 6, 1, 4, 1), CallForm()),
     "boxes": decode_spec(SPEC, DecodeTuning(8, 16, 4, 6, 1, 4, 1), CallForm(boxes=True)),
-    "ahead": decode_spec(SPEC, DecodeTuning(8, 16, 4, 6, 1, 4, 1, 1, True), CallForm(boxes=True)),
-    "FP8 ahead": decode_spec(
-        AttentionSpec(32, 2, 80, q_format="fp8_e4m3", kv_format="fp8_e5m2"),
-        DecodeTuning(16, 16, 4, 4, 1, 4, 1, 1, True),
-        CallForm(),
-    ),
     "narrow": decode_spec(AttentionSpec(8, 2, 80, 48), DecodeTuning(8, 16, 4, 6, 1, 4, 1), CallForm()),
     "fp8": decode_spec(
         AttentionSpec(8, 2, 128, 64, kv_format="fp8_e4m3"), DecodeTuning(16, 32, 8, 2, 1, 4, 1), CallForm()

@@ -24,8 +24,7 @@ _FEW_TOKENS = 1024
 @dataclass(frozen=True)
 class RopeSpec(KernelSpec):
     """One head shape and element type; ``table``: cosines and sines are read, otherwise computed. ``head_lanes`` heads of a
-    token are in work at once; ``heads_first``: each thread's first ones are loaded before the angles; ``one_round``: they are
-    all, and all dims rotate."""
+    token are in work at once; ``heads_first``: each thread's first ones are loaded before the angles."""
 
     dtype: torch.dtype
     position_type: torch.dtype
@@ -36,7 +35,6 @@ class RopeSpec(KernelSpec):
     table: bool
     head_lanes: int
     heads_first: bool
-    one_round: bool
 
     stem: ClassVar = "rope"
     overlapping: ClassVar = True
@@ -89,16 +87,13 @@ def spec_for(
     pairs: str,
     table: bool,
     few_tokens: bool,
-    most_heads: int,
 ) -> RopeSpec:
-    """The spec for ``dims`` = (head_dim, rotary_dim, vector_bytes) and ``most_heads`` heads of q or k. Few tokens get a block
-    each, so that the heads of a token are loaded at once, before its angles; with many, a thread's cosines and sines serve
-    more heads."""
+    """The spec for ``dims`` = (head_dim, rotary_dim, vector_bytes). Few tokens get a block each, so that the heads of a token
+    are loaded at once, before its angles; with many, a thread's cosines and sines serve more heads."""
     head_dim, rotary_dim, vector = dims
     num_units = (head_dim - rotary_dim // 2) * dtype.itemsize // vector
     head_lanes = max(1, min(_FEW_TOKEN_LANES if few_tokens else _LANES, _THREADS // num_units))
-    one_round = few_tokens and most_heads <= head_lanes and head_dim == rotary_dim
-    return RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table, head_lanes, few_tokens, one_round)
+    return RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table, head_lanes, few_tokens)
 
 
 @lru_cache(maxsize=1024)
@@ -119,8 +114,8 @@ def rope(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable, q_out
     source = table.inv_freq if table.cos_sin is None else table.cos_sin
     device, dims = q.device, (head_dim, rotary_dim, vector)
     has_table = table.cos_sin is not None
-    heads = (num_tokens <= _FEW_TOKENS, max(num_heads, 0 if k is None else k.shape[1]))
-    kernel, tokens_per_block = _bound(device, q.dtype, positions.dtype, dims, table.config.pairs, has_table, *heads)
+    few = num_tokens <= _FEW_TOKENS
+    kernel, tokens_per_block = _bound(device, q.dtype, positions.dtype, dims, table.config.pairs, has_table, few)
     kernel.launch(
         device,
         (num_tokens + tokens_per_block - 1) // tokens_per_block,

@@ -50,8 +50,6 @@ class DecodeSpec(KernelSpec):
     v_scales: bool
     lse: bool
     batch_invariant: bool
-    queries_ahead: bool = False
-    slice_units: int = 8
 
     stem: ClassVar = "attention_decode"
     overlapping: ClassVar = True
@@ -95,12 +93,10 @@ class DecodeSpec(KernelSpec):
 
     @property
     def shared_bytes(self) -> int:
-        tuning = DecodeTuning(
-            self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1, self.row_warps, self.queries_ahead
-        )
+        tuning = DecodeTuning(self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1, self.row_warps)
         in_half = self.stored.itemsize == 1 and self.rope_pairs == ROPE_PAIRS["half"]
-        sizes = (self.head_dim, self.head_dim_vo, self.stored.itemsize, self.query.itemsize)
-        return shared_bytes(tuning, HeadForm(*sizes, self.rotary_dim, self.rope_keys, in_half))
+        rotated = (self.rotary_dim, self.rope_keys, in_half)
+        return shared_bytes(tuning, HeadForm(self.head_dim, self.head_dim_vo, self.stored.itemsize, *rotated))
 
     def config_lines(self) -> list[str]:
         """As ever, with neighbours of one type on one line."""
@@ -131,6 +127,4 @@ def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> De
         rope_keys=rope is not None and rope.keys,
         q_scales=form.q_scales,
         batch_invariant=spec.batch_invariant,
-        queries_ahead=tuning.queries_ahead,
-        slice_units=tuning.slice_units,
     )

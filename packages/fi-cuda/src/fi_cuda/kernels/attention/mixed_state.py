@@ -4,6 +4,7 @@ the prefill kernel, as the GPU finds from the lengths."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from fi_core.protocols import AttentionState
@@ -18,10 +19,9 @@ from .tuning import built_in_tuning
 def short_capacity(spec: AttentionSpec, capacity: Capacity) -> Capacity:
     """The part of ``capacity`` that the decode kernel serves: as many new tokens a request as cost no more than one, because
     their rows fill a tile that would be there anyway."""
-    one = Capacity(capacity.max_batch, min(capacity.max_batch, capacity.max_q_tokens), 1, capacity.max_kv_len)
+    one = replace(capacity, max_q_tokens=min(capacity.max_batch, capacity.max_q_tokens), max_q_len=1)
     q_len = max(min(built_in_tuning(spec, one).rows // spec.group_size, capacity.max_q_len), 1)
-    q_tokens = min(capacity.max_batch * q_len, capacity.max_q_tokens)
-    return Capacity(capacity.max_batch, q_tokens, q_len, capacity.max_kv_len)
+    return replace(one, max_q_tokens=min(capacity.max_batch * q_len, capacity.max_q_tokens), max_q_len=q_len)
 
 
 class MixedAttention:

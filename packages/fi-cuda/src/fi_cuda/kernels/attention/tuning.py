@@ -43,9 +43,7 @@ _PART_BYTES = 24  # four dims of a row, and what is known of it
 class DecodeTuning:
     """``rows``: packed query rows a tile; ``chunk_tokens``: KV tokens that a warp loads and multiplies at once;
     ``num_warps`` a block; ``num_stages``: chunks of a warp's ring; costs of an item and of a chunk in any common unit.
-    ``row_warps`` warps share the rows of a tile and their chunks, the others take other chunks. ``queries_ahead``: an item's
-    query rows come to shared memory while the item before is worked on. ``slice_units``: groups of four dims that a worker at
-    least merges at once of a tile of many pieces."""
+    ``row_warps`` warps share the rows of a tile and their chunks, the others take other chunks."""
 
     rows: int
     chunk_tokens: int
@@ -55,15 +53,12 @@ class DecodeTuning:
     item_cost: int
     step_cost: int
     row_warps: int = 1
-    queries_ahead: bool = False
-    slice_units: int = 8
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("rows", _ROW_CHOICES),
             ("chunk_tokens", _CHUNK_CHOICES),
             ("num_warps", (1, 2, 4, 8, 16)),
-            ("slice_units", (4, 8)),
             ("row_warps", [warps for warps in (1, 2, 4, 8, 16) if self.num_warps % warps == 0]),
         ):
             if getattr(self, name) not in allowed:
@@ -111,20 +106,19 @@ def _stage_bytes(chunk_tokens: int, row_bytes: tuple[int, int]) -> int:
 
 
 class HeadForm(NamedTuple):
-    """What of a spec decides how much shared memory a tuning takes: dims, bytes of a stored element and of one of Q, dims that
-    rotate, and whether those of keys do, with angles in float16 or not."""
+    """What of a spec decides how much shared memory a tuning takes: dims, bytes of a stored element, dims that rotate, and
+    whether those of keys do, with angles in float16 or not."""
 
     head_dim: int
     head_dim_vo: int
     stored_bytes: int
-    query_bytes: int
     rotary_dim: int = 0
     rope_keys: bool = False
     half_angles: bool = False
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> HeadForm:
-        dims = (spec.head_dim, spec.head_dim_vo or 0, spec.kv_dtype.itemsize, spec.q_dtype.itemsize)
+        dims = (spec.head_dim, spec.head_dim_vo or 0, spec.kv_dtype.itemsize)
         rope = spec.rope
         return (
             cls(*dims)
@@ -142,8 +136,7 @@ def shared_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
     shared_rows = tuning.token_warps * tuning.rows
     shares = max(shared_rows * (heads.head_dim_vo + 4) * 4, tuning.num_warps * 32 * _PART_BYTES) + shared_rows * 8
     rotations = _rotation_bytes(tuning, heads)
-    queries = 2 * tuning.rows * (heads.head_dim * heads.query_bytes + 16) + 16 if tuning.queries_ahead else 0
-    return rings + barriers + shares + rotations + queries + _ITEM_ROWS_BYTES + _STAGE_ALIGNMENT
+    return rings + barriers + shares + rotations + _ITEM_ROWS_BYTES + _STAGE_ALIGNMENT
 
 
 def _rotation_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:

@@ -2,7 +2,6 @@
 // Lane 4 g + t holds rows 8 n + 2 t and 8 n + 2 t + 1 of every row tile n.
 #pragma once
 
-#include "fi/attention/next_queries.cuh"
 #include "fi/attention/operands.cuh"
 #include "fi/attention/rotation.cuh"
 #include "fi/attention/walk.cuh"
@@ -50,13 +49,11 @@ struct DecodeState {
   __device__ __forceinline__ DecodeState() : softmax(1.0f) {}
 
   // Loads an item's query rows, `first` the first of this warp's in the tile, which begin() then takes up: what is held of the
-  // item before stays, but for its rows. `rows`: where the tile's are in
-  // shared memory, or nullptr.
-  __device__ __forceinline__ void load(
-      const Params& params, const AttentionItem& item, int first, const unsigned char* rows, int lane) {
+  // item before stays, but for its rows.
+  __device__ __forceinline__ void load(const Params& params, const AttentionItem& item, int first, int lane) {
     first_row = first;
 #pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) load_query(params, item, n, rows, lane);
+    for (int n = 0; n < kRowTiles; ++n) load_query(params, item, n, lane);
   }
 
   // Takes up the item whose query rows were loaded.
@@ -86,15 +83,10 @@ struct DecodeState {
   };
 
   // Row 8 n + g of Q.
-  __device__ __forceinline__ void load_query(
-      const Params& params, const AttentionItem& item, int n, const unsigned char* rows, int lane) {
+  __device__ __forceinline__ void load_query(const Params& params, const AttentionItem& item, int n, int lane) {
     const Row row(item, first_row + n * 8 + lane / 4);
     const Query* q = static_cast<const Query*>(params.q);
-    if (Config::kQueriesAhead && rows != nullptr) {
-      q = reinterpret_cast<const Query*>(rows + (first_row + n * 8 + lane / 4) * NextQueries<Config>::kPitch);
-    } else if (row.live) {
-      q += (item.q_begin + row.token) * params.q_stride_token + row.head * params.q_stride_head;
-    }
+    if (row.live) q += (item.q_begin + row.token) * params.q_stride_token + row.head * params.q_stride_head;
 #pragma unroll
     for (int step = 0; step < Ops::kSteps; ++step) {
 #pragma unroll

@@ -220,9 +220,9 @@ class ItemFinisher {
   }
 
   // This block's part of the tile. Neighbouring lanes take neighbouring units, so that their loads share lines, at least
-  // kSliceUnits and as many as leave no merger with a second round; the other lanes and all warps share the pieces.
+  // 8 (4 of so many pieces that they would not be loaded at once) and as many as leave no merger with a second round; the other lanes and all warps share the pieces.
   __device__ __forceinline__ void merge_slice(const AttentionItem& item, int num_units, int rank, int num_mergers) {
-    int log_units = Config::kSliceUnits == 4 ? 2 : 3;
+    int log_units = item.num_pieces() <= (kThreads >> 3) * kPiecesAtOnce ? 3 : 2;
     while (log_units < 5 && num_units >> log_units > num_mergers) ++log_units;
     const int units_at_once = 1 << log_units, step = kThreads >> log_units;
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);

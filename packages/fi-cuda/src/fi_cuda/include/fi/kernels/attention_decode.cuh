@@ -8,8 +8,7 @@
 // Config: Dtype (q, out), Stored (K, V), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kRows
 // (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
 // kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps), kRowWarps (warps that share a tile's
-// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys, kQueriesAhead (an item's
-// query rows come to shared memory while the item before is worked on), kSliceUnits (4 or 8, of a merger). Params: those of
+// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys. Params: those of
 // fi_cuda.kernels.attention.decode.
 #pragma once
 
@@ -34,8 +33,7 @@ struct DecodeShared {
   static constexpr int kItems = kShares + static_cast<int>(sizeof(Shares<Config>));
   static constexpr int kBarriers = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
   static constexpr int kRotations = (kBarriers + kTokenWarps * Config::kStages * 8 + 15) / 16 * 16;
-  static constexpr int kQueries = kRotations + Rotations<Config>::kBytes;
-  static constexpr int kBytes = kQueries + NextQueries<Config>::kBytes + ChunkStage<Config>::kAlignment;
+  static constexpr int kBytes = kRotations + Rotations<Config>::kBytes + ChunkStage<Config>::kAlignment;
 };
 
 constexpr int kItemParts = sizeof(AttentionItem) / 16;
@@ -73,8 +71,7 @@ __device__ __forceinline__ Rotator<Config> rotator_of(const Params& params, unsi
 // Attends to `count` items in shared memory, which the block's worker has `before` others before and `after` after.
 template <class Config, class Params, class Loader>
 __device__ __forceinline__ void attend_items(const Params& params, const Loader& loader, unsigned char* shared, int before,
-                                             int count, int after, RingCursor<Config::kStages>& place,
-                                             NextQueries<Config>& queries) {
+                                             int count, int after, RingCursor<Config::kStages>& place) {
   using Shared = DecodeShared<Config>;
   using State = DecodeState<Config, Params>;
   using Stage = ChunkStage<Config>;
@@ -123,14 +120,12 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
     AttentionItem next = {};
     if (idx + 1 < count) {
       next = items[idx + 1];
-      const unsigned char* rows = Config::kQueriesAhead && idx >= 0 ? queries.wait() : nullptr;
-      state.load(params, next, warp.first_row(), rows, lane);  // arrives while the item before is finished
+      state.load(params, next, warp.first_row(), lane);  // arrives while the item before is finished
     }
     if (idx >= 0) finisher.finish(item, state, before + idx, after + count - 1 - idx);
     if (++idx == count) break;
     item = next;
     state.begin(params, item, rotator, lane);
-    if (Config::kQueriesAhead && idx + 1 < count) queries.request(params, items[idx + 1]);
     finisher.prepare(item);
     whole = State::seen_by_all(params, item);
     lowest = lowest_position<Config>(item, params.window);
@@ -176,8 +171,6 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
       ptx::init_barrier(barriers + warp.token_warp * Config::kStages + stage, loader.kArrivals);
     }
   }
-  NextQueries<Config> queries = {shared + Shared::kQueries, 0};
-  if (Config::kQueriesAhead && threadIdx.x == 0) queries.init();
   ptx::fence_barrier_init();
   if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = part;
   if constexpr (Rotations<Config>::kKeys) rotator_of<Config>(params, shared + Shared::kRotations).fill_table();
@@ -186,7 +179,7 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
     const int count = min(end - first, kItemsAtOnce);
     fetch_items<Config::kNumThreads>(items, list + first, first == begin, count);
     __syncthreads();
-    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place, queries);
+    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place);
     __syncthreads();
   }
 }

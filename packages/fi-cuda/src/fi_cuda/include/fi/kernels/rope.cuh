@@ -1,11 +1,10 @@
 // RoPE of q and k in one launch, in place or out of place.
 //
 // A block takes kTokensPerBlock tokens; a thread keeps one unit's cosines and sines and walks over the heads of its token.
-// kHeadsFirst: its first head of q and of k is loaded before the angles, so that one does not wait for the other. kOneRound: those
-// are all of its heads, and all dims rotate.
+// kHeadsFirst: its first head of q and of k is loaded before the angles, so that one does not wait for the other.
 // What no table gives is computed once a token: each pair by one thread, for all through shared memory.
 // Config: Dtype, PositionType, kHeadDim, kRotaryDim, kVectorBytes, kPairs, kTable, kTokensPerBlock, kHeadLanes, kHeadsFirst,
-// kOneRound, kNumThreads.
+// kNumThreads.
 // Params: q, k, positions, table (cos_sin or inv_freq), q_out, k_out; *_strides (outer: token, inner: head); num_tokens;
 // num_q_heads, num_k_heads; table_stride; factor.
 #pragma once
@@ -122,13 +121,11 @@ __device__ __forceinline__ void rope(const Params& params) {
   T* k_out = static_cast<T*>(params.k_out) + token * params.k_out_strides.outer;
   if (q_first) q_held.store(q_out + first_head * params.q_out_strides.inner + q_held.dim(unit), rotation);
   if (k_first) k_held.store(k_out + first_head * params.k_out_strides.inner + k_held.dim(unit), rotation);
-  if constexpr (!Config::kOneRound) {
-    if (Config::kHeadsFirst && unit < kNumPairs / kCount) first_head += Config::kHeadLanes;
-    rope_heads<Config, T>(q, q_out, params.q_strides.inner, params.q_out_strides.inner, first_head, params.num_q_heads, unit,
-                          rotation);
-    rope_heads<Config, T>(k, k_out, params.k_strides.inner, params.k_out_strides.inner, first_head, params.num_k_heads, unit,
-                          rotation);
-  }
+  if (Config::kHeadsFirst && unit < kNumPairs / kCount) first_head += Config::kHeadLanes;
+  rope_heads<Config, T>(q, q_out, params.q_strides.inner, params.q_out_strides.inner, first_head, params.num_q_heads, unit,
+                        rotation);
+  rope_heads<Config, T>(k, k_out, params.k_strides.inner, params.k_out_strides.inner, first_head, params.num_k_heads, unit,
+                        rotation);
 }
 
 }  // namespace fi
