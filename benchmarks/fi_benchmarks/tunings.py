@@ -26,7 +26,7 @@ class GivenTuning:
 
     @classmethod
     def parse(cls, text: str) -> GivenTuning:
-        """From "attention_decode:slice_units=4,queries_ahead=True"; ValueError for anything else."""
+        """From "attention_decode:num_stages=2,item_cost=8"; ValueError for anything else."""
         op, _, pairs = text.partition(":")
         values = {}
         for pair in pairs.split(","):

@@ -19,6 +19,7 @@ from fi_cuda.kernels.attention import boxes, tuning
 from fi_cuda.kernels.attention.call import MASK_FORMS, TABLE_FORMS, CallForm
 from fi_cuda.kernels.attention.decode import decode_spec
 from fi_cuda.kernels.attention.mixed_state import attention_mixed
+from fi_cuda.kernels.attention.prefix_state import attention_prefix
 from fi_cuda.kernels.attention.state import attention_decode
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, built_in_tuning, tuning_for
 
@@ -110,7 +111,7 @@ def attention():
 
 
 def test_the_entry_is_complete_and_registered(attention):
-    for entry, kernel in zip(ATTENTION_ENTRIES, (attention_decode, attention_mixed), strict=True):
+    for entry, kernel in zip(ATTENTION_ENTRIES, (attention_decode, attention_mixed, attention_prefix), strict=True):
         check_entry(entry, {"attention": attention})
         assert entry.load() is kernel
         assert entry.full_name in {item.full_name for item in registry().kernels("attention")}

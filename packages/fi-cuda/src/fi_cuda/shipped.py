@@ -243,4 +243,4 @@ def _prefill_specs(
     yield plan_spec(params, _PREFILL)
     yield order_spec(params, _PREFILL, tuning.consumers, short.max_q_len)
     yield plan_spec(partition_params(spec, short, built_in_tuning(spec, short), window, _HOPPER_PROCESSORS), short)
-    yield prefill_spec(spec, tuning, form._replace(boxes=boxes))
+    yield prefill_spec(spec, tuning, form._replace(boxes=boxes), after_decode=True)

@@ -219,8 +219,9 @@ class ItemFinisher {
                        float4{present(values[0]), present(values[1]), present(values[2]), present(values[3])});
   }
 
-  // This block's part of the tile. Neighbouring lanes take neighbouring units, so that their loads share lines, at least
-  // 8 (4 of so many pieces that they would not be loaded at once) and as many as leave no merger with a second round; the other lanes and all warps share the pieces.
+  // This block's part of the tile. Neighbouring lanes take neighbouring units, so that their loads share lines, at least 8
+  // (4, where the other lanes and warps could not load all pieces at once) and as many as leave no merger with a second round;
+  // the other lanes and all warps share the pieces.
   __device__ __forceinline__ void merge_slice(const AttentionItem& item, int num_units, int rank, int num_mergers) {
     int log_units = item.num_pieces() <= (kThreads >> 3) * kPiecesAtOnce ? 3 : 2;
     while (log_units < 5 && num_units >> log_units > num_mergers) ++log_units;
