@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
+from fi_core.rope import FusedRope
 from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning, state, tuning
-from fi_cuda.kernels.attention.mixed_state import MixedState, attention_mixed, short_capacity
+from fi_cuda.kernels.attention.mixed_state import MixedState, attention_mixed, has_short_path, short_capacity
 from fi_cuda.kernels.attention.prefill_state import PrefillState
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
@@ -91,8 +92,12 @@ def test_a_call_starts_both_kernels_on_the_same_tensors(launches):
     assert num_bytes == attention_mixed.workspace_bytes(SPEC, CAPACITY, "cpu")
 
 
-def test_in_a_batch_invariant_plan_one_kernel_serves_every_batch(launches):
-    spec = replace(SPEC, batch_invariant=True)
+@pytest.mark.parametrize("changes", [{"batch_invariant": True}, {"rope": FusedRope(48)}])
+def test_where_one_kernel_serves_every_batch(changes, launches):
+    spec = replace(SPEC, **changes)
+    assert has_short_path(replace(SPEC, rope=FusedRope(64))) and has_short_path(
+        replace(SPEC, rope=FusedRope(48, "interleaved"))
+    )
     made = attention_mixed.plan(spec, CAPACITY, "cpu")
     assert type(made) is PrefillState
     assert made.workspace[0].numel() == attention_mixed.workspace_bytes(spec, CAPACITY, "cpu")

@@ -24,18 +24,24 @@ def short_capacity(spec: AttentionSpec, capacity: Capacity) -> Capacity:
     return replace(one, max_q_tokens=min(capacity.max_batch * q_len, capacity.max_q_tokens), max_q_len=q_len)
 
 
+def has_short_path(spec: AttentionSpec) -> bool:
+    """Whether the decode kernel has a part in plans of ``spec``, for all of which there is a prefill kernel. Not if they are
+    batch-invariant: which kernel serves a request would depend on the rest of its batch."""
+    rope = spec.rope
+    return not spec.batch_invariant and (rope is None or rope.pairs != "half" or rope.rotary_dim % 32 == 0)
+
+
 class MixedAttention:
-    """The ``AttentionKernel`` protocol. A batch-invariant plan has the prefill kernel alone: which kernel serves a request would
-    otherwise depend on the rest of its batch."""
+    """The ``AttentionKernel`` protocol."""
 
     def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
         num_bytes = attention_prefill.workspace_bytes(spec, capacity, device)
-        if spec.batch_invariant:
+        if not has_short_path(spec):
             return num_bytes
         return num_bytes + attention_decode.workspace_bytes(spec, short_capacity(spec, capacity), device)
 
     def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> AttentionState:
-        if spec.batch_invariant:
+        if not has_short_path(spec):
             return attention_prefill.plan(spec, capacity, device)
         return MixedState(spec, capacity, torch.device(device))
 
