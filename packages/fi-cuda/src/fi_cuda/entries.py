@@ -230,7 +230,7 @@ def _load_attention_decode() -> Any:
 
 
 def _load_attention_prefill() -> Any:
-    return importlib.import_module("fi_cuda.kernels.attention.prefill_state").attention_prefill
+    return importlib.import_module("fi_cuda.kernels.attention.mixed_state").attention_mixed
 
 
 def _load_attention_prefix() -> Any:
