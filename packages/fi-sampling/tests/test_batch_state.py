@@ -8,6 +8,7 @@ import torch
 from fi_sampling import (
     DEFAULT_OPS,
     PipelineTypeError,
+    SamplingLimits,
     SamplingParams,
     SamplingState,
     StopChecker,
@@ -281,7 +282,7 @@ def test_stop_fields_reach_the_checker():
     ("argument", "call"),
     [
         ("capacity", lambda state: SamplingState(0, VOCAB_SIZE)),
-        ("max_distinct", lambda state: SamplingState(1, VOCAB_SIZE, max_distinct=0)),
+        ("limits.max_distinct", lambda state: SamplingLimits(max_distinct=0)),
         ("eos_token_ids", lambda state: SamplingState(1, VOCAB_SIZE, eos_token_ids=(VOCAB_SIZE,))),
         ("order", lambda state: SamplingState(1, VOCAB_SIZE, order="both")),
         ("slot", lambda state: state.add(6, BASE, ())),
@@ -317,7 +318,7 @@ def test_a_request_that_never_reaches_min_tokens_draws_no_stop_token():
 
 
 def test_output_beyond_max_distinct_stops_its_own_request_alone():
-    state = SamplingState(2, 8, max_distinct=3)
+    state = SamplingState(2, 8, limits=SamplingLimits(max_distinct=3))
     counted = SamplingParams(temperature=0.0, frequency_penalty=2.0, max_tokens=None)
     state.add(0, counted, ())
     state.add(1, SamplingParams(temperature=0.0, repetition_penalty=1.5, max_tokens=None), ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from fi_core import ArgumentError, CapacityError, TokenHistory
@@ -37,6 +38,23 @@ def features_of(params: SamplingParams, stop_tokens: frozenset[int]) -> frozense
     return frozenset(needed)
 
 
+@dataclass(frozen=True)
+class SamplingLimits:
+    """Room that each request in flight has: ``max_bias`` biased (and, with min_tokens, stop) tokens, and ``max_distinct``
+    distinct tokens of output if it has a frequency or presence penalty; one that has told more draws -1 from then on."""
+
+    max_bias: int = 32
+    max_distinct: int = 4096
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) < 1:
+                raise ArgumentError(f"limits.{item.name}", "at least 1", getattr(self, item.name))
+
+
+DEFAULT_LIMITS = SamplingLimits()
+
+
 class Columns:
     """Tensors with a place for each of ``capacity`` slots.
 
@@ -46,15 +64,15 @@ class Columns:
     slot, with room for ``max_distinct`` distinct tokens of output.
     """
 
-    def __init__(self, capacity: int, vocab_size: int, max_bias: int, max_distinct: int, device: torch.device) -> None:
-        self.capacity, self.vocab_size, self.max_bias, self.device = capacity, vocab_size, max_bias, device
-        self.max_distinct = min(max_distinct, vocab_size)
+    def __init__(self, capacity: int, vocab_size: int, limits: SamplingLimits, device: torch.device) -> None:
+        self.capacity, self.vocab_size, self.device = capacity, vocab_size, device
+        self.max_bias, self.max_distinct = limits.max_bias, min(limits.max_distinct, vocab_size)
         self.floats = torch.tensor(_float_values(SamplingParams()), dtype=torch.float32).unsqueeze(1)
         self.floats = self.floats.repeat(1, capacity).to(device)
         self.ints = torch.zeros((len(INTS), capacity), dtype=torch.int32, device=device)
         self.seeds = torch.zeros(capacity, dtype=torch.int64, device=device)
         # Every slot has max_bias entries, padded with token -1, so shapes never depend on the requests.
-        self.bias_indptr = torch.arange(capacity + 1, dtype=torch.int32, device=device) * max_bias
+        self.bias_indptr = torch.arange(capacity + 1, dtype=torch.int32, device=device) * self.max_bias
         self.allowed: Tensor | None = None
         self.bias_tokens: Tensor | None = None
         self.bias_values: Tensor | None = None
@@ -89,7 +107,7 @@ class Columns:
         tokens = sorted(early.union(params.logit_bias))
         if len(tokens) > self.max_bias:
             raise CapacityError(
-                "params.logit_bias", f"at most max_bias={self.max_bias} biased and stop tokens", len(tokens)
+                "params.logit_bias", f"at most limits.max_bias={self.max_bias} biased and stop tokens", len(tokens)
             )
         if self.bias_tokens is None or self.bias_values is None or self.bias_until is None:
             if not tokens:

@@ -14,7 +14,7 @@ from fi_core.dispatch import select_for
 from torch import Tensor
 
 from .builtin import DEFAULT_OPS
-from .columns import FLOATS, INTS, Columns, check_tokens, features_of
+from .columns import DEFAULT_LIMITS, FLOATS, INTS, Columns, SamplingLimits, check_tokens, features_of
 from .params import SamplingParams
 from .pipeline import Kind, Pipeline, PipelineTypeError, Step
 from .plugins import pipeline_of
@@ -48,9 +48,8 @@ class SamplingState:
     as long as the signature is the same. Padding rows of a batch use slot -1 and give token -1. A token depends on its
     request's parameters, history, seed, sample and position, not on slot or batch.
 
-    ``max_bias``: most biased (and, with min_tokens, stop) tokens of a request. ``max_distinct``: most distinct tokens of
-    output of a request with a frequency or presence penalty; one that has told more draws -1 from then on. ``order``: how
-    filters combine. ``pipeline``: logits to tokens (None: DEFAULT_OPS under every installed rule). ``eos_token_ids``:
+    ``limits``: room that each request has for its bias and its output's distinct tokens. ``order``: how filters combine.
+    ``pipeline``: logits to tokens (None: DEFAULT_OPS under every installed rule). ``eos_token_ids``:
     the model's. Not thread-safe. Bitmasks, bias and histories are made when a request first needs them.
     """
 
@@ -61,14 +60,12 @@ class SamplingState:
         *,
         device: torch.device | str = "cpu",
         eos_token_ids: Collection[int] = (),
-        max_bias: int = 32,
-        max_distinct: int = 4096,
+        limits: SamplingLimits = DEFAULT_LIMITS,
         order: fi.sampling.FilterOrder = "sequential",
         pipeline: Pipeline | None = None,
         seed_source: Callable[[], int] = _random_seed,
     ) -> None:
-        sizes = {"capacity": capacity, "vocab_size": vocab_size, "max_bias": max_bias, "max_distinct": max_distinct}
-        for name, value in sizes.items():
+        for name, value in (("capacity", capacity), ("vocab_size", vocab_size)):
             if value < 1:
                 raise ArgumentError(name, "at least 1", value)
         if order not in ("sequential", "joint"):
@@ -79,7 +76,7 @@ class SamplingState:
             raise PipelineTypeError(
                 f"a pipeline that samples ends in tokens, not {self.pipeline.stages[-1].gives.value}"
             )
-        self.columns = Columns(capacity, vocab_size, max_bias, max_distinct, torch.device(device))
+        self.columns = Columns(capacity, vocab_size, limits, torch.device(device))
         self.order = order
         self.active: frozenset[str] = frozenset()
         self._top_n = 0
