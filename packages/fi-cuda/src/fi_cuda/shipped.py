@@ -215,12 +215,11 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
 
 
 def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
-    """Shared prefixes: groups of 4, 8 and 1 query heads, and FP8 for one of them."""
+    """Shared prefixes: groups of 4 and 8 query heads, and FP8 for one of them."""
     scaled = CallForm(k_scales=True, v_scales=True)
     for spec, form in (
         (eight, CallForm(boxes=True)),
         (replace(eight, num_qo_heads=64), CallForm(boxes=True)),
-        (replace(eight, num_kv_heads=32), CallForm(boxes=True)),
         (replace(eight, kv_format="fp8_e4m3"), scaled),
     ):
         tuning = built_in_prefill_tuning(spec)
