@@ -1,11 +1,16 @@
 """Kernels that are recorded instead of launched, and specs compiled together with what Python believes of them."""
 
 import struct
+import sys
+from pathlib import Path
 
 import pytest
 from fi_cuda.compile import compile_source
 from fi_cuda.params import KINDS
 from fi_cuda.source import CompileTarget, KernelSource
+
+# pytest's importlib mode leaves sys.path alone; the tests share helpers that lie beside them.
+sys.path.append(str(Path(__file__).parent))
 
 
 class Launches:
