@@ -28,7 +28,10 @@ def _forward(inputs: AttentionInputs, table: Tensor | None, kv_starts: Tensor | 
     shape, layer = inputs.shape, inputs.layer
     lengths = inputs.batch.kv_lens if table is not None else None
     longest = max(inputs.kv_lens) if table is None else table.shape[1] * (shape.page_size or 1)
-    new_kv, rotary, descale, left = (None, None), (None, None, None), (None, None, None), -1
+    new_kv, rotary, left = (None, None), (None, None, None), -1
+    scales = (layer.q_scale, inputs.kv.k_scale, inputs.kv.v_scale)  # floats: make_inputs' own
+    heads = (inputs.batch.size, shape.num_kv_heads)
+    descale = tuple(None if scale is None else torch.full(heads, scale, device=inputs.q.device) for scale in scales)
     if shape.window is not None:
         left = shape.window - 1
     right = 0 if shape.causal and shape.window is not None else -1
@@ -46,7 +49,8 @@ def _forward(inputs: AttentionInputs, table: Tensor | None, kv_starts: Tensor | 
 
 def _attention(problem: Problem) -> Mapping[str, Maker]:
     inputs: AttentionInputs = problem.inputs
-    if inputs.shape.kv_format != "bf16" or inputs.shape.rotates_or_reads_fp8_queries:  # FP8 keys need FP8 queries
+    shape = inputs.shape
+    if shape.rope is not None or (shape.kv_format != "bf16") != (shape.q_format != "same"):  # FP8 keys need FP8 queries
         return {}
     starts = None if inputs.batch.table is not None else int32(offsets(inputs.kv_lens), inputs.q.device)
 
