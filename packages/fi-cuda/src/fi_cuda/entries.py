@@ -138,8 +138,6 @@ _SHARED_PREFIXES: Mapping[str, Rule] = {
     "levels": OneOf(True),
     "max_q_len": Between(1),
     "table": OneOf("dense", "indptr"),
-    "windowed": OneOf(False),  # a node's keys are visible to all of its members
-    "features": SubsetOf("soft_cap", "sinks", "lse"),
     "batch_invariant": OneOf(False),
 }
 
@@ -228,7 +226,7 @@ def _load_attention_decode() -> Any:
 
 
 def _load_attention_prefill() -> Any:
-    return importlib.import_module("fi_cuda.kernels.attention.prefill_state").attention_prefill
+    return importlib.import_module("fi_cuda.kernels.attention.mixed_state").attention_mixed
 
 
 def _load_attention_prefix() -> Any:

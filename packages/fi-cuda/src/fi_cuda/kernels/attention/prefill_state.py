@@ -32,16 +32,18 @@ class PrefillAttention:
 
 
 class PrefillState(ListState):
-    """Attention of long queries, and of batches in which some are short."""
+    """Attention of long queries, and of batches in which some are short. Batches in which no request has more than
+    ``short_q_len`` new tokens get no work: a decode kernel that each call follows has it."""
 
-    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
+    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device, short_q_len: int = 0) -> None:
         super().__init__(spec, capacity, device, Layout.of_prefill(spec, capacity, device))
         assert isinstance(self._layout.tuning, PrefillTuning)
         self._tuning = self._layout.tuning
+        self._short_q_len = short_q_len
         params = self._layout.params
         self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
         self._order_specs = {
-            window: order_spec(params[window], capacity, self._tuning.consumers) for window in self._orders
+            window: order_spec(params[window], capacity, self._tuning.consumers, short_q_len) for window in self._orders
         }
         for order in self._orders.values():
             order.header.zero_()
@@ -130,7 +132,7 @@ class PrefillState(ListState):
             signed_scale=scale <= 0,
             boxes=maps is not None,
         )
-        spec = prefill_spec(self._spec, tuning, form)
+        spec = prefill_spec(self._spec, tuning, form, after_decode=self._short_q_len > 0)
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
@@ -157,4 +159,4 @@ class PrefillState(ListState):
 
 
 attention_prefill = PrefillAttention()
-"""What the kernel entry loads."""
+"""The prefill kernel alone."""
