@@ -23,15 +23,19 @@ def _find(options: PeerOptions) -> str:
     return LIBRARY
 
 
+def _spread(scale: float | Tensor | None, shape: tuple[int, int], q: Tensor) -> Tensor | None:
+    """An FP8 tensor's only scale, which make_inputs gives as a float, for each request and head."""
+    return None if scale is None else torch.full(shape, float(scale), device=q.device)
+
+
 def _forward(inputs: AttentionInputs, table: Tensor | None, kv_starts: Tensor | None) -> Tensor:
     """The extension's only entry point, whose arguments are positional."""
     shape, layer = inputs.shape, inputs.layer
     lengths = inputs.batch.kv_lens if table is not None else None
     longest = max(inputs.kv_lens) if table is None else table.shape[1] * (shape.page_size or 1)
     new_kv, rotary, left = (None, None), (None, None, None), -1
-    scales = (layer.q_scale, inputs.kv.k_scale, inputs.kv.v_scale)  # floats: make_inputs' own
     heads = (inputs.batch.size, shape.num_kv_heads)
-    descale = tuple(None if scale is None else torch.full(heads, scale, device=inputs.q.device) for scale in scales)
+    descale = tuple(_spread(scale, heads, inputs.q) for scale in (layer.q_scale, inputs.kv.k_scale, inputs.kv.v_scale))
     if shape.window is not None:
         left = shape.window - 1
     right = 0 if shape.causal and shape.window is not None else -1
