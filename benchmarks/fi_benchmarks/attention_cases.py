@@ -106,8 +106,8 @@ def verify_cases() -> Iterator[Case]:
             yield Case("attention", "decode", name, build)
 
 
-def _prefill(name: str, shape: Shape, lengths: list[int]) -> Case:
-    return Case("attention", "prefill", name, partial(attention_problem, shape=shape, q_lens=lengths, kv_lens=lengths))
+def _prefill(name: str, shape: Shape, lengths: list[int], group: str = "prefill") -> Case:
+    return Case("attention", group, name, partial(attention_problem, shape=shape, q_lens=lengths, kv_lens=lengths))
 
 
 def prefill_cases() -> Iterator[Case]:
@@ -131,12 +131,45 @@ def prefill_cases() -> Iterator[Case]:
         skewed = zipf(count, int(1024 * count / harmonic), shortest=16)
         yield _prefill(f"prefill B{count} uniform mean1024 h32/8 d128 causal=1", ragged, uniform)
         yield _prefill(f"prefill B{count} zipf mean1024 h32/8 d128 causal=1", ragged, skewed)
-    for suffix, changes in (
-        ("sinks", {"sinks": True}),
-        ("window1024", {"window": 1024}),
-        ("softcap", {"soft_cap": 50.0}),
+
+
+def prefill_fp8_cases() -> Iterator[Case]:
+    """Whole prompts in FP8, of Q, K and V or of K and V alone, and with RoPE of Q; plain attention beside."""
+    ragged = replace(LLAMA, page_size=None)
+    stored = replace(ragged, kv_format="fp8_e4m3")
+    fp8 = replace(stored, q_format="fp8_e4m3")
+    shapes = [("B1 S16384 h32/8 d128 causal=0 fp8", replace(fp8, causal=False), [16384])]
+    for length, count in PREFILL_LENGTHS:
+        heads = f"B{count} S{length} h32/8 d128 causal=1"
+        shapes.append((f"{heads} fp8", fp8, [length] * count))
+        shapes.append((f"{heads} page16 fp8", replace(fp8, page_size=16), [length] * count))
+    for head_dim in (64, 256):
+        shapes.append((f"B1 S16384 h32/8 d{head_dim} causal=1 fp8", replace(fp8, head_dim=head_dim), [16384]))
+    for suffix, shape in (
+        ("page1 fp8", replace(fp8, page_size=1)),
+        ("fp8-kv", stored),
+        ("page16 fp8-kv", replace(stored, page_size=16)),
+        ("rope-q", replace(ragged, rope=FusedRope(128))),
+        ("plain", ragged),
     ):
-        yield _prefill(f"prefill B4 S4096 h32/8 d128 causal=1 {suffix}", replace(ragged, **changes), [4096] * 4)
+        shapes.append((f"B4 S4096 h32/8 d128 causal=1 {suffix}", shape, [4096] * 4))
+    for name, shape, lengths in shapes:
+        yield _prefill(f"prefill {name}", shape, lengths, "prefill_fp8")
+
+
+def prefill_feature_cases() -> Iterator[Case]:
+    """Features beside plain attention of the same shapes: what visits fewer keys should take as much less."""
+    for head_dim in (128, 256):
+        for suffix, changes in (
+            ("no feature", {}),
+            ("sinks", {"sinks": True}),
+            ("softcap", {"soft_cap": 50.0}),
+            ("window1024", {"window": 1024}),
+            ("window128", {"window": 128}),
+        ):
+            shape = replace(LLAMA, page_size=None, head_dim=head_dim, **changes)
+            name = f"prefill B4 S4096 h32/8 d{head_dim} causal=1 {suffix}"
+            yield _prefill(name, shape, [4096] * 4, "prefill_features")
 
 
 def append_cases() -> Iterator[Case]:

@@ -206,7 +206,7 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
     for spec in (ragged, replace(ragged, causal=False), replace(eight, dtype=torch.float16, kv_format="fp16")):
         yield from _prefill_specs(spec, CallForm())
     yield from _prefill_specs(replace(eight, page_size=1), CallForm(), boxes=False)
-    yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), CallForm(k_scales=True, v_scales=True), boxes=False)
+    yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), CallForm(k_scales=True, v_scales=True))
     all_fp8 = replace(eight, kv_format="fp8_e4m3", q_format="fp8_e4m3")
     scaled = CallForm(q_scales=True, k_scales=True, v_scales=True)
     for spec in (all_fp8, replace(all_fp8, page_size=None, table="ragged", causal=False)):

@@ -65,7 +65,9 @@ class PrefillState(ListState):
         turns = "in turns" if tuning.ping_pong else "at will"
         loader = "rows by a warpgroup"
         if self._box_tokens is not None:
-            loader = f"boxes of {self._box_tokens} tokens by tensor maps; {loader} from a cache that no map describes"
+            changed = ", changed in shared memory" if tuning.landing_stages else ""
+            boxes = f"boxes of {self._box_tokens} tokens by tensor maps{changed}"
+            loader = f"{boxes}; {loader} from a cache that no map describes"
         return (
             f"tiles: {params.kinds[0].q_rows} rows x {tuning.tokens} KV tokens; {tuning.consumers} warpgroups {turns},"
             f" {tuning.key_stages} + {tuning.value_stages} stages",
