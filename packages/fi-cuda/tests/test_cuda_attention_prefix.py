@@ -14,8 +14,13 @@ from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import layout, plan, prefill_state, prefill_tuning, prefix, prefix_state, state, tuning
 from fi_cuda.kernels.attention.call import CallForm
-from fi_cuda.kernels.attention.prefill_tuning import built_in_prefill_tuning
-from fi_cuda.kernels.attention.prefix import BoxPrefixSpec, PrefixSpec, prefix_plan_spec, prefix_spec
+from fi_cuda.kernels.attention.prefix import (
+    BoxPrefixSpec,
+    PrefixSpec,
+    built_in_prefix_tuning,
+    prefix_plan_spec,
+    prefix_spec,
+)
 from fi_cuda.kernels.attention.prefix_state import attention_prefix
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
@@ -59,10 +64,10 @@ def test_what_is_served(changes, served):
 
 # Agreement with the kernel
 
-TUNING = built_in_prefill_tuning(SPEC)
+TUNING = built_in_prefix_tuning(SPEC)
 KERNELS = {
     "boxes": prefix_spec(SPEC, TUNING, CallForm(boxes=True, lse=True)),
-    "rows": prefix_spec(replace(SPEC, page_size=5), built_in_prefill_tuning(replace(SPEC, page_size=5)), CallForm()),
+    "rows": prefix_spec(replace(SPEC, page_size=5), built_in_prefix_tuning(replace(SPEC, page_size=5)), CallForm()),
     "features": prefix_spec(
         AttentionSpec(14, 2, 96, features=frozenset({"soft_cap", "sinks"})),
         replace(TUNING, consumers=2),

@@ -18,12 +18,13 @@ from fi_core.ops.cases.prefixes import Forest, forests
 from fi_core.prefixes import SharedPrefixes
 from fi_core.records import AttentionSpec, Batch, Capacity
 from fi_cuda.compile import INCLUDE_FOLDER
-from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens, built_in_prefill_tuning
+from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens
 from fi_cuda.kernels.attention.prefix import (
     PrefixCosts,
     PrefixLayout,
     PrefixPlanner,
     PrefixPlanSpec,
+    built_in_prefix_tuning,
     prefix_plan_spec,
 )
 from fi_scheduler import build_native
@@ -70,7 +71,7 @@ class HostPlans:
         return found
 
     def plan(self, spec: AttentionSpec, capacity: Capacity, batch: Batch, costs: PrefixCosts | None = None) -> Planned:
-        tuning = built_in_prefill_tuning(spec)
+        tuning = built_in_prefix_tuning(spec)
         made = PrefixLayout.of(spec, capacity, tuning, WORKERS)
         buffer = torch.full((made.num_bytes,), 0xA5, dtype=torch.uint8)
         plan_spec = prefix_plan_spec(spec, tuning, WORKERS, costs)
@@ -123,12 +124,13 @@ def check(plans: HostPlans, spec: AttentionSpec, q_lens, kv_lens, forest: Forest
     position = [kv_lens[r] - q_lens[r] + token - starts[r] for token, r in enumerate(request_of)]
     seen = [np.zeros(kv_lens[r], dtype=int) for r in request_of]
     left, direct = Counter(), Counter()
-    tuning = built_in_prefill_tuning(spec)
+    tuning = built_in_prefix_tuning(spec)
     tile = tuning.consumers * (WARPGROUP_ROWS // spec.group_size)
     align = box_tokens(spec.page_size, tuning.tokens) or 1
     parts = Counter()
     for row in planned.rows:
-        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_ = row
+        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_, slices = row
+        assert slices == 1 or (kind == REQUEST and q_len <= tile // 3 and slices == 3 and slot >= 0)
         assert 0 <= kv_begin <= kv_end <= kv_len and (kv_begin % align == 0 or kv_begin == kv_end)
         assert q_tile * tile < q_len
         for place in range(q_tile * tile, min((q_tile + 1) * tile, q_len)):
@@ -144,10 +146,11 @@ def check(plans: HostPlans, spec: AttentionSpec, q_lens, kv_lens, forest: Forest
                 direct[token] += 1
                 continue
             for head in range(spec.num_kv_heads):
-                for group in range(spec.group_size):
-                    part = slot + (head * q_len + place) * spec.group_size + group
+                for group in range(spec.group_size * slices):
+                    piece_head = group // spec.group_size * spec.num_kv_heads + head
+                    part = slot + (piece_head * q_len + place) * spec.group_size + group % spec.group_size
                     parts[part] += 1
-                    left[token, head, group, part] += 1
+                    left[token, head, group % spec.group_size, part] += 1
     for token in range(tokens):
         visible = position[token] + 1 if spec.causal else kv_lens[request_of[token]]
         wanted = (np.arange(len(seen[token])) < visible).astype(int)
@@ -210,7 +213,7 @@ def test_lists_of_random_batches(seed, plans):
     kv_lens = [0 if not q_len and chance.random() < 0.5 and not first else kv_len
                for q_len, kv_len, first in zip(q_lens, kv_lens, shared, strict=True)]  # fmt: skip
     spec = chance.choice([SPEC, replace(SPEC, causal=False), replace(SPEC, page_size=5), AttentionSpec(7, 1, 128)])
-    costs = chance.choice([None, PrefixCosts(1, 1, 20, 0), PrefixCosts(200, 400, 20, 6)])
+    costs = chance.choice([None, PrefixCosts(1, 1, 20, 0, 7), PrefixCosts(200, 400, 20, 6, 20)])
     check(plans, spec, q_lens, kv_lens, forest, costs)
 
 
@@ -240,8 +243,11 @@ def random_forest(chance: random.Random, count: int) -> Forest:
 
 
 def test_a_batch_that_shares_nothing_is_neither_cut_nor_merged(plans):
-    many = check(plans, SPEC, [1] * 40, [100] * 40, Forest(()))
+    by_one = replace(SPEC, page_size=5)  # whose warpgroups take turns, so that none shares its keys with others
+    many = check(plans, by_one, [1] * 40, [100] * 40, Forest(()))
     assert len(many.rows) == 40 and not many.segments and all(row[6] == -1 for row in many.rows)
+    shared = check(plans, SPEC, [1] * 40, [100] * 39 + [1], Forest(()))
+    assert len(shared.rows) == 40 and all(segments[0][2] == 3 for segments in shared.segments)
 
 
 def test_long_requests_read_their_keys_alone(plans):

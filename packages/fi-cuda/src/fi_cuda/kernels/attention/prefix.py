@@ -3,7 +3,7 @@ planner."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ...launch import LaunchableKernel
 from ...params import ParamsLayout
-from ...spec import KernelSpec, kernel_for
+from ...spec import KernelSpec, join_constants, kernel_for
 from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm
 from .plan import ITEM_WIDTH
 from .prefill import PrefillSpec, prefill_fields
-from .prefill_tuning import WARPGROUP_ROWS, PrefillTuning, box_tokens
+from .prefill_tuning import WARPGROUP_ROWS, PrefillTuning, box_tokens, built_in_prefill_tuning, prefill_tuning_for
 
 MAX_PREFIXES = 4096
 """Nodes that a plan may be made for: one block compares each with those before it."""
@@ -35,12 +35,33 @@ _PIECES_OF_WORKER = 3
 
 class PrefixCosts(NamedTuple):
     """What planning counts with, in hundreds of clocks of a multiprocessor that works alone: a tile of a request's own keys,
-    a tile of a node (whose rows pass through memory as parts), a step of one warpgroup's rows, those of a further one."""
+    a tile of a node (whose rows pass through memory as parts), a step of one warpgroup's rows, those of a further one, a step
+    whose keys the warpgroups share."""
 
-    item: int = 15
-    node_item: int = 40
-    step: int = 20
-    group: int = 6
+    item: int = 40
+    node_item: int = 60
+    step: int = 28
+    group: int = 7
+    sliced: int = 15
+
+
+def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuning:
+    """The prefill kernel's; FP8 K and V are copied row by row and made wider on the way, whatever prefill does with them."""
+    return prefill_tuning_for(_as_copied(spec), device)
+
+
+def built_in_prefix_tuning(spec: AttentionSpec) -> PrefillTuning:
+    """The same without overrides, for Hopper."""
+    return built_in_prefill_tuning(_as_copied(spec))
+
+
+def _as_copied(spec: AttentionSpec) -> AttentionSpec:
+    return replace(spec, kv_format=None, page_size=1) if spec.kv_is_fp8 else spec
+
+
+def slices_of(tuning: PrefillTuning) -> int:
+    """Warpgroups that share the keys of a step where one has all rows; where steps overlap or take turns, none."""
+    return 1 if tuning.overlap or tuning.ping_pong else tuning.consumers
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,11 @@ class PrefixSpec(PrefillSpec):
         )
     )
 
+    def config_lines(self) -> list[str]:
+        """As ever, with the warpgroups that share the keys of a step where one has all rows of a request's tile."""
+        slices = 1 if self.overlap or self.ping_pong else self.consumers
+        return join_constants([f"static constexpr int kSlices = {slices};", *super().config_lines()])
+
 
 @dataclass(frozen=True)
 class BoxPrefixSpec(PrefixSpec):
@@ -106,6 +132,8 @@ class PrefixPlanSpec(KernelSpec):
     node_item_cost: int
     step_cost: int
     group_cost: int
+    slices: int
+    slice_cost: int
 
     stem: ClassVar = "attention_prefix_plan"
     overlapping: ClassVar = True
@@ -146,10 +174,14 @@ class PrefixPlanSpec(KernelSpec):
 
 
 def prefix_plan_spec(
-    spec: AttentionSpec, tuning: PrefillTuning, workers: int, costs: PrefixCosts | None = None
+    spec: AttentionSpec,
+    tuning: PrefillTuning,
+    workers: int,
+    costs: PrefixCosts | None = None,
+    slices: int | None = None,
 ) -> PrefixPlanSpec:
     """The kernel that plans batches of ``spec`` for ``workers`` blocks."""
-    item, node_item, step, group = costs or PrefixCosts()
+    item, node_item, step, group, sliced = costs or PrefixCosts()
     group_tokens = WARPGROUP_ROWS // spec.group_size
     return PrefixPlanSpec(
         tile_tokens=tuning.consumers * group_tokens,
@@ -165,6 +197,8 @@ def prefix_plan_spec(
         node_item_cost=node_item,
         step_cost=step,
         group_cost=group,
+        slices=slices_of(tuning) if slices is None else slices,
+        slice_cost=sliced,
     )
 
 
@@ -209,7 +243,7 @@ class PrefixLayout:
         pieces = -(-_PIECES_OF_WORKER * workers // spec.num_kv_heads)
         max_node_rows = capacity.max_prefixes + depth * -(-sharing // tile) + pieces
         max_node_tokens = depth * sharing + pieces * tile
-        own_tokens = sharing + pieces * min(tile, capacity.max_q_len)
+        own_tokens = (sharing + pieces * min(tile, capacity.max_q_len)) * slices_of(tuning)
         max_parts = (max_node_tokens + own_tokens) * heads
         if max_parts > _INT32_MAX:
             raise CapacityError("max_q_tokens", "parts whose number 32 bits hold", max_parts)
