@@ -133,9 +133,14 @@ pressure() { # pressure NAME KIND OPTIONS [VARIABLE=VALUE ...]
   grep -h '^pressure' "$out/$1.log" | cut -c1-300
 }
 
-all_pressure() {
+all_pressure() { # also with every index checked on the device, and with some calls compared with fi's reference
   beside pressure pressure llama '{}'
-  [ "$engine" = vllm ] || return 0
+  beside pressure pressure_checked llama '{}' FI_CHECK=1
+  if [ "$engine" = sglang ]; then
+    beside pressure pressure_shadow llama '{"disable_cuda_graph": true}' FI_SHADOW=0.02
+    return 0
+  fi
+  beside pressure pressure_shadow llama '{}' FI_SHADOW=0.02
   beside pressure pressure_ngram llama '{"logits_processors": null, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}}'
   beside pressure pressure_v2_runner qwen3 '{"logits_processors": null}' VLLM_USE_V2_MODEL_RUNNER=1
 }
