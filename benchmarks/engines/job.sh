@@ -63,6 +63,7 @@ accuracy() { # accuracy KIND BACKEND NAME OPTIONS; NAME fi_attention: the engine
 
 compare() { # compare KIND NAME OWN...: fi's run by name, against the engine's
   local files=() name
+  [ -e "$work/accuracy_$1_$2.json" ] || return 0
   for name in "${@:2}"; do [ -e "$work/accuracy_$1_$name.json" ] && files+=("$work/accuracy_$1_$name.json"); done
   [ ${#files[@]} -gt 1 ] && "$python" "$here/accuracy.py" compare "${files[@]}" $(ls "$work"/reference_"$1"*.json 2> /dev/null) "$out/accuracy.jsonl" | sed "s/^/$1 /" | tee -a "$out/accuracy.txt"
 }
