@@ -64,20 +64,6 @@ def slices_of(tuning: PrefillTuning) -> int:
     return 1 if tuning.overlap or tuning.ping_pong else tuning.consumers
 
 
-def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuning:
-    """The prefill kernel's; FP8 K and V are copied row by row and made wider on the way, whatever prefill does with them."""
-    return prefill_tuning_for(_as_copied(spec), device)
-
-
-def built_in_prefix_tuning(spec: AttentionSpec) -> PrefillTuning:
-    """The same without overrides, for Hopper."""
-    return built_in_prefill_tuning(_as_copied(spec))
-
-
-def _as_copied(spec: AttentionSpec) -> AttentionSpec:
-    return replace(spec, kv_format=None, page_size=1) if spec.kv_is_fp8 else spec
-
-
 @dataclass(frozen=True)
 class PrefixSpec(PrefillSpec):
     """A prefill kernel whose tiles are nodes' and requests' (``levels``)."""
