@@ -34,8 +34,9 @@ class PrefixLoader {
     const auto with_head = [&](int tile, int row) { return lane_ % kColumns == kHeadColumn ? tile % num_heads : row; };
     int tile = static_cast<int>(blockIdx.x);
     if (tile < total) {
+      int mine = row_of(tile);
       int next = told(asked(), total);
-      int mine = row_of(tile), its_row = row_of(next);
+      int its_row = row_of(next);
       auto place = first_place(with_head(tile, mine));
 #pragma unroll 1
       while (true) {
