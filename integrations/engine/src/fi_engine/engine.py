@@ -289,7 +289,8 @@ class Engine:
         holders, entries = self._holders, plan.entries
         slots = [holders.slot_of[int(entry.request_id)] for entry in entries]
         for slot, entry in zip(slots, entries, strict=True):
-            if holders.pages.get(slot) != entry.pages:
+            held = holders.pages.get(slot)
+            if held is not entry.pages and held != entry.pages:
                 holders.pages[slot] = entry.pages
                 self._runner.set_pages(slot, entry.pages)
         step = StepInput(

@@ -289,7 +289,7 @@ class StepPlanner:
         if count == 0 or not self._reserve(request, request.num_computed + count, draft):
             return
         start, end = request.num_computed, request.num_computed + count
-        pages = tuple(request.pages[: self._pool.pages_for(end)])
+        pages = request.first_pages(self._pool.pages_for(end))
         tokens = tuple(request.tokens[start:end])
         draft.entries[request.request_id] = StepEntry(
             request.request_id, start, tokens, pages, end == len(request.tokens)
