@@ -227,7 +227,9 @@ class StepPlanner:
             known = not request.has_moved and name in sharer.forest
             pages[name] = None if known else entry.pages[: entry.start // self._pool.page_size]
             request.has_moved = False
-        self.sharing = sharer.arrange(pages, {name: entry.num_new_tokens for name, entry in entries.items()})
+        q_lens = {name: entry.num_new_tokens for name, entry in entries.items()}
+        kv_lens = {name: entry.start + entry.num_new_tokens for name, entry in entries.items()}
+        self.sharing = sharer.arrange(pages, q_lens, kv_lens)
         ordered = tuple(entries[name] for name in self.sharing.order)
         return StepPlan(self._num_steps, ordered, tuple(draft.copies), self.sharing.levels)
 
