@@ -1,11 +1,18 @@
 """Kernels that are recorded instead of launched, and specs compiled together with what Python believes of them."""
 
 import struct
+import sys
+from pathlib import Path
 
 import pytest
 from fi_cuda.compile import compile_source
 from fi_cuda.params import KINDS
 from fi_cuda.source import CompileTarget, KernelSource
+
+# pytest's importlib mode leaves sys.path alone; the tests share helpers that lie beside them.
+sys.path.append(str(Path(__file__).parent))
+
+from repeated_launches import Repeated  # noqa: E402
 
 
 class Launches:
@@ -25,6 +32,9 @@ class Launches:
                 struct.pack(spec.layout.packer.format, *values[: len(names)])  # as the driver would be given them
                 names += spec.tensor_maps
                 recorder.last[spec.stem] = ((grid_x, grid_y), dict(zip(names, values, strict=True)), spec)
+
+            def repeated(self, device, grid_x, maps):
+                return Repeated(self, device, grid_x, maps)
 
         return Kernel()
 
