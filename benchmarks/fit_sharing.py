@@ -134,7 +134,7 @@ def fit(times: Mapping[str, tuple[float, float]]) -> SharingRates:
         return max(times[name][shared] - times[f"{name}, {shorter}"][shared], 1.0)
 
     own_ns = more("own", "short", True) / (64 * (2048 - 512))
-    row_ns = max((more("rows", "few", True) / (256 - 64)) - (64 + PAGE) * own_ns, 1.0)
+    row_ns = max(more("rows", "few", True) / (256 - 64) - 64 * own_ns, 1.0)
     node_ns = max(times["nodes"][1] - times["nodes, one"][1], 0.0) / 63
     fixed = times["small"][1] - times["small"][0]
     return SharingRates(

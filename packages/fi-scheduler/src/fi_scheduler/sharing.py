@@ -18,7 +18,7 @@ from .requests import SharedLevel
 class SharingRates:
     """How fast a device attends, as far as sharing a prefix changes it; ``benchmarks/fit_sharing.py`` measures them.
 
-    Bytes a nanosecond (TB/s / 1000) of keys and values: ``read_rate`` from memory; ``attend_rate`` of all that requests attend
+    Bytes a nanosecond (GB/s) of keys and values: ``read_rate`` from memory; ``attend_rate`` of all that requests attend
     to, wherever it comes from (what others of the batch read too comes from the L2 in part); ``own_rate`` of what requests
     read for themselves in a batch that shares something. ``product_rate``: FLOPs a nanosecond of tiles with many query rows.
     ``merge_rate``: bytes a nanosecond of partial results. Nanoseconds: ``node_ns`` for each shared prefix, ``batch_ns`` once, for
