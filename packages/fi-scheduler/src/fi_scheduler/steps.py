@@ -117,16 +117,20 @@ class StepPlanner:
         self._add(new)
         self._hold(new)
 
-    def fork(self, request_id: str, new_request_id: str) -> None:
+    def fork(self, request_id: str, new_request_id: str, last_token: int | None = None) -> None:
         """Add a request that goes on from where ``request_id`` stands, sharing its pages until one of them writes.
 
-        Between steps only. The fork inherits everything but its arrival; where no place in the batch is left it waits.
+        Between steps only. The fork inherits everything but its arrival, and its last token if ``last_token`` is given (one
+        must have been generated, which no step has run yet); where no place in the batch is left it waits.
         """
         if self._in_flight is not None:
             raise StepOrderError("fork() while a step is in flight: commit it first")
         parent = self._find(request_id)
+        if last_token is not None and (parent.num_generated == 0 or parent.num_computed == len(parent.tokens)):
+            raise ArgumentError("last_token", "None before a token was generated", last_token)
+        tokens = list(parent.tokens) if last_token is None else [*parent.tokens[:-1], last_token]
         child = Request(
-            new_request_id, list(parent.tokens), parent.prompt_len, parent.max_new_tokens, parent.priority,
+            new_request_id, tokens, parent.prompt_len, parent.max_new_tokens, parent.priority,
             self._num_arrivals, parent.stop_tokens,
         )  # fmt: skip
         self._add([child])
