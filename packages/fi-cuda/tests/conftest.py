@@ -12,7 +12,7 @@ from fi_cuda.source import CompileTarget, KernelSource
 # pytest's importlib mode leaves sys.path alone; the tests share helpers that lie beside them.
 sys.path.append(str(Path(__file__).parent))
 
-from repeated_launches import Repeated  # noqa: E402
+from repeated_launches import Repeated
 
 
 class Launches:
