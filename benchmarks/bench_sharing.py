@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class Workload:
     kind: str
     num_samples: int
     num_prompts: int = NUM_PROMPTS
+
+    def __str__(self) -> str:
+        return f"{self.num_prompts} {self.kind} prompts, n={self.num_samples}"
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(1)
@@ -110,12 +113,13 @@ def compare(model: Model, workload: Workload, num_steps: int, rates: SharingRate
         torch.cuda.empty_cache()
     apart, once = found[False], found[True]
     equal = statistics.mean(a == b for a, b in zip(apart.tokens, once.tokens, strict=True))
-    row = {**asdict(workload), "equal_samples": equal, "levels": once.levels}
+    row = {"case": str(workload), "prompts": workload.kind, "num_prompts": workload.num_prompts}
+    row |= {"num_samples": workload.num_samples, "equal_samples": equal, "levels": once.levels}
     for name, measured in (("apart", apart), ("once", once)):
         row |= {f"{name}_ms": measured.ms, f"{name}_p10": measured.p10, f"{name}_p90": measured.p90}
     row["saved"] = 1 - once.ms / apart.ms
     print(
-        f"{workload.kind:>8} n={workload.num_samples:<2} {apart.ms:8.2f} ms apart, {once.ms:8.2f} ms once: "
+        f"{workload} {apart.ms:8.2f} ms apart, {once.ms:8.2f} ms once: "
         f"{row['saved']:6.1%} less, {once.levels} levels, {equal:.0%} of the samples begin alike",
         flush=True,
     )
@@ -129,7 +133,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    common = [row for row in rows if row["kind"] == "common"]
+    common = [row for row in rows if row["prompts"] == "common"]
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for name, label in (("apart", "each for itself"), ("once", "shared prefixes read once")):
         axes.plot(
@@ -168,7 +172,9 @@ def main() -> None:
     workloads.insert(len(workloads) - 1, Workload("separate", 4, 16 if options.short else NUM_PROMPTS))
     rows, shared = [], circumstances(device, {}, options.commit)
     for workload in workloads:
-        rows.append({"op": "engine", "model": options.model, **compare(model, workload, num_steps, rates), **shared})
+        rows.append(
+            {"op": "engine_sharing", "model": options.model, **compare(model, workload, num_steps, rates), **shared}
+        )
         if options.out is not None:
             options.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     if options.plot is not None:
