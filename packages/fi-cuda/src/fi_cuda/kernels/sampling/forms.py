@@ -44,6 +44,11 @@ class ClusterRowSpec(KernelSpec):
         return True
 
     @property
+    def bracket(self) -> bool:
+        """Whether it looks for the end of a kept mass (``BracketSearch``), which takes a histogram for each thread."""
+        return False
+
+    @property
     def needs_smallest(self) -> bool:
         """Whether the kernel reads a row's smallest element."""
         return self.search
@@ -52,14 +57,17 @@ class ClusterRowSpec(KernelSpec):
     def shared_bytes(self) -> int:
         warps, blocks = self.block_threads // 32, self.cluster_blocks
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 32
-        searched = max(256 * _RANK_BINS, 8 * _LIST_PER_BLOCK * blocks) + 16 * max(_RANK_BINS * blocks, 512)
-        searched += 8 * (_RANK_BINS + _LOCAL_TOKENS) + (16 + 16) * blocks + 64
+        listed = max(256 * _RANK_BINS, 8 * _LIST_PER_BLOCK * blocks) + 8 * _LOCAL_TOKENS
+        searched = max(listed, _RANK_BINS * self.block_threads if self.bracket else 0)
+        searched += 16 * max(_RANK_BINS * blocks, 512) + 8 * _RANK_BINS + (16 + 16) * blocks + 128
+        searched += 32 * blocks + 8 * warps if self.bracket else 48
         return 4 * warps * self.warp_tokens + exchanged + (searched if self.search else 0)
 
     def config_lines(self) -> list[str]:
         derived = (
             f"static constexpr int kSharedBytes = {self.shared_bytes};",
             f"static constexpr bool kSearch = {str(self.search).lower()};",
+            f"static constexpr bool kBracket = {str(self.bracket).lower()};",
             f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
         )
         return [*super().config_lines(), *derived]
@@ -76,6 +84,10 @@ class FilteringSpec(ClusterRowSpec):
     @property
     def search(self) -> bool:
         return self.top_k or self.top_p
+
+    @property
+    def bracket(self) -> bool:
+        return self.top_p
 
     @classmethod
     def of(cls, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], *more: Any) -> Self:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_GRANULE = 8
-"""A warp's part of a row is a multiple of it, so that parts begin at multiples of 16 bytes in any dtype."""
+_GRANULE = 128
+"""A warp's part of a row is a multiple of it, so that its loops, four tokens a thread, have no partial rounds."""
 
 _MAX_CLUSTER = 16
 _FEW_ROWS, _SOME_ROWS = 8, 32
-_TWO_BLOCKS_BYTES = 80 * 1024
+_TWO_BLOCKS_BYTES = 72 * 1024
 """Slices of rows up to which two blocks fit on a multiprocessor, whatever else the kernels keep."""
 
 _ONE_BLOCK_BYTES = 160 * 1024

@@ -89,12 +89,12 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
     prefix = kept_prefix(row, filters, Config::kProbs ? Wish::kTotal : Wish::kNothing, total);
   }
   const auto kept_weight = [&](int token, float logit) {
-    const float weight = weight_of(row.largest - logit);
+    const float weight = weight_or_none(row.largest - logit);
     return prefix.has(logit, token) && weight >= filters.min_p ? weight : 0.0f;
   };
   if constexpr (Config::kProbs) {
     if (!total.known()) {
-      row.sum_over_warps([&](int place, float logit) { return mass_limbs(kept_weight(row.first_token + place, logit)); });
+      row.sum_masses_over_warps([&](int place, float logit) { return kept_weight(row.first_token + place, logit); });
       uint64 before;
       total.amount = row.sum_over_blocks(before);
     }

@@ -51,12 +51,12 @@ struct SampleKernel {
     }
   }
 
-  // The first token in index order whose inclusive cumulative mass exceeds the random target; mass(place, logit) is 0 for
+  // The first token in index order whose inclusive cumulative mass exceeds the random target; weight(place, logit) is 0 for
   // tokens that are not kept. Where it is known which block has it, the others have no work.
-  template <class Mass>
-  __device__ __forceinline__ void draw(Mass mass, Answer end) {
+  template <class Weight>
+  __device__ __forceinline__ void draw(Weight weight, Answer end) {
     if (end.known() && static_cast<int>(end.block) != row.rank) return;
-    row.sum_over_warps(mass);
+    if (!end.summed) row.sum_masses_over_warps(weight);
     uint64 target = end.amount;
     if (!end.known()) {
       uint64 before;
@@ -65,7 +65,8 @@ struct SampleKernel {
       if (target < before || target >= before + row.shared.block_amount[row.rank]) return;
       target -= before;
     }
-    row.locate(mass, target, [&](int place) { write(row.first_token + place); });
+    row.locate([&](int place, float logit) { return mass_limbs(weight(place, logit)); }, target,
+               [&](int place) { write(row.first_token + place); });
   }
 
   __device__ __forceinline__ void run() {
@@ -88,7 +89,7 @@ struct SampleKernel {
     // A min_p above 1 leaves nothing, and then the first token in rank order is kept.
     if (filters.greedy || filters.min_p > 1.0f) return write_first_of_largest();
     if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP) {
-      return draw([&](int, float logit) { return mass_limbs(weight_of(row.largest - logit)); }, Answer{});
+      return draw([&](int, float logit) { return weight_or_none(row.largest - logit); }, Answer{});
     }
     if constexpr (Config::kTopK) {
       if (listed && drawn_from_list(filters)) return;
@@ -98,8 +99,8 @@ struct SampleKernel {
     if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters, Wish::kDraw, end);
     draw(
         [&](int place, float logit) {
-          const float weight = weight_of(row.largest - logit);
-          return mass_limbs(prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? weight : 0.0f);
+          const float weight = weight_or_none(row.largest - logit);
+          return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? weight : 0.0f;
         },
         end);
   }
@@ -109,8 +110,14 @@ struct SampleKernel {
     ShortList<Config> list{row};
     const int count = list.collect(filters.top_k, false);
     if (count < 0) return false;
+    uint64 row_mass = 0;
+    if (Config::kTopP && filters.joint && filters.has_top_p()) {
+      row.sum_masses_over_warps([&](int, float logit) { return weight_or_none(row.largest - logit); });
+      uint64 before;
+      row_mass = row.sum_over_blocks(before);
+    }
     if (row.rank == 0) {
-      const int token = list.draw(count, filters, row.shared.random);
+      const int token = list.draw(count, filters, row_mass, row.shared.random);
       if (token >= 0) write(token);
     }
     return true;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fi/random/philox.cuh"
+#include "fi/sampling/bracket_search.cuh"
 #include "fi/sampling/find_prefix.cuh"
 
 namespace fi {
@@ -49,17 +50,28 @@ __device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const
   // top_k beside a joint top_p, and min_p, may shorten what top_p leaves.
   if (filters.min_p > 0.0f || (filters.joint && filters.top_k > 0)) wish = Wish::kNothing;
   RankPrefix kept = every_token();
+  // Of the whole row top_p keeps what a bracket tells.
+  bool has_top_p = Config::kTopP && filters.has_top_p();
+  if constexpr (Config::kTopP) {
+    if (has_top_p && (filters.joint || filters.top_k == 0)) {
+      BracketSearch<Config> search{row, wish};
+      if (search.find(filters.top_p, [&](uint64 total) { return filters.mass_target(total); }, kept)) {
+        has_top_p = false;
+        answer = search.answer;
+      }
+    }
+  }
   // One copy of the search's code serves both.
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
     const bool by_count = filter == 0;
-    if (by_count ? !Config::kTopK || filters.top_k == 0 : !Config::kTopP || !filters.has_top_p()) continue;
+    if (by_count ? !Config::kTopK || filters.top_k == 0 : !has_top_p) continue;
     PrefixSearch<Config> search{row, filters.joint ? every_token() : kept, by_count,
                                 by_count ? Wish::kNothing : wish};
     kept = shorter(kept, search.find([&](uint64 total) {
       return by_count ? static_cast<uint64>(filters.top_k) : filters.mass_target(total);
     }));
-    answer = search.answer;
+    if (!by_count) answer = search.answer;
   }
   return kept;
 }
