@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...spec import KernelSpec
 from .geometry import Geometry
+from .tuning import BUILT_IN, SamplingTuning
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
 _RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 8
@@ -75,11 +76,13 @@ class ClusterRowSpec(KernelSpec):
 
 @dataclass(frozen=True)
 class FilteringSpec(ClusterRowSpec):
-    """Also which filters some row uses."""
+    """Also which filters some row uses, and of ``SamplingTuning`` what the kernel knows."""
 
     top_k: bool
     top_p: bool
     min_p: bool
+    brackets: bool
+    double_sums: bool
 
     @property
     def search(self) -> bool:
@@ -87,13 +90,21 @@ class FilteringSpec(ClusterRowSpec):
 
     @property
     def bracket(self) -> bool:
-        return self.top_p
+        return self.brackets and self.top_p
 
     @classmethod
-    def of(cls, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], *more: Any) -> Self:
+    def of(
+        cls,
+        dtype: torch.dtype,
+        vector: int,
+        geometry: Geometry,
+        filters: frozenset[str],
+        *more: Any,
+        tuning: SamplingTuning = BUILT_IN,
+    ) -> Self:
         """The spec for a row's form and active filters."""
         used = ("top_k" in filters, "top_p" in filters, "min_p" in filters)
-        return cls(dtype, vector, *geometry, *used, *more)
+        return cls(dtype, vector, *geometry, *used, tuning.bracket, tuning.double_sums, *more)
 
 
 def searches(filters: frozenset[str]) -> bool:

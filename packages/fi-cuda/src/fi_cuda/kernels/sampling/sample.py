@@ -16,6 +16,7 @@ from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import FilteringSpec, address, searches
 from .geometry import Geometry, geometry_for, start_delay
+from .tuning import SamplingTuning, sampling_tuning_for
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,23 @@ class SampleSpec(FilteringSpec):
 
 @lru_cache(maxsize=1024)
 def _bound(
-    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str]
+    device: torch.device,
+    dtype: torch.dtype,
+    vector: int,
+    geometry: Geometry,
+    filters: frozenset[str],
+    tuning: SamplingTuning,
 ) -> LaunchableKernel:
-    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters), device)
+    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters, tuning=tuning), device)
 
 
 def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor) -> None:
     """The ``Sample`` protocol of fi-core, a cluster an output."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    chosen = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
-    kernel = _bound(device, logits.dtype, vector_bytes(logits, multiple_of=vocab_size), chosen, filters.active)
+    tuning = sampling_tuning_for(device)
+    chosen = geometry_for(vocab_size, num_outputs, search=searches(filters.active), tuning=tuning)
+    vector = vector_bytes(logits, multiple_of=vocab_size)
+    kernel = _bound(device, logits.dtype, vector, chosen, filters.active, tuning)
     kernel.launch(
         device,
         num_outputs * chosen.cluster_size,

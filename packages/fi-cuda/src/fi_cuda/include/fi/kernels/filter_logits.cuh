@@ -89,7 +89,7 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
     prefix = kept_prefix(row, filters, Config::kProbs ? Wish::kTotal : Wish::kNothing, total);
   }
   const auto kept_weight = [&](int token, float logit) {
-    const float weight = weight_or_none(row.largest - logit);
+    const float weight = row.weight(logit);
     return prefix.has(logit, token) && weight >= filters.min_p ? weight : 0.0f;
   };
   if constexpr (Config::kProbs) {

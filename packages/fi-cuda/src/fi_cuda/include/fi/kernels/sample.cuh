@@ -89,7 +89,7 @@ struct SampleKernel {
     // A min_p above 1 leaves nothing, and then the first token in rank order is kept.
     if (filters.greedy || filters.min_p > 1.0f) return write_first_of_largest();
     if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP) {
-      return draw([&](int, float logit) { return weight_or_none(row.largest - logit); }, Answer{});
+      return draw([&](int, float logit) { return row.weight(logit); }, Answer{});
     }
     if constexpr (Config::kTopK) {
       if (listed && drawn_from_list(filters)) return;
@@ -99,7 +99,7 @@ struct SampleKernel {
     if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters, Wish::kDraw, end);
     draw(
         [&](int place, float logit) {
-          const float weight = weight_or_none(row.largest - logit);
+          const float weight = row.weight(logit);
           return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? weight : 0.0f;
         },
         end);
@@ -112,7 +112,7 @@ struct SampleKernel {
     if (count < 0) return false;
     uint64 row_mass = 0;
     if (Config::kTopP && filters.joint && filters.has_top_p()) {
-      row.sum_masses_over_warps([&](int, float logit) { return weight_or_none(row.largest - logit); });
+      row.sum_masses_over_warps([&](int, float logit) { return row.weight(logit); });
       uint64 before;
       row_mass = row.sum_over_blocks(before);
     }

@@ -31,7 +31,7 @@ struct BracketSearch {
   Answer answer = {};
   unsigned hits[kWords] = {};  // this thread's tokens in the bracket
 
-  // False, in all blocks, if another search must do it; target_of(total mass), at least 1 and at most that, is to be reached.
+  // False, in all blocks, if another search must do it, and then `found` is as it was; target_of(total mass), at least 1 and at most that, is to be reached.
   // With Wish::kDraw the drawn token's block also has, in row.shared.warp_amount, the kept mass of each warp's tokens.
   template <class TargetOf>
   __device__ __forceinline__ bool find(float fraction, TargetOf target_of, RankPrefix& found) {
@@ -52,9 +52,10 @@ struct BracketSearch {
       if (fits && sum.above < target && target <= sum.above + sum.listed) {
         if (row.rank == 0) publish(target - sum.above);
         row.mailbox.receive(kFound, 16);
-        found = read_message(search.found, answer);
-        if (found.value != found.value) return false;
-        if (wish == Wish::kDraw && static_cast<int>(answer.block) == row.rank) add_kept_to_warps(found);
+        const RankPrefix last = read_message(search.found, answer);
+        if (last.value != last.value) return false;
+        if (wish == Wish::kDraw && static_cast<int>(answer.block) == row.rank) add_kept_to_warps(last);
+        found = last;
         return true;
       }
       // The first block's list is free for others, or another purpose, only when all of it has come.

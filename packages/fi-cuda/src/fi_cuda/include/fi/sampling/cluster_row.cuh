@@ -216,6 +216,7 @@ struct ClusterRow {
   // After load_slice: divides by `temperature` and shares the extremes.
   __device__ __forceinline__ void share(Extremes mine, int num_tokens, float temperature, bool with_groups) {
     vocab_size = num_tokens;
+    __syncwarp();  // narrow loads leave a lane's logits to others
     if (temperature != 1.0f) mine = divide_slice<Config>(shared.slice, vocab_size - first_token, temperature);
     mailbox.opened();
     share_extremes(mine, with_groups);
@@ -244,18 +245,27 @@ struct ClusterRow {
     __syncthreads();
   }
 
-  // The same of the masses of weight(place, logit), numbers of at least 0.
+  // The same of the masses of weight(place, logit): numbers of at least 0, unless limbs are summed up, which take NaN for 0.
   template <class Weight>
   __device__ __forceinline__ void sum_masses_over_warps(Weight weight) {
-    MassSum masses;
-    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
-      const float logits[4] = {four.x, four.y, four.z, four.w};
+    if constexpr (!Config::kDoubleSums) {
+      sum_over_warps([&](int place, float logit) { return mass_limbs(weight(place, logit)); });
+    } else {
+      MassSum masses;
+      for_each_four<Config>(shared.slice, [&](int place, float4 four) {
+        const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) masses.add(weight(place + e, logits[e]));
-    });
-    const uint64 sum = sum_over_warp(masses.mass());
-    if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
-    __syncthreads();
+        for (int e = 0; e < 4; ++e) masses.add(weight(place + e, logits[e]));
+      });
+      const uint64 sum = sum_over_warp(masses.mass());
+      if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
+      __syncthreads();
+    }
+  }
+
+  // What sum_masses_over_warps may take for the weight of any logit of the slice.
+  __device__ __forceinline__ float weight(float logit) const {
+    return Config::kDoubleSums ? weight_or_none(largest - logit) : weight_of(largest - logit);
   }
 
   // The prefix sums of what sum_over_warps found, a warp's in each of the first kWarps lanes of every warp.

@@ -52,7 +52,7 @@ __device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const
   RankPrefix kept = every_token();
   // Of the whole row top_p keeps what a bracket tells.
   bool has_top_p = Config::kTopP && filters.has_top_p();
-  if constexpr (Config::kTopP) {
+  if constexpr (Config::kTopP && Config::kBracket) {
     if (has_top_p && (filters.joint || filters.top_k == 0)) {
       BracketSearch<Config> search{row, wish};
       if (search.find(filters.top_p, [&](uint64 total) { return filters.mass_target(total); }, kept)) {

@@ -21,7 +21,8 @@ struct ShortList {
   Row& row;
 
   __device__ __forceinline__ static bool serves(const RowFilters& filters) {
-    return filters.top_k > 0 && filters.top_k <= kMaxK && !filters.greedy;
+    return filters.top_k > 0 && filters.top_k <= kMaxK && !filters.greedy &&
+           (Config::kBracket || !(filters.joint && filters.has_top_p()));
   }
 
   // Collects the tokens; returns their number, or -1 if they do not fit, or with `all` if some of the first k have no mass.

@@ -1,0 +1,2 @@
+// In device.hpp.
+#pragma once
