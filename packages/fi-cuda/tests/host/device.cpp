@@ -1,4 +1,5 @@
 // The scheduler behind device.hpp, after the source of one kernel (KERNEL: its function).
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -24,7 +25,9 @@ struct Warp {
 
 // A fiber may go on when *counter differs from `value`.
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to begin with; then `place`, as jumps take no call of the system
+  jmp_buf place;
+  bool begun = false;
   const volatile unsigned* counter = nullptr;
   unsigned value = 0;
   bool done = false;
@@ -56,7 +59,7 @@ struct Grid {
   std::vector<Block> blocks;
   std::vector<Store> stores;
   std::mt19937 random;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   const void* params;
   int block = 0, thread = 0, first_block = 0, num_threads = 0;
   unsigned arrived = 0, generation = 0;  // at the cluster's barrier
@@ -71,7 +74,14 @@ static void wait_for_change(const volatile unsigned* counter, unsigned value) {
   Fiber& self = fiber();
   self.counter = counter;
   self.value = value;
-  swapcontext(&self.context, &grid->scheduler);
+  if (_setjmp(self.place) == 0) _longjmp(grid->scheduler, 1);
+}
+
+static void resume(Fiber& next) {
+  if (_setjmp(grid->scheduler) != 0) return;
+  if (next.begun) _longjmp(next.place, 1);
+  next.begun = true;
+  setcontext(&next.context);
 }
 
 Index thread_index() { return {static_cast<unsigned>(grid->thread)}; }
@@ -187,7 +197,7 @@ static bool deliver_some() {
 static void start() {
   KERNEL(*static_cast<const Params*>(grid->params));
   fiber().done = true;
-  swapcontext(&fiber().context, &grid->scheduler);
+  _longjmp(grid->scheduler, 1);
 }
 
 static bool may_run(const Fiber& candidate) {
@@ -216,7 +226,7 @@ static bool run_block(int number) {
           }
           grid->thread = warp * 32 + lane;
           next.counter = nullptr;
-          swapcontext(&grid->scheduler, &next.context);
+          resume(next);
           any = again = more = true;
         }
       }
@@ -279,7 +289,7 @@ extern "C" int run_grid(const void* params, int num_blocks, int num_threads, int
       each.warps.assign(num_threads / 32, Warp());
       each.arrived = each.generation = 0;
       for (Fiber& thread : each.fibers) {
-        thread.done = false;
+        thread.done = thread.begun = false;
         thread.counter = nullptr;
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = thread.stack;

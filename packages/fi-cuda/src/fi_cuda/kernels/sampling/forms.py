@@ -13,7 +13,7 @@ from .geometry import Geometry
 from .tuning import BUILT_IN, SamplingTuning
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
-_RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 8
+_RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 9
 
 
 @dataclass(frozen=True)

@@ -58,16 +58,14 @@ struct BracketSearch {
         found = last;
         return true;
       }
-      // The first block's list is free for others, or another purpose, only when all of it has come.
-      if (row.rank == 0 && threadIdx.x < 32) row.mailbox.send_to_all(kFound, &search.found, make_uint4(0, 0, 0, 0));
-      row.mailbox.receive(kFound, 16);
+      // The first block has received the list, and every block has read the sums, before either may be sent again.
+      row.meet();
       if (!fits) return false;
       // How much weight the estimate lacks at the edge beyond which the target lies.
       const bool higher = target <= sum.above;
       const double known = static_cast<double>(static_cast<int64>(higher ? sum.above - target : target - sum.above - sum.listed));
       const float distance = static_cast<float>(known * 0x1p-32);
       correction = higher ? bracket.w - distance : bracket.z + distance;
-      __syncthreads();
     }
     return false;
   }
@@ -262,10 +260,10 @@ struct BracketSearch {
                           static_cast<unsigned>(second >> 32));
       };
       uint4* place = reinterpret_cast<uint4*>(&search.sums[row.rank]);
-      row.mailbox.send_to_all(kAmounts, place, words(total, above));
-      row.mailbox.send_to_all(kAmounts, place + 1, words(listed, static_cast<uint64>(search.list_count)));
+      row.mailbox.send_to_all(kSums, place, words(total, above));
+      row.mailbox.send_to_all(kSums, place + 1, words(listed, static_cast<uint64>(search.list_count)));
     }
-    row.mailbox.receive(kAmounts, kBlocks * sizeof(BracketShare));
+    row.mailbox.receive(kSums, kBlocks * sizeof(BracketShare));
     const BracketShare theirs = lane < kBlocks ? search.sums[lane % kBlocks] : BracketShare{0, 0, 0, 0};
     const unsigned count = static_cast<unsigned>(theirs.count);
     const unsigned sent = __reduce_add_sync(0xffffffffu, min(count, static_cast<unsigned>(kCapacity)));

@@ -208,7 +208,12 @@ struct ClusterRow {
       }
     }
     mailbox.receive(kind, kBlocks * (8 + (with_groups ? 16 * kFours : 0)));
-    const uint2 theirs = shared.extremes[lane % kBlocks];
+    read_extremes();
+  }
+
+  // Those shared last: read again, they need no registers in between.
+  __device__ __forceinline__ void read_extremes() {
+    const uint2 theirs = shared.extremes[threadIdx.x % kBlocks];
     largest = largest_of_warp(__uint_as_float(theirs.x));
     smallest = smallest_of_warp(__uint_as_float(theirs.y));
   }
@@ -261,6 +266,15 @@ struct ClusterRow {
       if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
       __syncthreads();
     }
+  }
+
+  // Returns when every block has called it: what they received before may be sent again.
+  __device__ __forceinline__ void meet() {
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      mailbox.send_to_all(kShares, reinterpret_cast<uint2*>(&shared.search.shares[rank]), make_uint2(0, 0));
+    }
+    mailbox.receive(kShares, kBlocks * 8);
   }
 
   // What sum_masses_over_warps may take for the weight of any logit of the slice.

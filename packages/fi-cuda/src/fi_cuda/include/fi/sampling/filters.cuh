@@ -59,6 +59,7 @@ __device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const
         has_top_p = false;
         answer = search.answer;
       }
+      row.read_extremes();
     }
   }
   // One copy of the search's code serves both.
