@@ -1,6 +1,6 @@
 """Where the time of steady decode steps goes in vLLM, by kernel, and what share attention has.
 
-usage: python decode_profile.py MODEL_FOLDER BACKEND OUT.json [--batch N] [--context N] [--steps N] [--options JSON]
+usage: python decode_profile.py MODEL_FOLDER BACKEND OUT.json [--batch N] [--context N] [--steps N] [--options JSON ...]
 Requests of ``--context`` tokens are prefilled; then ``--steps`` steps in which all of them decode are timed, and as many more are
 profiled. Written are the time a step, the kernels by their time, and every copy to the host and synchronisation with its number:
 those are the engine's own (it reads the drawn tokens); ``no_sync`` shows that none is the adapter's.
@@ -62,31 +62,37 @@ def profiled(engine: Any, steps: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "backend", "out"):
-        parser.add_argument(name)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--options", default="{}")
-    options = parser.parse_args()
-    vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
-    engine = VllmEngine(options.model, options.backend, **engine_options(options.options)).engine.llm_engine
-    fill(engine, options.batch, options.context, 4 * options.steps + 16, vocab_size)
+def profile_decode(
+    engine: Any, vocab_size: int, backend: str, out: str, batch: int = 64, context: int = 1024, steps: int = 30
+) -> None:
+    """Fill ``engine`` (vLLM's LLMEngine, in this process), time and profile, and write the result to ``out``."""
+    fill(engine, batch, context, 4 * steps + 16, vocab_size)
     for _ in range(8):
         engine.step()
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(options.steps):
+    for _ in range(steps):
         engine.step()
     torch.cuda.synchronize()
-    result: dict[str, Any] = {"backend": options.backend, "batch": options.batch, "context": options.context}
+    result: dict[str, Any] = {"backend": backend, "batch": batch, "context": context}
     result["device"] = torch.cuda.get_device_name()
-    result["wall_us_a_step"] = 1e6 * (time.perf_counter() - start) / options.steps
-    result |= profiled(engine, options.steps)
-    Path(options.out).write_text(json.dumps(result, indent=1))
+    result["wall_us_a_step"] = 1e6 * (time.perf_counter() - start) / steps
+    result |= profiled(engine, steps)
+    Path(out).write_text(json.dumps(result, indent=1))
     print(json.dumps({name: value for name, value in result.items() if name != "kernels_us_a_step"}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "backend", "out"):
+        parser.add_argument(name)
+    for name, default in (("batch", 64), ("context", 1024), ("steps", 30)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--options", action="append", default=[])
+    options = parser.parse_args()
+    vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
+    engine = VllmEngine(options.model, options.backend, **engine_options(options.options)).engine.llm_engine
+    profile_decode(engine, vocab_size, options.backend, options.out, options.batch, options.context, options.steps)
 
 
 if __name__ == "__main__":

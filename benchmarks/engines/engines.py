@@ -21,16 +21,27 @@ VLLM_ENVIRONMENT = {
 class Engine(Protocol):
     """An engine that is started with one model and one attention backend."""
 
-    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
-        """Greedy tokens; ``num_new`` of each prompt, or its own number for each."""
+    def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
+        """Greedy tokens, or drawn ones with ``sampling`` (temperature, top_k, top_p, as both engines call them); ``num_new`` of
+        each prompt, or its own number for each."""
         ...
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
         """Of every token of each prompt but the first: what a prefill computes."""
         ...
 
-    def forced_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> list[list[float]]:
-        """Of ``forced`` tokens after each prompt, each computed by a decode step."""
+    def decode_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> tuple[list[Tokens], list[list[float]]]:
+        """(tokens after each prompt, their log-probabilities, each computed by a decode step): ``forced`` ones, or as many
+        of the engine's own greedy ones where it cannot be made to emit given tokens."""
+        ...
+
+    def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
+        """Of every token of each answer: how far its log-probability is below that of the best token there (0: it is the
+        best), computed from prompt and answer as one prompt."""
+        ...
+
+    def forget(self) -> None:
+        """Empty the prefix cache."""
         ...
 
     def close(self) -> None: ...
@@ -66,22 +77,35 @@ class VllmEngine:
     def _params(self, **values: Any) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **values)
+        return SamplingParams(**({"temperature": 0.0, "ignore_eos": True, "detokenize": False} | values))
 
-    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
+    def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
         nums = [num_new] * len(prompts) if isinstance(num_new, int) else num_new
-        return [
-            list(out.outputs[0].token_ids) for out in self._run(prompts, [self._params(max_tokens=num) for num in nums])
-        ]
+        params = [self._params(max_tokens=num, **sampling) for num in nums]
+        return [list(out.outputs[0].token_ids) for out in self._run(prompts, params)]
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
         found = self._run(prompts, [self._params(max_tokens=1, prompt_logprobs=0)] * len(prompts))
         return [_chosen(out.prompt_logprobs[1:], prompt[1:]) for out, prompt in zip(found, prompts, strict=True)]
 
-    def forced_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> list[list[float]]:
+    def decode_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> tuple[list[Tokens], list[list[float]]]:
         params = [self._params(max_tokens=len(each), logprobs=0, extra_args={"forced_tokens": each}) for each in forced]
         found = self._run(prompts, params)
-        return [_chosen(out.outputs[0].logprobs, each) for out, each in zip(found, forced, strict=True)]
+        return forced, [_chosen(out.outputs[0].logprobs, each) for out, each in zip(found, forced, strict=True)]
+
+    def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
+        whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        found = self._run(whole, [self._params(max_tokens=1, prompt_logprobs=1)] * len(whole))
+        return [
+            [
+                max(each.logprob for each in position.values()) - position[token].logprob
+                for position, token in zip(out.prompt_logprobs[-len(answer) :], answer, strict=True)
+            ]
+            for out, answer in zip(found, answers, strict=True)
+        ]
+
+    def forget(self) -> None:
+        self.engine.reset_prefix_cache()
 
     def close(self) -> None:
         del self.engine
@@ -110,38 +134,52 @@ class SglangEngine:
         }
         self.engine = sglang.Engine(**{**settings, **options})
 
-    def _run(self, prompts: list[Tokens], num_new: int | list[int], **more: Any) -> list[Any]:
+    def _run(
+        self, prompts: list[Tokens], num_new: int | list[int], sampling: dict[str, float] | None = None, **more: Any
+    ) -> list[Any]:
         nums = [num_new] * len(prompts) if isinstance(num_new, int) else num_new
-        params = [{"temperature": 0.0, "max_new_tokens": num, "ignore_eos": True} for num in nums]
+        drawn = sampling or {"temperature": 0.0}
+        params = [{"max_new_tokens": num, "ignore_eos": True, **drawn} for num in nums]
         return self.engine.generate(input_ids=prompts, sampling_params=params, **more)
 
-    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
-        return [out["output_ids"] for out in self._run(prompts, num_new)]
+    def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
+        return [out["output_ids"] for out in self._run(prompts, num_new, sampling)]
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
         found = self._run(prompts, 1, return_logprob=True, logprob_start_len=0)
         return [[item[0] for item in out["meta_info"]["input_token_logprobs"][1:]] for out in found]
 
-    def forced_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> list[list[float]]:
-        """SGLang cannot force tokens and report what they had been before: those of its own greedy tokens, for as long as
-        they are the forced ones."""
-        found = self._run(prompts, max(map(len, forced)), return_logprob=True, logprob_start_len=-1)
+    def decode_logprobs(self, prompts: list[Tokens], forced: list[Tokens]) -> tuple[list[Tokens], list[list[float]]]:
+        """Of its own greedy tokens: SGLang cannot report what forced tokens had been before."""
+        nums = [len(each) for each in forced]
+        found = self._run(prompts, nums, return_logprob=True, logprob_start_len=-1)
+        values = [[item[0] for item in out["meta_info"]["output_token_logprobs"]] for out in found]
+        return [out["output_ids"] for out in found], values
+
+    def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
+        whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        found = self._run(whole, 1, return_logprob=True, logprob_start_len=0, top_logprobs_num=1)
         lists = []
-        for out, wanted in zip(found, forced, strict=True):
-            values = [item[0] for item in out["meta_info"]["output_token_logprobs"]]
-            same = next(
-                (i for i, (a, b) in enumerate(zip(out["output_ids"], wanted, strict=False)) if a != b), len(wanted)
-            )
-            lists.append(values[:same])
+        for out, answer in zip(found, answers, strict=True):
+            infos = out["meta_info"]
+            best = [position[0][0] for position in infos["input_top_logprobs"][-len(answer) :]]
+            chosen = [item[0] for item in infos["input_token_logprobs"][-len(answer) :]]
+            lists.append([most - value for most, value in zip(best, chosen, strict=True)])
         return lists
+
+    def forget(self) -> None:
+        self.engine.flush_cache()
 
     def close(self) -> None:
         self.engine.shutdown()
 
 
-def engine_options(text: str) -> dict[str, Any]:
-    """Options of an engine from JSON, as scripts take them."""
-    options = json.loads(text)
-    if not isinstance(options, dict):
-        raise ValueError(f"options are a JSON object, got {text}")
+def engine_options(texts: list[str]) -> dict[str, Any]:
+    """Options of an engine from JSON objects, as scripts take them; a later one wins."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"options are a JSON object, got {text}")
+        options |= found
     return options

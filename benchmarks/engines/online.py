@@ -1,7 +1,7 @@
 """Latency of one engine with one attention backend under requests that arrive at random times.
 
 usage: python online.py ENGINE MODEL_FOLDER BACKEND OUT.jsonl [--workloads chat,uniform] [--rate R] [--requests N]
-                        [--options JSON]
+                        [--options JSON ...]
 Requests arrive as a Poisson process of ``--rate`` a second, with the lengths of ``throughput.py``, the same in every run. A line
 of JSON for each workload: time to the first token, time for each further one, and output tokens a second.
 """
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="uniform")
     parser.add_argument("--rate", type=float, default=8.0)
     parser.add_argument("--requests", type=int, default=128)
-    parser.add_argument("--options", default="{}")
+    parser.add_argument("--options", action="append", default=[])
     options = parser.parse_args()
     vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
     servers = {"vllm": VllmServer, "sglang": SglangServer}

@@ -4,7 +4,7 @@ import fi_core as fi
 import pytest
 import torch
 from fi_adapters.forms import LayerForm, Limits, is_captured, kv_format_of, refusal
-from fi_adapters.plans import PlanPair, update
+from fi_adapters.plans import PlanPair, common_prefix, shares_prefixes, update
 from fi_core.settings import settings
 
 FORM = LayerForm(4, 2, 32, "fp32")
@@ -43,10 +43,11 @@ def test_spec_keeps_each_window_once():
 
 
 def test_capacities():
-    assert LIMITS.capacity(decode=True) == fi.Capacity(4, 12, 3, 128)
-    assert LIMITS.capacity(decode=False) == fi.Capacity(4, 64, 64, 128)
+    assert LIMITS.capacity(decode=True) == fi.Capacity(4, 12, 3, 128, max_prefix_depth=1)
+    assert LIMITS.capacity(decode=False) == fi.Capacity(4, 64, 64, 128, max_prefix_depth=1)
     long_steps = Limits(max_batch=2, max_tokens=4096, max_kv_len=100)
     assert long_steps.capacity(decode=False).max_q_len == 100
+    assert LIMITS.capacity(True, 2).max_prefixes == 2 and LIMITS.capacity(True, 2).max_prefix_depth == 1
 
 
 def test_the_reference_alone_is_refused_on_a_gpu_unless_asked_for(environment):
@@ -131,3 +132,12 @@ def dense(q, kv, batch, window):
             weights = (logits / 32**0.5).softmax(dim=1)
             rows.append(torch.einsum("ht,thd->hd", weights, values[first : position + 1]))
     return torch.stack(rows).float()
+
+
+def test_shared_prefixes():
+    spec = FORM.spec(torch.float32, 16)
+    assert common_prefix(3, 32, torch.device("cpu")).nodes.tolist() == [[0, 3, 0, 32]]
+    with fi.use(backend="reference"):
+        assert shares_prefixes(spec, LIMITS, fi.Target("cpu")) and not shares_prefixes(spec, LIMITS, HOPPER)
+    invariant = FORM.spec(torch.float32, 16, batch_invariant=True)
+    assert not shares_prefixes(invariant, LIMITS, fi.Target("cpu"))

@@ -166,7 +166,7 @@ def test_decode_steps_replay_the_cuda_kernel_as_direct_steps_run_it() -> None:
     for engine in (replayed, direct):
         runner = engine._runner
         assert runner.decode_plan.selection.entry.full_name == "cuda.attention_decode"
-        assert runner.mixed_plan.selection.entry.full_name == "triton.attention"
+        assert runner.mixed_plan.selection.entry.full_name == "cuda.attention_prefill"
         assert "planner: device" in runner.decode_plan.explain()
     (runner,) = replayed._runner._graphs.values()
     assert "4: CUDA graph" in runner.describe() and direct._runner._graphs == {}

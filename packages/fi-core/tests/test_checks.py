@@ -180,7 +180,7 @@ def test_append_checks_slots_pages_and_positions():
 
 
 def test_a_record_keeps_the_first_finding_until_it_is_raised():
-    record = checks._Record(torch.device("cpu"))
+    record = checks.Record(torch.device("cpu"))
     values = torch.tensor([1, 20, 30])
     record.note("batch.kv_lens", values > 10, values, 10)
     record.note("batch.table", values > 0, values, 0)

@@ -51,10 +51,12 @@ def current() -> KernelRegistry:
 def test_kernels_come_best_first(current: KernelRegistry) -> None:
     current.register_plugin(make_plugin("low", priority=1), "low")
     entries = (make_entry("high", "b"), make_entry("high", "a"), make_entry("high", "z", priority=5))
-    current.register_plugin(make_plugin("high", *entries, priority=9), "high")
-    assert [entry.full_name for entry in current.kernels("toy")] == ["high.z", "high.a", "high.b", "low.kernel"]
+    new = make_entry("high", "new", priority=-9)
+    current.register_plugin(make_plugin("high", *entries, new, priority=9), "high")
+    names = [entry.full_name for entry in current.kernels("toy")]
+    assert names == ["high.z", "high.a", "high.b", "low.kernel", "high.new"]
     assert current.kernels("other") == ()
-    assert len(current.kernels()) == 4
+    assert len(current.kernels()) == 5
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ class Engine:
         for source, destination in plan.copies:
             for offset in range(size):
                 self.memory[destination, offset] = self.memory.get((source, offset), ())
+        check_levels(plan, size, self.config.max_prefix_depth)
         contexts = [self.read(entry.pages, entry.start) for entry in plan.entries]
         written = set()
         sampled = {}
@@ -90,6 +91,20 @@ class Engine:
             if not self.step():
                 return
         raise AssertionError(f"not done after {max_steps} steps: {self.planner.request_ids}")
+
+
+def check_levels(plan: StepPlan, page_size: int, max_depth: int) -> None:
+    """Levels are a forest, parents first; members have the same pages there, computed before their new tokens."""
+    shared: dict[int, list[int]] = {index: [0] for index in range(len(plan.entries))}
+    for begin, end, kv_begin, kv_end in plan.levels:
+        members = plan.entries[begin:end]
+        assert len(members) == end - begin > 1 and kv_begin < kv_end
+        assert all(shared[index] == shared[begin] and shared[index][-1] == kv_begin for index in range(begin, end))
+        assert all(entry.pages[: kv_end // page_size] == members[0].pages[: kv_end // page_size] for entry in members)
+        assert kv_end % page_size == 0 and all(kv_end <= entry.start for entry in members)
+        for index in range(begin, end):
+            shared[index] = [*shared[index], kv_end]
+            assert len(shared[index]) - 1 <= max_depth
 
 
 def make_engine(num_pages: int, page_size: int = 2, **config: Any) -> Engine:

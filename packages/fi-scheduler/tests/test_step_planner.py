@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 from fi_core.errors import ArgumentError, CapacityError
+from fi_core.records import AttentionSpec
 from fi_scheduler.hookspecs import hookimpl, plugin_manager
 from fi_scheduler.pages import PagePool
 from fi_scheduler.policy import FifoPolicy, SchedulingPolicy
 from fi_scheduler.requests import PlannerConfig, Request, StepOrderError, StepPlan, StepStats
+from fi_scheduler.sharing import ALWAYS, SharingCosts
 from fi_scheduler.steps import StepPlanner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_simulation import Engine, check_all_pages_return, generate, make_engine
+
+ALWAYS_SHARE = SharingCosts.of(AttentionSpec(1, 1, 64), ALWAYS)
 
 
 @st.composite
@@ -32,7 +36,8 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
         if room >= 1:
             count = draw(st.integers(1, min(8, room)))
             stop = frozenset(draw(st.sets(st.integers(0, 4), max_size=1)))
-            requests.append((prompt, count, draw(st.integers(0, 2)), stop, draw(st.integers(0, 12))))
+            samples = draw(st.sampled_from((0, 0, 0, 1, 3)))
+            requests.append((prompt, count, draw(st.integers(0, 2)), stop, draw(st.integers(0, 12)), samples))
     return {
         "num_pages": num_pages,
         "page_size": page_size,
@@ -42,6 +47,8 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
         "prefix_cache": draw(st.sampled_from(("radix", "none"))),
         "policy": draw(st.sampled_from(("priority", "fifo"))),
         "wait_for_shared_prefix": draw(st.booleans()),
+        "sharing": draw(st.sampled_from((None, ALWAYS_SHARE))),
+        "max_prefix_depth": draw(st.integers(1, 3)),
         "requests": requests,
         "seed": draw(st.integers(0, 999)),
     }
@@ -58,9 +65,10 @@ def run_workload(workload: dict[str, Any], action_rate: float) -> tuple[Engine, 
     for step in range(2000):
         while arrivals and requests[arrivals[0]][4] <= step:
             index = arrivals.pop(0)
-            prompt, count, priority, stop, _ = requests[index]
-            engine.planner.submit(str(index), prompt, count, priority, stop)
-            origin[str(index)] = index
+            prompt, count, priority, stop, _, num_samples = requests[index]
+            samples = [f"{index}.{sample}" for sample in range(num_samples)]
+            engine.planner.submit(str(index), prompt, count, priority, stop, samples)
+            origin.update((name, index) for name in (str(index), *samples))
         live = engine.planner.request_ids
         if live and len(live) < 12 and rng.random() < action_rate:
             parent = rng.choice(live)
@@ -87,7 +95,7 @@ def run_workload(workload: dict[str, Any], action_rate: float) -> tuple[Engine, 
 
 def check_results(engine: Engine, origin: dict[str, int], requests: list[Any]) -> None:
     for request_id, result in engine.finished.items():
-        prompt, count, _, stop, _ = requests[origin[request_id]]
+        prompt, count, _, stop, *_ = requests[origin[request_id]]
         expected = generate(prompt, count, stop)
         assert result.tokens == expected
         assert result.reason == ("stop" if expected[-1] in stop else "length")
@@ -98,7 +106,7 @@ def check_results(engine: Engine, origin: dict[str, int], requests: list[Any]) -
 def test_every_request_gets_its_tokens(workload: dict[str, Any]) -> None:
     engine, origin = run_workload(workload, action_rate=0.0)
     check_results(engine, origin, workload["requests"])
-    assert len(engine.finished) == len(workload["requests"])
+    assert len(engine.finished) == sum(1 + request[-1] for request in workload["requests"])
     check_all_pages_return(engine)
 
 

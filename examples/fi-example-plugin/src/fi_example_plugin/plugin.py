@@ -24,6 +24,7 @@ RULES = {
     "features": SubsetOf(),
     "batch_invariant": OneOf(True, False),  # one program a request and head, whatever else is in the batch
     "max_q_len": OneOf(1),
+    "levels": OneOf(False),
     "q_format": OneOf("same"),
     "rope": OneOf("none"),
     "rope_pairs": OneOf("none"),

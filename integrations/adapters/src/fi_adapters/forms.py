@@ -84,19 +84,22 @@ class Limits:
     max_kv_len: int
     decode_len: int = 1
 
-    def capacity(self, decode: bool) -> fi.Capacity:
-        """Of the plan for steps that only decode, or of the one for every step."""
+    def capacity(self, decode: bool, max_prefixes: int = 0) -> fi.Capacity:
+        """Of the plan for steps that only decode, or of the one for every step. ``max_prefixes``: shared prefixes in a step, none
+        within another."""
         longest = min(self.decode_len if decode else self.max_tokens, self.max_kv_len)
         tokens = self.max_batch * longest if decode else self.max_tokens
-        return fi.Capacity(self.max_batch, tokens, longest, self.max_kv_len)
+        return fi.Capacity(self.max_batch, tokens, longest, self.max_kv_len, max_prefixes, max_prefix_depth=1)
 
 
-def refusal(spec: fi.AttentionSpec, max_q_len: int, target: fi.Target) -> fi.UnsupportedError | None:
-    """Why fi does not serve ``spec`` at ``target`` fast, None where it does.
+def refusal(
+    spec: fi.AttentionSpec, max_q_len: int, target: fi.Target, levels: bool = False
+) -> fi.UnsupportedError | None:
+    """Why fi does not serve ``spec`` (with ``levels``: in batches that share prefixes) at ``target`` fast, None where it does.
 
     On a GPU the torch reference does not count, unless FI_BACKEND asks for it: it would be slow and wait for the device.
     """
-    request = registry().operations["attention"].request(target, **attention_values(spec, max_q_len))
+    request = registry().operations["attention"].request(target, **attention_values(spec, max_q_len, levels))
     try:
         chosen = registry().select(request)
     except fi.UnsupportedError as error:

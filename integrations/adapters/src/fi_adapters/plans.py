@@ -17,13 +17,21 @@ class PlanPair:
     Both depend on capacities alone, so a CUDA graph captured for either serves every batch that is padded to it.
     """
 
-    def __init__(self, spec: fi.AttentionSpec, limits: Limits, device: torch.device, one_plan: bool = False) -> None:
+    def __init__(
+        self,
+        spec: fi.AttentionSpec,
+        limits: Limits,
+        device: torch.device,
+        one_plan: bool = False,
+        max_prefixes: int = 0,
+    ) -> None:
         """``one_plan``: every step goes through the same kernel. A spec that is batch-invariant needs it: two kernels differ
-        in their rounding, and which one a token meets would depend on the rest of the batch. Raises UnsupportedError."""
+        in their rounding, and which one a token meets would depend on the rest of the batch. ``max_prefixes``: how many
+        shared prefixes a batch may name. Raises UnsupportedError."""
         self.decode_len = limits.decode_len
-        self.mixed = _plan(spec, limits.capacity(decode=False), device)
+        self.mixed = _plan(spec, limits.capacity(False, max_prefixes), device)
         single = one_plan or spec.batch_invariant
-        self.decode = self.mixed if single else _plan(spec, limits.capacity(decode=True), device)
+        self.decode = self.mixed if single else _plan(spec, limits.capacity(True, max_prefixes), device)
 
     def pick(self, longest: int) -> fi.Plan:
         """The plan for a step whose requests have at most ``longest`` new tokens."""
@@ -39,8 +47,23 @@ def update(pairs: Mapping[LayerForm, PlanPair], batch: fi.Batch, longest: int) -
     return plans
 
 
+def shares_prefixes(spec: fi.AttentionSpec, limits: Limits, target: fi.Target) -> bool:
+    """Whether fi reads a prefix that requests share once, in every step of such layers."""
+    if spec.batch_invariant:
+        return False  # who shares a prefix is the rest of the batch
+    lengths = (limits.capacity(decode).max_q_len for decode in (True, False))
+    return all(refusal(spec, length, target, levels=True) is None for length in lengths)
+
+
+def common_prefix(num_requests: int, num_tokens: int, device: torch.device) -> fi.SharedPrefixes:
+    """The first ``num_requests`` requests of a batch share their first ``num_tokens`` tokens. Nothing waits for the device."""
+    pinned = device.type == "cuda"
+    nodes = torch.tensor([[0, num_requests, 0, num_tokens]], dtype=torch.int32, pin_memory=pinned)
+    return fi.SharedPrefixes(nodes.to(device, non_blocking=pinned))
+
+
 def _plan(spec: fi.AttentionSpec, capacity: fi.Capacity, device: torch.device) -> fi.Plan:
-    why_not = refusal(spec, capacity.max_q_len, fi.target_of(device))
+    why_not = refusal(spec, capacity.max_q_len, fi.target_of(device), capacity.max_prefixes > 0)
     if why_not is not None:
         raise why_not
     return fi.plan(
@@ -49,5 +72,7 @@ def _plan(spec: fi.AttentionSpec, capacity: fi.Capacity, device: torch.device) -
         max_q_tokens=capacity.max_q_tokens,
         max_q_len=capacity.max_q_len,
         max_kv_len=capacity.max_kv_len,
+        max_prefixes=capacity.max_prefixes,
+        max_prefix_depth=capacity.max_prefix_depth,
         device=device,
     )

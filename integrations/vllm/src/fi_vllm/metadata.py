@@ -9,9 +9,10 @@ from typing import Any
 import fi_core as fi
 import torch
 from fi_adapters.forms import LayerForm, Limits, is_captured
-from fi_adapters.plans import PlanPair, update
+from fi_adapters.plans import PlanPair, common_prefix, shares_prefixes, update
 from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -20,6 +21,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
+
+logger = init_logger(__name__)
+
+MIN_PREFIX, MIN_REQUESTS = 256, 8
+"""Tokens that requests share, and requests, from which reading the tokens once is worth one more part to merge: vLLM's bounds."""
 
 
 @dataclass
@@ -54,10 +60,25 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
         # The mode FULL captures one graph for both kinds of step, which holds one plan's kernel.
         one_plan = vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.FULL
         page_size, limits = kv_cache_spec.block_size, limits_of(vllm_config)
+        specs = {form: form.spec(dtype, page_size, found, envs.VLLM_BATCH_INVARIANT) for form, found in windows.items()}
+        self.shares = self._shares(specs, limits)
         self.pairs = {
-            form: PlanPair(form.spec(dtype, page_size, found, envs.VLLM_BATCH_INVARIANT), limits, device, one_plan)
-            for form, found in windows.items()
+            form: PlanPair(spec, limits, device, one_plan, max_prefixes=int(self.shares))
+            for form, spec in specs.items()
         }
+        self._common: tuple[int, int] | None = None
+
+    def _shares(self, specs: Mapping[LayerForm, fi.AttentionSpec], limits: Limits) -> bool:
+        """Whether steps name the prefix that all their requests share: where vLLM's cascade is on and fi has the kernels."""
+        if self.vllm_config.model_config.disable_cascade_attn:
+            return False
+        target = fi.target_of(self.device)
+        found = all(shares_prefixes(spec, limits, target) for spec in specs.values())
+        if not found:
+            logger.warning(
+                "fi-vllm: no kernel reads a common prefix of %s once; it is read for each request", self.layer_names
+            )
+        return found
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
@@ -67,9 +88,10 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FiMetadata:
-        """``fast_build`` has nothing to change: planning is one kernel launch or a few. A common prefix needs no cascade:
-        it is read through the block table like everything else."""
-        step = common_attn_metadata
+        """``fast_build`` has nothing to change: planning is one kernel launch or a few. ``common_prefix_len`` is 0:
+        ``use_cascade_attention`` has kept it."""
+        step, common = common_attn_metadata, self._common
+        self._common = None
         if not step.causal:
             raise NotImplementedError("fi-vllm: attention without a causal mask, which some draft models ask for")
         num_tokens = step.num_actual_tokens
@@ -78,10 +100,15 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
             step.seq_lens,
             table=step.block_table_tensor,
             slot_mapping=step.slot_mapping[:num_tokens],
+            levels=None if common is None else common_prefix(*common, self.device),
         )
         return FiMetadata(batch, num_tokens, update(self.pairs, batch, step.max_query_len))
 
-    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
+    def use_cascade_attention(self, common_prefix_len: int, query_lens: Any, *args: Any, **kwargs: Any) -> bool:
+        """Keep what the requests of the coming step share for ``build``, and answer no: vLLM takes a cascade for other kernels
+        that no full CUDA graph holds, while fi plans it as part of any step, captured or not."""
+        if self.shares and common_prefix_len >= MIN_PREFIX and len(query_lens) >= MIN_REQUESTS:
+            self._common = (len(query_lens), int(common_prefix_len))
         return False
 
 

@@ -29,7 +29,7 @@ class Layer(torch.nn.Module, AttentionLayerBase):
         return None
 
 
-def make(layers, num_drafted=0, mode=CUDAGraphMode.NONE, max_model_len=128):
+def make(layers, num_drafted=0, mode=CUDAGraphMode.NONE, max_model_len=128, cascade=False, max_num_seqs=4):
     """A builder for ``layers`` (name -> impl), under limits of a small engine."""
     speculation = None
     if num_drafted:
@@ -38,8 +38,10 @@ def make(layers, num_drafted=0, mode=CUDAGraphMode.NONE, max_model_len=128):
         compilation_config=SimpleNamespace(
             static_forward_context={name: Layer(impl) for name, impl in layers.items()}, cudagraph_mode=mode
         ),
-        scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64),
-        model_config=SimpleNamespace(dtype=torch.float32, max_model_len=max_model_len),
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=64),
+        model_config=SimpleNamespace(
+            dtype=torch.float32, max_model_len=max_model_len, disable_cascade_attn=not cascade
+        ),
         speculative_config=speculation,
     )
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.float32)
@@ -237,7 +239,52 @@ def test_profiling_run_and_refusals():
     metadata.causal = False
     with pytest.raises(NotImplementedError, match="causal"):
         builder.build(0, common_attn_metadata=metadata)
-    assert not builder.use_cascade_attention(1000, None, 8, 8, False, False, False, 132, 1)
+
+
+def cascade(builder, length, num):
+    """vLLM asks before it builds a step, with keywords."""
+    return builder.use_cascade_attention(
+        common_prefix_len=length,
+        query_lens=[1] * num,
+        num_query_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        use_alibi=False,
+        use_sliding_window=False,
+        use_local_attention=False,
+        num_sms=132,
+        dcp_world_size=1,
+    )
+
+
+def test_a_common_prefix_is_planned_in_the_step_that_it_was_found_for(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr("fi_vllm.metadata.MIN_PREFIX", BLOCK)
+    monkeypatch.setattr("fi_vllm.metadata.MIN_REQUESTS", 3)
+    builder, memory = make({"a": impl_of()}, cascade=True), torch.randn(BLOCKS, 2, BLOCK, KV_HEADS, DIM)
+    metadata = step([1, 1, 1], [33, 40, 60], num_padded_reqs=1)
+    metadata.block_table_tensor[:3, :2] = metadata.block_table_tensor[0, :2].clone()
+    metadata.slot_mapping[0] = metadata.block_table_tensor[0, 2] * BLOCK
+    assert builder.shares and not cascade(builder, 2 * BLOCK, 3)  # no: vLLM keeps its CUDA graphs
+    with monkeypatch.context() as patch:
+        built = builder.build(0, common_attn_metadata=metadata)
+        assert built.batch.levels.nodes.tolist() == [[0, 3, 0, 2 * BLOCK]]
+        patch.setattr(builder, "build", lambda *arguments, **named: built)
+        q, _, output = run(builder, "a", metadata, memory)
+    torch.testing.assert_close(output.double(), oracle(q, memory, metadata), rtol=1e-5, atol=1e-5)
+    assert builder.build(0, common_attn_metadata=metadata).batch.levels is None
+    for length, num in ((BLOCK - 1, 3), (2 * BLOCK, 2)):
+        assert not cascade(builder, length, num)
+        assert builder.build(0, common_attn_metadata=metadata).batch.levels is None
+
+
+def test_a_common_prefix_is_left_alone_where_vllm_or_the_kernels_do(monkeypatch):
+    builder = make({"a": impl_of()})
+    assert not builder.shares and not cascade(builder, 1000, 100)
+    assert builder.build(0, common_attn_metadata=step([1], [3])).batch.levels is None
+    warnings = []
+    monkeypatch.setattr("fi_vllm.metadata.shares_prefixes", lambda *arguments: False)
+    monkeypatch.setattr("fi_vllm.metadata.logger.warning", lambda *arguments: warnings.append(arguments))
+    assert not make({"a": impl_of()}, cascade=True).shares and len(warnings) == 1
 
 
 def test_sinks_that_are_loaded_again_are_read_where_graphs_read_them():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .errors import ArgumentError, CapacityError
+from .prefixes import check_form, check_values
 from .records import AttentionSpec, Batch, Capacity
 
 
@@ -47,6 +48,8 @@ def check_batch(batch: Batch) -> None:
         _vector("slot_mapping", batch.slot_mapping, torch.int64, None)
     if batch.mask is not None:
         _check_mask(batch, size)
+    if batch.levels is not None:
+        check_form(batch.levels, size)
     for name, tensor in batch_tensors(batch):
         if tensor.device != batch.kv_lens.device:
             raise ArgumentError(f"batch.{name}", f"a tensor on {batch.kv_lens.device} like kv_lens", tensor.device)
@@ -84,6 +87,8 @@ def batch_tensors(batch: Batch) -> list[tuple[str, torch.Tensor]]:
     found = [(name, getattr(batch, name)) for name in names if getattr(batch, name) is not None]
     if batch.mask is not None:
         found += [("mask.bits", batch.mask.bits), ("mask.indptr", batch.mask.indptr)]
+    if batch.levels is not None:
+        found += batch.levels.tensors()
     return found
 
 
@@ -102,6 +107,12 @@ def check_planned(batch: Batch, spec: AttentionSpec, capacity: Capacity, device:
         raise ArgumentError("batch.mask", "a mask exactly when spec.features has 'mask'", batch.mask is not None)
     if batch.size > capacity.max_batch:
         raise CapacityError("batch.kv_lens", f"at most max_batch={capacity.max_batch} requests", batch.size)
+    if batch.levels is not None:
+        if capacity.max_prefixes == 0:
+            raise ArgumentError("batch.levels", "None (the plan's max_prefixes is 0)", "shared prefixes")
+        if batch.levels.nodes.shape[0] > capacity.max_prefixes:
+            expected = f"at most max_prefixes={capacity.max_prefixes} rows"
+            raise CapacityError("batch.levels.nodes", expected, batch.levels.nodes.shape[0])
     if batch.kv_lens.device.type == "cpu":
         check_lengths(batch, spec.page_size, capacity)
     if batch.kv_lens.device not in (device, torch.device("cpu")):
@@ -119,6 +130,9 @@ def check_lengths(batch: Batch, page_size: int | None, capacity: Capacity | None
         if held is not None and kv_len > held[request]:
             expected = f"at most {held[request]} tokens, what request {request}'s table holds"
             raise CapacityError("batch.kv_lens", expected, kv_len)
+    if batch.levels is not None:
+        limits = [kv_len - (stop - start) for kv_len, start, stop in zip(kv_lens, indptr, indptr[1:], strict=False)]
+        check_values(batch.levels, limits, None if capacity is None else capacity.max_prefix_depth)
     if capacity is None:
         return
     longest_q = max((stop - start for start, stop in zip(indptr, indptr[1:], strict=False)), default=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .devices import normal_device
 from .errors import IndexCheckError
+from .prefix_checks import check_levels
 from .records import Batch, KVCache, PackedMask
 from .rope import RopeTable
 from .sampling import PenaltyParams
@@ -33,12 +34,20 @@ _ARGUMENTS = (
     "positions",
     "batch.mask.indptr",
     "rows",
+    "slots",
     "penalties.rows",
     "penalties.bias_indptr",
     "source_pages",
     "target_pages",
     "target_pages of two pairs",
     "source_pages of one pair, target_pages of another",
+    "batch.levels.order",
+    "batch.levels.order twice",
+    "batch.levels.nodes",
+    "members of batch.levels.nodes",
+    "kv_begin of batch.levels.nodes",
+    "depth of batch.levels.nodes",
+    "batch.table of two members",
 )
 
 _LIMIT = "{value} is outside its limit {limit}"
@@ -48,11 +57,25 @@ _CLASHES = {
         "source_pages",
         "page {value} is the target of another pair of the same cache",
     ),
+    "batch.levels.order twice": ("batch.levels.order", "request {value} stands there twice"),
+    "members of batch.levels.nodes": (
+        "batch.levels.nodes",
+        "members up to {value} are neither within those of an earlier node nor apart from them",
+    ),
+    "kv_begin of batch.levels.nodes": (
+        "batch.levels.nodes",
+        "kv_begin is {value}, but the nodes around it end at {limit}",
+    ),
+    "depth of batch.levels.nodes": ("batch.levels.nodes", "{value} nodes around a request, more than {limit}"),
+    "batch.table of two members": (
+        "batch.table",
+        "page {value} of what this request shares with the next in levels.order, which has page {limit}",
+    ),
 }
 """What is said of a bad element that is within its limit: the argument's name and the text."""
 
 
-class _Record:
+class Record:
     """The first bad element seen on a device: int64 (argument, row, column or -1, value, limit); argument 0: none."""
 
     def __init__(self, device: torch.device) -> None:
@@ -97,13 +120,13 @@ class _Record:
         raise IndexCheckError(f"{argument}{place}: {problem.format(value=value, limit=limit)}")
 
 
-_records: dict[torch.device, _Record] = {}
+_records: dict[torch.device, Record] = {}
 
 
-def _record(device: torch.device) -> _Record:
+def _record(device: torch.device) -> Record:
     found = _records.get(device)
     if found is None:
-        found = _records[device] = _Record(device)
+        found = _records[device] = Record(device)
     return found
 
 
@@ -145,6 +168,7 @@ def check_attention(plan: Plan, q: Tensor, kv: KVCache) -> None:
     _check_pages(record, batch, kv, first)
     if batch.mask is not None:
         _check_mask(record, batch, batch.mask, q_lens)
+    check_levels(record, batch, kv.page_size, capacity)
     record.publish()
 
 
@@ -204,25 +228,42 @@ def check_rows(argument: str, rows: Tensor, num_rows: int) -> None:
     record.publish()
 
 
-def check_penalties(penalties: PenaltyParams) -> None:
-    """Check where each row's bias entries and histories lie."""
+def check_slots(slots: Tensor, num_rows: int) -> None:
+    """Check that ``slots`` are below ``num_rows``; those below 0 name no row."""
+    record = _begin(slots.device)
+    record.note("slots", slots >= num_rows, slots, num_rows - 1)
+    record.publish()
+
+
+def check_penalties(penalties: PenaltyParams, slots: Tensor | None) -> None:
+    """Check where each row's parameters, bias entries and histories lie."""
     if penalties.bias_indptr is not None and penalties.bias_tokens is not None:
         record = _begin(penalties.bias_indptr.device)
         _check_indptr(record, "penalties.bias_indptr", penalties.bias_indptr, penalties.bias_tokens.shape[0])
         record.publish()
-    for counts in (penalties.prompt_counts, penalties.output_counts):
-        if penalties.rows is not None and counts is not None:
-            check_rows("penalties.rows", penalties.rows, counts.shape[0])
+    columns = [penalties.allowed, penalties.repetition, penalties.frequency, penalties.presence]
+    sizes = [column.shape[0] for column in columns if column is not None]
+    if penalties.bias_indptr is not None:
+        sizes.append(penalties.bias_indptr.shape[0] - 1)
+    if slots is not None and sizes:
+        check_slots(slots, min(sizes))
+    histories = [penalties.prompt_counts, penalties.output_counts]
+    histories += [None if penalties.history is None else penalties.history.num_entries]
+    for held in histories:
+        if held is not None and penalties.rows is not None:
+            check_rows("penalties.rows", penalties.rows, held.shape[0])
+        elif held is not None and slots is not None:
+            check_slots(slots, held.shape[0])
 
 
-def _begin(device: torch.device) -> _Record:
+def _begin(device: torch.device) -> Record:
     record = _record(device)
     if not _capturing(device):
         record.raise_found()
     return record
 
 
-def _check_indptr(record: _Record, name: str, indptr: Tensor, limit: int) -> None:
+def _check_indptr(record: Record, name: str, indptr: Tensor, limit: int) -> None:
     """From 0 or more, ascending, up to ``limit``."""
     before = torch.cat([indptr.new_zeros(1), indptr[:-1]])
     record.note(name, indptr < before, indptr, before)
@@ -231,7 +272,7 @@ def _check_indptr(record: _Record, name: str, indptr: Tensor, limit: int) -> Non
         record.note(name, indptr[:1] != 0, indptr[:1], 0)
 
 
-def _check_lengths(record: _Record, batch: Batch, kv: KVCache, max_kv_len: int | None) -> None:
+def _check_lengths(record: Record, batch: Batch, kv: KVCache, max_kv_len: int | None) -> None:
     kv_lens, page_size = batch.kv_lens, kv.page_size or 1
     record.note("batch.kv_lens", kv_lens < 0, kv_lens, 0)
     if max_kv_len is not None:
@@ -249,7 +290,7 @@ def _check_lengths(record: _Record, batch: Batch, kv: KVCache, max_kv_len: int |
     record.note("batch.kv_lens", kv_lens > held, kv_lens, held)
 
 
-def _check_mask(record: _Record, batch: Batch, mask: PackedMask, q_lens: Tensor) -> None:
+def _check_mask(record: Record, batch: Batch, mask: PackedMask, q_lens: Tensor) -> None:
     """Whether each request's mask rows lie within the bits."""
     columns = batch.kv_lens if mask.columns == "kv" else q_lens
     num_bytes = q_lens.long() * ((columns.long() + 7) // 8)
@@ -257,7 +298,7 @@ def _check_mask(record: _Record, batch: Batch, mask: PackedMask, q_lens: Tensor)
     record.note("batch.mask.indptr", (num_bytes > 0) & ((begin < 0) | (begin > limit)), begin, limit)
 
 
-def _check_pages(record: _Record, batch: Batch, kv: KVCache, first: Tensor) -> None:
+def _check_pages(record: Record, batch: Batch, kv: KVCache, first: Tensor) -> None:
     """Page ids of the positions [first, kv_len) of each request."""
     table, page_size = batch.table, kv.page_size
     if table is None or page_size is None or batch.size == 0:

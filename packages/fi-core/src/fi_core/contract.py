@@ -155,7 +155,8 @@ class KernelEntry:
 
     ``rules`` has exactly the fields of the operation: a kernel that does not know a field cannot silently ignore it.
     ``load()`` imports and returns the implementation (its protocol is in ``fi_core.protocols``); it runs at most once,
-    when the kernel is first chosen. Among kernels that serve a request the highest (backend priority, ``priority``) wins.
+    when the kernel is first chosen. Among kernels that serve a request the highest sum of the backend's priority and
+    ``priority`` wins: below 0, a kernel may be declared and checked while another backend's is still preferred.
     """
 
     op: str

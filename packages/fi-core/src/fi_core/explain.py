@@ -28,15 +28,22 @@ def parse_target(text: str) -> Target:
     return target_of(device)
 
 
-def explain(what: AttentionSpec | Request, *, device: str | None = None, max_q_len: int | None = None) -> str:
+def explain(
+    what: AttentionSpec | Request,
+    *,
+    device: str | None = None,
+    max_q_len: int | None = None,
+    levels: bool | None = None,
+) -> str:
     """The kernel that would serve ``what``, why, and every other kernel with its reasons.
 
-    An AttentionSpec is completed with ``device`` (see ``parse_target``; default: CUDA where there is one, else the CPU)
-    and ``max_q_len`` (default 1, a decode plan); a Request holds both, so neither may be given. Obeys ``use`` and
+    An AttentionSpec is completed with ``device`` (see ``parse_target``; default: CUDA where there is one, else the CPU),
+    ``max_q_len`` (default 1, a decode plan) and ``levels`` (whether batches may share prefixes; default False); a Request
+    holds them, so none may be given. Obeys ``use`` and
     FI_BACKEND. Raises ArgumentError, or UnsupportedError, whose text lists the reasons, when no kernel serves it.
     """
     if isinstance(what, Request):
-        for name, given in (("device", device), ("max_q_len", max_q_len)):
+        for name, given in (("device", device), ("max_q_len", max_q_len), ("levels", levels)):
             if given is not None:
                 raise ArgumentError(name, "None with a Request, which holds it", given)
         return str(registry().select(what))
@@ -44,7 +51,7 @@ def explain(what: AttentionSpec | Request, *, device: str | None = None, max_q_l
         raise ArgumentError("what", "an AttentionSpec or a Request", type(what).__name__)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = attention_values(what, 1 if max_q_len is None else max_q_len)
+    values = attention_values(what, 1 if max_q_len is None else max_q_len, bool(levels))
     request = registry().operations["attention"].request(parse_target(device), **values)
     return str(registry().select(request))
 

@@ -24,8 +24,8 @@ _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 _MAX_REMEMBERED = 4096
 
 
-def attention_values(spec: AttentionSpec, max_q_len: int) -> dict[str, Hashable]:
-    """The request field values of ``attention`` for a spec."""
+def attention_values(spec: AttentionSpec, max_q_len: int, levels: bool = False) -> dict[str, Hashable]:
+    """The request field values of ``attention`` for a spec; ``levels``: whether batches may share prefixes."""
     return {
         "dtype": spec.dtype,
         "q_format": spec.q_format,
@@ -44,13 +44,14 @@ def attention_values(spec: AttentionSpec, max_q_len: int) -> dict[str, Hashable]
         "rope_pairs": "none" if spec.rope is None else spec.rope.pairs,
         "rotary_dim": 0 if spec.rope is None else spec.rope.rotary_dim,
         "max_q_len": max_q_len,
+        "levels": levels,
     }
 
 
-def attention_request(spec: AttentionSpec, max_q_len: int, device: torch.device | str) -> Request:
+def attention_request(spec: AttentionSpec, max_q_len: int, device: torch.device | str, levels: bool = False) -> Request:
     """What a plan of ``spec`` asks of a kernel."""
     operation = registry().operations["attention"]
-    return operation.request(target_of(device), **attention_values(spec, max_q_len))
+    return operation.request(target_of(device), **attention_values(spec, max_q_len, levels))
 
 
 class Plan:
@@ -141,6 +142,8 @@ def plan(
     max_q_tokens: int,
     max_q_len: int,
     max_kv_len: int,
+    max_prefixes: int = 0,
+    max_prefix_depth: int = 4,
     device: torch.device | str,
     backend: str | None = None,
 ) -> Plan:
@@ -149,7 +152,7 @@ def plan(
     ``backend`` admits that backend only. Raises ArgumentError, UnknownBackendError, or UnsupportedError holding every
     kernel's reasons.
     """
-    capacity = Capacity(max_batch, max_q_tokens, max_q_len, max_kv_len)
+    capacity = Capacity(max_batch, max_q_tokens, max_q_len, max_kv_len, max_prefixes, max_prefix_depth)
     where = normal_device(device)
     return Plan(spec, capacity, where, _select(spec, capacity, where, backend))
 
@@ -161,18 +164,26 @@ def workspace_bytes(
     max_q_tokens: int,
     max_q_len: int,
     max_kv_len: int,
+    max_prefixes: int = 0,
+    max_prefix_depth: int = 4,
     device: torch.device | str,
     backend: str | None = None,
 ) -> int:
     """Bytes of device memory that ``plan`` with the same arguments takes; allocates nothing. Raises like ``plan``."""
-    capacity = Capacity(max_batch, max_q_tokens, max_q_len, max_kv_len)
+    capacity = Capacity(max_batch, max_q_tokens, max_q_len, max_kv_len, max_prefixes, max_prefix_depth)
     where = normal_device(device)
     selection = _select(spec, capacity, where, backend)
     return _kernel(registry(), selection).workspace_bytes(spec, capacity, str(where))
 
 
 def _select(spec: AttentionSpec, capacity: Capacity, device: torch.device, backend: str | None) -> Selection:
-    return registry().select(attention_request(spec, capacity.max_q_len, device), backend)
+    levels = capacity.max_prefixes > 0
+    if levels and spec.batch_invariant:
+        expected = "0 with batch_invariant (who shares a prefix is the rest of the batch)"
+        raise ArgumentError("max_prefixes", expected, capacity.max_prefixes)
+    if levels and spec.table == "ragged":
+        raise ArgumentError("max_prefixes", "0 with ragged K and V, which requests cannot share", capacity.max_prefixes)
+    return registry().select(attention_request(spec, capacity.max_q_len, device, levels), backend)
 
 
 def _kernel(owner: KernelRegistry, selection: Selection) -> AttentionKernel:

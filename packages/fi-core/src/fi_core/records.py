@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 import torch
 
 from .errors import ArgumentError, LayoutError
+from .prefixes import SharedPrefixes
 from .rope import FusedRope, RopeTable
 
 KVFormat = Literal["fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2"]
@@ -157,18 +158,21 @@ class Capacity:
     """Upper bounds a plan is made for; no batch's lengths are read on the host.
 
     ``max_q_len`` is the most new tokens of one request, ``max_q_tokens`` of the whole batch, ``max_kv_len`` the most KV
-    tokens of one request (new tokens included).
+    tokens of one request (new tokens included). ``max_prefixes`` is the most nodes of ``Batch.levels`` (0: batches have none,
+    and nothing is paid for them), ``max_prefix_depth`` the most of them around one request.
     """
 
     max_batch: int
     max_q_tokens: int
     max_q_len: int
     max_kv_len: int
+    max_prefixes: int = 0
+    max_prefix_depth: int = 4
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            _require(isinstance(value, int) and value > 0, item.name, "a positive int", value)
+            value, least = getattr(self, item.name), int(item.name != "max_prefixes")
+            _require(isinstance(value, int) and value >= least, item.name, f"an int of at least {least}", value)
         _require(
             self.max_q_len <= self.max_q_tokens, "max_q_len", f"<= max_q_tokens={self.max_q_tokens}", self.max_q_len
         )
@@ -200,7 +204,7 @@ class Batch:
     - ragged: ``kv_indptr`` int32 [B + 1], request b's keys are rows kv_indptr[b] .. kv_indptr[b] + kv_lens[b].
 
     ``slot_mapping`` int64 [T] overrides where ``append_kv`` writes each token (page * page_size + offset, -1: nowhere).
-    Rows of q past q_indptr[B] are left untouched.
+    ``levels`` names the prefixes that requests share. Rows of q past q_indptr[B] are left untouched.
     """
 
     q_indptr: torch.Tensor
@@ -211,6 +215,7 @@ class Batch:
     kv_indptr: torch.Tensor | None = None
     slot_mapping: torch.Tensor | None = None
     mask: PackedMask | None = None
+    levels: SharedPrefixes | None = None
 
     @property
     def size(self) -> int:

@@ -84,9 +84,10 @@ class KernelRegistry:
     def kernels(self, op: str | None = None) -> tuple[KernelEntry, ...]:
         """All kernels (of one operation), best priority first."""
         chosen = [item for item in self._entries if op in (None, item.op)]
-        return tuple(
-            sorted(chosen, key=lambda item: (-self.backends[item.backend].priority, -item.priority, item.name))
-        )
+        return tuple(sorted(chosen, key=lambda item: (-self._priority(item), item.name)))
+
+    def _priority(self, entry: KernelEntry) -> int:
+        return self.backends[entry.backend].priority + entry.priority
 
     def register_plugin(self, plugin: object, name: str) -> BackendInfo | None:
         """Validate and add one plugin; on any error nothing of it stays registered and PluginError is raised.
@@ -217,7 +218,7 @@ class KernelRegistry:
             return "chosen by a fi_select_kernel hook"
         if forced is not None:
             return f"backend {forced!r} was asked for"
-        return f"highest priority, {self.backends[chosen.backend].priority}, of the kernels that serve it"
+        return f"highest priority, {self._priority(chosen)}, of the kernels that serve it"
 
     def require_backend(self, name: str) -> BackendInfo:
         """The backend of that name; UnknownBackendError names those installed and those that failed to load."""

@@ -39,6 +39,7 @@ ROWS: Mapping[str, Mapping[str, Changes]] = {
         "log-sum-exp output": {"features": frozenset({"lse"})},
         "not causal": {"causal": False, "max_q_len": 8192},
         "batch-invariant": {"batch_invariant": True},
+        "shared prefixes": {"levels": True},
         "FP8 e4m3 queries and KV": {"q_format": "fp8_e4m3", "kv_format": "fp8_e4m3"},
         "RoPE fused, queries and unrotated keys": {"rope": "qk", "rope_pairs": "half", "rotary_dim": 128},
     },

@@ -16,6 +16,7 @@ from .kernels.attention.order import order_spec
 from .kernels.attention.plan import plan_spec
 from .kernels.attention.prefill import prefill_spec
 from .kernels.attention.prefill_tuning import built_in_prefill_tuning, prefill_params
+from .kernels.attention.prefix import prefix_plan_spec, prefix_spec
 from .kernels.attention.tuning import built_in_tuning, partition_params
 from .kernels.copy_pages import CopyPagesSpec
 from .kernels.gated_activation import SILU, GatedActivationSpec
@@ -25,7 +26,9 @@ from .kernels.rope import spec_for as rope_spec_for
 from .kernels.sampling.filter_logits import FilterLogitsSpec
 from .kernels.sampling.forms import searches
 from .kernels.sampling.geometry import geometry_for
-from .kernels.sampling.sample import SampleSpec
+from .kernels.sampling.penalize_logits import PenalizeLogitsSpec
+from .kernels.sampling.record_tokens import RecordTokensSpec
+from .kernels.sampling.sample import ColumnSampleSpec, SampleSpec
 from .kernels.sampling.top_k import TopKSpec
 from .kernels.sampling.verify import VerifySpec
 from .spec import KernelSpec
@@ -143,6 +146,10 @@ def _sampling_specs() -> Iterator[KernelSpec]:
         for filters in (frozenset[str](), frozenset({"top_p"})):
             form = geometry_for(128256, num_rows, search=searches(filters))
             yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
+        for filters in (usual, frozenset[str]()):
+            form = geometry_for(128256, num_rows, search=searches(filters))
+            for penalties in (False, True):
+                yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, penalties)
         form = geometry_for(128256, num_rows)
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
         for probs in (False, True):
@@ -154,6 +161,9 @@ def _sampling_specs() -> Iterator[KernelSpec]:
         two_rows = geometry_for(128256, num_rows, rows_held=2)
         yield VerifySpec(dtype, VECTOR_BYTES, *two_rows, tree=False, proposals=True)
     yield TopKSpec(dtype, VECTOR_BYTES, *geometry_for(131072, 1), 512, False)
+    for dense in (False, True):
+        yield PenalizeLogitsSpec.of(dtype, VECTOR_BYTES, 128256, dense)
+    yield RecordTokensSpec()
 
 
 def _attention_specs() -> Iterator[KernelSpec]:
@@ -183,6 +193,7 @@ def _attention_specs() -> Iterator[KernelSpec]:
     for window in capped.windows:
         yield from _decode_specs(capped, _DECODE, CallForm(windowed=window is not None), window)
     yield from _all_prefill_specs(eight, sinks)
+    yield from _prefix_specs(eight)
 
 
 def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[KernelSpec]:
@@ -197,6 +208,20 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
     yield from _prefill_specs(AttentionSpec(128, 128, 192, 128), CallForm(lse=True))
     for window in sinks.windows:
         yield from _prefill_specs(sinks, CallForm(windowed=window is not None), window)
+
+
+def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
+    """Shared prefixes: groups of 4, 8 and 1 query heads, and FP8 for one of them."""
+    scaled = CallForm(k_scales=True, v_scales=True)
+    for spec, form in (
+        (eight, CallForm(boxes=True)),
+        (replace(eight, num_qo_heads=64), CallForm(boxes=True)),
+        (replace(eight, num_kv_heads=32), CallForm(boxes=True)),
+        (replace(eight, kv_format="fp8_e4m3"), scaled),
+    ):
+        tuning = built_in_prefill_tuning(spec)
+        yield prefix_plan_spec(spec, tuning, _HOPPER_PROCESSORS)
+        yield prefix_spec(spec, tuning, form)
 
 
 def _decode_specs(

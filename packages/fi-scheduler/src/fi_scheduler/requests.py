@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fi_core.errors import ArgumentError, FiError
 
 from .prefix import PrefixNode
+
+if TYPE_CHECKING:
+    from .sharing import SharingCosts
 
 
 class StepOrderError(FiError):
@@ -23,7 +26,8 @@ class PlannerConfig:
     pages at once. ``prefill_chunk``: most new tokens of one request in a step. ``policy`` and ``prefix_cache`` are
     names that the hooks fi_scheduling_policy and fi_prefix_cache answer to, each with its settings.
     ``wait_for_shared_prefix``: a request whose next page is being computed for another one this step waits a step and
-    shares it.
+    shares it. ``sharing``: what attention costs, by which steps name the prefixes that are read once for several requests
+    (None: they name none); at most ``max_prefix_depth`` of them around one request.
     """
 
     max_tokens_per_step: int = 2048
@@ -34,9 +38,11 @@ class PlannerConfig:
     prefix_cache: str = "radix"
     prefix_cache_config: Mapping[str, Any] = field(default_factory=dict)
     wait_for_shared_prefix: bool = True
+    sharing: SharingCosts | None = None
+    max_prefix_depth: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens_per_step", "max_batch", "prefill_chunk"):
+        for name in ("max_tokens_per_step", "max_batch", "prefill_chunk", "max_prefix_depth"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ArgumentError(f"config.{name}", "a positive int", value)
@@ -49,7 +55,11 @@ class PlannerConfig:
 
 @dataclass(eq=False)
 class Request:
-    """One request inside the planner. ``tokens`` are the prompt and what was generated since."""
+    """One request inside the planner. ``tokens`` are the prompt and what was generated since.
+
+    ``held``: samples of the same prompt that wait for its end and branch off there; ``held_by``: the request that this one
+    waits for so. ``has_moved``: its whole pages are not those that the last step saw.
+    """
 
     request_id: str
     tokens: list[int]
@@ -62,6 +72,9 @@ class Request:
     pages: list[int] = field(default_factory=list)
     node: PrefixNode | None = None
     is_aborted: bool = False
+    held: list[Request] = field(default_factory=list)
+    held_by: Request | None = None
+    has_moved: bool = True
 
     @property
     def num_generated(self) -> int:
@@ -97,13 +110,25 @@ class StepEntry:
         return len(self.tokens)
 
 
+class SharedLevel(NamedTuple):
+    """Keys and values at positions [kv_begin, kv_end) that the entries [member_begin, member_end) of a step have in common: a
+    row of ``fi_core.SharedPrefixes.nodes``."""
+
+    member_begin: int
+    member_end: int
+    kv_begin: int
+    kv_end: int
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """One step. ``copies`` are (source page, destination page), to be done in this order before the step writes."""
+    """One step. ``copies`` are (source page, destination page), to be done in this order before the step writes. ``levels``
+    are the prefixes worth reading once, parents first; the members of each are neighbours in ``entries``."""
 
     step_idx: int
     entries: tuple[StepEntry, ...]
     copies: tuple[tuple[int, int], ...]
+    levels: tuple[SharedLevel, ...] = ()
 
     def copy_rounds(self) -> list[list[tuple[int, int]]]:
         """``copies`` in rounds that follow each other; the copies of a round may be done in any order, or at once.

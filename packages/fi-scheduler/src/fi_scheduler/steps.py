@@ -14,11 +14,13 @@ from typing import Literal
 import pluggy
 from fi_core.errors import ArgumentError, CapacityError
 
+from .held_pages import HeldPages
 from .hookspecs import plugin_manager
 from .pages import PagePool
 from .policy import SchedulingPolicy
 from .prefix import PrefixCache
 from .requests import Finished, PlannerConfig, Request, StepEntry, StepOrderError, StepPlan, StepStats
+from .sharing import Sharer, Sharing
 
 
 @dataclass
@@ -59,6 +61,12 @@ class StepPlanner:
             raise ArgumentError("config.prefix_cache", "a name that a plugin answers to", repr(config.prefix_cache))
         self._policy: SchedulingPolicy = policy
         self._cache: PrefixCache = cache
+        self._held = HeldPages(pool, cache)
+        self._sharer = (
+            None if config.sharing is None else Sharer(config.sharing, pool.page_size, config.max_prefix_depth)
+        )
+        self.sharing: Sharing | None = None
+        """What the last plan chose of shared prefixes, and why (None: PlannerConfig.sharing is None)."""
         self._requests: dict[str, Request] = {}
         # _requests in two parts, so that a step does not cost more the longer the queue is: those that were admitted, and
         # the others in the policy's order.
@@ -85,23 +93,29 @@ class StepPlanner:
         max_new_tokens: int,
         priority: int = 0,
         stop_tokens: Collection[int] = (),
+        samples: Sequence[str] = (),
     ) -> None:
-        """Add a request; raises CapacityError naming it when the whole pool could not hold it."""
+        """Add a request; raises CapacityError naming it when the whole pool could not hold it. ``samples``: ids of further
+        requests for the same prompt, which is computed once: they branch off where it ends, sharing its pages until they
+        write to them. Should the first end before, the next takes its place."""
         if len(prompt) == 0:
             raise ArgumentError(f"request {request_id!r}: prompt", "at least one token", "none")
         for name, value, lowest in (("max_new_tokens", max_new_tokens, 1), ("priority", priority, None)):
             if not isinstance(value, int) or (lowest is not None and value < lowest):
                 expected = "an int" if lowest is None else "a positive int"
                 raise ArgumentError(f"request {request_id!r}: {name}", expected, value)
-        request = Request(
-            request_id, list(prompt), len(prompt), max_new_tokens, priority, self._num_arrivals, frozenset(stop_tokens)
-        )
+        new = [
+            Request(name, list(prompt), len(prompt), max_new_tokens, priority, arrival, frozenset(stop_tokens))
+            for arrival, name in enumerate((request_id, *samples), self._num_arrivals)
+        ]
+        request = new[0]
         needed = self._pool.pages_for(request.max_kv_tokens)
         if needed > self._pool.num_pages:
             tokens = f"{len(prompt)} prompt + {max_new_tokens} new tokens"
             limit = f"at most {self._pool.num_pages} pages of {self._pool.page_size} tokens (the whole pool)"
             raise CapacityError(f"request {request_id!r}", limit, f"{needed} pages ({tokens})")
-        self._add(request)
+        self._add(new)
+        self._hold(new)
 
     def fork(self, request_id: str, new_request_id: str) -> None:
         """Add a request that goes on from where ``request_id`` stands, sharing its pages until one of them writes.
@@ -115,15 +129,11 @@ class StepPlanner:
             new_request_id, list(parent.tokens), parent.prompt_len, parent.max_new_tokens, parent.priority,
             self._num_arrivals, parent.stop_tokens,
         )  # fmt: skip
-        self._add(child)
-        if parent.request_id in self._running and len(self._running) < self._config.max_batch:
-            # Pages the parent has in reserve stay its own: it will write them.
-            shared = parent.pages[: self._pool.pages_for(parent.num_computed)]
-            self._pool.fork(shared)
-            self._cache.lock(parent.node)
-            child.pages, child.node = shared, parent.node
-            child.num_computed = parent.num_computed
-            self._start(child)
+        self._add([child])
+        if parent.request_id in self._running:
+            self._branch(parent, child, parent.num_computed)
+        else:
+            insort(self._waiting, child, key=self._policy.key)
 
     def abort(self, request_id: str) -> None:
         """End a request now; if it takes part in the step in flight, its pages are freed by that step's ``commit``,
@@ -146,12 +156,12 @@ class StepPlanner:
                 self._schedule(request, draft)
         self._admit_waiting(draft)
         assert draft.entries, "the request ordered first can always run"
-        plan = StepPlan(self._num_steps, tuple(draft.entries.values()), tuple(draft.copies))
+        plan = self._arranged(draft)
         self._num_steps += 1
         self._in_flight = plan
         stats = StepStats(
             num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._requests) - len(self._running),
             num_tokens=self._config.max_tokens_per_step - draft.budget,
             num_free_pages=self._pool.num_free,
             num_admitted=len(draft.admitted),
@@ -181,6 +191,7 @@ class StepPlanner:
                 continue
             request.num_computed += entry.num_new_tokens
             if entry.samples:
+                self._branch_samples(request)
                 request.tokens.append(sampled[entry.request_id])
             reason = self._finish_reason(request) if entry.samples else None
             if reason is not None:
@@ -188,7 +199,7 @@ class StepPlanner:
                 generated = tuple(request.tokens[request.prompt_len :])
                 finished.append(Finished(request.request_id, reason, generated))
             elif entry.start < request.prompt_len:
-                self._remember(request)
+                self._held.remember(request)
         return finished
 
     def drop(self, plan: StepPlan) -> None:
@@ -205,12 +216,56 @@ class StepPlanner:
         owners = {f"request {request.request_id!r}": request.pages for request in self._requests.values()}
         self._pool.check_integrity({**owners, "prefix cache": list(self._cache.pages())})
 
-    def _add(self, request: Request) -> None:
-        if request.request_id in self._requests:
-            raise ArgumentError("request_id", "a new id", f"{request.request_id!r}, which is in use")
-        self._requests[request.request_id] = request
-        insort(self._waiting, request, key=self._policy.key)
-        self._num_arrivals += 1
+    def _arranged(self, draft: _Draft) -> StepPlan:
+        """The plan of a step, its entries ordered so that those who share a prefix are neighbours."""
+        entries, sharer = draft.entries, self._sharer
+        if sharer is None:
+            return StepPlan(self._num_steps, tuple(entries.values()), tuple(draft.copies))
+        pages: dict[str, tuple[int, ...] | None] = {}
+        for name, entry in entries.items():
+            request = self._requests[name]
+            known = not request.has_moved and name in sharer.forest
+            pages[name] = None if known else entry.pages[: entry.start // self._pool.page_size]
+            request.has_moved = False
+        self.sharing = sharer.arrange(pages, {name: entry.num_new_tokens for name, entry in entries.items()})
+        ordered = tuple(entries[name] for name in self.sharing.order)
+        return StepPlan(self._num_steps, ordered, tuple(draft.copies), self.sharing.levels)
+
+    def _add(self, requests: Sequence[Request]) -> None:
+        """Take in new requests, all or none; the caller says where they wait."""
+        for index, request in enumerate(requests):
+            name = request.request_id
+            if name in self._requests or any(name == other.request_id for other in requests[:index]):
+                raise ArgumentError("request_id", "a new id", f"{name!r}, which is in use")
+        self._requests.update((request.request_id, request) for request in requests)
+        self._num_arrivals += len(requests)
+
+    def _hold(self, samples: list[Request]) -> None:
+        """Let the first of some samples of a prompt wait in the queue, and the others for it."""
+        first, *others = samples
+        first.held, first.held_by = others, None
+        for other in others:
+            other.held_by = first
+        insort(self._waiting, first, key=self._policy.key)
+
+    def _branch_samples(self, request: Request) -> None:
+        """A prompt has been computed: the samples that waited for it go on by themselves, from its last token, whose logits each
+        draws from."""
+        if not request.held:
+            return
+        self._held.remember(request)
+        for sample in request.held:
+            sample.held_by = None
+            self._branch(request, sample, request.prompt_len - 1)
+        request.held = []
+
+    def _branch(self, parent: Request, child: Request, num_tokens: int) -> None:
+        """Let a new request share the pages of the first ``num_tokens`` tokens of a running one, or wait if the batch is full."""
+        if len(self._running) >= self._config.max_batch:
+            insort(self._waiting, child, key=self._policy.key)
+            return
+        self._held.share(parent, child, num_tokens)
+        self._running[child.request_id] = child
 
     def _start(self, request: Request) -> None:
         self._waiting.remove(request)
@@ -249,40 +304,22 @@ class StepPlanner:
         begin = start - start % self._pool.page_size
         return id(request.node), tuple(request.tokens[begin : begin + self._pool.page_size])
 
-    def _shares_page_to_write(self, request: Request) -> bool:
-        page_idx, offset = divmod(request.num_computed, self._pool.page_size)
-        return offset > 0 and self._pool.refcount(request.pages[page_idx]) > 1
-
-    def _make_writable(self, request: Request, draft: _Draft) -> None:
-        """Copy on write: only forks share a page that is not whole."""
-        page_idx = request.num_computed // self._pool.page_size
-        page, source = self._pool.make_writable(request.pages[page_idx])
-        assert source is not None
-        request.pages[page_idx] = page
-        draft.copies.append((source, page))
-
     def _reserve(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
         """Give a running request pages for ``num_tokens`` that it may write; False: it was preempted."""
         while True:
             missing = max(0, self._pool.pages_for(num_tokens) - len(request.pages))
-            shares = self._shares_page_to_write(request)
+            shares = self._held.shares_page_to_write(request)
             if not missing and not shares:
                 return True
-            if self._make_room(missing + shares):
+            if self._held.make_room(missing + shares):
                 if shares:
-                    self._make_writable(request, draft)
+                    draft.copies.append(self._held.make_writable(request))
                 request.pages += self._pool.allocate(missing)
                 return True
             victim = max(self._running.values(), key=self._policy.key)
             self._preempt(victim, draft)
             if victim is request:
                 return False
-
-    def _make_room(self, num_pages: int) -> bool:
-        """Have ``num_pages`` free pages, at the prefix cache's expense if need be."""
-        if num_pages > self._pool.num_free:
-            self._cache.evict(num_pages - self._pool.num_free)
-        return num_pages <= self._pool.num_free
 
     def _admit_waiting(self, draft: _Draft) -> None:
         if not self._has_place(draft):
@@ -315,10 +352,10 @@ class StepPlanner:
         request.pages = list(match.pages)
         known = min(len(request.tokens) + 1, request.max_kv_tokens)
         missing = self._pool.pages_for(known) - len(request.pages)
-        while not self._make_room(missing):
+        while not self._held.make_room(missing):
             victim = max(self._running.values(), key=self._policy.key, default=None)
             if victim is None or self._policy.key(victim) < self._policy.key(request):
-                self._release(request)
+                self._held.release(request)
                 return False
             self._preempt(victim, draft)
         request.pages += self._pool.allocate(missing)
@@ -335,35 +372,18 @@ class StepPlanner:
             draft.budget += entry.num_new_tokens
         draft.num_preempted += 1
         draft.admitted.discard(request.request_id)
-        self._release(request)
+        self._held.release(request)
         del self._running[request.request_id]
         insort(self._waiting, request, key=self._policy.key)
 
-    def _remember(self, request: Request) -> None:
-        """Share the whole computed pages of a request through the prefix cache; where it had them, use the cache's."""
-        num_pages = request.num_computed // self._pool.page_size
-        tokens = request.tokens[: num_pages * self._pool.page_size]
-        kept = self._cache.insert(tokens, request.pages[:num_pages])
-        self._cache.lock(kept.node)
-        self._cache.unlock(request.node)
-        request.node = kept.node
-        self._pool.fork(kept.pages)
-        self._pool.free(request.pages[:num_pages])
-        request.pages[:num_pages] = kept.pages
-
-    def _release(self, request: Request) -> None:
-        """Take a request's pages away; what it computed may stay in the prefix cache until the room is needed."""
-        self._remember(request)
-        self._cache.unlock(request.node)
-        self._pool.free(request.pages)
-        request.node = None
-        request.pages = []
-        request.num_computed = 0
-
     def _remove(self, request: Request) -> None:
         if request.request_id in self._running:
-            self._release(request)
+            self._held.release(request)
             del self._running[request.request_id]
+        elif request.held_by is not None:
+            request.held_by.held.remove(request)
         else:
             self._waiting.remove(request)
+        if request.held:
+            self._hold(request.held)
         del self._requests[request.request_id]

@@ -47,6 +47,7 @@ _RULES: dict[str, dict[str, Rule]] = {
         "features": SubsetOf(*sorted(ATTENTION_FEATURES)),
         "batch_invariant": OneOf(False, True),
         "max_q_len": Between(1),
+        "levels": OneOf(False),
         "q_format": OneOf("same"),
         "rope": OneOf("none"),
         "rope_pairs": OneOf("none"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,9 @@ from .caches import check_cache, check_strides
 
 def _cases() -> Iterator[Case]:
     from .cases.attention import cases
+    from .cases.attention_long import long_cases
 
-    return cases()
+    return chain(cases(), long_cases())
 
 
 OPERATION = Operation(
@@ -51,6 +53,7 @@ OPERATION = Operation(
         "rope_pairs": "'none', 'half' or 'interleaved'",
         "rotary_dim": "dims of a head that rotate, 0 with rope 'none'",
         "max_q_len": "most new tokens of one request",
+        "levels": "whether batches may name prefixes that requests share",
     },
     typical={
         "dtype": torch.bfloat16,
@@ -70,6 +73,7 @@ OPERATION = Operation(
         "rope_pairs": "none",
         "rotary_dim": 0,
         "max_q_len": 1,
+        "levels": False,
     },
     cases=_cases,
 )

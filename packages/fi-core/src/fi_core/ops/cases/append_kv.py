@@ -104,7 +104,9 @@ def _inputs(scenario: Scenario, device: torch.device, seed: int) -> _Inputs:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     slots = _slots(scenario, cache, rows) if scenario.slots else None
     lengths = torch.tensor(scenario.kv_lens, dtype=torch.int32, device=device)
-    batch = Batch(indptr_of(scenario.q_lens, device), lengths, slot_mapping=slots, mask=None, **cache.fields)
+    batch = Batch(
+        indptr_of(scenario.q_lens, device), lengths, slot_mapping=slots, mask=None, levels=None, **cache.fields
+    )
     table = None
     if scenario.rope is not None:
         table = RopeTable.make(scenario.rope, device, max([1, *scenario.kv_lens]) if scenario.tabulated else None)

@@ -60,7 +60,8 @@ struct OwnRequests {
     line.kv_lens = kv_lens;
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) {
-      const plan::Totals own = plan::totals_of(line, idx);
+      // Counting goes from tile to tile, so a length beyond the limits would keep it busy for minutes.
+      const plan::Totals own = is_within_limits(params, idx) ? plan::totals_of(line, idx) : plan::Totals{};
       totals[idx][0] = own.cost;
       totals[idx][1] = own.tiles;
       if constexpr (kSums == 4) {
@@ -70,14 +71,16 @@ struct OwnRequests {
     }
   }
 
+  __device__ __forceinline__ bool is_within_limits(const Params& params, int idx) const {
+    const int begin = q_indptr[idx], end = q_indptr[idx + 1];
+    return 0 <= begin && begin <= end && end <= params.max_q_tokens && end - begin <= params.max_q_len
+        && 0 <= kv_lens[idx] && kv_lens[idx] <= params.max_kv_len;
+  }
+
   __device__ __forceinline__ bool within_limits(const Params& params) const {
     bool within = true;
 #pragma unroll
-    for (int idx = 0; idx < kCount; ++idx) {
-      const int begin = q_indptr[idx], end = q_indptr[idx + 1];
-      within &= 0 <= begin && begin <= end && end <= params.max_q_tokens && end - begin <= params.max_q_len;
-      within &= 0 <= kv_lens[idx] && kv_lens[idx] <= params.max_kv_len;
-    }
+    for (int idx = 0; idx < kCount; ++idx) within &= is_within_limits(params, idx);
     return within;
   }
 };
