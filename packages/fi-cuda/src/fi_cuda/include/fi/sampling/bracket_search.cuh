@@ -36,13 +36,12 @@ struct BracketSearch {
   template <class TargetOf>
   __device__ __forceinline__ bool find(float fraction, TargetOf target_of, RankPrefix& found) {
     auto& search = row.shared.search;
-    const float bottom = fmaxf(row.largest - kMasslessShortfall, row.smallest);
-    if (!(row.largest > bottom)) return false;
-    count(bottom);
-    float correction = 0.0f;
+    if (!(row.largest > bottom())) return false;
+    if (threadIdx.x == 0) search.wanted_weight = -1.0f;
+    count();
 #pragma unroll 1
     for (int attempt = 0; attempt < kMostBrackets; ++attempt) {
-      if (threadIdx.x < 32) choose(bottom, fraction, correction, attempt > 0);
+      if (threadIdx.x < 32) choose(fraction);
       __syncthreads();
       const float4 bracket = search.bracket;
       add_up(bracket.x, bracket.y);
@@ -58,20 +57,27 @@ struct BracketSearch {
         found = last;
         return true;
       }
-      // The first block has received the list, and every block has read the sums, before either may be sent again.
-      row.meet();
-      if (!fits) return false;
       // How much weight the estimate lacks at the edge beyond which the target lies.
       const bool higher = target <= sum.above;
       const double known = static_cast<double>(static_cast<int64>(higher ? sum.above - target : target - sum.above - sum.listed));
       const float distance = static_cast<float>(known * 0x1p-32);
-      correction = higher ? bracket.w - distance : bracket.z + distance;
+      if (threadIdx.x == 0) search.wanted_weight = fmaxf(higher ? bracket.w - distance : bracket.z + distance, 0.0f);
+      // The first block has received the list, and every block has read the sums, before either may be sent again.
+      row.meet();
+      if (!fits) return false;
     }
     return false;
   }
 
+  // From which logit on tokens have mass, or are. Whole warps; read again, the smallest logit needs no register in between.
+  __device__ __forceinline__ float bottom() const {
+    const float smallest = smallest_of_warp(__uint_as_float(row.shared.extremes[threadIdx.x % kBlocks].y));
+    return fmaxf(row.largest - kMasslessShortfall, smallest);
+  }
+
   // Numbers of the row's tokens in each bin, of every block, in search.parts: [block][bin], the bin of the largest logits first.
-  __device__ __forceinline__ void count(float bottom) {
+  __device__ __forceinline__ void count() {
+    const float bottom = this->bottom();
     auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
@@ -116,9 +122,10 @@ struct BracketSearch {
     row.mailbox.receive(kParts, kBlocks * kRankBins * 4);
   }
 
-  // By the first warp, after count: search.bracket around the place at which the estimated weight reaches `fraction` of all, or
-  // `weight` if that is `known`.
-  __device__ __forceinline__ void choose(float bottom, float fraction, float weight, bool known) {
+  // By the first warp, after count: search.bracket around the place at which the estimated weight reaches search.wanted_weight, or
+  // `fraction` of all if that is below 0.
+  __device__ __forceinline__ void choose(float fraction) {
+    const float bottom = this->bottom();
     auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x);
     const unsigned* parts = reinterpret_cast<const unsigned*>(search.parts[0]);
@@ -137,7 +144,7 @@ struct BracketSearch {
     const float second_weight = static_cast<float>(second) * middle_weight(2 * lane + 1);
     const Prefix<int> numbers = prefix_over_lanes<32>(first + second);
     const Prefix<float> weights = prefix_over_lanes<32>(first_weight + second_weight);
-    if (!known) weight = fraction * weights.total;
+    const float weight = search.wanted_weight < 0.0f ? fraction * weights.total : search.wanted_weight;
     const auto portion = [](float part, float whole) { return fminf(fmaxf(part / fmaxf(whole, 1e-30f), 0.0f), 1.0f); };
     const auto first_lane = [](bool reached) {
       const int lanes = static_cast<int>(__ballot_sync(0xffffffffu, reached));
@@ -179,7 +186,7 @@ struct BracketSearch {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       unsigned marked = 0;
-#pragma unroll 2
+#pragma unroll 1
       for (int round = word * kRoundsPerWord; round < end_of(word); ++round) {
         const float4 four = four_at(row.shared.slice, place_of_round<Config>(round));
         marked <<= 4;

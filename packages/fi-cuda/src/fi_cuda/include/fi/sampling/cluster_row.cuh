@@ -96,6 +96,7 @@ struct alignas(16) SearchShared {
   uint64 above[kBlocks];   // mass of each block's tokens before the boundary
   unsigned kept[2][kBlocks];  // and of the kept ones at it, lower 16 bits and the rest
   uint64 boundary_wanted;
+  float wanted_weight;
   int boundary_bin;
   int local_count;  // tokens of this block in the chosen bin
   int list_count;   // tokens that this block put on the list
