@@ -85,7 +85,10 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   RankPrefix prefix = every_token();
   Answer total;
   if constexpr (Config::kTopK || Config::kTopP) {
-    prefix = kept_prefix(row, filters, Config::kProbs ? Wish::kTotal : Wish::kNothing, total);
+    constexpr Wish kWish = Config::kProbs ? Wish::kTotal : Wish::kNothing;
+    bool known = false;
+    if constexpr (Config::kTopP && Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total);
+    if (!known) prefix = kept_prefix(row, filters, kWish, total);
   }
   const auto kept_weight = [&](int token, float logit) {
     const float weight = row.weight(logit);

@@ -99,7 +99,7 @@ struct SampleKernel {
   template <class Weight>
   __device__ __forceinline__ void draw(Weight weight, Answer end) {
     if (end.known() && static_cast<int>(end.block) != row.rank) return;
-    if (!end.summed) row.sum_masses_over_warps(weight);
+    row.sum_masses_over_warps(weight);
     uint64 target = end.amount;
     if (!end.known()) {
       uint64 before;
@@ -141,13 +141,29 @@ struct SampleKernel {
     }
     RankPrefix prefix = every_token();
     Answer end;
-    if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters, Wish::kDraw, end);
+    bool known = false;
+    if constexpr (Config::kTopP && Config::kBracket) {
+      known = kept_by_bracket(row, filters, Wish::kDraw, prefix, end);
+      if (known && filters.min_p <= 0.0f) return draw_kept(prefix, end);
+    }
+    if constexpr (Config::kTopK || Config::kTopP) {
+      if (!known) prefix = kept_prefix(row, filters, Wish::kDraw, end);
+    }
     draw(
         [&](int place, float logit) {
           const float weight = row.weight(logit);
           return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? weight : 0.0f;
         },
         end);
+  }
+
+  // By all blocks, after a bracket's answer; only the one that it names has work.
+  __device__ __forceinline__ void draw_kept(RankPrefix prefix, Answer end) {
+    if (static_cast<int>(end.block) != row.rank) return;
+    const auto mass = [&](int place, float logit) {
+      return mass_limbs(prefix.has(logit, row.first_token + place) ? row.weight(logit) : 0.0f);
+    };
+    row.locate(mass, end.amount, [&](int place) { write(row.first_token + place); });
   }
 
   // Penalties and temperature; returns the thread's new extremes.

@@ -16,8 +16,7 @@ enum class Wish {
 struct Answer {
   static constexpr unsigned kUnknown = 0xff;
   unsigned block = kUnknown;
-  uint64 amount = 0;    // below 2^52
-  bool summed = false;  // in that block: the kept masses of its warps are known
+  uint64 amount = 0;  // below 2^52
 
   __device__ __forceinline__ bool known() const { return block != kUnknown; }
 };

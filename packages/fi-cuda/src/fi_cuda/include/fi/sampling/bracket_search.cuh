@@ -45,9 +45,9 @@ struct BracketSearch {
       __syncthreads();
       const float4 bracket = search.bracket;
       add_up(bracket.x, bracket.y);
-      const BracketShare sum = share();
+      bool fits;
+      const BracketShare sum = share(fits);
       const uint64 target = target_of(sum.total);
-      const bool fits = sum.count <= kBlocks * kCapacity;
       if (fits && sum.above < target && target <= sum.above + sum.listed) {
         if (row.rank == 0) publish(target - sum.above);
         row.mailbox.receive(kFound, 16);
@@ -252,9 +252,8 @@ struct BracketSearch {
     return masses.mass();
   }
 
-  // After add_up: the row's sums; `count` is more than fits the list if some block's tokens do not fit their part of it. The first
-  // block has received the list.
-  __device__ __forceinline__ BracketShare share() {
+  // After add_up: the row's sums; `fits`: the first block has received all tokens of the bracket.
+  __device__ __forceinline__ BracketShare share(bool& fits) {
     auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (threadIdx.x < 32) {
@@ -274,10 +273,9 @@ struct BracketSearch {
     const BracketShare theirs = lane < kBlocks ? search.sums[lane % kBlocks] : BracketShare{0, 0, 0, 0};
     const unsigned count = static_cast<unsigned>(theirs.count);
     const unsigned sent = __reduce_add_sync(0xffffffffu, min(count, static_cast<unsigned>(kCapacity)));
-    const bool fits = __all_sync(0xffffffffu, count <= kCapacity);
+    fits = __all_sync(0xffffffffu, count <= kCapacity);
     if (row.rank == 0) row.mailbox.receive(kList, 8 * sent);
-    return {sum_over_warp(theirs.total), sum_over_warp(theirs.above), sum_over_warp(theirs.listed),
-            fits ? sent : kBlocks * kCapacity + 1ull};
+    return {sum_over_warp(theirs.total), sum_over_warp(theirs.above), sum_over_warp(theirs.listed), sent};
   }
 
   // Calls visit(logit, token) for the tokens of the first block's list. Each warp has tokens of block warp % kBlocks only.
@@ -394,7 +392,6 @@ struct BracketSearch {
     const uint64 sum = sum_over_warp(kept.mass());
     if (threadIdx.x % 32 == 0) row.shared.warp_amount[threadIdx.x / 32] += sum;
     __syncthreads();
-    answer.summed = true;
   }
 };
 

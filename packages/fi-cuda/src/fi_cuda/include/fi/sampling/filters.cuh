@@ -46,6 +46,18 @@ __device__ __forceinline__ void normalise(RowFilters& filters, int vocab_size) {
   if (filters.top_k >= vocab_size) filters.top_k = 0;
 }
 
+// Where top_p is the only one of the two, what it keeps; false if kept_prefix must tell.
+template <class Config>
+__device__ __forceinline__ bool kept_by_bracket(ClusterRow<Config>& row, const RowFilters& filters, Wish wish, RankPrefix& kept,
+                                                Answer& answer) {
+  if (!filters.has_top_p() || filters.top_k > 0) return false;
+  BracketSearch<Config> search{row, filters.min_p > 0.0f ? Wish::kNothing : wish};
+  const bool found = search.find(filters.top_p, [&](uint64 total) { return filters.mass_target(total); }, kept);
+  if (found) answer = search.answer;
+  row.read_extremes();
+  return found;
+}
+
 // What top_k and top_p keep of a row, and the answer to a wish if no other filter follows; of a draw only once
 // row.shared.random is set.
 template <class Config>
@@ -54,29 +66,17 @@ __device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const
   // top_k beside a joint top_p, and min_p, may shorten what top_p leaves.
   if (filters.min_p > 0.0f || (filters.joint && filters.top_k > 0)) wish = Wish::kNothing;
   RankPrefix kept = every_token();
-  // Of the whole row top_p keeps what a bracket tells.
-  bool has_top_p = Config::kTopP && filters.has_top_p();
-  if constexpr (Config::kTopP && Config::kBracket) {
-    if (has_top_p && (filters.joint || filters.top_k == 0)) {
-      BracketSearch<Config> search{row, wish};
-      if (search.find(filters.top_p, [&](uint64 total) { return filters.mass_target(total); }, kept)) {
-        has_top_p = false;
-        answer = search.answer;
-      }
-      row.read_extremes();
-    }
-  }
   // One copy of the search's code serves both.
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
     const bool by_count = filter == 0;
-    if (by_count ? !Config::kTopK || filters.top_k == 0 : !has_top_p) continue;
+    if (by_count ? !Config::kTopK || filters.top_k == 0 : !Config::kTopP || !filters.has_top_p()) continue;
     PrefixSearch<Config> search{row, filters.joint ? every_token() : kept, by_count,
                                 by_count ? Wish::kNothing : wish};
     kept = shorter(kept, search.find([&](uint64 total) {
       return by_count ? static_cast<uint64>(filters.top_k) : filters.mass_target(total);
     }));
-    if (!by_count) answer = search.answer;
+    answer = search.answer;
   }
   return kept;
 }
