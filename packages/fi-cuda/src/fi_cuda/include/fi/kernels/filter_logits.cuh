@@ -74,25 +74,23 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
     write_slice(row, params, [](int, float) { return Config::kProbs ? 0.0f : minus_infinity(); });
     return;
   }
-  if (filters.greedy) {
-    const int first = first_of_largest(row);
-    write_slice(row, params, [&](int token, float logit) {
-      if constexpr (Config::kProbs) return token == first ? 1.0f : 0.0f;
-      return token == first ? logit : minus_infinity();
-    });
-    return;
-  }
-  RankPrefix prefix = every_token();
+  RankPrefix prefix;
   Answer total;
-  if constexpr (Config::kTopK || Config::kTopP) {
+  if (filters.greedy) {
+    prefix = {row.largest, first_of_largest(row)};
+    total = {0, 1ull << 32};
+  } else if constexpr (Config::kTopK || Config::kTopP) {
     constexpr Wish kWish = Config::kProbs ? Wish::kTotal : Wish::kNothing;
     bool known = false;
     if constexpr (Config::kTopP && Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total);
     if (!known) prefix = kept_prefix(row, filters, kWish, total);
+  } else {
+    prefix = every_token();
   }
   const auto kept_weight = [&](int token, float logit) {
     const float weight = row.weight(logit);
-    return prefix.has(logit, token) && weight >= filters.min_p ? weight : 0.0f;
+    const bool heavy = (Config::kDoubleSums && !Config::kMinP) || weight >= filters.min_p;
+    return prefix.has(logit, token) && heavy ? weight : 0.0f;
   };
   if constexpr (Config::kProbs) {
     if (!total.known()) {

@@ -66,6 +66,7 @@ __device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const
   // top_k beside a joint top_p, and min_p, may shorten what top_p leaves.
   if (filters.min_p > 0.0f || (filters.joint && filters.top_k > 0)) wish = Wish::kNothing;
   RankPrefix kept = every_token();
+  answer = Answer{};
   // One copy of the search's code serves both.
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
