@@ -3,9 +3,8 @@
 // The first counts tokens in 64 bins of equal width in the logit. A bin's count times the weight of its middle says, to within a
 // few hundred tokens, where in the rank order the kept mass ends; a bracket of logits holds kMargin tokens on each side. The
 // second pass sums up exact masses, of all tokens and of those above the bracket, and marks the tokens in it, which go to the
-// first block; it finds the last kept one among them. The estimate decides nothing: if the bracket proves not to hold the end,
-// a second one is chosen with what is now known of the first, and after that, or if too many tokens are alike, PrefixSearch takes
-// over.
+// first block; it finds the last kept one among them. The estimate decides nothing: if the bracket proves not to hold the end, or
+// too many tokens are alike, PrefixSearch takes over.
 #pragma once
 
 #include "fi/sampling/answer.cuh"
@@ -22,8 +21,7 @@ struct BracketSearch {
   static constexpr int kRoundsPerWord = 8;  // a bit for each of 4 tokens
   static constexpr int kWords = (kRounds + kRoundsPerWord - 1) / kRoundsPerWord;
   static constexpr int kCapacity = SearchShared<Config>::kCounts / 8 / kBlocks;  // a block's part of the list
-  static constexpr int kMargin = 640;
-  static constexpr int kMostBrackets = 2;
+  static constexpr int kMargin = 1000;
   static_assert(kBlocks <= kWarps && kThreads % 128 == 0 && kRounds * 4 < 256);
 
   Row& row;
@@ -31,42 +29,32 @@ struct BracketSearch {
   Answer answer = {};
   unsigned hits[kWords] = {};  // this thread's tokens in the bracket
 
-  // False, in all blocks, if another search must do it, and then `found` is as it was; target_of(total mass), at least 1 and at most that, is to be reached.
+  // False, in all blocks, if another search must do it, and then `found` is as it was; target_of(total mass), at least 1 and at
+  // most that, is to be reached, which is about `fraction` of it.
   // With Wish::kDraw the drawn token's block also has, in row.shared.warp_amount, the kept mass of each warp's tokens.
   template <class TargetOf>
   __device__ __forceinline__ bool find(float fraction, TargetOf target_of, RankPrefix& found) {
     auto& search = row.shared.search;
     if (!(row.largest > bottom())) return false;
-    if (threadIdx.x == 0) search.wanted_weight = -1.0f;
     count();
-#pragma unroll 1
-    for (int attempt = 0; attempt < kMostBrackets; ++attempt) {
-      if (threadIdx.x < 32) choose(fraction);
-      __syncthreads();
-      const float4 bracket = search.bracket;
-      add_up(bracket.x, bracket.y);
-      bool fits;
-      const BracketShare sum = share(fits);
-      const uint64 target = target_of(sum.total);
-      if (fits && sum.above < target && target <= sum.above + sum.listed) {
-        if (row.rank == 0) publish(target - sum.above);
-        row.mailbox.receive(kFound, 16);
-        const RankPrefix last = read_message(search.found, answer);
-        if (last.value != last.value) return false;
-        if (wish == Wish::kDraw && static_cast<int>(answer.block) == row.rank) add_kept_to_warps(last);
-        found = last;
-        return true;
-      }
-      // How much weight the estimate lacks at the edge beyond which the target lies.
-      const bool higher = target <= sum.above;
-      const double known = static_cast<double>(static_cast<int64>(higher ? sum.above - target : target - sum.above - sum.listed));
-      const float distance = static_cast<float>(known * 0x1p-32);
-      if (threadIdx.x == 0) search.wanted_weight = fmaxf(higher ? bracket.w - distance : bracket.z + distance, 0.0f);
-      // The first block has received the list, and every block has read the sums, before either may be sent again.
+    if (threadIdx.x < 32) choose(fraction);
+    __syncthreads();
+    add_up(search.bracket.x, search.bracket.y);
+    bool fits;
+    const BracketShare sum = share(fits);
+    const uint64 target = target_of(sum.total);
+    if (!fits || target <= sum.above || target > sum.above + sum.listed) {
+      // The first block has received the list, and every block has read the sums, before others may be sent.
       row.meet();
-      if (!fits) return false;
+      return false;
     }
-    return false;
+    if (row.rank == 0) publish(target - sum.above);
+    row.mailbox.receive(kFound, 16);
+    const RankPrefix last = read_message(search.found, answer);
+    if (last.value != last.value) return false;
+    if (wish == Wish::kDraw && static_cast<int>(answer.block) == row.rank) add_kept_to_warps(last);
+    found = last;
+    return true;
   }
 
   // From which logit on tokens have mass, or are. Whole warps; read again, the smallest logit needs no register in between.
@@ -122,8 +110,7 @@ struct BracketSearch {
     row.mailbox.receive(kParts, kBlocks * kRankBins * 4);
   }
 
-  // By the first warp, after count: search.bracket around the place at which the estimated weight reaches search.wanted_weight, or
-  // `fraction` of all if that is below 0.
+  // By the first warp, after count: search.bracket around the place at which the estimated weight reaches `fraction` of all.
   __device__ __forceinline__ void choose(float fraction) {
     const float bottom = this->bottom();
     auto& search = row.shared.search;
@@ -140,11 +127,13 @@ struct BracketSearch {
     if (lane == 31) second -= kBlocks * kWarps * kRounds * 128 - row.vocab_size;
     const float width = (row.largest - bottom) / kRankBins;
     const auto middle_weight = [&](int bin) { return weight_of((static_cast<float>(bin) + 0.5f) * width); };
-    const float first_weight = static_cast<float>(first) * middle_weight(2 * lane);
+    // The largest logit's weight is known, and much of the whole in a peaked row.
+    const float known = lane == 0 ? 1.0f : 0.0f;
+    const float first_weight = (static_cast<float>(first) - known) * middle_weight(2 * lane) + known;
     const float second_weight = static_cast<float>(second) * middle_weight(2 * lane + 1);
     const Prefix<int> numbers = prefix_over_lanes<32>(first + second);
     const Prefix<float> weights = prefix_over_lanes<32>(first_weight + second_weight);
-    const float weight = search.wanted_weight < 0.0f ? fraction * weights.total : search.wanted_weight;
+    const float weight = fraction * weights.total;
     const auto portion = [](float part, float whole) { return fminf(fmaxf(part / fmaxf(whole, 1e-30f), 0.0f), 1.0f); };
     const auto first_lane = [](bool reached) {
       const int lanes = static_cast<int>(__ballot_sync(0xffffffffu, reached));
@@ -156,21 +145,19 @@ struct BracketSearch {
     float middle = static_cast<float>(numbers.exclusive + (later ? first : 0)) +
                    portion(lacking, later ? second_weight : first_weight) * static_cast<float>(later ? second : first);
     middle = __shfl_sync(0xffffffffu, middle, first_lane(weight <= weights.inclusive));
-    // The logit, and the running weight, after `place` tokens.
+    // The logit after `place` tokens.
     const auto edge = [&](float place) {
       const bool in_second = place >= static_cast<float>(numbers.exclusive + first);
       const float passed = static_cast<float>(numbers.exclusive + (in_second ? first : 0));
       const float part = portion(place - passed, static_cast<float>(in_second ? second : first));
       const float logit = row.largest - (static_cast<float>(2 * lane + in_second) + part) * width;
-      const float sum = weights.exclusive + (in_second ? first_weight + part * second_weight : part * first_weight);
-      const int from = first_lane(place < static_cast<float>(numbers.inclusive));
-      return make_float2(__shfl_sync(0xffffffffu, logit, from), __shfl_sync(0xffffffffu, sum, from));
+      return __shfl_sync(0xffffffffu, logit, first_lane(place < static_cast<float>(numbers.inclusive)));
     };
-    float2 low = edge(middle + kMargin), high = edge(fmaxf(middle - kMargin, 0.0f));
-    if (middle <= kMargin) high = make_float2(-minus_infinity(), 0.0f);
-    if (middle + kMargin >= static_cast<float>(numbers.total)) low.x = bottom;
+    float low = edge(middle + kMargin), high = edge(fmaxf(middle - kMargin, 0.0f));
+    if (middle + kMargin >= static_cast<float>(numbers.total)) low = bottom;
+    if (middle <= kMargin) high = -minus_infinity();
     if (lane == 0) {
-      search.bracket = make_float4(low.x, high.x, low.y, high.y);
+      search.bracket = make_float2(low, high);
       search.list_count = 0;
     }
   }

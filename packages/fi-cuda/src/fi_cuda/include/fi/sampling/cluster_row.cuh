@@ -91,12 +91,11 @@ struct alignas(16) SearchShared {
   BoundaryShare shares[kBlocks];
   BracketShare sums[Config::kBracket ? kBlocks : 1];
   uint64 warp_listed[Config::kBracket ? RowShape<Config>::kWarps : 1];
-  float4 bracket;          // logits from which and up to which it lasts, and the estimated weight down to either
+  float2 bracket;          // logits from which and up to which it lasts
   uint4 found;             // RankPrefix and Answer
   uint64 above[kBlocks];   // mass of each block's tokens before the boundary
   unsigned kept[2][kBlocks];  // and of the kept ones at it, lower 16 bits and the rest
   uint64 boundary_wanted;
-  float wanted_weight;
   int boundary_bin;
   int local_count;  // tokens of this block in the chosen bin
   int list_count;   // tokens that this block put on the list
