@@ -1,16 +1,18 @@
-"""Kernels that are recorded instead of launched, kernels that run on the host, and specs compiled together with what Python
-believes of them."""
+"""Kernels that are recorded instead of launched, and specs compiled together with what Python believes of them."""
 
-import ctypes
-import shutil
 import struct
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from fi_cuda.compile import INCLUDE_FOLDER, compile_source
+from fi_cuda.compile import compile_source
 from fi_cuda.params import KINDS
 from fi_cuda.source import CompileTarget, KernelSource
+
+# pytest's importlib mode leaves sys.path alone; the tests share helpers that lie beside them.
+sys.path.append(str(Path(__file__).parent))
+
+from repeated_launches import Repeated
 
 
 class Launches:
@@ -30,6 +32,9 @@ class Launches:
                 struct.pack(spec.layout.packer.format, *values[: len(names)])  # as the driver would be given them
                 names += spec.tensor_maps
                 recorder.last[spec.stem] = ((grid_x, grid_y), dict(zip(names, values, strict=True)), spec)
+
+            def repeated(self, device, grid_x, maps):
+                return Repeated(self, device, grid_x, maps)
 
         return Kernel()
 
@@ -58,45 +63,3 @@ def compile_with_offsets():
         )
 
     return compiled
-
-
-HOST_FOLDER = Path(__file__).parent / "host"
-"""What stands in for the device's language and instructions."""
-
-
-class HostKernel:
-    """A spec's generated source compiled for the host (host/device.hpp), with what it launches run at once."""
-
-    def __init__(self, spec, folder):
-        self.spec, source = spec, spec.source()
-        name = f"{source.stem}_{len(list(folder.iterdir()))}"
-        lines = ('#include "device.hpp"', source.text, f"#define KERNEL {source.symbol}", '#include "device.cpp"', "")
-        (folder / f"{name}.cpp").write_text("\n".join(lines))
-        compiler = next(path for name in ("g++", "c++", "clang++") if (path := shutil.which(name)))
-        flags = ["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC"]
-        folders = [f"-I{each}" for each in (HOST_FOLDER, INCLUDE_FOLDER)]
-        command = [compiler, *flags, *folders, f"{name}.cpp", "-o", f"{name}.so"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        self.library = ctypes.CDLL(str(folder / f"{name}.so"))
-        self.num_launches = 0
-
-    def launch(self, device, grid_x, grid_y, *values):
-        assert grid_y == 1
-        params = self.spec.layout.packer.pack(*values)
-        self.num_launches += 1  # threads run in another order each time
-        sizes = (grid_x, self.spec.num_threads, self.spec.cluster_size, self.num_launches)
-        assert self.library.run_grid(params, *sizes) == 0, f"some threads of {self.spec} wait for ever"
-
-
-@pytest.fixture(scope="session")
-def host_kernel_for(tmp_path_factory):
-    """What ``kernel_for`` is, of kernels that run on the host."""
-    folder, kernels = tmp_path_factory.mktemp("host_kernels"), {}
-
-    def kernel_for(spec, device):
-        if spec not in kernels:
-            kernels[spec] = HostKernel(spec, folder)
-        return kernels[spec]
-
-    return kernel_for

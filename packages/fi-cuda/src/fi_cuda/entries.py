@@ -107,9 +107,6 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "rotary_dim": Between(0, multiple_of=16),  # steps of the product rotate as a whole
 }
 
-_NOT_PREFERRED = -110
-"""Below every backend's: conformance runs the kernel, and who names the backend gets it. So far it has only been compiled."""
-
 _MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of one warpgroup
 
 _LONG_QUERIES: Mapping[str, Rule] = {
@@ -121,14 +118,23 @@ _LONG_QUERIES: Mapping[str, Rule] = {
     "rope_pairs": OneOf("none"),
     "rotary_dim": Between(0, 0),
 }
+_LONG_FP8_QUERIES: Mapping[str, Rule] = {
+    **_LONG_QUERIES,
+    "kv_format": OneOf("fp8_e4m3"),
+    "head_dim": Between(32, 256, multiple_of=32),  # elements of the inner dim of one product
+    "q_format": OneOf("fp8_e4m3"),
+}
+_LONG_ROTATED_QUERIES: Mapping[str, Rule] = {
+    **_LONG_QUERIES,
+    **{name: _SHORT_QUERIES[name] for name in ("rope_pairs", "rotary_dim")},
+    "rope": OneOf("q"),
+}
 
 _SHARED_PREFIXES: Mapping[str, Rule] = {
     **_LONG_QUERIES,
     "levels": OneOf(True),
     "max_q_len": Between(1),
     "table": OneOf("dense", "indptr"),
-    "windowed": OneOf(False),  # a node's keys are visible to all of its members
-    "features": SubsetOf("soft_cap", "sinks", "lse"),
     "batch_invariant": OneOf(False),
 }
 
@@ -217,7 +223,7 @@ def _load_attention_decode() -> Any:
 
 
 def _load_attention_prefill() -> Any:
-    return importlib.import_module("fi_cuda.kernels.attention.prefill_state").attention_prefill
+    return importlib.import_module("fi_cuda.kernels.attention.mixed_state").attention_mixed
 
 
 def _load_attention_prefix() -> Any:
@@ -238,18 +244,25 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
             Condition("a rotary_dim that 32 divides with rope_pairs 'half'", _pairs_in_lanes),
         ),
     ),
-    KernelEntry(
-        "attention",
-        "attention_prefill",
-        BACKEND,
-        _LONG_QUERIES,
-        _load_attention_prefill,
-        devices=("cuda",),
-        min_capability=WARPGROUP_CAPABILITY,
-        conditions=(
-            Condition("a Hopper GPU", _on_hopper),
-            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
-        ),
+    *(
+        KernelEntry(
+            "attention",
+            name,
+            BACKEND,
+            rules,
+            _load_attention_prefill,
+            devices=("cuda",),
+            min_capability=WARPGROUP_CAPABILITY,
+            conditions=(
+                Condition("a Hopper GPU", _on_hopper),
+                Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+            ),
+        )
+        for name, rules in (
+            ("attention_prefill", _LONG_QUERIES),
+            ("attention_prefill_fp8", _LONG_FP8_QUERIES),
+            ("attention_prefill_rotated", _LONG_ROTATED_QUERIES),
+        )
     ),
     KernelEntry(
         "attention",
@@ -263,7 +276,6 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
             Condition("a Hopper GPU", _on_hopper),
             Condition("K and V in q's dtype or in FP8", _same_or_fp8),
         ),
-        priority=_NOT_PREFERRED,
     ),
 ]
 """Kernels of attention, each for some lengths of queries."""

@@ -11,7 +11,8 @@ from fi_core.records import AttentionSpec
 from ...params import ParamsLayout
 from ...spec import KernelSpec, join_constants
 from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm, call_fields
-from .prefill_tuning import PrefillTuning, box_tokens, prefill_shared_bytes
+from .decode import ROPE_PAIRS
+from .prefill_tuning import HeadBytes, PrefillTuning, box_tokens, prefill_shared_bytes
 
 _WARPGROUP_THREADS = 128
 _REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
@@ -21,11 +22,13 @@ _REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
 
 @dataclass(frozen=True)
 class PrefillSpec(KernelSpec):
-    """What is compiled into a prefill kernel: element type, head shape, addressing as for decode, tile (``consumers``
+    """What is compiled into a prefill kernel: element types, head shape, addressing and RoPE as for decode, tile (``consumers``
     warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
-    of a copy), rings, and the features of the call."""
+    of a copy), rings, and the features of the call. ``after_decode``: it is launched behind the decode kernel, which serves
+    batches of short queries."""
 
     dtype: torch.dtype
+    query: torch.dtype
     stored: torch.dtype
     head_dim: int
     head_dim_vo: int
@@ -40,20 +43,26 @@ class PrefillSpec(KernelSpec):
     key_stages: int
     value_stages: int
     query_stages: int
+    landing_stages: int
     ping_pong: bool
     overlap: bool
     parts: int
+    polynomial_every: int
     causal: bool
     windowed: bool
     soft_cap: bool
     alibi: bool
     sinks: bool
     mask: int
+    rotary_dim: int
+    rope_pairs: int
+    q_scales: bool
     k_scales: bool
     v_scales: bool
     lse: bool
     signed_scale: bool = False
     levels: bool = False
+    after_decode: bool = False
 
     stem: ClassVar = "attention_prefill"
     overlapping: ClassVar = True
@@ -70,9 +79,12 @@ class PrefillSpec(KernelSpec):
             ("partials", "output"),
             ("partial_rows", "output"),
             *TENSOR_PARAMS,
+            ("inv_freq", "pointer"),
+            ("q_scales", "pointer"),
             ("k_scales", "pointer"),
             ("v_scales", "pointer"),
             *STRIDE_PARAMS,
+            ("q_scale_stride", "int32"),
             ("k_scale_stride", "int32"),
             ("v_scale_stride", "int32"),
             ("num_kv_heads", "int32"),
@@ -80,6 +92,7 @@ class PrefillSpec(KernelSpec):
             ("scale", "float"),
             ("soft_cap", "float"),
             ("v_scale", "float"),
+            ("rope_factor", "float"),
         )
     )
 
@@ -94,18 +107,23 @@ class PrefillSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         rings = (self.key_stages, self.value_stages, self.query_stages)
-        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1)
-        return prefill_shared_bytes(tuning, self.head_dim, self.head_dim_vo, self.dtype.itemsize)
+        landing = self.landing_stages
+        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1, landing)
+        return prefill_shared_bytes(tuning, HeadBytes(self.head_dim, self.head_dim_vo, self.query.itemsize))
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether tensor maps bring K and V."""
+        return len(self.tensor_maps) > 1
 
     def config_lines(self) -> list[str]:
         """As ever, with the registers of producers and consumers and the block's shared memory."""
-        has_boxes = len(self.tensor_maps) > 1
-        producer, consumer = (_REGISTERS if has_boxes else _REGISTERS_FOR_ROWS)[self.consumers]
+        producer, consumer = (_REGISTERS if self.has_boxes else _REGISTERS_FOR_ROWS)[self.consumers]
         head = (
             f"static constexpr int kProducerRegisters = {producer}, kConsumerRegisters = {consumer}, "
             f"kSharedBytes = {self.shared_bytes};"
         )
-        boxes = f"static constexpr bool kBoxes = {str(has_boxes).lower()};"
+        boxes = f"static constexpr bool kBoxes = {str(self.has_boxes).lower()};"
         return join_constants([head, *super().config_lines(), boxes])
 
 
@@ -116,15 +134,21 @@ class BoxPrefillSpec(PrefillSpec):
     tensor_maps: ClassVar = ("queries", "keys", "values")
 
 
-def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> PrefillSpec:
-    """The kernel of a call."""
-    return (BoxPrefillSpec if form.boxes else PrefillSpec)(**prefill_fields(spec, tuning, form))
+def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm, after_decode: bool = False) -> PrefillSpec:
+    """The kernel of a call; ``after_decode`` as in PrefillSpec."""
+    fields = prefill_fields(spec, tuning, form)
+    return (BoxPrefillSpec if form.boxes else PrefillSpec)(**fields, after_decode=after_decode)
 
 
 def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> dict[str, Any]:
     """The fields of a call's spec, by name."""
+    rope = spec.rope
     return dict(
         **call_fields(spec, form),
+        query=spec.q_dtype,
+        rotary_dim=0 if rope is None else rope.rotary_dim,
+        rope_pairs=ROPE_PAIRS[None if rope is None else rope.pairs],
+        q_scales=form.q_scales,
         consumers=tuning.consumers,
         tokens=tuning.tokens,
         edge_tokens=tuning.edge_tokens,
@@ -132,8 +156,10 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         key_stages=tuning.key_stages,
         value_stages=tuning.value_stages,
         query_stages=tuning.query_stages,
+        landing_stages=tuning.landing_stages if spec.q_is_fp8 or form.boxes else 0,
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
         parts=tuning.parts,
+        polynomial_every=tuning.polynomial_every if "soft_cap" in spec.features else 0,
         signed_scale=form.signed_scale,
     )

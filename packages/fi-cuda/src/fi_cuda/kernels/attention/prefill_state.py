@@ -32,16 +32,18 @@ class PrefillAttention:
 
 
 class PrefillState(ListState):
-    """Attention of long queries, and of batches in which some are short."""
+    """Attention of long queries, and of batches in which some are short. Batches in which no request has more than
+    ``short_q_len`` new tokens get no work: a decode kernel that each call follows has it."""
 
-    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
+    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device, short_q_len: int = 0) -> None:
         super().__init__(spec, capacity, device, Layout.of_prefill(spec, capacity, device))
         assert isinstance(self._layout.tuning, PrefillTuning)
         self._tuning = self._layout.tuning
+        self._short_q_len = short_q_len
         params = self._layout.params
         self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
         self._order_specs = {
-            window: order_spec(params[window], capacity, self._tuning.consumers) for window in self._orders
+            window: order_spec(params[window], capacity, self._tuning.consumers, short_q_len) for window in self._orders
         }
         for order in self._orders.values():
             order.header.zero_()
@@ -50,9 +52,10 @@ class PrefillState(ListState):
                 planner = OrderPlanner(self._order_specs[window], capacity, window, order)
                 planner.load()
                 self._planners.append(planner)
-        unconverted = spec.kv_dtype == spec.dtype
-        self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens) if unconverted else None
-        elements = BOX_ROW_BYTES // spec.dtype.itemsize
+        lands = self._tuning.landing_stages > 0
+        by_boxes = lands or spec.kv_dtype == spec.q_dtype
+        self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens) if by_boxes else None
+        elements = BOX_ROW_BYTES // spec.q_dtype.itemsize
         self._query_box = Box((WARPGROUP_ROWS // spec.group_size, spec.group_size, elements))
 
     def describe(self) -> Sequence[str]:
@@ -62,7 +65,9 @@ class PrefillState(ListState):
         turns = "in turns" if tuning.ping_pong else "at will"
         loader = "rows by a warpgroup"
         if self._box_tokens is not None:
-            loader = f"boxes of {self._box_tokens} tokens by tensor maps; {loader} from a cache that no map describes"
+            changed = ", changed in shared memory" if tuning.landing_stages else ""
+            boxes = f"boxes of {self._box_tokens} tokens by tensor maps{changed}"
+            loader = f"{boxes}; {loader} from a cache that no map describes"
         return (
             f"tiles: {params.kinds[0].q_rows} rows x {tuning.tokens} KV tokens; {tuning.consumers} warpgroups {turns},"
             f" {tuning.key_stages} + {tuning.value_stages} stages",
@@ -111,13 +116,15 @@ class PrefillState(ListState):
         lists, layout, tuning = self._lists[layer.window], self._layout, self._tuning
         regions = (layout.arrivals, layout.partials, layout.partial_rows)
         workspace = [region.of(self._buffer) for region in regions]
+        q_scales, q_scale_stride, q_scale = scale_of(layer.q_scale)
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
-        scale = layer.scale * k_scale
+        scale, rope = layer.scale * q_scale * k_scale, layer.rope
         addressing, maps = self._addresses, self._maps_of(kv)
         form = CallForm(
             windowed=layer.window is not None,
             lse=with_lse,
+            q_scales=q_scales != 0,
             k_scales=k_scales != 0,
             v_scales=v_scales != 0,
             table_row=addressing.has_rows,
@@ -125,18 +132,23 @@ class PrefillState(ListState):
             signed_scale=scale <= 0,
             boxes=maps is not None,
         )
-        spec = prefill_spec(self._spec, tuning, form)
+        spec = prefill_spec(self._spec, tuning, form, after_decode=self._short_q_len > 0)
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
             launch=kernel_for(spec, self._device).launch,
             workspace=tuple(map(address_of, (*lists[:2], *self._orders[layer.window][:2], *workspace))),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
-            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
+            layer_tensors=(
+                *(address_of(layer.sinks), address_of(layer.alibi_slopes)),
+                address_of(None if rope is None else rope.inv_freq),
+                *(q_scales, k_scales, v_scales),
+            ),
             cache_strides=cache_strides_of(kv),
             numbers=(
-                *(k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
+                *(q_scale_stride, k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
                 *(layer.window or 0, scale, layer.soft_cap or 1.0, v_scale),
+                1.0 if rope is None else rope.config.attention_factor,
             ),
             maps=maps or (),
         )
@@ -147,4 +159,4 @@ class PrefillState(ListState):
 
 
 attention_prefill = PrefillAttention()
-"""What the kernel entry loads."""
+"""The prefill kernel alone."""

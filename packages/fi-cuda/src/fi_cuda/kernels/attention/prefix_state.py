@@ -1,5 +1,5 @@
 """Attention whose batches may share prefixes, as a plan's kernel: a list of nodes' and requests' tiles, one launch a call. A
-batch without levels is served as if the plan had none."""
+batch without levels is served as if the plan had none, and so are calls with a window, which see few of the shared keys."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
 from .call import CallForm
 from .prefill_state import attention_prefill
-from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, box_tokens, prefill_tuning_for
-from .prefix import PrefixLayout, PrefixPlanner, prefix_plan_spec, prefix_spec
+from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, box_tokens
+from .prefix import PrefixLayout, PrefixPlanner, prefix_plan_spec, prefix_spec, prefix_tuning_for
 from .state import Addressing, Call, address_of, attention_decode, cache_strides_of, scale_of
 from .tuning import num_processors
 
@@ -33,7 +33,7 @@ class PrefixAttention:
 
     def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
         where = torch.device(device)
-        layout = PrefixLayout.of(spec, capacity, prefill_tuning_for(spec, where), num_processors(where))
+        layout = PrefixLayout.of(spec, capacity, prefix_tuning_for(spec, where), num_processors(where))
         return layout.num_bytes + _plain_kernel(capacity).workspace_bytes(spec, _plain(capacity), device)
 
     def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> PrefixState:
@@ -55,7 +55,7 @@ class PrefixState:
     def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
         self._spec, self._device = spec, device
         self._num_workers = num_processors(device)
-        self._tuning = tuning = prefill_tuning_for(spec, device)
+        self._tuning = tuning = prefix_tuning_for(spec, device)
         self._layout = layout = PrefixLayout.of(spec, capacity, tuning, self._num_workers)
         self._buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         for region in (layout.header, layout.barrier):
@@ -89,15 +89,17 @@ class PrefixState:
         if batch.levels is None:
             self._unshared.update(batch)
             return
+        if any(window is not None for window in self._spec.windows):
+            self._unshared.update(replace(batch, levels=None))
         here = _on_device(batch, self._device)
         self._planner(here)
         before, now = self._addressing, Addressing.of(here, self._device)
-        if before is None or before.has_rows != now.has_rows:
+        if before is None or (before.has_rows, before.mask_columns) != (now.has_rows, now.mask_columns):
             self._calls.clear()
         self._addressing = now
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
-        if self._levels is None:
+        if self._levels is None or layer.window is not None:
             self._unshared.run(q, kv, layer, out, lse)
             return
         addressing = self._addressing
@@ -151,6 +153,7 @@ class PrefixState:
             k_scales=k_scales != 0,
             v_scales=v_scales != 0,
             table_row=self._addressing.has_rows,
+            mask_columns=self._addressing.mask_columns,
             signed_scale=scale <= 0,
             boxes=maps is not None,
         )

@@ -2,14 +2,13 @@
 #pragma once
 
 #include "fi/attention/order.cuh"
-#include "fi/attention/prefill_boxes.cuh"
-#include "fi/attention/prefill_rows.cuh"
+#include "fi/attention/prefill_landed.cuh"
 #include "fi/ptx/named_barrier.cuh"
 #include "fi/ptx/tma.cuh"
 
 namespace fi {
 
-// Copies: BoxCopies or RowCopies. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
+// Copies: BoxCopies, RowCopies or LandedCopies. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
 // (map: token, head, element).
 template <class Config, class Params, class Copies>
 class PrefillLoader {
@@ -91,16 +90,22 @@ class PrefillLoader {
     if (is_first_) load_queries(item, value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
+    if constexpr (Tile::kLanded) copies_.load(shared_, steps.num_steps);
+    else load_steps(steps.num_steps);
+  }
+
+  // Keys of a step, then the values of the step before.
+  __device__ __forceinline__ void load_steps(int num_steps) {
     auto place = copies_.place_of(0), before = place;
 #pragma unroll 1
-    for (int step = 0; step < steps.num_steps; ++step) {
-      const auto next = copies_.place_of(min(step + 1, steps.num_steps - 1));
+    for (int step = 0; step < num_steps; ++step) {
+      const auto next = copies_.place_of(min(step + 1, num_steps - 1));
       copies_.load_keys(shared_, step, place);
       if (step > 0) copies_.load_values(shared_, step - 1, before);
       before = place;
       place = next;
     }
-    if (steps.num_steps > 0) copies_.load_values(shared_, steps.num_steps - 1, before);
+    if (num_steps > 0) copies_.load_values(shared_, num_steps - 1, before);
   }
 
   __device__ __forceinline__ void load_queries(const AttentionItem& item, int value) {

@@ -1,2 +1,0 @@
-// In device.hpp.
-#pragma once
