@@ -47,9 +47,9 @@ def on_host(monkeypatch):
     modules = (sample_module, filter_module, top_k_module)
 
     def prepare(form, tuning):
+        granule = 128 if tuning.whole_rounds else 8
         for module in modules:
             module._bound.cache_clear()
-            granule = 128 if tuning.whole_rounds else 8
             monkeypatch.setattr(module, "geometry_for", lambda vocab, *_, **__: geometry(vocab, *form, granule))
         for module in modules[:2]:
             monkeypatch.setattr(module, "sampling_tuning_for", lambda device: tuning)

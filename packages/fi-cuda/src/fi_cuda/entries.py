@@ -153,11 +153,13 @@ def _on_hopper(request: Request) -> bool:
 
 
 def _sampling_loader(name: str) -> Callable[[], Any]:
-    module = _SAMPLING_MODULES.get(name, name)
-    return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), name)
+    function = _SAMPLING_OPERATIONS[name] if name in _LARGE_TOP_K else name
+    module = _SAMPLING_MODULES.get(function, function)
+    return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), function)
 
 
-_MAX_TOP_K = 512  # they are sorted in the shared memory of one block; more has not run on a GPU with the present search
+_FEW_TOP_K, _MAX_TOP_K = 512, 2048
+"""Most tokens that are sorted in shared memory which the kernel has anyway, and most that are sorted at all."""
 
 _VOCABULARY: Mapping[str, Rule] = {**_FLOATS, "vocab_size": Between(1, MAX_VOCAB)}
 _FILTERING: Mapping[str, Rule] = {
@@ -170,8 +172,10 @@ _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
     "sample": {**_FILTERING, "penalties": SubsetOf(), "slots": OneOf(False)},
     "sample_columns": {**_FILTERING, "penalties": SubsetOf(*PENALTIES), "slots": OneOf(False, True)},
     "filter_logits": {**_FILTERING, "kind": OneOf("logits", "probs")},
-    "top_k": {**_VOCABULARY, "k": Between(1, _MAX_TOP_K)},
-    "logprobs": {**_VOCABULARY, "top_n": Between(0, _MAX_TOP_K)},
+    "top_k": {**_VOCABULARY, "k": Between(1, _FEW_TOP_K)},
+    "large_top_k": {**_VOCABULARY, "k": Between(_FEW_TOP_K + 1, _MAX_TOP_K)},
+    "logprobs": {**_VOCABULARY, "top_n": Between(0, _FEW_TOP_K)},
+    "logprobs_of_many": {**_VOCABULARY, "top_n": Between(_FEW_TOP_K + 1, _MAX_TOP_K)},
     "penalize_logits": {**_VOCABULARY, "parts": SubsetOf(*PENALTIES), "counts": OneOf("none", "dense", "sparse")},
     "record_tokens": {"capacity": Between(1)},
     "verify_chain": {
@@ -182,11 +186,12 @@ _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
     "verify_tree": {"vocab_size": Between(1, MAX_VOCAB), "num_draft": Anything()},
 }
 
-_SAMPLING_OPERATIONS = {"sample_columns": "sample"}
+_LARGE_TOP_K = {"large_top_k": "top_k", "logprobs_of_many": "logprobs"}
+_SAMPLING_OPERATIONS = {"sample_columns": "sample", **_LARGE_TOP_K}
 """Of kernels that are not named like it."""
 _UNSEEN = -90
 """Priority of kernels that have not run on a GPU: other backends' are preferred, and conformance runs these too."""
-_SAMPLING_PRIORITIES = dict.fromkeys(("sample_columns", "penalize_logits", "record_tokens"), _UNSEEN)
+_SAMPLING_PRIORITIES = dict.fromkeys(("sample_columns", "penalize_logits", "record_tokens", *_LARGE_TOP_K), _UNSEEN)
 
 _SAMPLING_MODULES = {"sample_columns": "sample", "logprobs": "top_k", "verify_chain": "verify", "verify_tree": "verify"}
 

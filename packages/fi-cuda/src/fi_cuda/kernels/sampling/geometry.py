@@ -17,8 +17,9 @@ _FEW_ROWS, _SOME_ROWS = 8, 32
 _TWO_BLOCKS_BYTES = 80 * 1024
 """Slices of rows up to which two blocks fit on a multiprocessor, whatever else the kernels keep."""
 
-_TWO_BRACKETS_BYTES = 72 * 1024
-"""The same of kernels with ``SamplingTuning.bracket``."""
+_TWO_BRACKETS_BYTES = 79 * 1024
+_EXCHANGED_BYTES = 1024
+"""The same of kernels with ``SamplingTuning.bracket``, less what they exchange with each block of the cluster."""
 
 _ONE_BLOCK_BYTES = 160 * 1024
 _THREE_BLOCKS_BYTES = 72 * 1024
@@ -69,15 +70,13 @@ def geometry_for(
     if not many:
         while cluster_size > 1 and vocab_size <= cluster_size * 2048:
             cluster_size //= 2
-    two_blocks = _TWO_BRACKETS_BYTES if tuning.bracket else _TWO_BLOCKS_BYTES
-    limit = two_blocks if many else _ONE_BLOCK_BYTES
-    while (
-        cluster_size < _MAX_CLUSTER
-        and rows_held * geometry(vocab_size, cluster_size, threads, granule).slice_bytes > limit
-    ):
+    while True:
+        two_blocks = _TWO_BRACKETS_BYTES - _EXCHANGED_BYTES * cluster_size if tuning.bracket else _TWO_BLOCKS_BYTES
+        found = geometry(vocab_size, cluster_size, threads, granule)
+        held = rows_held * found.slice_bytes
+        if cluster_size == _MAX_CLUSTER or held <= (two_blocks if many else _ONE_BLOCK_BYTES):
+            break
         cluster_size *= 2
-    found = geometry(vocab_size, cluster_size, threads, granule)
-    held = rows_held * found.slice_bytes
     resident = 1 if not many or held > two_blocks else 2 if search or held > _THREE_BLOCKS_BYTES else 3
     return found._replace(resident_blocks=resident)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,23 +39,19 @@ class SamplingTuning:
 BUILT_IN = SamplingTuning()
 """What has run on a GPU."""
 
-_found: tuple[KernelRegistry | None, int, dict[torch.device, SamplingTuning]] = (None, 0, {})
-
 
 def sampling_tuning_for(device: torch.device) -> SamplingTuning:
-    """The choices for a device, asked for once a registry. Raises ArgumentError for unknown names or values in what
-    ``fi_tuning`` returns."""
-    global _found
+    """The choices for a device, asked for once until plugins change. Raises ArgumentError for unknown names or values in
+    what ``fi_tuning`` returns."""
     current = registry()
-    owner, generation, found = _found
-    if owner is not current or generation != current.generation:
-        found = {}
-        _found = (current, current.generation, found)
-    if device not in found:
-        given: Mapping[str, Any] | None = current.manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
-        names = [item.name for item in fields(SamplingTuning)]
-        unknown = set(given or ()) - set(names)
-        if unknown:
-            raise ArgumentError("fi_tuning", f"names among {names}", sorted(unknown))
-        found[device] = SamplingTuning(**(given or {}))
-    return found[device]
+    return _asked(current, current.generation, device)
+
+
+@lru_cache(maxsize=64)
+def _asked(current: KernelRegistry, generation: int, device: torch.device) -> SamplingTuning:
+    given: Mapping[str, Any] | None = current.manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
+    names = [item.name for item in fields(SamplingTuning)]
+    unknown = set(given or ()) - set(names)
+    if unknown:
+        raise ArgumentError("fi_tuning", f"names among {names}", sorted(unknown))
+    return SamplingTuning(**(given or {}))
