@@ -33,8 +33,8 @@ class Launches:
                 names += spec.tensor_maps
                 recorder.last[spec.stem] = ((grid_x, grid_y), dict(zip(names, values, strict=True)), spec)
 
-            def repeated(self, device, grid_x, maps):
-                return Repeated(self, device, grid_x, maps)
+            def repeated(self, device, grid_x):
+                return Repeated(self, device, grid_x)
 
         return Kernel()
 

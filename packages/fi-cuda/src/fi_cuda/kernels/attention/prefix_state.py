@@ -109,7 +109,7 @@ class PrefixState:
         call = self._remembered(kv, layer, lse is not None)
         queries = tensor_map_of(q, self._query_box)
         out_token, out_head, _ = out.stride()
-        call.launch(
+        call.kernel.launch(
             self._device,
             self._num_workers,
             1,
@@ -160,7 +160,7 @@ class PrefixState:
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
-            launch=kernel_for(prefix_spec(self._spec, self._tuning, form), self._device).launch,
+            kernel=kernel_for(prefix_spec(self._spec, self._tuning, form), self._device),
             workspace=tuple(region.of(self._buffer).data_ptr() for region in (*lists, *written)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
