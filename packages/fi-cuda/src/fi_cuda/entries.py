@@ -153,9 +153,8 @@ def _on_hopper(request: Request) -> bool:
 
 
 def _sampling_loader(name: str) -> Callable[[], Any]:
-    function = _SAMPLING_OPERATIONS[name] if name in _LARGE_TOP_K else name
-    module = _SAMPLING_MODULES.get(function, function)
-    return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), function)
+    module = _SAMPLING_MODULES.get(name, name)
+    return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), name)
 
 
 _FEW_TOP_K, _MAX_TOP_K = 512, 2048
@@ -193,7 +192,13 @@ _UNSEEN = -90
 """Priority of kernels that have not run on a GPU: other backends' are preferred, and conformance runs these too."""
 _SAMPLING_PRIORITIES = dict.fromkeys(("sample_columns", "penalize_logits", "record_tokens", *_LARGE_TOP_K), _UNSEEN)
 
-_SAMPLING_MODULES = {"sample_columns": "sample", "logprobs": "top_k", "verify_chain": "verify", "verify_tree": "verify"}
+_SAMPLING_MODULES = {
+    "sample_columns": "sample",
+    "logprobs": "top_k",
+    **dict.fromkeys(_LARGE_TOP_K, "top_k"),
+    "verify_chain": "verify",
+    "verify_tree": "verify",
+}
 
 _MAX_TWO_ROWS = 2**18  # of which a cluster holds two
 
