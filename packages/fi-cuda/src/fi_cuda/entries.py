@@ -10,7 +10,7 @@ import torch
 from fi_core.contract import Anything, Between, Condition, KernelEntry, OneOf, Request, Rule, SubsetOf
 from fi_core.ops.sampling_arguments import MAX_VOCAB
 from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, Q_FORMATS, format_of
-from fi_core.sampling import PENALTIES
+from fi_core.sampling import FILTERS, PENALTIES
 
 BACKEND = "cuda"
 MIN_CAPABILITY = (8, 0)
@@ -173,7 +173,7 @@ _FILTERING: Mapping[str, Rule] = {
 
 _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
     "sample": {**_FILTERING, "penalties": SubsetOf(), "slots": OneOf(False)},
-    "sample_columns": {**_FILTERING, "penalties": SubsetOf(*PENALTIES), "slots": OneOf(False, True)},
+    "sample_columns": {**_FILTERING, "filters": SubsetOf(*FILTERS), "penalties": SubsetOf(*PENALTIES), "slots": OneOf(False, True)},
     "filter_logits": {**_FILTERING, "kind": OneOf("logits", "probs")},
     "top_k": {**_VOCABULARY, "k": Between(1, _MAX_TOP_K)},
     "logprobs": {**_VOCABULARY, "top_n": Between(0, _MAX_TOP_K)},

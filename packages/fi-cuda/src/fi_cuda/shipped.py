@@ -149,7 +149,8 @@ def _sampling_specs() -> Iterator[KernelSpec]:
         for filters in (usual, frozenset[str]()):
             form = geometry_for(128256, num_rows, search=searches(filters))
             for penalties in (False, True):
-                yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, penalties)
+                yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, False, penalties)
+        yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, geometry_for(128256, num_rows), every, True, True)
         form = geometry_for(128256, num_rows)
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
         for probs in (False, True):

@@ -46,18 +46,25 @@ class SampleSpec(FilteringSpec):
     )
 
     def config_lines(self) -> list[str]:
-        return [*super().config_lines(), "static constexpr bool kColumns = false, kPenalties = false;"]
+        return [*super().config_lines(), "static constexpr bool kColumns = false, kPenalties = false, kTypicalP = false;"]
 
 
 @dataclass(frozen=True)
 class ColumnSampleSpec(FilteringSpec):
     """Of rows whose parameters lie in columns; ``penalties``: which change the rows on their way in."""
 
+    typical_p: bool
     penalties: bool
 
     stem: ClassVar = "sample"
     overlapping: ClassVar = True
-    layout: ClassVar = ParamsLayout((*SampleSpec.layout.fields, ("slots", "pointer"), *PENALTY_FIELDS))
+    layout: ClassVar = ParamsLayout(
+        (*SampleSpec.layout.fields, ("typical_p", "pointer"), ("slots", "pointer"), *PENALTY_FIELDS)
+    )
+
+    @property
+    def search(self) -> bool:
+        return super().search or self.typical_p
 
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), "static constexpr bool kColumns = true;"]
@@ -74,7 +81,8 @@ def _bound(
 def _bound_to_columns(
     device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], penalties: bool
 ) -> LaunchableKernel:
-    return kernel_for(ColumnSampleSpec.of(dtype, vector, geometry, filters, penalties), device)
+    spec = ColumnSampleSpec.of(dtype, vector, geometry, filters, "typical_p" in filters, penalties)
+    return kernel_for(spec, device)
 
 
 def _values(
@@ -135,6 +143,7 @@ def sample_columns(
         num_outputs * form.cluster_size,
         1,
         *_values(logits, filters, keys, rows, tokens, form),
+        address(filters.typical_p),
         address(slots),
         *penalty_values(penalties),
     )
