@@ -30,7 +30,7 @@ from .kernels.sampling.forms import searches
 from .kernels.sampling.geometry import geometry_for
 from .kernels.sampling.penalize_logits import PenalizeLogitsSpec
 from .kernels.sampling.record_tokens import RecordTokensSpec
-from .kernels.sampling.sample import ColumnSampleSpec, SampleSpec
+from .kernels.sampling.sample import ColumnSampleSpec, SampleSpec, column_form
 from .kernels.sampling.top_k import TopKSpec
 from .kernels.sampling.verify import VerifySpec
 from .spec import KernelSpec
@@ -148,11 +148,14 @@ def _sampling_specs() -> Iterator[KernelSpec]:
         for filters in (frozenset[str](), frozenset({"top_p"})):
             form = geometry_for(128256, num_rows, search=searches(filters))
             yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
-        for filters in (usual, frozenset[str]()):
-            form = geometry_for(128256, num_rows, search=searches(filters))
-            for penalties in (False, True):
-                yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, False, penalties)
-        yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, geometry_for(128256, num_rows), every, True, True)
+        for filters, penalties in (
+            (usual, True),
+            (usual, False),
+            (frozenset[str](), True),
+            (every | {"typical_p"}, True),
+        ):
+            form, typical = column_form(128256, num_rows, filters, penalties), "typical_p" in filters
+            yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, typical, penalties)
         form = geometry_for(128256, num_rows)
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
         for probs in (False, True):

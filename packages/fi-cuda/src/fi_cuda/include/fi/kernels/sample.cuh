@@ -25,6 +25,7 @@ struct SampleStage {
   static constexpr bool kMasks = Config::kPenalties;
 
   const Params& params;
+  ClusterShared<Config>& shared;
   int output;
   int64 slot;
   RowFilters filters;
@@ -32,7 +33,8 @@ struct SampleStage {
   int sample;
   typename Choose<Config::kPenalties, PenaltyRow<Params>, NoPenalties>::Type penalties;
 
-  __device__ __forceinline__ SampleStage(const Params& params, int output) : params(params), output(output), slot(output) {
+  __device__ __forceinline__ SampleStage(const Params& params, ClusterShared<Config>& shared, int output)
+      : params(params), shared(shared), output(output), slot(output) {
     if constexpr (Config::kColumns) {
       if (params.slots != nullptr) slot = static_cast<const int64*>(params.slots)[output];
     } else {
@@ -42,8 +44,15 @@ struct SampleStage {
 
   // Addresses that a slot decides wait for it, behind the loads of the row.
   __device__ __forceinline__ void begun() {
-    if constexpr (Config::kColumns) load(slot > 0 ? slot : 0);
-    if constexpr (Config::kPenalties) penalties.find(params, output, slot);
+    if constexpr (Config::kColumns) {
+      load(slot > 0 ? slot : 0);
+      make_random();
+    }
+    if constexpr (Config::kPenalties) {
+      __shared__ PenaltyScalars scalars;
+      penalties.scalars = &scalars;
+      penalties.find(params, output, slot);
+    }
   }
 
   template <class Place>
@@ -54,7 +63,14 @@ struct SampleStage {
     sample = static_cast<const int*>(params.sample)[place];
   }
 
-  __device__ __forceinline__ unsigned word(int token) const { return penalties.word(token); }
+  __device__ __forceinline__ void make_random() {
+    if (threadIdx.x == 0) shared.random = random_bits(seed, position, sample, Purpose::kDraw);
+  }
+
+  __device__ __forceinline__ unsigned word(int token) const {
+    if constexpr (Config::kPenalties) return penalties.word(params, output, token);
+    return 0xffffffffu;
+  }
 };
 
 template <class Config, class Params>
@@ -131,22 +147,23 @@ struct SampleKernel {
 
   __device__ __forceinline__ void run() {
     // What is loaded here is first used when the logits have come.
-    SampleStage<Config, Params> stage(params, output);
+    SampleStage<Config, Params> stage(params, row.shared, output);
     const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + source() * params.logits_stride;
     Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice, stage);
     ptx::allow_next_kernel();
     RowFilters filters = stage.filters;
     normalise(filters, params.vocab_size);
+    if (Config::kColumns && stage.slot < 0) filters.valid = false;
     const bool typical = Config::kTypicalP && filters.typical_p < 1.0f;
     const bool listed = Config::kTopK && ShortList<Config>::serves(filters) && !typical;
     float temperature = filters.temperature;
     if constexpr (Config::kPenalties) {
-      extremes = penalise(stage.penalties, temperature);
+      extremes = penalise(stage.penalties, extremes, temperature);
       temperature = 1.0f;
     }
     row.share(extremes, params.vocab_size, temperature, listed);
-    if (threadIdx.x == 0) row.shared.random = random_bits(stage.seed, stage.position, stage.sample, Purpose::kDraw);
-    if (!row.usable() || !filters.valid || (Config::kColumns && stage.slot < 0)) {
+    if (!Config::kColumns) stage.make_random();
+    if (!row.usable() || !filters.valid) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
@@ -174,14 +191,13 @@ struct SampleKernel {
 
   // Penalties and temperature; returns the thread's new extremes.
   template <class Penalties>
-  __device__ __forceinline__ Extremes penalise(const Penalties& penalties, float temperature) {
+  __device__ __forceinline__ Extremes penalise(const Penalties& penalties, Extremes loaded, float temperature) {
     float* slice = row.shared.slice;
     const int left = params.vocab_size - row.first_token;
     const int num_tokens = max(0, min(left, RowShape<Config>::kBlockTokens));
     const PenaltyPatch<kThreads, Params> patch{params, penalties, slice, row.first_token, num_tokens};
-    const bool fits = patch.apply();
-    const Extremes extremes = settle_slice<Config>(slice, num_tokens, temperature);
-    return fits ? extremes : Extremes{no_logit(), 0.0f};
+    if (!patch.apply()) loaded.largest = no_logit();
+    return settle_slice<Config>(slice, loaded, temperature);
   }
 
   // False, in all blocks, if the list cannot decide the row.
