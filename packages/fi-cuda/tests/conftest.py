@@ -12,6 +12,8 @@ from fi_cuda.source import CompileTarget, KernelSource
 # pytest's importlib mode leaves sys.path alone; the tests share helpers that lie beside them.
 sys.path.append(str(Path(__file__).parent))
 
+from repeated_launches import Repeated
+
 
 class Launches:
     """Stands in for every kernel: ``specs`` asked for, and the ``last`` launch of each stem: grid, values by name, spec."""
@@ -31,27 +33,10 @@ class Launches:
                 names += spec.tensor_maps
                 recorder.last[spec.stem] = ((grid_x, grid_y), dict(zip(names, values, strict=True)), spec)
 
-            def repeated(self, device, grid_x, maps):
-                return Repeated(self, device, grid_x, maps)
+            def repeated(self, device, grid_x):
+                return Repeated(self, device, grid_x)
 
         return Kernel()
-
-
-class Repeated:
-    """A repeated launch of a recorded kernel; ``num_packed`` counts how often its values were given."""
-
-    num_packed = 0
-
-    def __init__(self, kernel, device, grid_x, maps):
-        self.given = kernel, device, grid_x, maps
-
-    def pack(self, *values):
-        self.values = values
-        self.num_packed += 1
-
-    def launch(self):
-        kernel, device, grid_x, maps = self.given
-        kernel.launch(device, grid_x, 1, *self.values, *maps)
 
 
 @pytest.fixture
