@@ -18,12 +18,13 @@ from fi_core.ops.cases.prefixes import Forest, forests
 from fi_core.prefixes import SharedPrefixes
 from fi_core.records import AttentionSpec, Batch, Capacity
 from fi_cuda.compile import INCLUDE_FOLDER
-from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens, built_in_prefill_tuning
+from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens
 from fi_cuda.kernels.attention.prefix import (
-    PrefixCosts,
     PrefixLayout,
     PrefixPlanner,
     PrefixPlanSpec,
+    PrefixTuning,
+    built_in_prefix_tuning,
     prefix_plan_spec,
 )
 from fi_scheduler import build_native
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.timeout(120)
 
 SPEC = AttentionSpec(8, 2, 64)
 WORKERS = 12
+TUNING = built_in_prefix_tuning(SPEC)
 REQUEST, NODE = 0, 1
 
 
@@ -69,11 +71,10 @@ class HostPlans:
             found = self.functions[spec] = ctypes.CDLL(str(library)).plan
         return found
 
-    def plan(self, spec: AttentionSpec, capacity: Capacity, batch: Batch, costs: PrefixCosts | None = None) -> Planned:
-        tuning = built_in_prefill_tuning(spec)
+    def plan(self, spec: AttentionSpec, capacity: Capacity, batch: Batch, tuning: PrefixTuning) -> Planned:
         made = PrefixLayout.of(spec, capacity, tuning, WORKERS)
         buffer = torch.full((made.num_bytes,), 0xA5, dtype=torch.uint8)
-        plan_spec = prefix_plan_spec(spec, tuning, WORKERS, costs)
+        plan_spec = prefix_plan_spec(spec, tuning, WORKERS)
         planner = PrefixPlanner(plan_spec, capacity, made, buffer)
         function = self.function(plan_spec)
 
@@ -114,21 +115,22 @@ def batch_of(q_lens, kv_lens, forest: Forest) -> Batch:
     return Batch(q_indptr, torch.tensor(kv_lens, dtype=torch.int32), table, levels=forest.levels(torch.device("cpu")))
 
 
-def check(plans: HostPlans, spec: AttentionSpec, q_lens, kv_lens, forest: Forest, costs=None, **more) -> Planned:
+def check(plans: HostPlans, spec: AttentionSpec, q_lens, kv_lens, forest: Forest, changes=None, **more) -> Planned:
     """Every key that a token sees is in one of its items, and what items leave is merged or the output, once."""
     batch = batch_of(q_lens, kv_lens, forest)
-    planned = plans.plan(spec, capacity_of(q_lens, kv_lens, forest, **more), batch, costs)
+    tuning = replace(built_in_prefix_tuning(spec), **(changes or {}))
+    planned = plans.plan(spec, capacity_of(q_lens, kv_lens, forest, **more), batch, tuning)
     starts, tokens = batch.q_indptr.tolist(), sum(q_lens)
     request_of = np.repeat(np.arange(len(q_lens)), q_lens)
     position = [kv_lens[r] - q_lens[r] + token - starts[r] for token, r in enumerate(request_of)]
     seen = [np.zeros(kv_lens[r], dtype=int) for r in request_of]
     left, direct = Counter(), Counter()
-    tuning = built_in_prefill_tuning(spec)
-    tile = tuning.consumers * (WARPGROUP_ROWS // spec.group_size)
-    align = box_tokens(spec.page_size, tuning.tokens) or 1
+    tile = tuning.tiles.consumers * (WARPGROUP_ROWS // spec.group_size)
+    align = box_tokens(spec.page_size, tuning.tiles.tokens) or 1
     parts = Counter()
     for row in planned.rows:
-        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_ = row
+        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_, slices = row
+        assert slices == 1 or (kind == REQUEST and q_len <= tile // 3 and slices == 3 and slot >= 0)
         assert 0 <= kv_begin <= kv_end <= kv_len and (kv_begin % align == 0 or kv_begin == kv_end)
         assert q_tile * tile < q_len
         for place in range(q_tile * tile, min((q_tile + 1) * tile, q_len)):
@@ -144,10 +146,11 @@ def check(plans: HostPlans, spec: AttentionSpec, q_lens, kv_lens, forest: Forest
                 direct[token] += 1
                 continue
             for head in range(spec.num_kv_heads):
-                for group in range(spec.group_size):
-                    part = slot + (head * q_len + place) * spec.group_size + group
+                for group in range(spec.group_size * slices):
+                    piece_head = group // spec.group_size * spec.num_kv_heads + head
+                    part = slot + (piece_head * q_len + place) * spec.group_size + group % spec.group_size
                     parts[part] += 1
-                    left[token, head, group, part] += 1
+                    left[token, head, group % spec.group_size, part] += 1
     for token in range(tokens):
         visible = position[token] + 1 if spec.causal else kv_lens[request_of[token]]
         wanted = (np.arange(len(seen[token])) < visible).astype(int)
@@ -210,8 +213,11 @@ def test_lists_of_random_batches(seed, plans):
     kv_lens = [0 if not q_len and chance.random() < 0.5 and not first else kv_len
                for q_len, kv_len, first in zip(q_lens, kv_lens, shared, strict=True)]  # fmt: skip
     spec = chance.choice([SPEC, replace(SPEC, causal=False), replace(SPEC, page_size=5), AttentionSpec(7, 1, 128)])
-    costs = chance.choice([None, PrefixCosts(1, 1, 20, 0), PrefixCosts(200, 400, 20, 6)])
-    check(plans, spec, q_lens, kv_lens, forest, costs)
+    cheap = {"item_cost": 1, "node_item_cost": 1, "group_cost": 0}
+    changes = chance.choice([{}, cheap, {"item_cost": 200, "node_item_cost": 400}])
+    if chance.random() < 0.5 and not built_in_prefix_tuning(spec).tiles.overlap:
+        changes = {**changes, "slices": 3}
+    check(plans, spec, q_lens, kv_lens, forest, changes)
 
 
 def random_forest(chance: random.Random, count: int) -> Forest:
@@ -242,6 +248,8 @@ def random_forest(chance: random.Random, count: int) -> Forest:
 def test_a_batch_that_shares_nothing_is_neither_cut_nor_merged(plans):
     many = check(plans, SPEC, [1] * 40, [100] * 40, Forest(()))
     assert len(many.rows) == 40 and not many.segments and all(row[6] == -1 for row in many.rows)
+    shared = check(plans, SPEC, [1] * 40, [100] * 39 + [1], Forest(()), {"slices": 3})
+    assert len(shared.rows) == 40 and all(segments[0][2] == 3 for segments in shared.segments)
 
 
 def test_long_requests_read_their_keys_alone(plans):
@@ -271,7 +279,9 @@ HOSTILE = {
 def test_batches_beyond_the_limits_have_no_work(name, plans):
     q_lens, kv_lens, limits = HOSTILE[name]
     forest = Forest(((0, 2, 0, 4),))
-    planned = plans.plan(SPEC, capacity_of(q_lens, kv_lens, forest, **limits), batch_of(q_lens, kv_lens, forest))
+    planned = plans.plan(
+        SPEC, capacity_of(q_lens, kv_lens, forest, **limits), batch_of(q_lens, kv_lens, forest), TUNING
+    )
     assert not planned.rows and not planned.segments
 
 
@@ -288,7 +298,7 @@ BAD_NODES = {
 def test_nodes_that_are_none_leave_their_members_alone(name, plans):
     given = Forest(BAD_NODES[name])
     batch = batch_of([1] * 4, [100] * 4, given)
-    planned = plans.plan(SPEC, replace(capacity_of([1] * 4, [100] * 4, Forest(())), max_prefixes=4), batch)
+    planned = plans.plan(SPEC, replace(capacity_of([1] * 4, [100] * 4, Forest(())), max_prefixes=4), batch, TUNING)
     used = [row for row in planned.rows if row[3] == NODE]
     assert len(used) == (name == "a gap") and len(planned.rows) >= 4
 
@@ -297,4 +307,6 @@ def test_an_order_that_is_none_writes_nothing_outside(plans):
     batch = batch_of([1] * 4, [100] * 4, Forest(((0, 4, 0, 40),)))
     for order in ([0, 0, 0, 0], [9, 1, 2, 3], [-1, 1, 2, 3]):
         levels = SharedPrefixes(batch.levels.nodes, torch.tensor(order, dtype=torch.int32))
-        plans.plan(SPEC, capacity_of([1] * 4, [100] * 4, Forest(((0, 4, 0, 40),))), replace(batch, levels=levels))
+        plans.plan(
+            SPEC, capacity_of([1] * 4, [100] * 4, Forest(((0, 4, 0, 40),))), replace(batch, levels=levels), TUNING
+        )

@@ -46,6 +46,11 @@ class SampleOutput:
     logprobs: tuple[TokenLogprobs, ...]
     error: FiError | None
 
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The sum of the tokens' log-probabilities, by which the best of some samples is found; None if none were asked for."""
+        return sum(each.chosen for each in self.logprobs) if self.logprobs else None
+
 
 @dataclass(frozen=True)
 class RequestOutput:
@@ -124,6 +129,15 @@ class RequestHandle:
             token_ids=list(self.token_ids),
             logprobs=list(self.logprobs),
         )
+
+    def replace_last(self, token: int) -> None:
+        """Put ``token`` in the place of the last one and form the text anew."""
+        tokens = [*self.token_ids[:-1], token]
+        self.checker = self.checker.anew()
+        self.stream = None if self.stream is None else self.stream.anew()
+        self.token_ids, self.text, self.logprobs = [], "", self.logprobs[: len(tokens) - 1]
+        for each in tokens:
+            self.take(each)
 
     def take(self, token: int) -> str:
         """Add a drawn token; returns the text that may be shown now and sets ``finish_reason`` if it was the last."""
