@@ -74,18 +74,21 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
     write_slice(row, params, [](int, float) { return Config::kProbs ? 0.0f : minus_infinity(); });
     return;
   }
-  RankPrefix prefix;
-  Answer total;
   if (filters.greedy) {
-    prefix = {row.largest, first_of_largest(row)};
-    total = {0, 1ull << 32};
-  } else if constexpr (Config::kTopK || Config::kTopP) {
+    const int first = first_of_largest(row);
+    write_slice(row, params, [&](int token, float logit) {
+      if constexpr (Config::kProbs) return token == first ? 1.0f : 0.0f;
+      return token == first ? logit : minus_infinity();
+    });
+    return;
+  }
+  RankPrefix prefix = every_token();
+  Answer total;
+  if constexpr (Config::kTopK || Config::kTopP) {
     constexpr Wish kWish = Config::kProbs ? Wish::kTotal : Wish::kNothing;
     bool known = false;
     if constexpr (Config::kTopP && Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total);
     if (!known) prefix = kept_prefix(row, filters, kWish, total);
-  } else {
-    prefix = every_token();
   }
   const auto kept_weight = [&](int token, float logit) {
     const float weight = row.weight(logit);
