@@ -44,6 +44,9 @@ class FilterLogitsSpec(FilteringSpec):
         )
     )
 
+    def config_lines(self) -> list[str]:
+        return [*super().config_lines(), "static constexpr bool kTypicalP = false;"]
+
 
 @lru_cache(maxsize=1024)
 def _bound(

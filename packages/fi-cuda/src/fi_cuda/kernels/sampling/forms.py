@@ -87,7 +87,7 @@ class FilteringSpec(ClusterRowSpec):
 
 def searches(filters: frozenset[str]) -> bool:
     """Whether a kernel with these filters looks for the last token that they keep; min_p alone is a limit."""
-    return bool(filters & {"top_k", "top_p"})
+    return bool(filters & {"top_k", "top_p", "typical_p"})
 
 
 def address(tensor: Tensor | None) -> int:

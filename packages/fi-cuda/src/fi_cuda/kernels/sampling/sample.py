@@ -46,18 +46,28 @@ class SampleSpec(FilteringSpec):
     )
 
     def config_lines(self) -> list[str]:
-        return [*super().config_lines(), "static constexpr bool kColumns = false, kPenalties = false;"]
+        return [
+            *super().config_lines(),
+            "static constexpr bool kColumns = false, kPenalties = false, kTypicalP = false;",
+        ]
 
 
 @dataclass(frozen=True)
 class ColumnSampleSpec(FilteringSpec):
     """Of rows whose parameters lie in columns; ``penalties``: which change the rows on their way in."""
 
+    typical_p: bool
     penalties: bool
 
     stem: ClassVar = "sample"
     overlapping: ClassVar = True
-    layout: ClassVar = ParamsLayout((*SampleSpec.layout.fields, ("slots", "pointer"), *PENALTY_FIELDS))
+    layout: ClassVar = ParamsLayout(
+        (*SampleSpec.layout.fields, ("typical_p", "pointer"), ("slots", "pointer"), *PENALTY_FIELDS)
+    )
+
+    @property
+    def search(self) -> bool:
+        return super().search or self.typical_p
 
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), "static constexpr bool kColumns = true;"]
@@ -74,7 +84,8 @@ def _bound(
 def _bound_to_columns(
     device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], penalties: bool
 ) -> LaunchableKernel:
-    return kernel_for(ColumnSampleSpec.of(dtype, vector, geometry, filters, penalties), device)
+    spec = ColumnSampleSpec.of(dtype, vector, geometry, filters, "typical_p" in filters, penalties)
+    return kernel_for(spec, device)
 
 
 def _values(
@@ -116,6 +127,13 @@ def sample(
     kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens, form))
 
 
+def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
+    """The form of a row's cluster, with as many registers as typical_p and penalties need."""
+    form = geometry_for(vocab_size, num_outputs, search=searches(filters))
+    most = 1 if "typical_p" in filters else 2 if penalties else form.resident_blocks
+    return form._replace(resident_blocks=min(form.resident_blocks, most))
+
+
 def sample_columns(
     logits: Tensor,
     filters: FilterParams,
@@ -127,7 +145,7 @@ def sample_columns(
 ) -> None:
     """The ``Sample`` protocol of fi-core with all of its parts, a cluster an output."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
+    form = column_form(vocab_size, num_outputs, filters.active, bool(penalties.active))
     vector = vector_bytes(logits, multiple_of=vocab_size)
     kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, bool(penalties.active))
     kernel.launch(
@@ -135,6 +153,7 @@ def sample_columns(
         num_outputs * form.cluster_size,
         1,
         *_values(logits, filters, keys, rows, tokens, form),
+        address(filters.typical_p),
         address(slots),
         *penalty_values(penalties),
     )

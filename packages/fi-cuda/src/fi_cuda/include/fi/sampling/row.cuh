@@ -74,7 +74,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   constexpr int kPerRound = 32 * kCount;
   constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;
   // Beside other blocks less in flight is enough, and leaves registers.
-  constexpr int kMost = Config::kResidentBlocks > 2 && Stage::kMasks ? 2 : Config::kResidentBlocks > 1 ? 4 : 8;
+  constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kMasks && sizeof(T) < 4 ? 2 : 4;
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   Extremes found = {minus_infinity(), -minus_infinity()};
