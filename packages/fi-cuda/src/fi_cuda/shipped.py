@@ -211,6 +211,7 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
         yield from _prefill_specs(spec, CallForm())
     yield from _prefill_specs(replace(eight, page_size=1), CallForm(), boxes=False)
     yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), CallForm(k_scales=True, v_scales=True))
+    yield from _prefill_specs(replace(eight, rope=FusedRope(128)), CallForm())
     all_fp8 = replace(eight, kv_format="fp8_e4m3", q_format="fp8_e4m3")
     scaled = CallForm(q_scales=True, k_scales=True, v_scales=True)
     for spec in (all_fp8, replace(all_fp8, page_size=None, table="ragged", causal=False)):
