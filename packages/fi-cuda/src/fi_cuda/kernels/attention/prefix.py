@@ -34,6 +34,8 @@ MAX_DEPTH = 31
 
 _NODE_WIDTH, _REQUEST_WIDTH, _SEGMENT_WIDTH, _HEADER_WIDTH = 12, 8, 4, 4
 _PLAN_THREADS = 512
+_TABLE_SIZES = ((64, 256), (256, 256), (1024, 1024))
+"""(nodes, requests) that tables in shared memory hold; for more they lie in global memory."""
 _INT32_MAX = 2**31 - 1
 _PIECES_OF_WORKER = 3
 """Further pieces of nodes and of requests' own keys, for each worker: more are not made."""
@@ -138,11 +140,19 @@ def prefix_spec(spec: AttentionSpec, tuning: PrefixTuning, form: CallForm) -> Pr
     return kind(**prefill_fields(spec, tuning.tiles, form), levels=True, slices=tuning.slices)
 
 
+def table_bytes(num_nodes: int, num_requests: int) -> int:
+    """Bytes of the tables of ``fi/attention/prefix_plan.cuh``."""
+    return 4 * (_NODE_WIDTH * num_nodes + _REQUEST_WIDTH * num_requests + 2 * (num_requests + 1))
+
+
 @dataclass(frozen=True)
 class PrefixPlanSpec(KernelSpec):
-    """The planning kernel: tokens of a q tile and of a warpgroup, warpgroups, keys a step, what a piece's first key is a
-    multiple of, all KV heads, workers, slices and costs as in PrefixTuning."""
+    """The planning kernel: nodes and requests that its tables in shared memory hold (0: they lie in global memory), tokens of
+    a q tile and of a warpgroup, warpgroups, keys a step, what a piece's first key is a multiple of, all KV heads, workers,
+    slices and costs as in PrefixTuning."""
 
+    shared_nodes: int
+    shared_requests: int
     tile_tokens: int
     group_tokens: int
     consumers: int
@@ -171,10 +181,7 @@ class PrefixPlanSpec(KernelSpec):
             ("header", "output"),
             ("tokens", "output"),
             ("segments", "output"),
-            ("place_tokens", "output"),
-            ("place_members", "output"),
-            ("node_work", "output"),
-            ("request_work", "output"),
+            ("scratch", "output"),
             ("max_rows", "int32"),
             ("max_parts", "int32"),
             ("max_node_rows", "int32"),
@@ -193,14 +200,22 @@ class PrefixPlanSpec(KernelSpec):
         return _PLAN_THREADS
 
     @property
+    def shared_bytes(self) -> int:
+        return table_bytes(self.shared_nodes, self.shared_requests) if self.shared_requests else 0
+
+    @property
     def blocks_per_multiprocessor(self) -> int:
         return 1
 
 
-def prefix_plan_spec(spec: AttentionSpec, tuning: PrefixTuning, workers: int) -> PrefixPlanSpec:
-    """The kernel that plans batches of ``spec`` for ``workers`` blocks."""
+def prefix_plan_spec(spec: AttentionSpec, capacity: Capacity, tuning: PrefixTuning, workers: int) -> PrefixPlanSpec:
+    """The kernel that plans batches of ``spec`` within ``capacity`` for ``workers`` blocks."""
     tiles, group_tokens = tuning.tiles, WARPGROUP_ROWS // spec.group_size
+    sizes = (capacity.max_prefixes, capacity.max_batch)
+    held = next((size for size in _TABLE_SIZES if all(map(int.__le__, sizes, size))), (0, 0))
     return PrefixPlanSpec(
+        shared_nodes=held[0],
+        shared_requests=held[1],
         tile_tokens=tiles.consumers * group_tokens,
         group_tokens=group_tokens,
         consumers=tiles.consumers,
@@ -237,10 +252,7 @@ class PrefixLayout:
     barrier: Region
     tokens: Region
     segments: Region
-    place_tokens: Region
-    place_members: Region
-    node_work: Region
-    request_work: Region
+    scratch: Region
     partials: Region
     partial_rows: Region
     num_bytes: int
@@ -278,10 +290,7 @@ class PrefixLayout:
             barrier=build.add((1,), ints),
             tokens=build.add((capacity.max_q_tokens,), ints),
             segments=build.add((capacity.max_q_tokens, depth + 1, _SEGMENT_WIDTH), ints),
-            place_tokens=build.add((capacity.max_batch + 1,), ints),
-            place_members=build.add((capacity.max_batch + 1,), ints),
-            node_work=build.add((capacity.max_prefixes, _NODE_WIDTH), ints),
-            request_work=build.add((capacity.max_batch, _REQUEST_WIDTH), ints),
+            scratch=build.add((table_bytes(capacity.max_prefixes, capacity.max_batch),), torch.uint8),
             partials=build.add((max_parts, spec.head_dim_vo or 0), torch.float32),
             partial_rows=build.add((max_parts,), torch.float32),
             num_bytes=build.end,
@@ -308,8 +317,7 @@ class PrefixPlanner:
     @cached_property
     def _outputs(self) -> tuple[int, ...]:
         layout = self.layout
-        work = (layout.place_tokens, layout.place_members, layout.node_work, layout.request_work)
-        regions = (layout.rows, layout.header, layout.tokens, layout.segments, *work)
+        regions = (layout.rows, layout.header, layout.tokens, layout.segments, layout.scratch)
         return tuple(region.of(self.buffer).data_ptr() for region in regions)
 
     @cached_property

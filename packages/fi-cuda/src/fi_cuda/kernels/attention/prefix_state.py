@@ -60,7 +60,9 @@ class PrefixState:
         self._buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         for region in (layout.header, layout.barrier):
             region.of(self._buffer).zero_()
-        self._planner = PrefixPlanner(prefix_plan_spec(spec, tuning, self._num_workers), capacity, layout, self._buffer)
+        self._planner = PrefixPlanner(
+            prefix_plan_spec(spec, capacity, tuning, self._num_workers), capacity, layout, self._buffer
+        )
         self._planner.load()  # compiling and loading would not be legal in a capture
         self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
         self._levels: SharedPrefixes | None = None

@@ -9,8 +9,8 @@
 // Config: kNumThreads, kTileTokens, kGroupTokens, kConsumers, kGroupSize, kTokens (keys a step), kAlign (a piece's first key is a
 // multiple), kCausal, kHeads (KV heads), kWorkers, kItemCost, kNodeItemCost, kStepCost, kGroupCost (of a further warpgroup's rows),
 // kSlices (warpgroups that share a step's keys where one has all rows of a request's tile) and kSliceCost (of such a step).
-// Params: q_indptr, kv_lens, nodes int [num_nodes, 4], order int [num_requests] or null; place_tokens and place_members int
-// [num_requests + 1], node_work, request_work (scratch); rows int [., 16], header, tokens int [max_q_tokens], segments
+// kSharedNodes and kSharedRequests (that tables in shared memory hold; 0: they lie in `scratch`).
+// Params: q_indptr, kv_lens, nodes int [num_nodes, 4], order int [num_requests] or null; scratch (see PrefixTables); rows int [., 16], header, tokens int [max_q_tokens], segments
 // [., max_segments]; limits; num_requests, num_nodes.
 #pragma once
 
@@ -28,12 +28,12 @@ class PrefixPlanner {
   static constexpr int kLeastOwnSteps = 2;
 
  public:
-  __device__ __forceinline__ PrefixPlanner(const Params& params, PrefixSums& sums)
+  __device__ __forceinline__ PrefixPlanner(const Params& params, PrefixSums& sums, const PrefixTables& tables)
       : params_(params), sums_(sums), thread_(static_cast<int>(threadIdx.x)),
         q_indptr_(static_cast<const int*>(params.q_indptr)), kv_lens_(static_cast<const int*>(params.kv_lens)),
         order_(static_cast<const int*>(params.order)), given_(static_cast<const PrefixNode*>(params.nodes)),
-        tokens_before_(static_cast<int*>(params.place_tokens)), members_before_(static_cast<int*>(params.place_members)),
-        nodes_(static_cast<NodeWork*>(params.node_work)), requests_(static_cast<RequestWork*>(params.request_work)) {}
+        tokens_before_(tables.place_tokens), members_before_(tables.place_members), nodes_(tables.nodes),
+        requests_(tables.requests) {}
 
   __device__ __forceinline__ void run() {
     PrefixHeader* header = static_cast<PrefixHeader*>(params_.header);
@@ -337,10 +337,15 @@ class PrefixPlanner {
 
 template <class Config, class Params>
 __device__ __forceinline__ void attention_prefix_plan(const Params& params) {
+  extern __shared__ __align__(16) unsigned char shared_tables[];
   __shared__ PrefixSums sums;
+  constexpr bool kShared = Config::kSharedRequests > 0;
+  const PrefixTables tables =
+      kShared ? PrefixTables(shared_tables, Config::kSharedNodes, Config::kSharedRequests)
+              : PrefixTables(params.scratch, params.num_nodes, params.num_requests);
   ptx::allow_next_kernel();  // which waits for the end of this one
   ptx::wait_for_previous_kernel();
-  PrefixPlanner<Config, Params>(params, sums).run();
+  PrefixPlanner<Config, Params>(params, sums, tables).run();
 }
 
 }  // namespace fi
