@@ -47,7 +47,6 @@ class PrefillSpec(KernelSpec):
     ping_pong: bool
     overlap: bool
     parts: int
-    polynomial_every: int
     causal: bool
     windowed: bool
     soft_cap: bool
@@ -160,6 +159,5 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
         parts=tuning.parts,
-        polynomial_every=tuning.polynomial_every if "soft_cap" in spec.features else 0,
         signed_scale=form.signed_scale,
     )

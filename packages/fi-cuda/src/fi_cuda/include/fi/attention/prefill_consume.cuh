@@ -42,7 +42,7 @@ class PrefillConsumer {
     }
   }
 
- private:
+ protected:
   __device__ __forceinline__ void attend(const AttentionItem& item) {
     const Rows rows(params_, item, warpgroup_);
     const Steps steps(item, params_.window);
