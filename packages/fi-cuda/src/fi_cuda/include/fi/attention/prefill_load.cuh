@@ -15,7 +15,7 @@ template <class Config, class Params, class Copies>
 class PrefillLoader {
   using Tile = PrefillTile<Config>;
   using Shared = PrefillShared<Config>;
-  static constexpr int kColumns = sizeof(AttentionItem) / sizeof(int);
+  static constexpr int kColumns = Shared::kRecordLanes;
   static constexpr int kHeadColumn = 1;  // of an item's row
 
  public:
@@ -106,7 +106,7 @@ class PrefillLoader {
   __device__ __forceinline__ void load_queries(const AttentionItem& item, int value) {
     shared_.query_ring.acquire(query_);
     if (lane_ < kColumns) reinterpret_cast<int*>(&shared_.items[item_.stage])[lane_] = value;
-    __syncwarp();
+    if (0 < lane_ && lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
     if (lane_ == 0) {
       constexpr int kBytes = Config::kConsumers * Tile::kKeyColumns * Tile::kGroupRows * kBoxRowBytes;
       unsigned long long* full = shared_.query_ring.expect(query_, kBytes);
@@ -126,10 +126,8 @@ class PrefillLoader {
 
   __device__ __forceinline__ void end_list() {
     shared_.query_ring.acquire(query_);
-    if (lane_ == 0) {
-      shared_.items[item_.stage].request = kNoRequest;
-      ptx::arrive(&shared_.query_ring.full[query_.stage]);
-    }
+    if (lane_ == 0) shared_.items[item_.stage].request = kNoRequest;
+    if (lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
   }
 
   const Params& params_;

@@ -38,6 +38,8 @@ struct PrefillShared {
   // More than queries, as an item is still read when its queries are released; twice as many, so that an item's place says in
   // which phase its queries' stage is.
   static constexpr int kItems = 2 * Config::kQueryStages;
+  // A lane writes a column of an item, and arrives with the item's queries.
+  static constexpr int kRecordLanes = sizeof(AttentionItem) / sizeof(int);
   static constexpr int kReleases = Config::kConsumers * (kWarpgroupThreads / kWarpThreads);
 
   unsigned char queries[Config::kQueryStages][Config::kConsumers][Tile::kQueryBytes];
@@ -52,7 +54,7 @@ struct PrefillShared {
 
   // `num_arrivals` fill a stage of keys or values.
   __device__ __forceinline__ void init(int num_arrivals) {
-    query_ring.init(1, kReleases);
+    query_ring.init(kRecordLanes, kReleases);
     key_ring.init(num_arrivals, kReleases);
     value_ring.init(num_arrivals, kReleases);
   }
