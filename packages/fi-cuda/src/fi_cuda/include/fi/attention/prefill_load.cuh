@@ -3,6 +3,7 @@
 
 #include "fi/attention/order.cuh"
 #include "fi/attention/prefill_boxes.cuh"
+#include "fi/attention/prefill_gather.cuh"
 #include "fi/attention/prefill_rows.cuh"
 #include "fi/ptx/named_barrier.cuh"
 #include "fi/ptx/tma.cuh"
@@ -91,16 +92,34 @@ class PrefillLoader {
     if (is_first_) load_queries(item, value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
+    if constexpr (Copies::kTogether) load_together(steps.num_steps);
+    else load_in_turns(steps.num_steps);
+  }
+
+  // A step's keys, then its values: the order in which whole steps need stages and set them free ...
+  __device__ __forceinline__ void load_together(int num_steps) {
+    auto place = copies_.place_of(0);
+#pragma unroll 1
+    for (int step = 0; step < num_steps; ++step) {
+      const auto next = copies_.place_of(min(step + 1, num_steps - 1));
+      copies_.load_keys(shared_, step, place);
+      copies_.load_values(shared_, step, place);
+      place = next;
+    }
+  }
+
+  // ... or keys, then the values of the step before, which overlapped steps need after them.
+  __device__ __forceinline__ void load_in_turns(int num_steps) {
     auto place = copies_.place_of(0), before = place;
 #pragma unroll 1
-    for (int step = 0; step < steps.num_steps; ++step) {
-      const auto next = copies_.place_of(min(step + 1, steps.num_steps - 1));
+    for (int step = 0; step < num_steps; ++step) {
+      const auto next = copies_.place_of(min(step + 1, num_steps - 1));
       copies_.load_keys(shared_, step, place);
       if (step > 0) copies_.load_values(shared_, step - 1, before);
       before = place;
       place = next;
     }
-    if (steps.num_steps > 0) copies_.load_values(shared_, steps.num_steps - 1, before);
+    if (num_steps > 0) copies_.load_values(shared_, num_steps - 1, before);
   }
 
   __device__ __forceinline__ void load_queries(const AttentionItem& item, int value) {

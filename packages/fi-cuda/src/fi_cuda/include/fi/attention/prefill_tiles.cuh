@@ -8,6 +8,14 @@
 
 namespace fi {
 
+// The thread's number within its warpgroup, computed where it is called: what the compiler keeps of it from step to step takes
+// registers from scores, and producers have none to spare.
+__device__ __forceinline__ int thread_anew() {
+  unsigned thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return static_cast<int>(thread % kWarpgroupThreads);
+}
+
 // Rows in boxes of 128 bytes, as TMA's widest swizzle lays them out; the last box of a row may be partly empty.
 constexpr int kBoxRowBytes = 128;
 
