@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(120)
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(8, 2, 64)
 CAPACITY = Capacity(max_batch=5, max_q_tokens=300, max_q_len=200, max_kv_len=500)
-TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, 1, 2)
+TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, 0, True, 1, 1, 2)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size):
     ("given", "message"),
     [
         ({"rows": 8}, "rows"),
-        ({"consumers": 4}, "consumers"),
+        ({"consumers": 5}, "consumers"),
         ({"tokens": 100}, "tokens"),
         ({"tokens": 96, "edge_tokens": 64}, "edge_tokens"),
         ({"value_stages": 0}, "value_stages"),

@@ -214,5 +214,5 @@ def _prefill_specs(
     tuning = built_in_prefill_tuning(spec)
     params = prefill_params(spec, _PREFILL, tuning, window, _HOPPER_PROCESSORS)
     yield plan_spec(params, _PREFILL)
-    yield order_spec(params, _PREFILL, tuning.consumers)
+    yield order_spec(params, _PREFILL, tuning)
     yield prefill_spec(spec, tuning, form._replace(boxes=boxes))

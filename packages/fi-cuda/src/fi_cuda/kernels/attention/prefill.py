@@ -14,8 +14,8 @@ from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm, call_fields
 from .prefill_tuning import PrefillTuning, box_tokens, prefill_shared_bytes
 
 _WARPGROUP_THREADS = 128
-_REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
-_REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
+_REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160), 4: (32, 112)}
+_REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160), 4: (32, 112)}
 """Of a producer's and of a consumer's thread, by warpgroups of consumers: producers that copy rows themselves need more."""
 
 
@@ -23,7 +23,7 @@ _REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
 class PrefillSpec(KernelSpec):
     """What is compiled into a prefill kernel: element type, head shape, addressing as for decode, tile (``consumers``
     warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
-    of a copy), rings, and the features of the call."""
+    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), and the features of the call."""
 
     dtype: torch.dtype
     stored: torch.dtype
@@ -43,6 +43,9 @@ class PrefillSpec(KernelSpec):
     ping_pong: bool
     overlap: bool
     parts: int
+    polynomials: int
+    keys_ahead: bool
+    in_pieces: bool
     causal: bool
     windowed: bool
     soft_cap: bool
@@ -93,7 +96,7 @@ class PrefillSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         rings = (self.key_stages, self.value_stages, self.query_stages)
-        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1)
+        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 0, True, 1, 1, 1)
         return prefill_shared_bytes(tuning, self.head_dim, self.head_dim_vo, self.dtype.itemsize)
 
     def config_lines(self) -> list[str]:
@@ -129,5 +132,8 @@ def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> 
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
         parts=tuning.parts,
+        polynomials=tuning.polynomials,
+        keys_ahead=tuning.keys_ahead,
+        in_pieces=tuning.pieces > 1,
         signed_scale=form.signed_scale,
     )

@@ -23,6 +23,7 @@ MAX_GROUP = 64
 """Query heads of a KV head: a token's lie in one warpgroup's rows."""
 
 BOX_ROW_BYTES = 128
+MAX_PIECES = 16
 _PATTERN_TOKENS = 8
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
@@ -36,7 +37,9 @@ class PrefillTuning:
     """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
     item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
     starting products; ``overlap``: a step's scores are started before the values of the step before, else ``parts`` of a step's
-    weights are each computed beside the values of the part before; costs as in TileKind, in any common unit."""
+    weights are each computed beside the values of the part before; ``polynomials``: of every 8 exponentials, those not left to
+    the special unit; ``keys_ahead``: a step's keys are copied before the values of the step before, else after them;
+    ``pieces``: of a tile that is left after whole rounds of tiles, at most; costs as in TileKind, in any common unit."""
 
     consumers: int
     tokens: int
@@ -47,16 +50,22 @@ class PrefillTuning:
     ping_pong: bool
     overlap: bool
     parts: int
+    polynomials: int
+    keys_ahead: bool
+    pieces: int
     item_cost: int
     step_cost: int
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("consumers", (1, 2, 3)),
+            ("consumers", (1, 2, 3, 4)),
             ("tokens", tuple(range(16, _MAX_TOKENS + 1, 16))),
             ("edge_tokens", tuple(size for size in range(16, self.tokens + 1, 16) if self.tokens % size == 0)),
             ("ping_pong", (False, True)),
             ("overlap", (False, True)),
+            ("polynomials", tuple(range(9))),
+            ("keys_ahead", (False, True)),
+            ("pieces", tuple(range(1, MAX_PIECES + 1))),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
@@ -118,7 +127,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     widest = max(spec.head_dim, head_dim_vo)
     tokens, edge_tokens = (128, 32) if head_dim_vo <= _NARROW_HEAD_DIM else (64, 32)
     boxes = spec.kv_dtype == spec.dtype and box_tokens(spec.page_size, tokens) is not None
-    three = widest <= _NARROW_HEAD_DIM and boxes  # producers that copy rows themselves need too many registers
+    three = widest <= _NARROW_HEAD_DIM and boxes
     tuning = PrefillTuning(
         consumers=3 if three else 2,
         tokens=tokens,
@@ -129,6 +138,9 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         ping_pong=not three,
         overlap=not three,
         parts=2 if three else 1,
+        polynomials=0,
+        keys_ahead=True,
+        pieces=1,
         item_cost=2,
         step_cost=2,
     )

@@ -13,7 +13,7 @@ struct alignas(16) AttentionItem {
   int request, kv_head, q_tile, kind;
   int kv_begin, kv_end;  // tokens
   int slot;              // where the partial result goes; -1: the item is its whole tile
-  int reserved;
+  int slots_a_head;      // of an ordered tile in pieces, whose slots and merge_idx are those of head 0; else 0
   int q_begin, q_len, kv_len;
   int merge_idx;  // of the split tile; with slot -1: -1
   int head_slot, tail_begin, tail_end;  // the tile's pieces: head_slot, then tail_begin .. tail_end - 1

@@ -21,7 +21,6 @@ class BoxCopies {
   static_assert(kPageSize % kBoxTokens == 0, "a box lies in one page");
 
  public:
-  static constexpr bool kTogether = false;
   static constexpr int kWarps = 1;
   static constexpr int kArrivals = 1;
 

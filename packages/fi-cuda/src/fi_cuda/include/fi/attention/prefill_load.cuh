@@ -10,14 +10,15 @@
 
 namespace fi {
 
-// Copies: BoxCopies or RowCopies. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
+// Copies: BoxCopies, GatherCopies or RowCopies. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
 // (map: token, head, element).
 template <class Config, class Params, class Copies>
 class PrefillLoader {
   using Tile = PrefillTile<Config>;
   using Shared = PrefillShared<Config>;
   static constexpr int kColumns = Shared::kRecordLanes;
-  static constexpr int kHeadColumn = 1;  // of an item's row
+  // Of an item's row.
+  static constexpr int kHeadColumn = 1, kSlotColumn = 6, kSlotsColumn = 7, kMergeColumn = 11, kFirstPieceColumn = 12;
 
  public:
   __device__ __forceinline__ PrefillLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
@@ -35,7 +36,7 @@ class PrefillLoader {
   __device__ __forceinline__ void take_tiles() {
     const int* rows = static_cast<const int*>(params_.order_items);
     const int num_heads = params_.num_kv_heads;
-    const int total = static_cast<const OrderHeader*>(params_.order)->num_pairs * num_heads;
+    const int total = static_cast<const OrderHeader*>(params_.order)->num_rows * num_heads;
     const auto row_of = [&](int tile) {
       return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
@@ -45,10 +46,22 @@ class PrefillLoader {
     while (tile < total) {
       const int next = next_tile(total);
       const int its_row = row_of(next);
-      load_item(lane_ % kColumns == kHeadColumn ? tile % num_heads : mine);
+      load_item(of_head(mine, tile % num_heads));
       tile = next;
       mine = its_row;
     }
+  }
+
+  // A row of the order for one of its heads. It has the slots of head 0, where the tile is in pieces.
+  __device__ __forceinline__ int of_head(int value, int head) const {
+    const int column = lane_ % kColumns;
+    if (column == kHeadColumn) value = head;
+    if constexpr (Config::kInPieces) {
+      const int slots = __shfl_sync(0xffffffffu, value, kSlotsColumn);
+      if (column == kSlotColumn || column >= kFirstPieceColumn) value += head * slots;
+      if (column == kMergeColumn && slots > 0) value += head;
+    }
+    return value;
   }
 
   // Every block that took a tile is told once that there is none, so `total` are taken in all, and the last one resets.
@@ -92,12 +105,12 @@ class PrefillLoader {
     if (is_first_) load_queries(item, value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
-    if constexpr (Copies::kTogether) load_together(steps.num_steps);
-    else load_in_turns(steps.num_steps);
+    if constexpr (Config::kKeysAhead) load_keys_ahead(steps.num_steps);
+    else load_in_order(steps.num_steps);
   }
 
   // A step's keys, then its values: the order in which whole steps need stages and set them free ...
-  __device__ __forceinline__ void load_together(int num_steps) {
+  __device__ __forceinline__ void load_in_order(int num_steps) {
     auto place = copies_.place_of(0);
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
@@ -108,8 +121,8 @@ class PrefillLoader {
     }
   }
 
-  // ... or keys, then the values of the step before, which overlapped steps need after them.
-  __device__ __forceinline__ void load_in_turns(int num_steps) {
+  // ... or before them those of the next step, as overlapped steps need them.
+  __device__ __forceinline__ void load_keys_ahead(int num_steps) {
     auto place = copies_.place_of(0), before = place;
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {

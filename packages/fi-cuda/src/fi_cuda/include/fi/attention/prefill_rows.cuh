@@ -42,7 +42,6 @@ class RowCopies {
   static_assert(kRounds <= kUnits, "a thread looks up one page a step");
 
  public:
-  static constexpr bool kTogether = false;
   static constexpr int kWarps = kWarpgroupThreads / kWarpThreads;
   static constexpr int kArrivals = kWarpgroupThreads;
 

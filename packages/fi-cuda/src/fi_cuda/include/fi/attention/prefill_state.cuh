@@ -114,7 +114,7 @@ class PrefillState {
     constexpr int kSteps = kWidth / 16, kFirst = kSteps * kPart / kParts, kEnd = kSteps * (kPart + 1) / kParts;
     if constexpr (kFirst < kEnd) {
       float(&part)[(kEnd - kFirst) * 8] = reinterpret_cast<float(&)[(kEnd - kFirst) * 8]>(scores[kFirst * 8]);
-      softmax.template weigh<Rows>(part);
+      softmax.template weigh<Rows, Config::kPolynomials>(part);
     }
   }
 
@@ -141,14 +141,12 @@ class PrefillState {
   }
 
  private:
-  // The tokens of the thread's rows and its first column. What only few steps need is computed there: kept from step to step it
-  // would take registers from the scores.
+  // The tokens of the thread's rows and its first column.
   struct ThreadPlace {
     int tokens[2], column;
 
     __device__ __forceinline__ explicit ThreadPlace(int first_token) {
-      int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
-      asm volatile("" : "+r"(thread));
+      const int thread = thread_anew();
       column = thread % 4 * 2;
 #pragma unroll
       for (int row = 0; row < 2; ++row) {

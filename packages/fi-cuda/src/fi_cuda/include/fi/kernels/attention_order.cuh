@@ -2,12 +2,17 @@
 // longest tile left are all busy until the end if tiles are many; where they are too few, the list says so and the shares of
 // attention_plan.cuh are used instead.
 //
+// What is left after whole rounds of a tile a block may be taken in pieces, of which all blocks get about as many. The first
+// pieces of all those tiles stand before the second ones: blocks that read the same keys for other queries do so at about the
+// same time, out of L2, which shares do not ("stream-K" with whole tiles first: Osama et al., 2023, section 5.2).
+//
 // One block. Pairs of a request and a q tile are sorted by the KV steps they visit, most first: a stable counting sort in which
 // every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. Tiles of one warpgroup's rows or
 // fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
 // A batch that exceeds the limits, or with negative lengths, has no tiles.
 // Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kCausal, kWindowed,
-// kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kItemCost, kStepCost.
+// kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots (of
+// all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item).
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
 // [., 16] (fi/attention/item.cuh, without head), header int [4] (fi/attention/order.cuh); max_pairs, max_q_tokens, max_q_len,
 // max_kv_len; num_requests, window.
@@ -114,31 +119,94 @@ __device__ __forceinline__ int64 cost_of_bin(int bin) {
   return Config::kItemCost + static_cast<int64>(Config::kStepCost) * (((kOrderBins - bin) << Config::kShift) - 1);
 }
 
-// Whether blocks that take the longest tile left end at about the same time: rounds of one tile a block, each as long as its
-// first tile, must take at most a tenth longer than equal shares. `begins`: pairs before each bin.
+// What becomes of the tiles: the first `num_whole` pairs stay whole, the others have `pieces` each.
+struct Arrangement {
+  int is_used, num_whole, pieces;
+};
+
+// The bin of the pair at a place of the order; `begins`: pairs before each bin.
+__device__ __forceinline__ int bin_at(const int* begins, int place) {
+  int low = 0, high = kOrderBins;  // the last bin that begins at or before the place
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (begins[middle] <= place) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+// The arrangement of the shortest time, by a model in which a round of one tile a block takes as long as its first tile; unused
+// where that is a tenth longer than equal shares (if tiles may be in pieces: of two pieces each). More pieces have to save a thirtieth.
 template <class Config>
-__device__ __forceinline__ bool are_many(const int* begins, int num_pairs) {
-  __shared__ unsigned long long sums[2];
+__device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs) {
+  constexpr int kWorkers = Config::kWorkers, kHeads = Config::kHeads, kPiece = Config::kItemCost + Config::kPieceCost;
+  __shared__ unsigned long long sums[2];  // of all tiles of a head; of whole rounds
+  __shared__ Arrangement found;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < 2) sums[thread] = 0;
   __syncthreads();
   if (thread < kOrderBins) {
     atomicAdd(&sums[0], static_cast<unsigned long long>((begins[thread + 1] - begins[thread]) * cost_of_bin<Config>(thread)));
   }
-  const int64 num_tiles = static_cast<int64>(num_pairs) * Config::kHeads;
-  for (int64 first = static_cast<int64>(thread) * Config::kWorkers; first < num_tiles;
-       first += static_cast<int64>(Config::kNumThreads) * Config::kWorkers) {
-    const int pair = static_cast<int>(first / Config::kHeads);
-    int low = 0, high = kOrderBins;  // the last bin that begins at or before the pair
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (begins[middle] <= pair) low = middle;
-      else high = middle;
-    }
-    atomicAdd(&sums[1], static_cast<unsigned long long>(cost_of_bin<Config>(low)));
+  const int num_rounds = static_cast<int>(static_cast<int64>(num_pairs) * kHeads / kWorkers);
+  for (int round = thread; round < num_rounds; round += Config::kNumThreads) {
+    const int bin = bin_at(begins, static_cast<int>(static_cast<int64>(round) * kWorkers / kHeads));
+    atomicAdd(&sums[1], static_cast<unsigned long long>(cost_of_bin<Config>(bin)));
   }
   __syncthreads();
-  return sums[1] * Config::kWorkers * 10 <= sums[0] * Config::kHeads * 11;
+  if (thread < 32) {
+    const int num_whole = static_cast<int>(static_cast<int64>(num_rounds) * kWorkers / kHeads);
+    const int num_left = (num_pairs - num_whole) * kHeads, pieces = thread + 1;  // fewer left than workers and heads together
+    int64 rest = 0;
+    if (num_left > 0) {
+      const int64 cost = cost_of_bin<Config>(bin_at(begins, num_whole));
+      const int64 piece = (cost - Config::kItemCost + pieces - 1) / pieces + kPiece;
+      rest = pieces == 1 ? cost : (num_left * pieces + kWorkers - 1) / kWorkers * piece;
+    }
+    const bool allowed = pieces == 1 || (pieces <= Config::kPieces && num_left * pieces <= Config::kSlots);
+    int64 total = allowed ? static_cast<int64>(sums[1]) + rest : int64{1} << 62;
+    const int64 whole = __shfl_sync(0xffffffffu, total, 0);
+    int best = pieces;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      const int64 other = __shfl_xor_sync(0xffffffffu, total, distance);
+      const int its = __shfl_xor_sync(0xffffffffu, best, distance);
+      if (other < total || (other == total && its < best)) {
+        total = other;
+        best = its;
+      }
+    }
+    if (total * 30 > whole * 29) {
+      total = whole;
+      best = 1;
+    }
+    const int64 shares = static_cast<int64>(sums[0]) * kHeads + (Config::kPieces > 1 ? int64{2} * kPiece * kWorkers : 0);
+    if (thread == 0) found = {total * kWorkers * 10 <= shares * 11, best == 1 ? num_pairs : num_whole, best};
+  }
+  __syncthreads();
+  return found;
+}
+
+// The rows of a pair, whose place in the order is `place`, of head 0.
+template <class Config, class Params>
+__device__ __forceinline__ void write_rows(const Params& params, const OrderedTile& tile, const Arrangement& arrangement,
+                                           int num_pairs, int place) {
+  int4* items = static_cast<int4*>(params.items);
+  const int in_pieces = place - arrangement.num_whole, num_in_pieces = num_pairs - arrangement.num_whole;
+  const bool is_whole = in_pieces < 0;
+  const int pieces = is_whole ? 1 : arrangement.pieces;
+  const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
+  const int stride = (num_steps + pieces - 1) / pieces * Config::kTokens;
+  const int first_slot = in_pieces * Config::kHeads * pieces;
+  for (int piece = 0; piece < pieces; ++piece) {
+    const int begin = min(tile.kv_begin + piece * stride, tile.kv_stop);
+    const int end = is_whole ? tile.kv_stop : min(begin + stride, tile.kv_stop);
+    int4* row = items + static_cast<int64>(is_whole ? place : place + piece * num_in_pieces) * 4;
+    row[0] = {tile.request, 0, tile.q_tile, 0};
+    row[1] = {begin, end, is_whole ? -1 : first_slot + piece, is_whole ? 0 : pieces};
+    row[2] = {tile.q_begin, tile.q_len, tile.kv_len, is_whole ? -1 : in_pieces * Config::kHeads};
+    row[3] = is_whole ? int4{} : int4{first_slot, first_slot + 1, first_slot + pieces, 0};
+  }
 }
 
 template <class Config, class Params>
@@ -182,10 +250,12 @@ __device__ __forceinline__ void attention_order(const Params& params) {
       place += count;
     }
   }
-  const bool many = are_many<Config>(begins, num_pairs);
-  if (thread == 0) *static_cast<OrderHeader*>(params.header) = {num_pairs, many, 0, 0};
-  if (!many) return;
-  int4* items = static_cast<int4*>(params.items);
+  const Arrangement arrangement = arrange<Config>(begins, num_pairs);
+  if (thread == 0) {
+    const int num_rows = arrangement.num_whole + (num_pairs - arrangement.num_whole) * arrangement.pieces;
+    *static_cast<OrderHeader*>(params.header) = {num_rows, arrangement.is_used, 0, 0};
+  }
+  if (!arrangement.is_used) return;
   for (int base = first; base < end; base += 32) {
     const int pair = base + lane;
     const unsigned active = __ballot_sync(0xffffffffu, pair < end);
@@ -196,11 +266,7 @@ __device__ __forceinline__ void attention_order(const Params& params) {
     __syncwarp(active);
     if ((equal >> lane) == 1u) counts[warp][tile.bin] = place + 1;  // the last of the equal ones
     __syncwarp(active);
-    int4* row = items + static_cast<int64>(place) * 4;
-    row[0] = {tile.request, 0, tile.q_tile, 0};
-    row[1] = {tile.kv_begin, tile.kv_stop, -1, 0};
-    row[2] = {tile.q_begin, tile.q_len, tile.kv_len, -1};
-    row[3] = {0, 0, 0, 0};
+    write_rows<Config>(params, tile, arrangement, num_pairs, place);
   }
 }
 

@@ -5,7 +5,8 @@
 // 2024, section 3 (roles, overlap within and between warpgroups); "stream-K" (Osama et al., 2023) for equal shares.
 // Config: Dtype (q, out), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0:
 // ragged), kTable, kTableRow, kConsumers (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
-// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kPingPong, kOverlap, kParts (of a step's weights), kCausal, kWindowed,
+// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kPingPong, kOverlap, kParts (of a step's weights), kPolynomials (of 8 exponentials),
+// kKeysAhead (keys are copied before the values of the step before), kInPieces (of tiles, in the order), kCausal, kWindowed,
 // kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales, kLse, kSignedScale (the softmax scale may be 0 or less),
 // kProducerRegisters, kConsumerRegisters, kSharedBytes. Params: those of fi_cuda.kernels.attention.prefill.
 #pragma once

@@ -133,15 +133,17 @@ struct OnlineSoftmax {
     raise(needed, rescale);
   }
 
-  // Puts the weights 2^(factor * (score - top)) in the place of a tile's scores, none above top, and sums them up.
-  template <class Map, int kCount>
+  // Puts the weights 2^(factor * (score - top)) in the place of a tile's scores, none above top, and sums them up; kPolynomials of
+  // every 8 are computed beside the special unit.
+  template <class Map, int kPolynomials = 0, int kCount>
   __device__ __forceinline__ void weigh(float (&scores)[kCount]) {
     float base[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) base[row] = finite_base(top[row] * factor);
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) {
-      scores[idx] = ptx::exp2_approx(fmaf(scores[idx], factor, -base[Map::row(idx)]));
+      const float exponent = fmaf(scores[idx], factor, -base[Map::row(idx)]);
+      scores[idx] = idx * kPolynomials % 8 < kPolynomials ? exp2_polynomial(exponent) : ptx::exp2_approx(exponent);
       mass[Map::row(idx)] += scores[idx];
     }
   }
