@@ -89,7 +89,7 @@ class Layout:
         }
         head_dim_vo = spec.head_dim_vo or 0
         slots = Slots(tuning.rows, head_dim_vo, row_shape=(head_dim_vo // 4, 2))
-        return cls._arranged(tuning, params, capacity, slots, ordered=False)
+        return cls._arranged(tuning, params, capacity, slots)
 
     @classmethod
     def of_prefill(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
@@ -100,7 +100,7 @@ class Layout:
             window: prefill_params(spec, capacity, tuning, window, processors) for window in dict.fromkeys(spec.windows)
         }
         slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers)
-        return cls._arranged(tuning, params, capacity, slots, ordered=True)
+        return cls._arranged(tuning, params, capacity, slots)
 
     @classmethod
     def _arranged(
@@ -109,11 +109,12 @@ class Layout:
         params: dict[int | None, PartitionParams],
         capacity: Capacity,
         slots: Slots,
-        ordered: bool,
     ) -> Layout:
         some = next(iter(params.values()))
         bounds = PartitionBounds.from_capacity(some, capacity)  # a window changes no bound
         max_merges = max(bounds.max_merges, 1)
+        ordered = tuning if isinstance(tuning, PrefillTuning) else None
+        num_pieces = order_slots(some, ordered) if ordered else 0
         build = RegionBuilder()
         lists = {
             window: ListRegions(
@@ -125,16 +126,19 @@ class Layout:
             )
             for window in params
         }
-        orders = {
-            window: OrderRegions(
-                items=build.add((order_rows(some, tuning, bounds.max_tiles), ITEM_WIDTH), torch.int32),
-                header=build.add((HEADER_WIDTH,), torch.int32),
-                tile_prefix=build.add((capacity.max_batch + 1,), torch.int32),
-            )
-            for window in (params if ordered else ())
-        }
+        orders = (
+            {
+                window: OrderRegions(
+                    items=build.add((order_rows(some, ordered, bounds.max_tiles), ITEM_WIDTH), torch.int32),
+                    header=build.add((HEADER_WIDTH,), torch.int32),
+                    tile_prefix=build.add((capacity.max_batch + 1,), torch.int32),
+                )
+                for window in params
+            }
+            if ordered
+            else {}
+        )
         host_bytes = build.end
-        num_pieces = order_slots(some, tuning) if isinstance(tuning, PrefillTuning) else 0
         return cls(
             tuning=tuning,
             params=params,
