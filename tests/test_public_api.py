@@ -5,12 +5,13 @@ import inspect
 import fi_core
 
 SNAPSHOT = """
-Anything ArgumentError AttentionSpec BackendInfo Batch Between Capacity CapacityError Case Condition Cost DrawKeys
-EXACT FiError FilterParams FusedRope IndexCheckError KVCache KernelEntry KernelRegistry LayerArgs LayoutError LinearScaling
-Llama3Scaling LogprobsOut OneOf Operation PackedMask PenaltyParams Plan PluginError PluginStatus Request RopeConfig RopeTable Rule
-Selection Settings SettingsError ShadowMismatchError SharedPrefixes SubsetOf Target Tolerance Trial UnknownBackendError
+Anything ArgumentError AttentionSpec BackendInfo Batch Between Capacity CapacityError Case Condition Cost DrawKeys EXACT FiError
+FilterParams FusedRope IndexCheckError KVCache KernelEntry KernelRegistry LayerArgs LayoutError LinearScaling Llama3Scaling
+LogprobsOut OneOf Operation PackedMask PenaltyParams Plan PluginError PluginStatus Request RopeConfig RopeTable Rule Selection
+Settings SettingsError ShadowMismatchError SharedPrefixes SubsetOf Target TokenHistory Tolerance Trial UnknownBackendError
 UnsupportedError YarnScaling add_rmsnorm append_kv attention backends copy_pages explain filter_logits gelu_mul hookimpl
-logprobs lse_base2 merge_states penalize_logits plan rmsnorm rope sample silu_mul target_of top_k use verify_chain verify_tree
+logprobs lse_base2 merge_states penalize_logits plan record_tokens rmsnorm rope sample silu_mul target_of top_k use verify_chain
+verify_tree
 """
 
 

@@ -84,6 +84,7 @@ def _sample(device: torch.device, task: str, num_rows: int, vocab_size: int) -> 
     out = torch.empty_like(inputs.keys.seed)
     request: dict[str, Hashable] = {"dtype": torch.float32, "vocab_size": vocab_size}
     request |= {"filters": inputs.filters.active, "order": inputs.filters.order}
+    request |= {"penalties": frozenset[str](), "slots": False}
     return Problem(
         request,
         inputs,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fi_engine.checkpoint import open_checkpoint
+from fi_engine.config import EngineConfig
 from fi_engine.model import load_model
 from fi_engine.runner import Runner, Sizes, StepInput
 from torch import Tensor
@@ -23,7 +24,7 @@ class Bench:
     def __init__(self, path: Path) -> None:
         cpu = torch.device("cpu")
         model = load_model(open_checkpoint(path, lambda line: None), cpu, torch.float32, 512, lambda line: None)
-        self.runner = Runner(model, Sizes(4, 64, 512, page_size=16, num_pages=40), cuda_graphs=False)
+        self.runner = Runner(model, Sizes(4, 64, 512, page_size=16, num_pages=40), EngineConfig(cuda_graphs=False))
         self.tokens = np.zeros((4, 512), dtype=np.int64)
         for cache in self.runner.caches:
             cache.k.fill_(float("nan"))

@@ -87,8 +87,8 @@ def test_same_seed_same_tokens_alone_and_batched(engines: Any) -> None:
 
 
 def test_samples_of_one_prompt_differ_and_unseeded_requests_too(engines: Any) -> None:
-    outputs = engines().generate([PROMPTS[0]], SamplingParams(seed=1, n=4, max_tokens=NUM_TOKENS))
-    assert len({output.token_ids for output in outputs}) == 4
+    (output,) = engines().generate([PROMPTS[0]], SamplingParams(seed=1, n=4, max_tokens=NUM_TOKENS))
+    assert len({sample.token_ids for sample in output.outputs}) == 4
     outputs = engines().generate([PROMPTS[0]] * 2, SamplingParams(max_tokens=NUM_TOKENS))
     assert outputs[0].token_ids != outputs[1].token_ids
 

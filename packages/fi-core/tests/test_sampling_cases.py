@@ -5,14 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 from fi_core.conformance.compare import compare
-from fi_core.ops import filter_logits, logprobs, penalize_logits, sample, top_k, verify_chain, verify_tree
+from fi_core.ops import (
+    filter_logits,
+    logprobs,
+    penalize_logits,
+    record_tokens,
+    sample,
+    top_k,
+    verify_chain,
+    verify_tree,
+)
 from fi_core.reference import sampling as reference
 from fi_core.reference.sampling import draw
 from fi_core.reference.sampling.masses import Weights, to_mass
 
 OPERATIONS = {
     module.OPERATION.name: module.OPERATION
-    for module in (filter_logits, logprobs, penalize_logits, sample, top_k, verify_chain, verify_tree)
+    for module in (filter_logits, logprobs, penalize_logits, record_tokens, sample, top_k, verify_chain, verify_tree)
 }
 CPU = torch.device("cpu")
 

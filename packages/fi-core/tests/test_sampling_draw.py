@@ -66,6 +66,16 @@ class OracleRow:
             return {max(everything, key=lambda token: (self.scaled[token], -token))}
         return tokens
 
+    @staticmethod
+    def in_range(values):
+        fractions = [values.get(name, 1.0) for name in ("top_p", "typical_p")]
+        return (
+            values.get("top_k", 0) >= 0
+            and all(0 < fraction <= 1 for fraction in fractions)
+            and 0 <= values.get("min_p", 0.0) <= 1
+            and values.get("temperature", 1.0) >= 0
+        )
+
     def draw(self, tokens, number):
         target = number * sum(self.mass[token] for token in tokens) >> 62
         for token in sorted(tokens):
@@ -135,7 +145,12 @@ def test_agrees_with_the_integer_oracle_bit_for_bit(values, order, vocab_size):
     hi, lo = random_bits(keys, 0)
     for row in range(num_rows):
         oracle = OracleRow.of(logits[row].numpy(), temperature[row])
-        kept = oracle.kept({name: value[row] for name, value in cycled.items()}, order)
+        given = {name: value[row] for name, value in cycled.items()}
+        if not oracle.in_range(given):
+            assert int(tokens[row]) == -1
+            assert masked[row].eq(-torch.inf).all() and probs[row].eq(0).all()
+            continue
+        kept = oracle.kept(given, order)
         assert int(tokens[row]) == oracle.draw(kept, (int(hi[row]) << 31) + int(lo[row]))
         finite = {token for token in kept if oracle.scaled[token] > -math.inf}
         assert set(masked[row].isfinite().nonzero().ravel().tolist()) == finite
@@ -160,6 +175,47 @@ def test_unusable_rows_give_no_token():
     greedy = fi.FilterParams(temperature=torch.zeros(6))
     assert fi.sample(logits, greedy, make_keys(6)).tolist() == [-1, -1, -1, -1, 5, 0]
     assert fi.filter_logits(logits, greedy, "probs").sum(1).tolist() == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", (-0.5, math.nan)),
+        ("top_k", (-1, -(2**31))),
+        ("top_p", (0.0, -0.1, 1.5, math.nan, math.inf)),
+        ("min_p", (-0.1, 1.5, math.nan)),
+        ("typical_p", (0.0, -1.0, 1.01, math.nan)),
+    ],
+)
+def test_a_parameter_out_of_its_range_makes_its_own_row_unusable(name, values):
+    num_rows = 2 * len(values) + 1
+    good = {"temperature": 1.0, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9}
+    mixed = [values[row // 2] if row % 2 else good[name] for row in range(num_rows)]
+    filters = fi.FilterParams(**columns({**good, name: mixed}, num_rows))
+    logits = torch.randn(num_rows, 20, generator=torch.Generator().manual_seed(2))
+    tokens = fi.sample(logits, filters, make_keys(num_rows)).tolist()
+    assert [token == -1 for token in tokens] == [row % 2 == 1 for row in range(num_rows)]
+    assert (fi.filter_logits(logits, filters).sum(1) > 0).tolist() == [row % 2 == 0 for row in range(num_rows)]
+
+
+def test_slots_pick_rows_of_the_parameters():
+    num_rows, slots = 6, torch.tensor([7, 2, -1, 0, 2, 5])
+    logits = hostile_logits(num_rows, 50, seed=5)
+    held = {"temperature": [0.0, 9, 1.3, 9, 9, 0.7, 9, 1.0], "top_k": [0, -9, 9, -9, -9, 5, -9, 2]}
+    filters, keys = fi.FilterParams(**columns(held, 8)), make_keys(8)
+    position = torch.arange(num_rows) * 5
+    places = slots.clamp(min=0)
+    gathered = fi.FilterParams(**{name: getattr(filters, name)[places] for name in held})
+    own_keys = fi.DrawKeys(keys.seed[places], keys.sample[places], position)
+    expected = fi.sample(logits, gathered, own_keys)
+    expected[2] = -1
+    columns_of_keys = fi.DrawKeys(keys.seed, keys.sample, position)
+    assert torch.equal(fi.sample(logits, filters, columns_of_keys, slots=slots), expected)
+    for bad in (slots.int(), slots.float()):
+        with pytest.raises(fi.ArgumentError, match="^slots"):
+            fi.sample(logits, filters, columns_of_keys, slots=bad)
+    with pytest.raises(fi.IndexCheckError, match=r"^slots\[0\]: 8 is outside its limit 7"):
+        fi.sample(logits, filters, columns_of_keys, slots=slots + 1)
 
 
 def test_ties_go_to_the_lowest_index():

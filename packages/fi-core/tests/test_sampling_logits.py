@@ -1,5 +1,7 @@
 """``top_k``, ``logprobs`` and ``penalize_logits`` against plain Python and float64 formulas."""
 
+from dataclasses import replace
+
 import fi_core as fi
 import pytest
 import torch
@@ -190,3 +192,120 @@ def test_rows_of_penalties_out_of_range_are_named_on_a_cpu(row):
     with pytest.raises(fi.IndexCheckError, match=rf"^penalties\.rows\[2\]: {row} is outside its limit 1"):
         penalties = fi.PenaltyParams(presence=torch.ones(3), output_counts=counts, rows=rows)
         fi.penalize_logits(torch.zeros(3, 40), penalties)
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def said(tokens, num_rows=1, vocab_size=40, capacity=8, prompt=()):
+    """A history in which every row has said ``tokens``."""
+    history = fi.TokenHistory.empty(num_rows, vocab_size, capacity)
+    fi.record_tokens(history, torch.tensor([list(tokens)] * num_rows))
+    for token in prompt:
+        history.seen[:, token // 32] |= -(2**31) if token % 32 == 31 else 1 << token % 32
+    return history
+
+
+def test_a_sparse_history_penalises_as_dense_counts_do():
+    generator = torch.Generator().manual_seed(11)
+    for vocab_size in (1, 31, 32, 33, 97):
+        logits = torch.randn(5, vocab_size, generator=generator)
+        tokens = torch.randint(0, vocab_size, (7, 30), generator=generator)
+        tokens[:, ::4] = -1
+        history = fi.TokenHistory.empty(7, vocab_size, vocab_size)
+        for piece in tokens.split([1, 9, 20], dim=1):
+            fi.record_tokens(history, piece)
+        counts = torch.zeros(7, vocab_size + 1, dtype=torch.int32)
+        counts.scatter_add_(1, torch.where(tokens < 0, vocab_size, tokens), torch.ones_like(tokens, dtype=torch.int32))
+        counts = counts[:, :vocab_size].contiguous()
+        assert torch.equal(history.num_output.long(), (tokens >= 0).sum(1))
+        assert torch.equal(history.num_entries.long(), (counts > 0).sum(1))
+        shared = {"repetition": torch.rand(5) + 0.5, "frequency": torch.randn(5), "presence": torch.randn(5)}
+        shared["rows"] = ints([6, 0, 3, 3, 1])
+        dense = fi.penalize_logits(logits, fi.PenaltyParams(**shared, output_counts=counts))
+        sparse = fi.penalize_logits(logits, fi.PenaltyParams(**shared, history=history))
+        assert torch.equal(dense, sparse)
+
+
+def test_repetition_counts_the_prompt_and_the_others_do_not():
+    history, column = said([3], prompt=(5, 31)), torch.full((1,), 2.0)
+    found = fi.penalize_logits(torch.ones(1, 40), fi.PenaltyParams(repetition=column, history=history))[0]
+    assert {token: value for token, value in enumerate(found.tolist()) if value != 1} == {3: 0.5, 5: 0.5, 31: 0.5}
+    found = fi.penalize_logits(torch.ones(1, 40), fi.PenaltyParams(presence=column, history=history))[0]
+    assert {token: value for token, value in enumerate(found.tolist()) if value != 1} == {3: -1.0}
+
+
+def test_output_that_does_not_fit_leaves_nothing_to_draw_in_its_row():
+    history = fi.TokenHistory.empty(3, 40, 2)
+    fi.record_tokens(history, torch.tensor([[1, 2, 3, 1], [1, 2, 1, 2], [-1, -1, -1, -1]]))
+    assert history.num_entries.tolist() == [3, 2, 0] and history.num_output.tolist() == [4, 4, 0]
+    keys = fi.DrawKeys(torch.arange(3), torch.zeros(3, dtype=torch.int32), torch.arange(3))
+    counted = fi.PenaltyParams(frequency=torch.ones(3), history=history)
+    assert (fi.sample(torch.zeros(3, 40), fi.FilterParams(), keys, penalties=counted) < 0).tolist() == [
+        True,
+        False,
+        False,
+    ]
+    repeated = fi.PenaltyParams(repetition=torch.ones(3), history=history)
+    assert (fi.sample(torch.zeros(3, 40), fi.FilterParams(), keys, penalties=repeated) >= 0).all()
+
+
+def test_bias_until_holds_a_token_back_and_masks_of_the_step_narrow_the_others():
+    history = fi.TokenHistory.empty(2, 40, 2)
+    fi.record_tokens(history, torch.tensor([[7], [-1]]))
+    bias = {"bias_indptr": ints([0, 1, 2]), "bias_tokens": ints([9, 9]), "bias_values": torch.tensor([2.0, 2.0])}
+    bias |= {"bias_until": ints([1, 1]), "history": history}
+    found = fi.penalize_logits(torch.zeros(2, 40), fi.PenaltyParams(**bias))
+    assert found[:, 9].tolist() == [2.0, -torch.inf] and found[:, :9].eq(0).all()
+    masks = {"allowed": ints([[6, 0], [6, 0]]), "step_allowed": ints([[12, 0], [3, 0]])}
+    found = fi.penalize_logits(torch.zeros(2, 40), fi.PenaltyParams(**masks))
+    assert [row.isfinite().nonzero().ravel().tolist() for row in found] == [[2], [1]]
+
+
+def test_draws_with_penalties_are_draws_from_penalised_logits():
+    generator = torch.Generator().manual_seed(5)
+    logits, num_rows = torch.randn(6, 40, generator=generator).bfloat16(), 6
+    history = fi.TokenHistory.empty(num_rows, 40, 40)
+    fi.record_tokens(history, torch.randint(0, 40, (num_rows, 12), generator=generator))
+    penalties = fi.PenaltyParams(repetition=torch.full((6,), 1.4), frequency=torch.full((6,), 0.3), history=history)
+    filters = fi.FilterParams(top_k=torch.full((6,), 5, dtype=torch.int32))
+    for position in range(30):
+        keys = fi.DrawKeys(torch.arange(6), torch.zeros(6, dtype=torch.int32), torch.full((6,), position))
+        expected = fi.sample(fi.penalize_logits(logits, penalties), filters, keys)
+        assert torch.equal(fi.sample(logits, filters, keys, penalties=penalties), expected)
+    dense = fi.PenaltyParams(presence=torch.ones(6), output_counts=torch.ones(6, 40, dtype=torch.int32))
+    with pytest.raises(fi.ArgumentError, match=r"^penalties\.history"):
+        fi.sample(logits, filters, keys, penalties=dense)
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("history.entries", {"entries": torch.zeros(2, 4, dtype=torch.int32)}),
+        ("history.entries", {"entries": torch.zeros(2, 0, 2, dtype=torch.int32)}),
+        ("history.entries.dtype", {"entries": torch.zeros(2, 4, 2)}),
+        ("history.num_entries", {"num_entries": torch.zeros(3, dtype=torch.int32)}),
+        ("history.num_output.dtype", {"num_output": torch.zeros(2, dtype=torch.int64)}),
+        ("history.seen", {"seen": torch.zeros(3, 2, dtype=torch.int32)}),
+    ],
+)
+def test_bad_histories_are_named(argument, changes):
+    history = replace(fi.TokenHistory.empty(2, 40, 4), **changes)
+    with pytest.raises(fi.ArgumentError) as caught:
+        fi.record_tokens(history, torch.zeros(2, 1, dtype=torch.int64))
+    assert caught.value.argument == argument
+    with pytest.raises(fi.ArgumentError, match=rf"^penalties\.{argument}"):
+        fi.penalize_logits(torch.zeros(2, 40), fi.PenaltyParams(presence=torch.ones(2), history=history))
+
+
+def test_bad_records_are_named():
+    history = fi.TokenHistory.empty(2, 40, 4)
+    with pytest.raises(fi.ArgumentError, match=r"^tokens\.dtype"):
+        fi.record_tokens(history, torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(fi.ArgumentError, match="^tokens"):
+        fi.record_tokens(history, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(fi.IndexCheckError, match=r"^slots\[1\]: 2 is outside its limit 1"):
+        fi.record_tokens(history, torch.zeros(2, dtype=torch.int64), slots=torch.tensor([0, 2]))
+    with pytest.raises(fi.ArgumentError, match=r"^penalties\.history"):
+        fi.penalize_logits(torch.zeros(2, 40), fi.PenaltyParams(history=history))

@@ -10,7 +10,7 @@ from fi_core.contract import Tolerance
 from fi_core.ops import append_kv as append_module
 from fi_core.reference import plugin as reference_plugin
 from fi_core.registry import registry, reset_registry
-from fi_core.sampling import DrawKeys, FilterParams, PenaltyParams
+from fi_core.sampling import DrawKeys, FilterParams, PenaltyParams, TokenHistory
 from fi_core.settings import settings
 
 
@@ -157,9 +157,20 @@ def functional_calls() -> dict:
         "logprobs": lambda: fi.logprobs(logits.bfloat16(), torch.tensor([1, -1, 49]), 3),
         "penalize_logits": lambda: fi.penalize_logits(logits, PenaltyParams(repetition=torch.rand(3) + 1,
                                                       output_counts=torch.ones(3, 50, dtype=torch.int32)), out=logits),
+        "record_tokens": lambda: fi.record_tokens(TokenHistory.empty(3, 50, 4), torch.tensor([1, 1, 7])),
         "verify_chain": lambda: fi.verify_chain(drafts, None, probs, keys_of(2)),
         "verify_tree": lambda: fi.verify_tree(drafts, parents, probs, keys_of(2)),
     }  # fmt: skip
+
+
+OUTPUT_PLACE = {"sample": 4, "penalize_logits": 2}
+"""Where the output is among a kernel's arguments; elsewhere last."""
+
+
+def output_of(op: str, arguments: tuple) -> torch.Tensor:
+    if op == "record_tokens":
+        return arguments[0].num_output
+    return arguments[-1].indices if op == "logprobs" else arguments[OUTPUT_PLACE.get(op, -1)]
 
 
 def spoil_last_output(op: str):
@@ -168,7 +179,7 @@ def spoil_last_output(op: str):
 
     def spoiled(*arguments) -> None:
         right(*arguments)
-        last = arguments[-1].indices if op == "logprobs" else arguments[-1]
+        last = output_of(op, arguments)
         last.copy_(last + 1)
 
     return spoiled

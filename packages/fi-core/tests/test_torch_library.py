@@ -15,6 +15,7 @@ from fi_core import (
     PenaltyParams,
     RopeConfig,
     RopeTable,
+    TokenHistory,
     YarnScaling,
     library,
 )
@@ -171,11 +172,23 @@ def sampling_calls() -> dict:
     )
     drafts, parents = torch.tensor([[1, 2], [3, 4], [5, -1]]), ints(-1, 0, -1, -1, 1, 0).view(3, 2)
 
+    history = TokenHistory.empty(3, 40, 6)
+    sparse = PenaltyParams(repetition=torch.full((3,), 1.3), presence=torch.full((3,), 0.5), history=history)
+
+    def recorded(logits):
+        held = TokenHistory(*(tensor.clone() for tensor in history.tensors))
+        fi.record_tokens(held, logits.argmax(dim=1))
+        return held.entries
+
     def probs(logits):
         return torch.softmax(torch.stack([logits, logits * 2, -logits], 1), -1)
 
     return {
         "sample": lambda logits: fi.sample(logits, filters, keys, rows=ints(2, 2, 0).to(logits.device)),
+        "sample with penalties": lambda logits: fi.sample(
+            logits, filters, keys, penalties=sparse, slots=torch.tensor([2, -1, 0])
+        ),
+        "record_tokens": lambda logits: recorded(logits),
         "filter_logits": lambda logits: fi.filter_logits(logits, filters, "logits"),
         "top_k": lambda logits: fi.top_k(logits, 4),
         "logprobs": lambda logits: fi.logprobs(logits, drafts[:, 0].contiguous(), 2).values,

@@ -23,6 +23,8 @@ MAX_REGISTERS = {
     "filter_logits": 128,
     "top_k": 128,
     "verify": 128,
+    "penalize_logits": 80,
+    "record_tokens": 48,
 }
 """A thread; more would cost the resident warps that hide the latency of memory."""
 

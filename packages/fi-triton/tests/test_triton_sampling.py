@@ -102,7 +102,7 @@ class Row:
         self.greedy = temperature <= 0
         scaled = logits if self.greedy else [(torch.tensor(x) / torch.tensor(temperature)).item() for x in logits]
         self.scaled = scaled
-        self.usable = not any(math.isnan(x) or x == INF for x in scaled) and max(scaled) > -INF
+        self.usable = in_range(filters) and not any(math.isnan(x) or x == INF for x in scaled) and max(scaled) > -INF
         if not self.usable:
             return
         self.shortfall = [single(max(scaled) - x) for x in scaled]
@@ -165,6 +165,12 @@ class Row:
             if cumulative > goal:
                 return i
         raise AssertionError("the cumulative mass never exceeds a goal below the total")
+
+
+def in_range(filters: dict[str, float]) -> bool:
+    """Whether every parameter of a row is in its range."""
+    fractions = (0 < filters.get(name, 1.0) <= 1 for name in ("top_p", "typical_p"))
+    return filters.get("top_k", 0) >= 0 and all(fractions) and 0 <= filters.get("min_p", 0.0) <= 1
 
 
 def philox_bits(seed: int, position: int, sample_idx: int, purpose: int) -> int:

@@ -3,7 +3,7 @@
 from .config import EngineConfig, ModelConfig
 from .engine import Engine, EngineStats, Prompt
 from .errors import ModelFileError, RequestError, StepError
-from .request import Chunk, RequestHandle, RequestOutput, TokenLogprobs
+from .request import Chunk, RequestHandle, RequestOutput, SampleOutput, TokenLogprobs
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "RequestError",
     "RequestHandle",
     "RequestOutput",
+    "SampleOutput",
     "StepError",
     "TokenLogprobs",
 ]

@@ -15,8 +15,9 @@ from .bench import run_bench
 from .checkpoint import open_checkpoint
 from .decode_bench import Workload, run_decode_bench
 from .demo import run_demo
-from .engine import Engine, device_of
+from .engine import Engine
 from .model import load_model
+from .placement import device_of
 from .random_model import SHAPES, random_model
 from .tokenizer import Message
 

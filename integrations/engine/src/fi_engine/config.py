@@ -7,6 +7,7 @@ from typing import Literal
 
 from fi_core.errors import ArgumentError
 from fi_core.rope import RopeConfig
+from fi_scheduler.sharing import SharingRates
 
 Architecture = Literal["llama", "qwen2", "qwen3"]
 ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "qwen3")
@@ -46,6 +47,9 @@ class EngineConfig:
     trained for, at most 8192). ``num_pages`` pages of ``page_size`` tokens hold keys and values (None: enough for
     ``max_batch`` full requests, within 512 MiB on a CPU and half of the free memory on a GPU). ``prefix_cache`` keeps the
     pages of finished prompts for requests that begin alike. ``cuda_graphs``: replay decode steps as CUDA graphs.
+    ``shared_prefixes``: attend to pages that several running requests share once for all of them, where the kernel in use
+    can and it pays by ``sharing_rates`` (None: those measured on this device; without any, no prefix is shared so).
+    ``Engine.explain_sharing`` says what is done and why.
     """
 
     max_batch: int = 32
@@ -55,10 +59,16 @@ class EngineConfig:
     num_pages: int | None = None
     prefix_cache: bool = True
     cuda_graphs: bool = True
+    shared_prefixes: bool = True
+    sharing_rates: SharingRates | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sharing_rates, (SharingRates, type(None))):
+            raise ArgumentError("config.sharing_rates", "SharingRates or None", repr(self.sharing_rates))
         for item in fields(self):
             value = getattr(self, item.name)
+            if item.name == "sharing_rates":
+                continue
             if isinstance(value, bool) != (item.type == "bool"):
                 raise ArgumentError(f"config.{item.name}", str(item.type), value)
             if item.type != "bool" and value is not None and (not isinstance(value, int) or value <= 0):

@@ -19,8 +19,10 @@ from .checkpoint import Progress, open_checkpoint
 from .config import EngineConfig
 from .errors import RequestError, StepError
 from .model import Model, load_model
+from .placement import default_pages, device_of
+from .prefixes import MAX_DEPTH
 from .request import Chunk, RequestHandle, RequestOutput, TokenLogprobs
-from .runner import Runner, Sizes, StepInput, page_bytes
+from .runner import Runner, Sizes, StepInput
 from .slots import SlotHolders
 from .tokenizer import Message, TextCodec, TextStream
 
@@ -30,7 +32,6 @@ Prompt = str | Sequence[int] | Sequence[Message]
 _LogprobRows = tuple[list[float], list[list[int]], list[list[float]]]
 
 _LONGEST_DEFAULT = 8192
-_CPU_CACHE_BYTES = 512 << 20
 
 
 @dataclass
@@ -80,9 +81,10 @@ class Engine:
             config.max_step_tokens,
             self.max_model_len,
             config.page_size,
-            config.num_pages or _default_pages(model, config, self.max_model_len),
+            config.num_pages or default_pages(model, config, self.max_model_len),
         )
         self._pool = PagePool(sizes.num_pages, sizes.page_size)
+        self._runner = Runner(model, sizes, config, pipeline)
         hooks = plugin_manager()
         hooks.register(self.stats, "fi-engine-stats")
         limits = PlannerConfig(
@@ -91,9 +93,10 @@ class Engine:
             prefill_chunk=config.max_step_tokens,
             prefix_cache="radix" if config.prefix_cache else "none",
             wait_for_shared_prefix=config.prefix_cache,
+            sharing=self._runner.prefixes.costs,
+            max_prefix_depth=MAX_DEPTH,
         )
         self._planner = StepPlanner(self._pool, limits, hooks)
-        self._runner = Runner(model, sizes, config.cuda_graphs, pipeline)
         self._trial = SamplingState(1, model.config.vocab_size, eos_token_ids=model.config.eos_ids)
         self._holders = SlotHolders(config.max_batch)
         self._handles: dict[int, RequestHandle] = {}
@@ -144,16 +147,32 @@ class Engine:
         ``max_model_len`` or a request that the whole page pool could not hold. Nothing is queued then.
         """
         params = SamplingParams() if params is None else params
+        return self._submit(prompt, params, [sample], priority)[0]
+
+    def submit_samples(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> list[RequestHandle]:
+        """Queue all ``params.n`` samples of a prompt, which is computed once: they branch off where it ends, and share its
+        pages until they write to them. All draw with one seed, each by its number. Raises what ``submit`` raises."""
+        params = SamplingParams() if params is None else params
+        return self._submit(prompt, params, range(params.n), priority)
+
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams, samples: Sequence[int], priority: int
+    ) -> list[RequestHandle]:
         ids = self.encode(prompt)
-        params = self._checked(ids, params, sample)
+        params = self._checked(ids, params, samples[0])
         assert params.max_tokens is not None, "filled in by _checked"
-        checker = StopChecker(params, self.model.config.eos_ids)
-        stream = None if self.codec is None else TextStream(self.codec)
-        handle = RequestHandle(self._num_submitted, tuple(ids), params, sample, checker, stream)
-        self._planner.submit(str(handle.request_id), ids, params.max_tokens, priority)
-        self._handles[handle.request_id] = handle
-        self._num_submitted += 1
-        return handle
+        handles = []
+        for request_id, sample in enumerate(samples, self._num_submitted):
+            checker = StopChecker(params, self.model.config.eos_ids)
+            stream = None if self.codec is None else TextStream(self.codec)
+            handles.append(RequestHandle(request_id, tuple(ids), params, sample, checker, stream))
+        first, *others = (str(handle.request_id) for handle in handles)
+        self._planner.submit(first, ids, params.max_tokens, priority, samples=others)
+        self._handles.update((handle.request_id, handle) for handle in handles)
+        self._num_submitted += len(handles)
+        return handles
 
     def fork(self, handle: RequestHandle, *, seed: int | None = None) -> RequestHandle:
         """A second request that goes on from where ``handle`` stands, between steps. It begins with its tokens and text,
@@ -230,7 +249,7 @@ class Engine:
         for pairs in plan.copy_rounds():
             self._runner.copy_pages(pairs)
         drawing = [entry for entry in plan.entries if entry.samples]
-        result = self._runner.run(self._step_input(plan.entries))
+        result = self._runner.run(self._step_input(plan))
         tokens = [] if result is None else self._runner.fetch(result, len(drawing))
         logprobs = None if result is None else _rows(result)
         chunks = [self._take(entry, tokens[row], logprobs, row) for row, entry in enumerate(drawing)]
@@ -265,9 +284,9 @@ class Engine:
             self._runner.sampling.add(holders.next_free, handle.params, ids, sample=handle.sample, output_ids=made)
             holders.take(handle.request_id)
 
-    def _step_input(self, entries: Sequence[StepEntry]) -> StepInput:
+    def _step_input(self, plan: StepPlan) -> StepInput:
         """Columns of the step; page tables that changed are written on the way."""
-        holders = self._holders
+        holders, entries = self._holders, plan.entries
         slots = [holders.slot_of[int(entry.request_id)] for entry in entries]
         for slot, entry in zip(slots, entries, strict=True):
             if holders.pages.get(slot) != entry.pages:
@@ -279,6 +298,7 @@ class Engine:
             np.array([entry.start for entry in entries]),
             np.array([len(entry.tokens) for entry in entries]),
             np.array([entry.samples for entry in entries]),
+            plan.levels,
         )
         self.stats.num_decode_steps += step.is_decode
         return step
@@ -336,29 +356,35 @@ class Engine:
                     yield chunk
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[RequestOutput]:
-        """Run all prompts at once; outputs in their order, ``params.n`` of each. A prompt that is refused gives an output
-        with ``error`` set and does not hold up the others. If a step raises, or is interrupted, none of them goes on."""
+        """Run all prompts at once; a RequestOutput of each, in their order, which has ``params.n`` samples. A prompt that is
+        refused gives an output with ``error`` set and does not hold up the others. If a step raises, or is interrupted, none
+        of them goes on."""
         if isinstance(prompts, str):
             raise ArgumentError("prompts", "a sequence of prompts", "one string")
-        samples = range(1 if params is None else params.n)
-        handles = [self._submit_or_fail(prompt, params, sample) for prompt in prompts for sample in samples]
+        params = SamplingParams() if params is None else params
+        groups = [self._submit_or_fail(prompt, params) for prompt in prompts]
+        handles = [handle for group in groups for handle in group]
         try:
             for _ in self.stream(handles):
                 pass
         finally:
             for handle in handles:
                 self.abort(handle)
-        return [handle.output() for handle in handles]
+        return [RequestOutput.of(group) for group in groups]
 
-    def _submit_or_fail(self, prompt: Prompt, params: SamplingParams | None, sample: int) -> RequestHandle:
+    def _submit_or_fail(self, prompt: Prompt, params: SamplingParams) -> list[RequestHandle]:
         try:
-            return self.submit(prompt, params, sample=sample)
+            return self.submit_samples(prompt, params)
         except FiError as error:
-            params = SamplingParams() if params is None else params
-            handle = RequestHandle(self._num_submitted, (), params, sample, StopChecker(params), None)
+            handle = RequestHandle(self._num_submitted, (), params, 0, StopChecker(params), None)
             self._num_submitted += 1
             handle.end("error", error)
-            return handle
+            return [handle]
+
+    def explain_sharing(self) -> list[str]:
+        """Lines on shared prefixes: what serves them or why nothing does, and what the last step chose of them."""
+        chosen = self._planner.sharing
+        return [*self._runner.prefixes.explain(), *([] if chosen is None else chosen.explain())]
 
     def check_integrity(self) -> None:
         """Raise PoolIntegrityError unless every page belongs to exactly those that should hold it."""
@@ -369,24 +395,3 @@ def _rows(result: SampleResult) -> _LogprobRows | None:
     """The log-probabilities of a step on the host: one transfer a column, however many requests want them."""
     found = result.logprobs
     return None if found is None else (found.chosen.tolist(), found.indices.tolist(), found.values.tolist())
-
-
-def device_of(given: str | torch.device | None) -> torch.device:
-    """CUDA where there is one, else the CPU, unless ``given``; raises ArgumentError for a device that is not there."""
-    if given is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = str(given).partition(":")
-    present = {"cpu": 1, "cuda": torch.cuda.device_count()}
-    if (index and not index.isdecimal()) or int(index or 0) >= present.get(kind, 0):
-        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(present["cuda"]))])
-        raise ArgumentError("device", f"one of {known}", given)
-    return torch.device(given)
-
-
-def _default_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
-    """Pages for ``max_batch`` requests of full length, within the memory that may be taken."""
-    full = config.max_batch * -(-max_model_len // config.page_size)
-    limit = _CPU_CACHE_BYTES
-    if model.device.type == "cuda":
-        limit = torch.cuda.mem_get_info(model.device)[0] // 2
-    return max(1, min(full, limit // page_bytes(model, config.page_size)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -33,19 +34,56 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class RequestOutput:
-    """A finished request. ``text`` has neither special tokens nor the stop string; ``error`` is set exactly when
-    ``finish_reason`` is "error". ``num_cached_tokens`` of the prompt came from the prefix cache. ``logprobs`` has an
-    entry a token if they were asked for, else none."""
+class SampleOutput:
+    """One finished sample of a prompt, ``index`` of its ``params.n``. ``text`` has neither special tokens nor the stop string;
+    ``error`` is set exactly when ``finish_reason`` is "error". ``logprobs`` has an entry a token if they were asked for, else
+    none."""
 
-    request_id: int
-    prompt_ids: tuple[int, ...]
+    index: int
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
-    num_cached_tokens: int
     logprobs: tuple[TokenLogprobs, ...]
     error: FiError | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt's finished samples, in order: one output each (names as in vLLM). ``request_id`` and ``num_cached_tokens``, those
+    of the prompt's tokens that came from the prefix cache, are of the first sample; so are ``text``, ``token_ids``, ``logprobs``,
+    ``finish_reason`` and ``error``."""
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    num_cached_tokens: int
+    outputs: tuple[SampleOutput, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[RequestHandle]) -> RequestOutput:
+        """The result of all samples of one prompt, which are finished."""
+        first = samples[0]
+        outputs = tuple(handle.output() for handle in samples)
+        return cls(first.request_id, first.prompt_ids, first.num_cached_tokens, outputs)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.outputs[0].token_ids
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        return self.outputs[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.outputs[0].finish_reason
+
+    @property
+    def error(self) -> FiError | None:
+        return self.outputs[0].error
 
 
 @dataclass(eq=False)
@@ -103,16 +141,9 @@ class RequestHandle:
         self.text += held
         return held
 
-    def output(self) -> RequestOutput:
+    def output(self) -> SampleOutput:
         """The result; only of a finished request."""
         assert self.finish_reason is not None, "the request is still running"
-        return RequestOutput(
-            self.request_id,
-            self.prompt_ids,
-            tuple(self.token_ids),
-            self.text,
-            self.finish_reason,
-            self.num_cached_tokens,
-            tuple(self.logprobs),
-            self.error,
+        return SampleOutput(
+            self.sample, tuple(self.token_ids), self.text, self.finish_reason, tuple(self.logprobs), self.error
         )

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import fi_core as fi
 import numpy as np
 import numpy.typing as npt
 import torch
-from fi_core import AttentionSpec, Batch, KVCache, Plan
+from fi_core import AttentionSpec, Batch, KVCache, Plan, SharedPrefixes
 from fi_sampling import Pipeline, SampleResult, SamplingState
 from fi_scheduler.graphs import GraphRunner, Inputs
+from fi_scheduler.requests import SharedLevel
 from torch import Tensor
 
 from .buffers import StepBlock
+from .config import EngineConfig
 from .model import Model
+from .prefixes import SharedPlans
 
 _MAX_GRAPH_SETS = 8
 
@@ -42,7 +45,8 @@ class StepInput:
     """A step's B requests, in the order of their tokens.
 
     ``tokens`` int [T]; int [B] each: ``slots`` (whose page table and sampling parameters), ``starts`` (position of the
-    first token) and ``counts`` (tokens); bool [B] ``draws``: whether the last token's logits give the next token.
+    first token) and ``counts`` (tokens); bool [B] ``draws``: whether the last token's logits give the next token. ``levels``
+    are the prefixes to read once.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -50,6 +54,7 @@ class StepInput:
     starts: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
     draws: npt.NDArray[np.bool_]
+    levels: Sequence[SharedLevel] = ()
 
     @cached_property
     def is_decode(self) -> bool:
@@ -67,27 +72,33 @@ class Runner:
     """One model on one device, its KV pages, and the sampling parameters of its slots; not thread-safe.
 
     A step is staged (one copy to the device), then runs: with ``cuda_graphs`` decode steps go through GraphRunner, padded
-    to a bucket and on a GPU replayed as one CUDA graph from the lengths to the drawn tokens; others run directly.
+    to a bucket and on a GPU replayed as one CUDA graph from the lengths to the drawn tokens; others run directly. Steps that
+    read shared prefixes once have plans and graphs of their own (``prefixes``), so that the others pay nothing for it.
     """
 
-    def __init__(self, model: Model, sizes: Sizes, cuda_graphs: bool, pipeline: Pipeline | None = None) -> None:
+    def __init__(self, model: Model, sizes: Sizes, config: EngineConfig, pipeline: Pipeline | None = None) -> None:
         self.model = model
         self.sizes = sizes
-        config, device = model.config, model.device
-        shape = (sizes.num_pages, sizes.page_size, config.num_kv_heads, config.head_dim)
-        memory = torch.zeros((config.num_layers, 2, *shape), dtype=model.dtype, device=device)
+        shape_of, device = model.config, model.device
+        shape = (sizes.num_pages, sizes.page_size, shape_of.num_kv_heads, shape_of.head_dim)
+        memory = torch.zeros((shape_of.num_layers, 2, *shape), dtype=model.dtype, device=device)
         self.caches = [KVCache(keys, values) for keys, values in memory]
         self.spec = AttentionSpec(
-            config.num_qo_heads, config.num_kv_heads, config.head_dim, dtype=model.dtype, page_size=sizes.page_size
+            shape_of.num_qo_heads,
+            shape_of.num_kv_heads,
+            shape_of.head_dim,
+            dtype=model.dtype,
+            page_size=sizes.page_size,
         )
         self.mixed_plan = self._plan(sizes.max_step_tokens, min(sizes.max_step_tokens, sizes.max_model_len))
         self.decode_plan = self._plan(sizes.max_batch, 1)
+        self.prefixes = SharedPlans.beside(self.decode_plan, self.mixed_plan, config)
         self.sampling = SamplingState(
-            sizes.max_batch, config.vocab_size, device=device, eos_token_ids=config.eos_ids, pipeline=pipeline
+            sizes.max_batch, shape_of.vocab_size, device=device, eos_token_ids=shape_of.eos_ids, pipeline=pipeline
         )
-        self._use_graphs = cuda_graphs
-        # By the signature of the sampling state, the one used last at the end.
-        self._graphs: dict[tuple[frozenset[str], int], GraphRunner[SampleResult]] = {}
+        self._use_graphs = config.cuda_graphs
+        # By the signature of the sampling state and whether prefixes are shared, the one used last at the end.
+        self._graphs: dict[tuple[frozenset[str], int, bool], GraphRunner[SampleResult]] = {}
         batch, entries = sizes.max_batch, sizes.table_entries
         columns = {
             "tokens": (torch.int32, sizes.max_step_tokens),
@@ -97,8 +108,10 @@ class Runner:
             "rows": (torch.int32, batch),
             "slots": (torch.int64, batch),
             "positions": (torch.int64, batch),
+            "nodes": (torch.int32, 4 * self.prefixes.max_nodes),
         }
         self._block = StepBlock(columns, device)
+        self._levels = SharedPrefixes(self._block.device["nodes"].view(-1, 4))
         self._tables = StepBlock({"table": (torch.int32, batch * entries)}, device)
         self._host_table = self._tables.host["table"].reshape(batch, entries)
         self._table = self._tables.device["table"].view(batch, entries)
@@ -145,6 +158,9 @@ class Runner:
         host["slots"][:num_draws] = step.slots[step.draws]
         host["slots"][num_draws:padded_to] = -1
         host["positions"][:num_draws] = kv_lens[step.draws]
+        nodes = host["nodes"].reshape(-1, 4)
+        nodes[: len(step.levels)] = np.array(step.levels, dtype=np.int32).reshape(-1, 4)
+        nodes[len(step.levels) :] = 0
         self._block.push()
         if self._table_changed:
             self._tables.push()
@@ -154,8 +170,8 @@ class Runner:
         """Logits [num_draws, vocab] of a staged step, run directly."""
         num, num_draws = len(step.counts), int(step.draws.sum())
         inputs = self._inputs(num)
-        batch = self._batch(inputs)
-        plan = self.decode_plan if step.is_decode else self.mixed_plan
+        plan, shared = self._plan_for(step)
+        batch = self._batch(inputs, shared)
         plan.update(batch)
         columns = self._block.device
         tokens, rows = columns["tokens"][: len(step.tokens)], columns["rows"][:num_draws]
@@ -164,7 +180,7 @@ class Runner:
     def run(self, step: StepInput) -> SampleResult | None:
         """Run ``step`` and draw; None if nothing draws. Results stay valid until the next run."""
         if step.is_decode and self._use_graphs:
-            runner = self._graph_runner()
+            runner = self._graph_runner(self._plan_for(step)[1])
             num = len(step.counts)
             return runner.run(num, lambda inputs, size: self.stage(step, runner.bucket_for(size)))
         self.stage(step, len(step.counts))
@@ -182,11 +198,20 @@ class Runner:
         found: list[int] = self._drawn[:num].tolist()
         return found
 
-    def _graph_runner(self) -> GraphRunner[SampleResult]:
+    def _plan_for(self, step: StepInput) -> tuple[Plan, bool]:
+        """The plan of a step, and whether it is one that reads shared prefixes once."""
+        plain, shared = (
+            (self.decode_plan, self.prefixes.decode) if step.is_decode else (self.mixed_plan, self.prefixes.mixed)
+        )
+        return (plain, False) if shared is None or not step.levels else (shared, True)
+
+    def _graph_runner(self, shared: bool) -> GraphRunner[SampleResult]:
         """The graphs of what the sampling state is to run now. Only the last few are kept: each set takes memory, and
         requests could ask for any number of combinations."""
-        key = self.sampling.signature
-        runner = self._graphs.pop(key, None) or GraphRunner(self._decode, self._buckets(), self._empty_inputs)
+        key = *self.sampling.signature, shared
+        runner = self._graphs.pop(key, None)
+        if runner is None:
+            runner = GraphRunner(partial(self._decode, shared=shared), self._buckets(), self._empty_inputs)
         self._graphs[key] = runner
         if len(self._graphs) > _MAX_GRAPH_SETS:
             del self._graphs[next(iter(self._graphs))]
@@ -211,14 +236,17 @@ class Runner:
         self.stage(StepInput(nothing, nothing, nothing, nothing, nothing.astype(bool)), bucket)
         return self._inputs(bucket)
 
-    def _batch(self, inputs: Inputs) -> Batch:
-        return Batch(inputs["q_indptr"], inputs["kv_lens"], self._table, inputs["table_row"])
+    def _batch(self, inputs: Inputs, shared: bool) -> Batch:
+        levels = self._levels if shared else None
+        return Batch(inputs["q_indptr"], inputs["kv_lens"], self._table, inputs["table_row"], levels=levels)
 
-    def _decode(self, inputs: Inputs) -> SampleResult:
+    def _decode(self, inputs: Inputs, shared: bool) -> SampleResult:
         """A whole decode step from staged inputs: what a graph holds."""
-        batch = self._batch(inputs)
-        self.decode_plan.update(batch)
-        logits = self.model.forward(inputs["tokens"], batch, self.caches, self.decode_plan, None)
+        batch = self._batch(inputs, shared)
+        plan = self.prefixes.decode if shared else self.decode_plan
+        assert plan is not None, "only steps that it serves are shared"
+        plan.update(batch)
+        logits = self.model.forward(inputs["tokens"], batch, self.caches, plan, None)
         return self._draw(logits, inputs["slots"], inputs["positions"])
 
     def _draw(self, logits: Tensor, slots: Tensor, positions: Tensor) -> SampleResult:

@@ -44,6 +44,7 @@ from .ops.gelu_mul import gelu_mul
 from .ops.logprobs import logprobs
 from .ops.merge_states import merge_states
 from .ops.penalize_logits import penalize_logits
+from .ops.record_tokens import record_tokens
 from .ops.rmsnorm import rmsnorm
 from .ops.rope import rope
 from .ops.sample import sample
@@ -56,7 +57,7 @@ from .prefixes import SharedPrefixes
 from .records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, PackedMask
 from .registry import KernelRegistry, PluginStatus, Selection, use
 from .rope import FusedRope, LinearScaling, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
-from .sampling import DrawKeys, FilterParams, LogprobsOut, PenaltyParams
+from .sampling import DrawKeys, FilterParams, LogprobsOut, PenaltyParams, TokenHistory
 from .settings import Settings
 
 __version__ = "0.1.0"
@@ -105,6 +106,7 @@ __all__ = [
     "SharedPrefixes",
     "SubsetOf",
     "Target",
+    "TokenHistory",
     "Tolerance",
     "Trial",
     "UnknownBackendError",
@@ -124,6 +126,7 @@ __all__ = [
     "merge_states",
     "penalize_logits",
     "plan",
+    "record_tokens",
     "rmsnorm",
     "rope",
     "sample",

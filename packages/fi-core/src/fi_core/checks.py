@@ -34,6 +34,7 @@ _ARGUMENTS = (
     "positions",
     "batch.mask.indptr",
     "rows",
+    "slots",
     "penalties.rows",
     "penalties.bias_indptr",
     "source_pages",
@@ -227,15 +228,32 @@ def check_rows(argument: str, rows: Tensor, num_rows: int) -> None:
     record.publish()
 
 
-def check_penalties(penalties: PenaltyParams) -> None:
-    """Check where each row's bias entries and histories lie."""
+def check_slots(slots: Tensor, num_rows: int) -> None:
+    """Check that ``slots`` are below ``num_rows``; those below 0 name no row."""
+    record = _begin(slots.device)
+    record.note("slots", slots >= num_rows, slots, num_rows - 1)
+    record.publish()
+
+
+def check_penalties(penalties: PenaltyParams, slots: Tensor | None) -> None:
+    """Check where each row's parameters, bias entries and histories lie."""
     if penalties.bias_indptr is not None and penalties.bias_tokens is not None:
         record = _begin(penalties.bias_indptr.device)
         _check_indptr(record, "penalties.bias_indptr", penalties.bias_indptr, penalties.bias_tokens.shape[0])
         record.publish()
-    for counts in (penalties.prompt_counts, penalties.output_counts):
-        if penalties.rows is not None and counts is not None:
-            check_rows("penalties.rows", penalties.rows, counts.shape[0])
+    columns = [penalties.allowed, penalties.repetition, penalties.frequency, penalties.presence]
+    sizes = [column.shape[0] for column in columns if column is not None]
+    if penalties.bias_indptr is not None:
+        sizes.append(penalties.bias_indptr.shape[0] - 1)
+    if slots is not None and sizes:
+        check_slots(slots, min(sizes))
+    histories = [penalties.prompt_counts, penalties.output_counts]
+    histories += [None if penalties.history is None else penalties.history.num_entries]
+    for held in histories:
+        if held is not None and penalties.rows is not None:
+            check_rows("penalties.rows", penalties.rows, held.shape[0])
+        elif held is not None and slots is not None:
+            check_slots(slots, held.shape[0])
 
 
 def _begin(device: torch.device) -> Record:

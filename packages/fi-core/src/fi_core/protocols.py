@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from .rope import RopeTable
-from .sampling import DrawKeys, FilterParams, LogprobsOut, PenaltyParams
+from .sampling import DrawKeys, FilterParams, LogprobsOut, PenaltyParams, TokenHistory
 
 
 class AttentionState(Protocol):
@@ -126,10 +126,18 @@ class GatedActivation(Protocol):
 
 
 class Sample(Protocol):
-    """Protocol of ``sample``: logits [R, V] -> tokens int64 [N] (row ``rows[n]`` of logits, or n), -1 for an unusable row."""
+    """Protocol of ``sample``: logits [R, V] -> tokens int64 [N] (row ``rows[n]`` of logits, or n; row ``slots[n]`` of the
+    parameters, or n), -1 for an unusable row."""
 
     def __call__(
-        self, logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor
+        self,
+        logits: Tensor,
+        filters: FilterParams,
+        keys: DrawKeys,
+        rows: Tensor | None,
+        tokens: Tensor,
+        penalties: PenaltyParams,
+        slots: Tensor | None,
     ) -> None: ...
 
 
@@ -155,7 +163,13 @@ class Logprobs(Protocol):
 class PenalizeLogits(Protocol):
     """Protocol of ``penalize_logits``: out [N, V] (may alias logits) after penalties, bias and the allowed-token bitmask."""
 
-    def __call__(self, logits: Tensor, penalties: PenaltyParams, out: Tensor) -> None: ...
+    def __call__(self, logits: Tensor, penalties: PenaltyParams, out: Tensor, slots: Tensor | None) -> None: ...
+
+
+class RecordTokens(Protocol):
+    """Protocol of ``record_tokens``: tokens int64 [N, k] into rows ``slots[n]`` (or n) of ``history``, in place."""
+
+    def __call__(self, history: TokenHistory, tokens: Tensor, slots: Tensor | None) -> None: ...
 
 
 class VerifyChain(Protocol):

@@ -35,6 +35,7 @@ _LIMITS: Mapping[str, Callable[[torch.dtype], Tolerance]] = {
     "top_k": ROUNDED.__getitem__,
     "logprobs": lambda dtype: Tolerance(1e-5, 2e-5),
     "penalize_logits": ROUNDED.__getitem__,
+    "record_tokens": ROUNDED.__getitem__,
 }
 """Limits of floating outputs, by their dtype; integer outputs of these operations are exact."""
 

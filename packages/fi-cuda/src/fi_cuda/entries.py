@@ -10,6 +10,7 @@ import torch
 from fi_core.contract import Anything, Between, Condition, KernelEntry, OneOf, Request, Rule, SubsetOf
 from fi_core.ops.sampling_arguments import MAX_VOCAB
 from fi_core.records import ATTENTION_FEATURES, KV_FORMATS, Q_FORMATS, format_of
+from fi_core.sampling import PENALTIES
 
 BACKEND = "cuda"
 MIN_CAPABILITY = (8, 0)
@@ -132,9 +133,9 @@ def _on_hopper(request: Request) -> bool:
     return capability is None or capability[0] == WARPGROUP_CAPABILITY[0]
 
 
-def _sampling_loader(op: str) -> Callable[[], Any]:
-    module = _SAMPLING_MODULES.get(op, op)
-    return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), op)
+def _sampling_loader(name: str) -> Callable[[], Any]:
+    module = _SAMPLING_MODULES.get(name, name)
+    return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), name)
 
 
 _MAX_TOP_K = 512  # they are sorted in the shared memory of one block; more has not run on a GPU with the present search
@@ -147,10 +148,13 @@ _FILTERING: Mapping[str, Rule] = {
 }
 
 _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
-    "sample": _FILTERING,
+    "sample": {**_FILTERING, "penalties": SubsetOf(), "slots": OneOf(False)},
+    "sample_columns": {**_FILTERING, "penalties": SubsetOf(*PENALTIES), "slots": OneOf(False, True)},
     "filter_logits": {**_FILTERING, "kind": OneOf("logits", "probs")},
     "top_k": {**_VOCABULARY, "k": Between(1, _MAX_TOP_K)},
     "logprobs": {**_VOCABULARY, "top_n": Between(0, _MAX_TOP_K)},
+    "penalize_logits": {**_VOCABULARY, "parts": SubsetOf(*PENALTIES), "counts": OneOf("none", "dense", "sparse")},
+    "record_tokens": {"capacity": Between(1)},
     "verify_chain": {
         "vocab_size": Between(1, MAX_VOCAB),
         "num_draft": Anything(),
@@ -159,7 +163,13 @@ _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
     "verify_tree": {"vocab_size": Between(1, MAX_VOCAB), "num_draft": Anything()},
 }
 
-_SAMPLING_MODULES = {"logprobs": "top_k", "verify_chain": "verify", "verify_tree": "verify"}
+_SAMPLING_OPERATIONS = {"sample_columns": "sample"}
+"""Of kernels that are not named like it."""
+_UNSEEN = -90
+"""Priority of kernels that have not run on a GPU: other backends' are preferred, and conformance runs these too."""
+_SAMPLING_PRIORITIES = dict.fromkeys(("sample_columns", "penalize_logits", "record_tokens"), _UNSEEN)
+
+_SAMPLING_MODULES = {"sample_columns": "sample", "logprobs": "top_k", "verify_chain": "verify", "verify_tree": "verify"}
 
 _MAX_TWO_ROWS = 2**18  # of which a cluster holds two
 
@@ -174,16 +184,17 @@ _SAMPLING_CONDITIONS = {
 
 SAMPLING_ENTRIES: list[KernelEntry] = [
     KernelEntry(
-        op,
-        op,
+        _SAMPLING_OPERATIONS.get(name, name),
+        name,
         BACKEND,
         rules,
-        _sampling_loader(op),
+        _sampling_loader(name),
         devices=("cuda",),
         min_capability=BARRIER_CAPABILITY,
-        conditions=(Condition("a Hopper GPU", _on_hopper), *_SAMPLING_CONDITIONS.get(op, ())),
+        priority=_SAMPLING_PRIORITIES.get(name, 0),
+        conditions=(Condition("a Hopper GPU", _on_hopper), *_SAMPLING_CONDITIONS.get(name, ())),
     )
-    for op, rules in _SAMPLING_RULES.items()
+    for name, rules in _SAMPLING_RULES.items()
 ]
 """Kernels of sampling: a row of logits lies in the shared memory of a cluster of blocks."""
 

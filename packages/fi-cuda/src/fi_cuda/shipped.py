@@ -25,7 +25,9 @@ from .kernels.rope import spec_for as rope_spec_for
 from .kernels.sampling.filter_logits import FilterLogitsSpec
 from .kernels.sampling.forms import searches
 from .kernels.sampling.geometry import geometry_for
-from .kernels.sampling.sample import SampleSpec
+from .kernels.sampling.penalize_logits import PenalizeLogitsSpec
+from .kernels.sampling.record_tokens import RecordTokensSpec
+from .kernels.sampling.sample import ColumnSampleSpec, SampleSpec
 from .kernels.sampling.top_k import TopKSpec
 from .kernels.sampling.verify import VerifySpec
 from .spec import KernelSpec
@@ -143,6 +145,10 @@ def _sampling_specs() -> Iterator[KernelSpec]:
         for filters in (frozenset[str](), frozenset({"top_p"})):
             form = geometry_for(128256, num_rows, search=searches(filters))
             yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
+        for filters in (usual, frozenset[str]()):
+            form = geometry_for(128256, num_rows, search=searches(filters))
+            for penalties in (False, True):
+                yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, penalties)
         form = geometry_for(128256, num_rows)
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
         for probs in (False, True):
@@ -154,6 +160,9 @@ def _sampling_specs() -> Iterator[KernelSpec]:
         two_rows = geometry_for(128256, num_rows, rows_held=2)
         yield VerifySpec(dtype, VECTOR_BYTES, *two_rows, tree=False, proposals=True)
     yield TopKSpec(dtype, VECTOR_BYTES, *geometry_for(131072, 1), 512, False)
+    for dense in (False, True):
+        yield PenalizeLogitsSpec.of(dtype, VECTOR_BYTES, 128256, dense)
+    yield RecordTokensSpec()
 
 
 def _attention_specs() -> Iterator[KernelSpec]:

@@ -30,7 +30,14 @@ def _sample(dtype: str, filters: tuple[str, ...], joint: bool = False) -> AotSpe
         "candidates_ptr": "*i32",
         **_integers("logits_stride", "vocab_size", "capacity"),
     }
-    constants = {"rows_ptr": None, **absent, "JOINT": joint, "FILTERED": bool(filters), "BLOCK": 1024}
+    constants = {
+        "rows_ptr": None,
+        "slots_ptr": None,
+        **absent,
+        "JOINT": joint,
+        "FILTERED": bool(filters),
+        "BLOCK": 1024,
+    }
     name = "_".join(("sample", dtype, *filters, *(("joint",) if joint else ())))
     return AotSpec(name, "fi_triton.sampling.sample:sample_kernel", arguments, constants, num_warps=16)
 
@@ -67,13 +74,35 @@ def _logprobs(dtype: str) -> AotSpec:
 
 
 def _penalize(dtype: str) -> AotSpec:
-    arguments = {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "allowed_ptr": "*i32", "bias_indptr_ptr": "*i32"}
-    arguments |= {"bias_tokens_ptr": "*i32", "bias_values_ptr": "*fp32", "prompt_ptr": "*i32", "output_ptr": "*i32"}
-    arguments |= {"rows_ptr": "*i32", **dict.fromkeys(("repetition_ptr", "frequency_ptr", "presence_ptr"), "*fp32")}
-    strides = (f"{name}_stride" for name in ("logits", "out", "prompt", "output"))
-    arguments |= {**_integers(*strides, "vocab_size"), "allowed_stride": "i32"}
-    kernel = "fi_triton.sampling.penalize_logits:penalize_kernel"
-    return AotSpec(f"penalize_logits_{dtype}", kernel, arguments, {"BLOCK": 1024})
+    pointers = ("slots", "allowed", "step_allowed", "bias_indptr", "bias_tokens", "bias_until", "output", "seen")
+    pointers = (*pointers, "num_entries", "num_output", "rows")
+    arguments = {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **{f"{name}_ptr": "*i32" for name in pointers}}
+    arguments |= {f"{name}_ptr": "*fp32" for name in ("bias_values", "repetition", "frequency", "presence")}
+    arguments["slots_ptr"] = "*i64"
+    strides = (f"{name}_stride" for name in ("logits", "out", "output"))
+    arguments |= {**_integers(*strides, "vocab_size", "capacity")}
+    arguments |= {f"{name}_stride": "i32" for name in ("allowed", "step_allowed", "seen")}
+    constants = {"prompt_ptr": None, "prompt_stride": 0, "COUNTS_BY_ROW": True, "BLOCK": 1024}
+    return AotSpec(
+        f"penalize_logits_{dtype}", "fi_triton.sampling.penalize_logits:penalize_kernel", arguments, constants
+    )
+
+
+def _spread_entries() -> AotSpec:
+    names = ("entries", "num_entries", "rows", "counts")
+    arguments = {**{f"{name}_ptr": "*i32" for name in names}, "slots_ptr": "*i64"}
+    arguments |= _integers("entries_stride", "vocab_size", "capacity")
+    kernel = "fi_triton.sampling.penalize_logits:spread_entries_kernel"
+    return AotSpec("spread_entries", kernel, arguments, {"BLOCK": 1024})
+
+
+def _record_tokens() -> AotSpec:
+    names = ("seen", "entries", "num_entries", "num_output")
+    arguments = {"tokens_ptr": "*i64", "slots_ptr": "*i64", **{f"{name}_ptr": "*i32" for name in names}}
+    arguments |= {**_integers("entries_stride", "capacity"), "seen_stride": "i32", "seen_words": "i32"}
+    arguments["num_tokens"] = arguments["tokens_stride"] = "i32"
+    kernel = "fi_triton.sampling.record_tokens:record_kernel"
+    return AotSpec("record_tokens", kernel, arguments, {"BLOCK": 1024})
 
 
 def _verify_chain(has_draft_probs: bool) -> AotSpec:
@@ -117,6 +146,8 @@ def _specs() -> Iterator[AotSpec]:
         yield _filter_logits(tuple(_FILTER_TYPES), False, joint)
     yield _top_k("fp32", 2048)
     yield _top_k("fp32", 1, one_token=True)
+    yield _spread_entries()
+    yield _record_tokens()
     yield _verify_chain(False)
     yield _verify_chain(True)
     yield _verify_tree()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from fi_core.contract import Between, OneOf, Rule, SubsetOf
-from fi_core.sampling import FILTERS
+from fi_core.sampling import FILTERS, PENALTIES
 
 from .entries import entries_of
 
@@ -18,11 +18,12 @@ _LOGITS: Mapping[str, Rule] = {"dtype": OneOf(torch.float32, torch.float16, torc
 _FILTERED: Mapping[str, Rule] = {**_LOGITS, "filters": SubsetOf(*FILTERS), "order": OneOf("sequential", "joint")}
 
 _RULES: Mapping[str, Mapping[str, Rule]] = {
-    "sample": _FILTERED,
+    "sample": {**_FILTERED, "penalties": SubsetOf(), "slots": OneOf(False, True)},  # penalize_logits comes before
     "filter_logits": {**_FILTERED, "kind": OneOf("logits", "probs")},
     "top_k": {**_LOGITS, "k": Between(1, _MAX_K)},
     "logprobs": {**_LOGITS, "top_n": Between(0, _MAX_K)},
-    "penalize_logits": {**_LOGITS, "parts": SubsetOf("allowed", "bias", "repetition", "frequency", "presence")},
+    "penalize_logits": {**_LOGITS, "parts": SubsetOf(*PENALTIES), "counts": OneOf("none", "dense", "sparse")},
+    "record_tokens": {"capacity": Between(1)},
     "verify_chain": {**_VOCAB, "num_draft": Between(0), "has_draft_probs": OneOf(False, True)},
     "verify_tree": {**_VOCAB, "num_draft": Between(1, _MAX_TREE)},
 }

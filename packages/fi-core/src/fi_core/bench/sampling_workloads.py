@@ -7,14 +7,14 @@ from collections.abc import Callable, Hashable, Mapping
 import torch
 
 from ..contract import EXACT, Cost, Tolerance
-from ..ops import filter_logits, logprobs, penalize_logits, sample, top_k, verify_chain, verify_tree
+from ..ops import filter_logits, logprobs, penalize_logits, record_tokens, sample, top_k, verify_chain, verify_tree
 from ..ops.cases import normal
-from ..sampling import DrawKeys, FilterParams, PenaltyParams
+from ..sampling import DrawKeys, FilterParams, PenaltyParams, TokenHistory
 from ..tolerances import ROUNDED
 from .workload import Builder, Outputs, Scale, Workload
 
 _SEED = 21
-_TOP_K, _TOP_N, _NUM_CHAIN, _NUM_TREE = 64, 5, 4, 16
+_TOP_K, _TOP_N, _NUM_CHAIN, _NUM_TREE, _CAPACITY = 64, 5, 4, 16, 1024
 
 
 def _logits(device: torch.device, scale: Scale) -> torch.Tensor:
@@ -46,7 +46,11 @@ def _workload(
     return Workload(f"rows={scale.num_rows} vocab={scale.vocab_size}", fields, call, cost, tolerance)
 
 
-_FILTERED = {"dtype": torch.float32, "filters": frozenset({"top_k", "top_p"}), "order": "sequential"}
+_FILTERED: Mapping[str, Hashable] = {
+    "dtype": torch.float32,
+    "filters": frozenset({"top_k", "top_p"}),
+    "order": "sequential",
+}
 
 
 def _sample(device: torch.device, scale: Scale) -> Workload:
@@ -57,7 +61,8 @@ def _sample(device: torch.device, scale: Scale) -> Workload:
     def call() -> Outputs:
         return {"tokens": sample.sample(logits, filters, keys, out=out)}
 
-    return _workload(scale, _FILTERED, call, cost, {"tokens": EXACT})
+    values = {**_FILTERED, "penalties": frozenset[str](), "slots": False}
+    return _workload(scale, values, call, cost, {"tokens": EXACT})
 
 
 def _filter(device: torch.device, scale: Scale) -> Workload:
@@ -107,13 +112,29 @@ def _penalize(device: torch.device, scale: Scale) -> Workload:
     column = torch.full((scale.num_rows,), 1.1, device=device)
     penalties = PenaltyParams(repetition=column, frequency=column, presence=column, output_counts=counts)
     out = torch.empty_like(logits)
-    values = {"dtype": torch.float32, "parts": penalties.active}
+    values = {"dtype": torch.float32, "parts": penalties.active, "counts": "dense"}
     cost = penalize_logits.cost(scale.num_rows, scale.vocab_size, 1, torch.float32)
 
     def call() -> Outputs:
         return {"out": penalize_logits.penalize_logits(logits, penalties, out=out)}
 
     return _workload(scale, values, call, cost, {"out": ROUNDED[torch.float32]})
+
+
+def _record(device: torch.device, scale: Scale) -> Workload:
+    names = ("seen", "entries", "num_entries", "num_output")
+    history = TokenHistory.empty(scale.num_rows, scale.vocab_size, _CAPACITY, device)
+    tokens = torch.arange(scale.num_rows, device=device).unsqueeze(1)
+
+    def call() -> Outputs:
+        history.num_entries.zero_()
+        history.num_output.zero_()
+        record_tokens.record_tokens(history, tokens)
+        return dict(zip(names, history.tensors, strict=True))
+
+    cost = record_tokens.cost(scale.num_rows, 1, 0)
+    limits = dict.fromkeys(names, EXACT)
+    return Workload(f"rows={scale.num_rows} capacity={_CAPACITY}", {"capacity": _CAPACITY}, call, cost, limits)
 
 
 def _drafts(device: torch.device, scale: Scale, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,6 +181,7 @@ SAMPLING_WORKLOADS: dict[str, tuple[Builder, ...]] = {
     "top_k": (_top_k,),
     "logprobs": (_logprobs,),
     "penalize_logits": (_penalize,),
+    "record_tokens": (_record,),
     "verify_chain": (_chain,),
     "verify_tree": (_tree,),
 }

@@ -12,6 +12,7 @@ from . import (
     logprobs,
     merge_states,
     penalize_logits,
+    record_tokens,
     rmsnorm,
     rope,
     sample,
@@ -38,6 +39,7 @@ OPERATIONS = tuple(
         top_k,
         logprobs,
         penalize_logits,
+        record_tokens,
         verify_chain,
         verify_tree,
     )

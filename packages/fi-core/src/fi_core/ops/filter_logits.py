@@ -51,8 +51,8 @@ def filter_logits(logits: Tensor, filters: FilterParams, kind: str = "probs", ou
     kind "logits": l' = float32(l) / temperature where a token is kept, -inf elsewhere. kind "probs": mass / (kept mass)
     where kept (the fixed-point masses of ``sample``, so a token below 2^-32 of the largest has 0), 0 elsewhere.
     Temperature 0: the first index of the largest logit alone is kept, l' = l there and its probability is 1. An
-    unusable row (NaN, +inf, no finite logit) gives logits all -inf and probabilities all 0, so that a draw from it
-    gives -1.
+    unusable row (NaN, +inf, no finite logit, a parameter out of its range) gives logits all -inf and probabilities
+    all 0, so that a draw from it gives -1.
 
     logits and filters as in ``sample``; ``out`` may be float32 logits themselves. Raises ArgumentError and
     UnsupportedError.

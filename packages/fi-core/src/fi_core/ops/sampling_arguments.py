@@ -64,20 +64,30 @@ def tensor_or_new(
     return given
 
 
-def check_filters(filters: FilterParams, num_rows: int, device: torch.device) -> None:
-    """Raise ArgumentError unless every column of ``filters`` has one value a row and the order is known."""
+def check_filters(filters: FilterParams, num_rows: int, device: torch.device, slots: Tensor | None = None) -> None:
+    """Raise ArgumentError unless every column of ``filters`` has one value a row (with ``slots``: one dim) and the order
+    is known."""
     for name, dtype in _FILTER_DTYPES.items():
         column = getattr(filters, name)
         if column is not None:
-            check_tensor(f"filters.{name}", column, dtype, (num_rows,), device)
+            _check_column(f"filters.{name}", column, dtype, num_rows if slots is None else None, device)
     if filters.order not in ("sequential", "joint"):
         raise ArgumentError("filters.order", "'sequential' or 'joint'", filters.order)
 
 
-def check_keys(keys: DrawKeys, num_rows: int, device: torch.device) -> None:
-    """Raise ArgumentError unless every column of ``keys`` has one value a row."""
+def check_keys(keys: DrawKeys, num_rows: int, device: torch.device, slots: Tensor | None = None) -> None:
+    """Raise ArgumentError unless every column of ``keys`` has one value a row; with ``slots``, only ``position``."""
     for name, dtype in _KEY_DTYPES.items():
-        check_tensor(f"keys.{name}", getattr(keys, name), dtype, (num_rows,), device)
+        free = slots is not None and name != "position"
+        _check_column(f"keys.{name}", getattr(keys, name), dtype, None if free else num_rows, device)
+
+
+def _check_column(
+    argument: str, column: Tensor, dtype: torch.dtype, num_rows: int | None, device: torch.device
+) -> None:
+    if num_rows is None and isinstance(column, Tensor) and column.dim() == 1:
+        num_rows = column.shape[0]
+    check_tensor(argument, column, dtype, (num_rows or 0,), device)
 
 
 def flat_filters(filters: FilterParams) -> tuple[Tensor | str | None, ...]:

@@ -14,7 +14,7 @@ from ..ops.quantised_output import OUT_FORMATS
 from ..ops.sampling_arguments import MAX_VOCAB
 from ..records import ATTENTION_FEATURES, KV_FORMATS, Q_FORMATS
 from ..registry import KernelRegistry
-from ..sampling import FILTERS
+from ..sampling import FILTERS, PENALTIES
 
 NAME = "reference"
 
@@ -70,11 +70,12 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
     "add_rmsnorm": {"dtype": _FLOATS, "hidden_size": _SIZE, "out_format": OneOf(*OUT_FORMATS)},
     "silu_mul": {"dtype": _FLOATS, "width": _SIZE},
     "gelu_mul": {"dtype": _FLOATS, "width": _SIZE, "approximate": OneOf("none", "tanh")},
-    "sample": _FILTERED,
+    "sample": {**_FILTERED, "penalties": SubsetOf(*PENALTIES), "slots": OneOf(False, True)},
     "filter_logits": {**_FILTERED, "kind": OneOf("logits", "probs")},
     "top_k": {**_LOGITS, "k": _SIZE},
     "logprobs": {**_LOGITS, "top_n": Between(0)},
-    "penalize_logits": {**_LOGITS, "parts": SubsetOf("allowed", "bias", "repetition", "frequency", "presence")},
+    "penalize_logits": {**_LOGITS, "parts": SubsetOf(*PENALTIES), "counts": OneOf("none", "dense", "sparse")},
+    "record_tokens": {"capacity": _SIZE},
     "verify_chain": {"vocab_size": _VOCABULARY, "num_draft": Between(0), "has_draft_probs": OneOf(False, True)},
     "verify_tree": {"vocab_size": _VOCABULARY, "num_draft": _SIZE},
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..launch import on_device
 from .rows import load_block, scan_row, to_mass, weight_and_shortfall
-from .select import filter_row, is_kept, kept_total, open_limits
+from .select import filter_row, is_kept, kept_total, open_limits, valid_filters
 
 BLOCK = 1024
 NUM_WARPS = 16
@@ -66,16 +66,17 @@ def filter_logits_kernel(
     out_row_ptr = out_ptr + index * out_stride
     largest, first, no_nan = scan_row(row_ptr, vocab_size, 4 * BLOCK)
     temperature = tl.full((), 1.0, tl.float32) if temperature_ptr is None else tl.load(temperature_ptr + index)
+    k_ptr = None if top_k_ptr is None else top_k_ptr + index
+    p_ptr = None if top_p_ptr is None else top_p_ptr + index
+    m_ptr = None if min_p_ptr is None else min_p_ptr + index
+    t_ptr = None if typical_p_ptr is None else typical_p_ptr + index
+    valid = valid_filters(temperature, k_ptr, p_ptr, m_ptr, t_ptr)
     greedy = temperature <= 0.0
     temperature = tl.where(greedy, 1.0, temperature)
     peak = tl.div_rn(largest, temperature)
-    usable = (tl.abs(peak) < float("inf")) & no_nan
+    usable = (tl.abs(peak) < float("inf")) & no_nan & valid
     if usable & (greedy == 0):
         row = (row_ptr, no_list_ptr, tl.full((), 0, tl.int32), tl.cast(vocab_size, tl.int32), temperature, peak)
-        k_ptr = None if top_k_ptr is None else top_k_ptr + index
-        p_ptr = None if top_p_ptr is None else top_p_ptr + index
-        m_ptr = None if min_p_ptr is None else min_p_ptr + index
-        t_ptr = None if typical_p_ptr is None else typical_p_ptr + index
         total = kept_total(row, open_limits(), False, BLOCK)
         limits, kept = filter_row(row, total, vocab_size, k_ptr, p_ptr, m_ptr, t_ptr, JOINT, BLOCK)
         _write_row(row, limits, kept, out_row_ptr, PROBS, typical_p_ptr is not None, BLOCK)

@@ -19,6 +19,24 @@ _BITS = tl.constexpr(4)
 
 
 @triton.jit
+def valid_filters(temperature, k_ptr, p_ptr, m_ptr, t_ptr):
+    """Whether a row's parameters are in their ranges; comparisons that NaN fails."""
+    valid = temperature >= 0.0
+    if k_ptr is not None:
+        valid &= tl.load(k_ptr) >= 0
+    if p_ptr is not None:
+        top_p = tl.load(p_ptr)
+        valid &= (top_p > 0.0) & (top_p <= 1.0)
+    if m_ptr is not None:
+        min_p = tl.load(m_ptr)
+        valid &= (min_p >= 0.0) & (min_p <= 1.0)
+    if t_ptr is not None:
+        typical_p = tl.load(t_ptr)
+        valid &= (typical_p > 0.0) & (typical_p <= 1.0)
+    return valid
+
+
+@triton.jit
 def distance_key(shortfall, center):
     """uint32 that grows as | shortfall - center | falls; the distance is not negative, so its bits order it."""
     return 0x7FFFFFFF - tl.abs(shortfall - center).to(tl.uint32, bitcast=True)

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ...random import PURPOSE_DRAW, random_bits, scale_bits
 from ...reference.sampling.draw import Columns, map_columns
-from ...reference.sampling.filters import keep_mask
+from ...reference.sampling.filters import keep_mask, valid_filters
 from ...reference.sampling.masses import Weights, to_mass
-from ...sampling import DrawKeys, FilterOrder, FilterParams
+from ...reference.sampling.penalties import penalize_logits
+from ...sampling import NO_PENALTIES, DrawKeys, FilterOrder, FilterParams, PenaltyParams
+from .penalty_inputs import PenaltyShape, random_penalties, random_slots, spread, spread_penalties
 
 RowMaker = Callable[[int, int, torch.Generator], Tensor]
 
@@ -96,7 +98,8 @@ def hostile(num_rows: int, vocab_size: int, generator: torch.Generator) -> Tenso
 @dataclass(frozen=True)
 class DrawCase:
     """One case of ``sample`` or ``filter_logits``. ``columns``: filter values, given to the rows by turns; ``repeats``:
-    draws a row of logits (then ``rows`` maps them in mixed order); ``after``: foreign elements after each row."""
+    draws a row of logits (then ``rows`` maps them in mixed order); ``after``: foreign elements after each row; ``parts``:
+    penalties; ``slotted``: parameters lie in columns with gaps, and some outputs have none."""
 
     name: str
     num_rows: int = 13
@@ -107,6 +110,8 @@ class DrawCase:
     make: RowMaker = noise
     repeats: int = 1
     after: int = 0
+    parts: tuple[str, ...] = ()
+    slotted: bool = False
 
     @property
     def filters(self) -> frozenset[str]:
@@ -125,12 +130,20 @@ class DrawCase:
 
 @dataclass(frozen=True)
 class DrawInputs:
-    """A case's inputs on the CPU; ``rows`` is None when the case maps no rows."""
+    """A case's inputs on the CPU; ``rows`` is None when the case maps no rows, ``slots`` when it has no columns."""
 
     logits: Tensor
     filters: FilterParams
     keys: DrawKeys
     rows: Tensor | None
+    penalties: PenaltyParams = NO_PENALTIES
+    slots: Tensor | None = None
+
+    def in_columns(self, slots: Tensor) -> DrawInputs:
+        """The same with the parameters of output n at ``slots[n]``."""
+        keys = DrawKeys(spread(self.keys.seed, slots), spread(self.keys.sample, slots), self.keys.position)
+        filters = map_columns(self.filters, lambda column: spread(column, slots))
+        return DrawInputs(self.logits, filters, keys, self.rows, spread_penalties(self.penalties, slots), slots)
 
 
 def filter_columns(case: DrawCase) -> FilterParams:
@@ -160,10 +173,15 @@ def draw_inputs(case: DrawCase, seed: int) -> DrawInputs:
     if case.repeats > 1:
         rows = torch.arange(case.num_rows).repeat(case.repeats)[torch.randperm(case.num_outputs, generator=generator)]
     source = torch.arange(case.num_rows) if rows is None else rows
+    shape = PenaltyShape(case.parts, case.num_outputs, case.vocab_size, "sparse", overfull=True, in_steps=True)
+    penalties = random_penalties(shape, generator) if case.parts else NO_PENALTIES
     for _ in range(_ATTEMPTS):
-        unsafe = ~_safe(logits[source], filters, keys, generator)
+        changed = torch.empty_like(logits[source])
+        penalize_logits(logits[source], penalties, changed)
+        unsafe = ~_safe(changed, filters, keys, generator)
         if not unsafe.any():
-            return DrawInputs(logits, filters, keys, None if rows is None else rows.to(torch.int32))
+            found = DrawInputs(logits, filters, keys, None if rows is None else rows.to(torch.int32), penalties)
+            return found.in_columns(random_slots(case.num_outputs, generator)) if case.slotted else found
         fresh = case.make(case.num_rows, case.vocab_size, generator).to(case.dtype)
         logits[source[unsafe]] = fresh[source[unsafe]]
         fresh_keys = _random_keys(case.num_outputs, generator)
@@ -194,7 +212,7 @@ def _safe(logits: Tensor, filters: FilterParams, keys: DrawKeys, generator: torc
             other = keep_mask(changed, filters)
             assert other is not None
             safe &= (other ^ mask).sum(dim=1) == 0
-    return safe | greedy | ~weights.usable
+    return safe | greedy | ~weights.usable | ~valid_filters(filters, logits.shape[0], logits.device)
 
 
 def _disturbed(weights: Weights, generator: torch.Generator) -> list[Weights]:

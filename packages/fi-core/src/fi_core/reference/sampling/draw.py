@@ -10,17 +10,38 @@ import torch
 from torch import Tensor
 
 from ...random import PURPOSE_DRAW, random_bits
-from ...sampling import DrawKeys, FilterParams
-from .filters import keep_mask
+from ...sampling import NO_PENALTIES, DrawKeys, FilterParams, PenaltyParams
+from .filters import keep_mask, valid_filters
 from .masses import Weights, draw, first_of_largest
+from .penalties import penalize_logits
 
 Columns = TypeVar("Columns", FilterParams, DrawKeys)
 
 
-def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor) -> None:
+def sample(
+    logits: Tensor,
+    filters: FilterParams,
+    keys: DrawKeys,
+    rows: Tensor | None,
+    tokens: Tensor,
+    penalties: PenaltyParams = NO_PENALTIES,
+    slots: Tensor | None = None,
+) -> None:
     """The ``Sample`` protocol; greedy rows cost an argmax, and only active filters cost a sort."""
     if rows is not None:
         logits = logits.index_select(0, rows)
+    if penalties.active:
+        changed = torch.empty_like(logits)
+        penalize_logits(logits, penalties, changed, slots)
+        logits = changed
+    num_outputs = logits.shape[0]
+    valid = torch.ones(num_outputs, dtype=torch.bool, device=logits.device)
+    if slots is not None:
+        valid = slots >= 0
+        places = slots.clamp(min=0)
+        filters = map_columns(filters, lambda column: column[places])
+        keys = DrawKeys(keys.seed[places], keys.sample[places], keys.position)
+    valid &= valid_filters(filters, num_outputs, logits.device)
     greedy = None if filters.temperature is None else filters.temperature <= 0
     if greedy is None or not greedy.any():
         tokens.copy_(_drawn(logits, filters, keys))
@@ -32,6 +53,7 @@ def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor |
         drawn_filters = map_columns(filters, lambda column: column[drawn_rows])
         drawn_keys = map_columns(keys, lambda column: column[drawn_rows])
         tokens[drawn_rows] = _drawn(logits[drawn_rows], drawn_filters, drawn_keys)
+    tokens.masked_fill_(~valid, -1)
 
 
 def map_columns(record: Columns, change: Callable[[Tensor], Tensor]) -> Columns:
@@ -62,7 +84,8 @@ def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor)
     if greedy is not None:
         first = weights.scaled.argmax(dim=1, keepdim=True)
         mask = torch.where(greedy.unsqueeze(1), torch.zeros_like(mask).scatter_(1, first, True), mask)
-    mask &= weights.usable.unsqueeze(1)
+    usable = weights.usable & valid_filters(filters, logits.shape[0], logits.device)
+    mask &= usable.unsqueeze(1)
     if kind == "logits":
         out.copy_(weights.scaled.masked_fill(~mask, -torch.inf))
         return

@@ -28,6 +28,21 @@ def keep_mask(weights: Weights, filters: FilterParams) -> Tensor | None:
     return mask
 
 
+def valid_filters(filters: FilterParams, num_rows: int, device: torch.device) -> Tensor:
+    """bool [N]: whether every parameter of a row is in its range."""
+    valid = torch.ones(num_rows, dtype=torch.bool, device=device)
+    if filters.temperature is not None:
+        valid &= filters.temperature >= 0
+    if filters.top_k is not None:
+        valid &= filters.top_k >= 0
+    for fraction in (filters.top_p, filters.typical_p):
+        if fraction is not None:
+            valid &= (fraction > 0) & (fraction <= 1)
+    if filters.min_p is not None:
+        valid &= (filters.min_p >= 0) & (filters.min_p <= 1)
+    return valid
+
+
 def _both(first: Tensor | None, second: Tensor) -> Tensor:
     return second if first is None else first & second
 

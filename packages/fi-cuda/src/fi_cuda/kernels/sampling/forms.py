@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from fi_core.sampling import PenaltyParams
 from torch import Tensor
 
 from ...spec import KernelSpec
@@ -92,3 +93,66 @@ def searches(filters: frozenset[str]) -> bool:
 def address(tensor: Tensor | None) -> int:
     """Where a column begins; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+PENALTY_FIELDS = (
+    *(
+        (name, "pointer")
+        for name in (
+            "allowed",
+            "step_allowed",
+            "bias_indptr",
+            "bias_tokens",
+            "bias_values",
+            "bias_until",
+            "repetition",
+            "frequency",
+            "presence",
+            "history_rows",
+            "seen",
+            "entries",
+            "num_entries",
+            "num_output",
+        )
+    ),
+    ("allowed_stride", "int64"),
+    ("step_allowed_stride", "int64"),
+    ("seen_stride", "int64"),
+    ("entry_stride", "int64"),
+    ("capacity", "int32"),
+)
+"""Fields of ``Params`` that fi/sampling/penalties.cuh reads."""
+
+
+def penalty_values(penalties: PenaltyParams) -> tuple[int, ...]:
+    """The values of PENALTY_FIELDS."""
+    history = penalties.history
+    seen = entries = num_entries = num_output = None
+    if history is not None:
+        seen, entries, num_entries, num_output = history.tensors
+    return (
+        address(penalties.allowed),
+        address(penalties.step_allowed),
+        address(penalties.bias_indptr),
+        address(penalties.bias_tokens),
+        address(penalties.bias_values),
+        address(penalties.bias_until),
+        address(penalties.repetition),
+        address(penalties.frequency),
+        address(penalties.presence),
+        address(penalties.rows),
+        address(seen),
+        address(entries),
+        address(num_entries),
+        address(num_output),
+        stride(penalties.allowed),
+        stride(penalties.step_allowed),
+        stride(seen),
+        stride(entries),
+        0 if entries is None else entries.shape[1],
+    )
+
+
+def stride(tensor: Tensor | None) -> int:
+    """Elements from one row of a table to the next; 0 for none."""
+    return 0 if tensor is None else tensor.stride(0)

@@ -7,20 +7,20 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from fi_core.sampling import DrawKeys, FilterParams
+from fi_core.sampling import NO_PENALTIES, DrawKeys, FilterParams, PenaltyParams
 from torch import Tensor
 
 from ...launch import LaunchableKernel
 from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
-from .forms import FilteringSpec, address, searches
+from .forms import PENALTY_FIELDS, FilteringSpec, address, penalty_values, searches
 from .geometry import Geometry, geometry_for, start_delay
 
 
 @dataclass(frozen=True)
 class SampleSpec(FilteringSpec):
-    """Of rows of logits."""
+    """Of rows of logits, each with its own parameters beside it."""
 
     stem: ClassVar = "sample"
     overlapping: ClassVar = True
@@ -45,6 +45,23 @@ class SampleSpec(FilteringSpec):
         )
     )
 
+    def config_lines(self) -> list[str]:
+        return [*super().config_lines(), "static constexpr bool kColumns = false, kPenalties = false;"]
+
+
+@dataclass(frozen=True)
+class ColumnSampleSpec(FilteringSpec):
+    """Of rows whose parameters lie in columns; ``penalties``: which change the rows on their way in."""
+
+    penalties: bool
+
+    stem: ClassVar = "sample"
+    overlapping: ClassVar = True
+    layout: ClassVar = ParamsLayout((*SampleSpec.layout.fields, ("slots", "pointer"), *PENALTY_FIELDS))
+
+    def config_lines(self) -> list[str]:
+        return [*super().config_lines(), "static constexpr bool kColumns = true;"]
+
 
 @lru_cache(maxsize=1024)
 def _bound(
@@ -53,15 +70,18 @@ def _bound(
     return kernel_for(SampleSpec.of(dtype, vector, geometry, filters), device)
 
 
-def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor) -> None:
-    """The ``Sample`` protocol of fi-core, a cluster an output."""
-    device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    chosen = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
-    kernel = _bound(device, logits.dtype, vector_bytes(logits, multiple_of=vocab_size), chosen, filters.active)
-    kernel.launch(
-        device,
-        num_outputs * chosen.cluster_size,
-        1,
+@lru_cache(maxsize=1024)
+def _bound_to_columns(
+    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], penalties: bool
+) -> LaunchableKernel:
+    return kernel_for(ColumnSampleSpec.of(dtype, vector, geometry, filters, penalties), device)
+
+
+def _values(
+    logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor, form: Geometry
+) -> tuple[int, ...]:
+    """The values of SampleSpec's layout."""
+    return (
         logits.data_ptr(),
         address(rows),
         address(filters.temperature),
@@ -73,8 +93,48 @@ def sample(logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor |
         keys.position.data_ptr(),
         tokens.data_ptr(),
         logits.stride(0),
-        vocab_size,
+        logits.shape[1],
         rows is not None and rows.dtype == torch.int64,
         filters.order == "joint",
-        *start_delay(chosen, num_outputs, logits.element_size()),
+        *start_delay(form, tokens.shape[0], logits.element_size()),
+    )
+
+
+def sample(
+    logits: Tensor,
+    filters: FilterParams,
+    keys: DrawKeys,
+    rows: Tensor | None,
+    tokens: Tensor,
+    penalties: PenaltyParams = NO_PENALTIES,
+    slots: Tensor | None = None,
+) -> None:
+    """The ``Sample`` protocol of fi-core, a cluster an output; its entry admits neither penalties nor slots."""
+    device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
+    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
+    kernel = _bound(device, logits.dtype, vector_bytes(logits, multiple_of=vocab_size), form, filters.active)
+    kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens, form))
+
+
+def sample_columns(
+    logits: Tensor,
+    filters: FilterParams,
+    keys: DrawKeys,
+    rows: Tensor | None,
+    tokens: Tensor,
+    penalties: PenaltyParams,
+    slots: Tensor | None,
+) -> None:
+    """The ``Sample`` protocol of fi-core with all of its parts, a cluster an output."""
+    device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
+    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
+    vector = vector_bytes(logits, multiple_of=vocab_size)
+    kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, bool(penalties.active))
+    kernel.launch(
+        device,
+        num_outputs * form.cluster_size,
+        1,
+        *_values(logits, filters, keys, rows, tokens, form),
+        address(slots),
+        *penalty_values(penalties),
     )

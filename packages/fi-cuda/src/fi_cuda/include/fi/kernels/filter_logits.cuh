@@ -70,12 +70,11 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   row.share(extremes, params.vocab_size, filters.temperature, false);
   ptx::allow_next_kernel();
 
-  if (!row.usable()) {
+  if (!row.usable() || !filters.valid) {
     write_slice(row, params, [](int, float) { return Config::kProbs ? 0.0f : minus_infinity(); });
     return;
   }
-  // A min_p above 1 leaves nothing, and then the first token in rank order is kept.
-  if (filters.greedy || filters.min_p > 1.0f) {
+  if (filters.greedy) {
     const int first = first_of_largest(row);
     write_slice(row, params, [&](int token, float logit) {
       if constexpr (Config::kProbs) return token == first ? 1.0f : 0.0f;

@@ -1,17 +1,60 @@
-// One token a row from logits: temperature, filters and the draw that fi_core.sample defines, with one read of the logits.
+// One token a row from logits: penalties, temperature, filters and the draw that fi_core.sample defines, with one read of the
+// logits.
 //
 // A cluster holds a row in its blocks' shared memory (fi/sampling/row.cuh). The row's largest logit, which the masses need, is
 // exchanged first. Rows with a small top_k are then decided by the first block (short_list.cuh); others find the last token
 // that their filters keep (find_prefix.cuh), sum up the kept masses, and draw in index order.
-// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTopK, kTopP, kMinP: which filters some row uses.
+// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTopK, kTopP, kMinP: which filters some row uses;
+// kColumns: parameters lie in columns from which slots may pick; with it kPenalties: penalties change the rows on their way in
+// (fi/sampling/penalties.cuh, which has their Params).
 // Params: logits [rows, vocab_size]; rows (int32, or int64 if wide_rows; null: in order); temperature, top_p, min_p float32
-// and top_k int32 [outputs], temperature or null; seed, sample, position [outputs]; tokens int64 [outputs].
+// and top_k int32 [outputs], temperature or null; seed, sample, position [outputs]; tokens int64 [outputs]. With kColumns also
+// slots (int64 [outputs]: an output's place in all columns but position, below 0: none; null: in order).
 #pragma once
 
 #include "fi/ptx/dependent_launch.cuh"
+#include "fi/sampling/penalties.cuh"
 #include "fi/sampling/short_list.cuh"
 
 namespace fi {
+
+// An output's parameters, loaded while its row is.
+template <class Config, class Params>
+struct SampleStage {
+  static constexpr bool kMasks = Config::kPenalties;
+
+  const Params& params;
+  int output;
+  int64 slot;
+  RowFilters filters;
+  int64 seed, position;
+  int sample;
+  typename Choose<Config::kPenalties, PenaltyRow<Params>, NoPenalties>::Type penalties;
+
+  __device__ __forceinline__ SampleStage(const Params& params, int output) : params(params), output(output), slot(output) {
+    if constexpr (Config::kColumns) {
+      if (params.slots != nullptr) slot = static_cast<const int64*>(params.slots)[output];
+    } else {
+      load(output);
+    }
+  }
+
+  // Addresses that a slot decides wait for it, behind the loads of the row.
+  __device__ __forceinline__ void begun() {
+    if constexpr (Config::kColumns) load(slot > 0 ? slot : 0);
+    if constexpr (Config::kPenalties) penalties.find(params, output, slot);
+  }
+
+  template <class Place>
+  __device__ __forceinline__ void load(Place place) {
+    filters = load_filters<Config>(params, place);
+    seed = static_cast<const int64*>(params.seed)[place];
+    position = static_cast<const int64*>(params.position)[output];
+    sample = static_cast<const int*>(params.sample)[place];
+  }
+
+  __device__ __forceinline__ unsigned word(int token) const { return penalties.word(token); }
+};
 
 template <class Config, class Params>
 struct SampleKernel {
@@ -70,23 +113,25 @@ struct SampleKernel {
 
   __device__ __forceinline__ void run() {
     // What is loaded here is first used when the logits have come.
-    RowFilters filters = load_filters<Config>(params, output);
-    const int64 seed = static_cast<const int64*>(params.seed)[output];
-    const int64 position = static_cast<const int64*>(params.position)[output];
-    const int sample = static_cast<const int*>(params.sample)[output];
+    SampleStage<Config, Params> stage(params, output);
     const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + source() * params.logits_stride;
-    Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice);
+    Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice, stage);
     ptx::allow_next_kernel();
+    RowFilters filters = stage.filters;
     normalise(filters, params.vocab_size);
     const bool listed = Config::kTopK && ShortList<Config>::serves(filters);
-    row.share(extremes, params.vocab_size, filters.temperature, listed);
-    if (threadIdx.x == 0) row.shared.random = random_bits(seed, position, sample, Purpose::kDraw);
-    if (!row.usable()) {
+    float temperature = filters.temperature;
+    if constexpr (Config::kPenalties) {
+      extremes = penalise(stage.penalties, temperature);
+      temperature = 1.0f;
+    }
+    row.share(extremes, params.vocab_size, temperature, listed);
+    if (threadIdx.x == 0) row.shared.random = random_bits(stage.seed, stage.position, stage.sample, Purpose::kDraw);
+    if (!row.usable() || !filters.valid || (Config::kColumns && stage.slot < 0)) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
-    // A min_p above 1 leaves nothing, and then the first token in rank order is kept.
-    if (filters.greedy || filters.min_p > 1.0f) return write_first_of_largest();
+    if (filters.greedy) return write_first_of_largest();
     if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP) {
       return draw([&](int, float logit) { return mass_limbs(weight_of(row.largest - logit)); }, Answer{});
     }
@@ -102,6 +147,18 @@ struct SampleKernel {
           return mass_limbs(prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? weight : 0.0f);
         },
         end);
+  }
+
+  // Penalties and temperature; returns the thread's new extremes.
+  template <class Penalties>
+  __device__ __forceinline__ Extremes penalise(const Penalties& penalties, float temperature) {
+    float* slice = row.shared.slice;
+    const int left = params.vocab_size - row.first_token;
+    const int num_tokens = max(0, min(left, RowShape<Config>::kBlockTokens));
+    const PenaltyPatch<kThreads, Params> patch{params, penalties, slice, row.first_token, num_tokens};
+    const bool fits = patch.apply();
+    const Extremes extremes = settle_slice<Config>(slice, num_tokens, temperature);
+    return fits ? extremes : Extremes{no_logit(), 0.0f};
   }
 
   // False, in all blocks, if the list cannot decide the row.

@@ -55,17 +55,26 @@ __device__ __forceinline__ Pack<T, kBytes> load_once(const T* address) {
   }
 }
 
+// What happens to a row on its way into the slice: nothing. A stage's `begun` is called when the first loads are under way,
+// so that what it loads comes with them; word(token) has a bit for each of the 32 tokens around `token` (lowest bit: the one
+// that 32 divides), set for those that stay.
+struct PlainStage {
+  static constexpr bool kMasks = false;
+  __device__ __forceinline__ void begun() {}
+  __device__ __forceinline__ unsigned word(int) const { return 0xffffffffu; }
+};
+
 // Reads this thread's part of the slice that begins at `first_token`. Returns the thread's extremes.
-template <class Config>
+template <class Config, class Stage>
 __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row, int first_token, int vocab_size,
-                                               float* slice) {
+                                               float* slice, Stage& stage) {
   using T = typename Config::Dtype;
   using Shape = RowShape<Config>;
   constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
   constexpr int kPerRound = 32 * kCount;
   constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;
-  // Beside other blocks half as much in flight is enough, and leaves registers.
-  constexpr int kMost = Config::kResidentBlocks > 1 ? 4 : 8;
+  // Beside other blocks less in flight is enough, and leaves registers.
+  constexpr int kMost = Config::kResidentBlocks > 2 && Stage::kMasks ? 2 : Config::kResidentBlocks > 1 ? 4 : 8;
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   Extremes found = {minus_infinity(), -minus_infinity()};
@@ -77,6 +86,17 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
       const int token = first_token + warp * Shape::kWarpTokens + offset;
       if (offset < Shape::kWarpTokens && token < vocab_size) held[idx] = load_once<T, Config::kVectorBytes>(row + token);
     }
+    if (first_round == 0) stage.begun();
+    unsigned words[kBatch];
+    if constexpr (Stage::kMasks) {
+#pragma unroll
+      for (int idx = 0; idx < kBatch; ++idx) {
+        const int offset = (first_round + idx) * kPerRound + lane * kCount;
+        const int token = first_token + warp * Shape::kWarpTokens + offset;
+        // A pack never crosses a word: parts and packs begin at multiples of its tokens.
+        if (offset < Shape::kWarpTokens && token < vocab_size) words[idx] = stage.word(token) >> (token & 31);
+      }
+    }
 #pragma unroll
     for (int idx = 0; idx < kBatch; ++idx) {
       const int offset = (first_round + idx) * kPerRound + lane * kCount;
@@ -86,7 +106,8 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
         Pack<float, (kCount < 4 ? kCount : 4) * 4> part;
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          const float logit = inside ? to_float(held[idx].data[e]) : no_logit();
+          float logit = inside ? to_float(held[idx].data[e]) : no_logit();
+          if (Stage::kMasks && inside && (words[idx] >> e & 1) == 0) logit = minus_infinity();
           if (inside) {
             found.largest = ptx::max_or_nan(found.largest, logit);
             if (Config::kSmallest) found.smallest = fminf(found.smallest, logit);
@@ -98,6 +119,13 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
     }
   }
   return found;
+}
+
+template <class Config>
+__device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row, int first_token, int vocab_size,
+                                               float* slice) {
+  PlainStage stage;
+  return load_slice<Config>(row, first_token, vocab_size, slice, stage);
 }
 
 // Divides this thread's part of the slice, `num_tokens` of whose places are in the vocabulary, by `temperature`; returns the
