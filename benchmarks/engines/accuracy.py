@@ -1,7 +1,7 @@
 """Teacher-forced log-probabilities of one engine with one attention backend, and how far those of several backends differ.
 
 usage: python accuracy.py run ENGINE MODEL_FOLDER BACKEND OUT.json [--options JSON ...] [--name NAME]
-       python accuracy.py compare FI.json OWN.json OWN.json ...
+       python accuracy.py compare FI.json OWN.json OWN.json ... [REFERENCE.json ...] [ROWS.jsonl]
 64 prompts, each with 64 tokens drawn for it: "prompt" are the tokens' log-probabilities as a prefill computes them, "decode" as
 decode steps do. SGLang cannot force tokens in decode steps: there "decode" are those of its own greedy tokens, up to the first
 that two backends choose differently. ``compare`` also counts equal greedy texts, and their tokens before the first difference.
@@ -48,6 +48,8 @@ def run(options: argparse.Namespace) -> None:
     result["prompt"] = [values[-NUM_NEW:] for values in found]
     result["decode_tokens"], result["decode"] = engine.decode_logprobs(prompts, drawn)
     result["greedy"] = engine.generate(prompts, NUM_NEW)
+    for part in ("prompt", "decode"):
+        result[part] = [[round(value, 6) for value in values] for values in result[part]]
     Path(options.out).write_text(json.dumps(result))
     print("written", options.out, flush=True)
     engine.close()
@@ -68,30 +70,49 @@ def difference(one: dict[str, Any], two: dict[str, Any], part: str) -> tuple[flo
     return (sum(apart) / len(apart), max(apart), len(apart)) if apart else (float("nan"), float("nan"), 0)
 
 
-def compare(paths: list[str]) -> int:
-    """Print each pair; 1 unless fi's (the first) means are within the largest among the engine's own."""
+def compare(paths: list[str], rows_file: str | None = None) -> int:
+    """Print each pair of engine runs, and how far each is from float32 where a result of ``reference.py`` is among them, and
+    append them to ``rows_file`` as lines of JSON; 1 unless fi's means (the first run's) are within the largest of the
+    engine's own."""
     results = [json.loads(Path(path).read_text()) for path in paths]
-    status = 0
+    runs = [result for result in results if result["backend"] != "float32"]
+    exact = [result for result in results if result["backend"] == "float32"]
+    rows, status = [], 0
     for part in ("prompt", "decode"):
-        means: dict[bool, list[float]] = {True: [], False: []}
-        for one, two in combinations(results, 2):
-            mean, most, num = difference(one, two, part)
-            same = [common_length(a, b) for a, b in zip(one["greedy"], two["greedy"], strict=True)]
-            print(
-                f"{part}: {one['name']} against {two['name']}: mean {mean:.5f}, largest {most:.5f} of {num}; "
-                f"greedy texts equal: {same.count(NUM_NEW)} of {len(same)}, tokens: {sum(same)} of {NUM_NEW * len(same)}"
-            )
-            means[one is results[0]].append(mean)
-        if means[False]:
-            holds = max(means[True]) <= max(means[False])
+        pairs = [pair_of(one, two, part) for one, two in combinations(runs, 2)]
+        ours = [row["mean"] for row in pairs if row["one"] == runs[0]["name"]]
+        own = [row["mean"] for row in pairs if row["one"] != runs[0]["name"]]
+        rows += pairs + [pair_of(run, reference, part) for reference in exact for run in runs]
+        if own:
+            holds = max(ours) <= max(own)
             print(f"{part}: fi differs by no more than the engine's own among themselves: {holds}")
             status |= not holds
+    for row in rows:
+        if row["numbers"]:
+            print(
+                f"{row['part']}: {row['one']} against {row['two']}: mean {row['mean']:.5f}, largest {row['largest']:.5f} "
+                f"of {row['numbers']}; greedy texts equal {row['equal_texts']}, tokens {row['equal_tokens']}"
+            )
+    if rows_file:
+        with open(rows_file, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows if row["numbers"])
     return status
+
+
+def pair_of(one: dict[str, Any], two: dict[str, Any], part: str) -> dict[str, Any]:
+    """A row: two runs by name, and how far they are apart. Tokens of greedy texts count up to the first that differs."""
+    mean, most, num = difference(one, two, part)
+    same = [common_length(a, b) for a, b in zip(one["greedy"], two["greedy"], strict=False)]
+    texts = sum(a == b for a, b in zip(one["greedy"], two["greedy"], strict=False))
+    row = {"op": "engine_accuracy", "engine": one["engine"], "case": f"{Path(one['model']).name} {part}", "part": part}
+    row |= {"one": one["name"], "two": two["name"], "mean": round(mean, 6), "largest": round(most, 6), "numbers": num}
+    return row | {"texts": len(same), "equal_texts": texts, "equal_tokens": sum(same)}
 
 
 def main() -> None:
     if sys.argv[1:2] == ["compare"]:
-        sys.exit(compare(sys.argv[2:]))
+        rows = [each for each in sys.argv[2:] if each.endswith(".jsonl")]
+        sys.exit(compare([each for each in sys.argv[2:] if each not in rows], *rows))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["run"])
     for name in ("engine", "model", "backend", "out"):

@@ -21,8 +21,9 @@ VLLM_ENVIRONMENT = {
 class Engine(Protocol):
     """An engine that is started with one model and one attention backend."""
 
-    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
-        """Greedy tokens; ``num_new`` of each prompt, or its own number for each."""
+    def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
+        """Greedy tokens, or drawn ones with ``sampling`` (temperature, top_k, top_p, as both engines call them); ``num_new`` of
+        each prompt, or its own number for each."""
         ...
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
@@ -37,6 +38,10 @@ class Engine(Protocol):
     def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
         """Of every token of each answer: how far its log-probability is below that of the best token there (0: it is the
         best), computed from prompt and answer as one prompt."""
+        ...
+
+    def forget(self) -> None:
+        """Empty the prefix cache."""
         ...
 
     def close(self) -> None: ...
@@ -72,13 +77,12 @@ class VllmEngine:
     def _params(self, **values: Any) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **values)
+        return SamplingParams(**({"temperature": 0.0, "ignore_eos": True, "detokenize": False} | values))
 
-    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
+    def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
         nums = [num_new] * len(prompts) if isinstance(num_new, int) else num_new
-        return [
-            list(out.outputs[0].token_ids) for out in self._run(prompts, [self._params(max_tokens=num) for num in nums])
-        ]
+        params = [self._params(max_tokens=num, **sampling) for num in nums]
+        return [list(out.outputs[0].token_ids) for out in self._run(prompts, params)]
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
         found = self._run(prompts, [self._params(max_tokens=1, prompt_logprobs=0)] * len(prompts))
@@ -99,6 +103,9 @@ class VllmEngine:
             ]
             for out, answer in zip(found, answers, strict=True)
         ]
+
+    def forget(self) -> None:
+        self.engine.reset_prefix_cache()
 
     def close(self) -> None:
         del self.engine
@@ -127,13 +134,16 @@ class SglangEngine:
         }
         self.engine = sglang.Engine(**{**settings, **options})
 
-    def _run(self, prompts: list[Tokens], num_new: int | list[int], **more: Any) -> list[Any]:
+    def _run(
+        self, prompts: list[Tokens], num_new: int | list[int], sampling: dict[str, float] | None = None, **more: Any
+    ) -> list[Any]:
         nums = [num_new] * len(prompts) if isinstance(num_new, int) else num_new
-        params = [{"temperature": 0.0, "max_new_tokens": num, "ignore_eos": True} for num in nums]
+        drawn = sampling or {"temperature": 0.0}
+        params = [{"max_new_tokens": num, "ignore_eos": True, **drawn} for num in nums]
         return self.engine.generate(input_ids=prompts, sampling_params=params, **more)
 
-    def generate(self, prompts: list[Tokens], num_new: int | list[int]) -> list[Tokens]:
-        return [out["output_ids"] for out in self._run(prompts, num_new)]
+    def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
+        return [out["output_ids"] for out in self._run(prompts, num_new, sampling)]
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
         found = self._run(prompts, 1, return_logprob=True, logprob_start_len=0)
@@ -156,6 +166,9 @@ class SglangEngine:
             chosen = [item[0] for item in infos["input_token_logprobs"][-len(answer) :]]
             lists.append([most - value for most, value in zip(best, chosen, strict=True)])
         return lists
+
+    def forget(self) -> None:
+        self.engine.flush_cache()
 
     def close(self) -> None:
         self.engine.shutdown()

@@ -21,10 +21,10 @@ kv_gib=${KV_GIB:-24}
 case $engine in
   vllm) ours=CUSTOM own="FLASH_ATTN TRITON_ATTN"
         small='{"max_model_len": 1024, "max_num_seqs": 64, "gpu_memory_utilization": 0.04, "kv_cache_memory_bytes": 1073741824, "enable_prefix_caching": true}'
-        large='{"load_format": "dummy", "max_model_len": 36864, "max_num_seqs": 256, "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": '$((kv_gib << 30))'}' ;;
+        large='{"load_format": "dummy", "logits_processors": null, "async_scheduling": null, "max_model_len": 36864, "max_num_seqs": 256, "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": '$((kv_gib << 30))'}' ;;
   sglang) ours=fi own=triton
-        small='{"context_length": 1024, "max_running_requests": 64, "mem_fraction_static": 0.9, "max_total_tokens": 65536, "chunked_prefill_size": 2048, "cuda_graph_bs_decode": [1, 4, 16, 64], "cuda_graph_bs_prefill": [256, 2048]}'
-        large='{"load_format": "dummy", "context_length": 36864, "max_running_requests": 256, "mem_fraction_static": 0.9, "max_total_tokens": '$((kv_gib * 8192))', "cuda_graph_max_bs_decode": 128, "cuda_graph_bs_prefill": [256, 1024, 4096, 8192]}' ;;
+        small='{"context_length": 1024, "max_running_requests": 64, "mem_fraction_static": 0.97, "max_total_tokens": 65536, "chunked_prefill_size": 2048, "cuda_graph_bs_decode": [1, 4, 16, 64], "cuda_graph_bs_prefill": [256, 2048]}'
+        large='{"load_format": "dummy", "context_length": 36864, "max_running_requests": 256, "mem_fraction_static": 0.97, "max_total_tokens": '$((kv_gib * 8192))', "cuda_graph_max_bs_decode": 128, "cuda_graph_bs_prefill": [256, 1024, 4096, 8192]}' ;;
   *) sed -n '3,4p' "$0" >&2; exit 2 ;;
 esac
 
@@ -40,13 +40,21 @@ part() { # part SECONDS NAME COMMAND...
   return $status
 }
 
+running=() # what beside started
 beside() { # beside COMMAND...: in the background, as soon as fewer than $together run
   while [ "$(jobs -rp | wc -l)" -ge "$together" ]; do wait -n; done
   "$@" &
+  running+=($!)
 }
 
-accuracy() { # accuracy KIND BACKEND NAME OPTIONS
+await() { # everything that beside started
+  [ ${#running[@]} -gt 0 ] && wait "${running[@]}"
+  running=()
+}
+
+accuracy() { # accuracy KIND BACKEND NAME OPTIONS; NAME fi_attention: the engine's own layers and sampler
   choose "$2"
+  [ "$3" = fi_attention ] && export VLLM_PLUGINS=fi,fi_gpt_oss_attention
   [ "$1" = gpt_oss ] && export PYTHONPATH=$here/gpt_oss_attention:$plain
   part 150 "accuracy_$1_$3" "$python" "$here/accuracy.py" run "$engine" "$work/models/$1" "$2" "$work/accuracy_$1_$3.json" --name "$3" --options "$small" --options "$4"
 }
@@ -54,7 +62,7 @@ accuracy() { # accuracy KIND BACKEND NAME OPTIONS
 compare() { # compare KIND NAME OWN...: fi's run by name, against the engine's
   local files=() name
   for name in "${@:2}"; do [ -e "$work/accuracy_$1_$name.json" ] && files+=("$work/accuracy_$1_$name.json"); done
-  [ ${#files[@]} -gt 1 ] && "$python" "$here/accuracy.py" compare "${files[@]}" | sed "s/^/$1 /" | tee -a "$out/accuracy.txt"
+  [ ${#files[@]} -gt 1 ] && "$python" "$here/accuracy.py" compare "${files[@]}" $(ls "$work"/reference_"$1"*.json 2> /dev/null) "$out/accuracy.jsonl" | sed "s/^/$1 /" | tee -a "$out/accuracy.txt"
 }
 
 others() { # the engine's own runs of one kind: a line each of BACKEND, NAME and OPTIONS
@@ -67,6 +75,7 @@ others() { # the engine's own runs of one kind: a line each of BACKEND, NAME and
 
 ways() { # ways of one kind: a line each of NAME and OPTIONS
   echo 'fi {}'
+  [ "$engine" = vllm ] && echo 'fi_attention {}'
   [ "$1" = llama ] || return 0
   [ "$engine" = vllm ] && cat << 'WAYS'
 fi_eager {"enforce_eager": true}
@@ -83,7 +92,15 @@ models() {
   for kind in $kinds; do
     [ -e "$work/models/$kind/config.json" ] || beside part 120 "model_$kind" "$python" "$here/models.py" "$kind" "$work/models/$kind" --size small
   done
-  wait
+  await
+}
+
+references() { # in float32, once for each kind
+  local kind
+  for kind in $kinds; do
+    [ -e "$work/reference_$kind.json" ] || beside part 100 "reference_$kind" "$python" "$here/reference.py" "$kind" "$work/models/$kind" "$work/reference_$kind.json"
+  done
+  beside part 100 reference_llama_fp8 "$python" "$here/reference.py" llama "$work/models/llama" "$work/reference_llama_kv.json" --kv e4m3
 }
 
 all_accuracy() {
@@ -106,7 +123,7 @@ compare_all() {
 no_sync() { # with the plugin that raises at a synchronisation
   choose "$ours"
   export PYTHONPATH=$here/no_sync:$plain
-  part 150 no_sync "$python" "$here/throughput.py" "$engine" "$work/models/llama" "$ours" "$work/guarded.jsonl" --workloads short --requests 128 --options "$small"
+  part 150 no_sync "$python" "$here/throughput.py" "$engine" "$work/models/llama" "$ours" "$work/guarded.jsonl" --workloads short,sampled --requests 128 --options "$small"
   grep -h fi_no_sync "$out/no_sync.log"
 }
 
@@ -126,15 +143,14 @@ all_pressure() {
 speed_of() { # speed_of BACKEND OF
   choose "$1"
   part "${LIMIT:-500}" "speed_$1" "$python" "$here/throughput.py" "$engine" "$work/models/llama8b" "$1" "$out/throughput.jsonl" --options "$large" \
-    --workloads "${WORKLOADS:-uniform,chat,long,prefix}" --requests "${REQUESTS:-64}" --rounds "${ROUNDS:-3}" --turns "$work/turns" --of "$2" --profile "$out/profile_$1.json"
+    --workloads "${WORKLOADS:-uniform,chat,sampled,long,prefix}" --requests "${REQUESTS:-64}" --rounds "${ROUNDS:-3}" --turns "$work/turns" --of "$2" --profile "$out/profile_$1.json"
   touch "$work/turns/ready.$1"
 }
 
-speed() {
+speed() { # in the background: the engines load, and measure in turns when the gate is opened
   local backends="$ours ${OWN:-$own}" backend
   rm -rf "$work/turns"; mkdir -p "$work/turns"
-  for backend in $backends; do speed_of "$backend" "$(wc -w <<< "$backends")" & done
-  wait
+  for backend in $backends; do speed_of "$backend" $(($(wc -w <<< "$backends") + 1)) & done
 }
 
 online() {
@@ -152,10 +168,12 @@ draw="g = torch.Generator('cuda').manual_seed(1); torch.empty(1, dtype=torch.int
 "$python" "$here/models.py" llama "$work/models/llama8b" --size 8b --config-only
 parts=" ${PARTS:-accuracy no_sync pressure speed online} "
 case $parts in *" accuracy "* | *" no_sync "* | *" pressure "*) models ;; esac
-case $parts in *" accuracy "*) all_accuracy ;; esac
+case $parts in *" speed "*) speed ;; esac
+case $parts in *" accuracy "*) all_accuracy; references ;; esac
 case $parts in *" no_sync "*) beside no_sync ;; esac
 case $parts in *" pressure "*) all_pressure ;; esac
+await
+mkdir -p "$work/turns"; touch "$work/turns/ready.gate"
+case $parts in *" accuracy "*) compare_all; tar -C "$work" -czf "$out/accuracy.tgz" $(cd "$work" && ls | grep -E '^(accuracy|reference)_.*json$') ;; esac
 wait
-case $parts in *" accuracy "*) compare_all ;; esac
-case $parts in *" speed "*) speed ;; esac
 case $parts in *" online "*) online ;; esac

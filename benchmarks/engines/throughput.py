@@ -9,6 +9,7 @@ chat     prompts and answers distributed like a chat's (log-normal, medians 200 
 uniform  prompts and answers uniform from 512 to 2048
 long     prompts of 32768 tokens, answers of 256 (an eighth of the requests)
 short    prompts uniform from 64 to 256, answers of 128
+sampled  prompts and answers of 256, drawn with temperature 0.8, top-k 50, top-p 0.9 (the others are greedy)
 prefix   a common system prompt of 8192 tokens, then 128 of one's own, answers of 256
 """
 
@@ -25,6 +26,7 @@ from engines import Engine, VllmEngine, engine_options, open_engine
 from turns import Turns
 
 Request = tuple[list[int], int]
+SAMPLING = {"sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.9}}
 
 
 def requests_of(workload: str, num: int, vocab_size: int) -> list[Request]:
@@ -43,6 +45,8 @@ def requests_of(workload: str, num: int, vocab_size: int) -> list[Request]:
         return [(tokens(prompt), answer) for prompt, answer in lengths]
     if workload == "short":
         return [(tokens(length), 128) for length in torch.randint(64, 257, (num,), generator=generator).tolist()]
+    if workload == "sampled":
+        return [(tokens(256), 256) for _ in range(num)]
     if workload == "long":
         return [(tokens(32768), 256) for _ in range(max(1, num // 8))]
     if workload != "prefix":
@@ -51,10 +55,11 @@ def requests_of(workload: str, num: int, vocab_size: int) -> list[Request]:
     return [(common + tokens(128), 256) for _ in range(num)]
 
 
-def timed(engine: Engine, requests: list[Request]) -> float:
-    """Seconds for all of them."""
+def timed(engine: Engine, workload: str, requests: list[Request]) -> float:
+    """Seconds for all of them, from an empty prefix cache."""
+    engine.forget()
     start = time.perf_counter()
-    engine.generate([prompt for prompt, _ in requests], [num for _, num in requests])
+    engine.generate([prompt for prompt, _ in requests], [num for _, num in requests], **SAMPLING.get(workload, {}))
     return time.perf_counter() - start
 
 
@@ -97,12 +102,14 @@ def main() -> None:
     print("started in", round(time.perf_counter() - started, 1), "s", flush=True)
     turns.wait(options.backend)
     with turns.turn():
-        engine.generate([prompt for prompt, _ in requests_of("short", 8, vocab_size)], 8)  # warm
+        warm = [prompt for prompt, _ in requests_of("short", 8, vocab_size)]
+        for sampling in ({}, *SAMPLING.values()):
+            engine.generate(warm, 8, **sampling)
     for workload in options.workloads.split(","):
         requests = requests_of(workload, options.requests, vocab_size)
         for number in range(options.rounds):
             with turns.turn():
-                seconds = timed(engine, requests)
+                seconds = timed(engine, workload, requests)
             write(options, workload, number, requests, seconds)
     if options.profile and isinstance(engine, VllmEngine):
         with turns.turn():

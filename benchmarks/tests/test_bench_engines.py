@@ -3,7 +3,10 @@
 import importlib
 import json
 import subprocess
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +17,12 @@ FOLDER = Path(__file__).resolve().parents[1] / "engines"
 @pytest.fixture
 def script(monkeypatch):
     """Imports one of the scripts, which find each other beside themselves."""
+    monkeypatch.syspath_prepend(str(FOLDER / "gpt_oss_attention"))
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module
 
 
-@pytest.mark.parametrize("workload", ["chat", "uniform", "long", "prefix", "short"])
+@pytest.mark.parametrize("workload", ["chat", "uniform", "long", "prefix", "short", "sampled"])
 def test_workloads_are_the_same_each_time(script, workload):
     requests_of = script("throughput").requests_of
     first = requests_of(workload, 16, 1000)
@@ -32,21 +36,105 @@ def test_an_unknown_workload_is_an_error(script):
         script("throughput").requests_of("chats", 2, 10)
 
 
-def result(tmp_path, name, shift):
-    """A result whose log-probabilities are ``shift`` away from zero; the second request stopped early."""
-    values = [[shift, shift, shift], [shift]]
-    greedy = [[1, 2, 3], [4, 5, 6]]
+def result(tmp_path, name, shift, backend="own", last=6):
+    """A result whose log-probabilities are ``shift`` away from zero; of the second text the last token is ``last``."""
+    values, tokens = [[shift, shift, shift], [shift, shift, shift]], [[1, 2, 3], [4, 5, last]]
+    found = {"engine": "e", "model": "/m/llama", "backend": backend, "name": name, "prompt": values, "decode": values}
     path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps({"backend": name, "prompt": values, "decode": values, "greedy": greedy}))
+    path.write_text(json.dumps(found | {"decode_tokens": tokens, "greedy": tokens}))
     return str(path)
 
 
 def test_fi_is_held_against_the_engines_own(script, tmp_path, capsys):
     accuracy = script("accuracy")
     own = [result(tmp_path, "A", 0.0), result(tmp_path, "B", 0.02)]
-    assert accuracy.compare([result(tmp_path, "near", 0.01), *own]) == 0
+    exact, rows = result(tmp_path, "exact", 0.015, backend="float32"), tmp_path / "rows.jsonl"
+    assert accuracy.compare([result(tmp_path, "near", 0.01), *own, exact], str(rows)) == 0
     assert accuracy.compare([result(tmp_path, "far", 0.1), *own]) == 1
-    assert "far against A: mean 0.10000, largest 0.10000 of 4; greedy equal 2/2" in capsys.readouterr().out
+    assert (
+        "far against A: mean 0.10000, largest 0.10000 of 6; greedy texts equal 2, tokens 6" in capsys.readouterr().out
+    )
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(found) == 2 * (3 + 3) and found[0]["case"] == "llama prompt" and found[0]["mean"] == 0.01
+    assert [row["mean"] for row in found if row["two"] == "exact"][:3] == [0.005, 0.015, 0.005]
+
+
+def test_decode_steps_are_compared_up_to_the_first_token_that_differs(script, tmp_path):
+    accuracy = script("accuracy")
+    one, two = (
+        json.loads(Path(result(tmp_path, name, 0.0, last=last)).read_text()) for name, last in (("a", 6), ("b", 7))
+    )
+    assert accuracy.difference(one, two, "prompt")[2] == 6 and accuracy.difference(one, two, "decode")[2] == 5
+    row = accuracy.pair_of(one, two, "decode")
+    assert row["equal_texts"] == 1 and row["equal_tokens"] == 5 and row["texts"] == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_the_reference_attends_in_float32(script, kind):
+    """Against attention by hand of the last query."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    options, module = SimpleNamespace(kv=None, q=None), SimpleNamespace(layer_idx=1)
+    attention = script("reference").attention_of(kind, options)
+    out, _ = attention(
+        module, query, key, value, None, 0.3, softcap=2.0, sliding_window=None if kind == "gpt_oss" else 3
+    )
+    first = 0 if kind == "gpt_oss" else 2
+    for head in range(4):
+        logits = 2.0 * torch.tanh(key[0, head // 2, first:] @ query[0, head, -1] * 0.3 / 2.0)
+        if kind == "gpt_oss":
+            logits = torch.cat([logits, script("fi_gpt_oss_attention").sinks_of(1, 4)[head, None]])
+        weights = logits.softmax(dim=0)[: 5 - first]
+        torch.testing.assert_close(out[0, -1, head], weights @ value[0, head // 2, first:])
+
+
+def test_the_reference_rounds_as_a_cache_does(script):
+    rounded = script("reference").rounded
+    assert rounded(torch.tensor([1.06, 1000.0]), "e4m3").tolist() == [1.0, 448.0]
+    assert rounded(torch.tensor([1.06]), None).tolist() == pytest.approx([1.06])
+
+
+def test_processes_measure_in_turns(script, tmp_path):
+    """Two in threads: neither begins before both are ready, and their turns do not overlap."""
+    turns, marks = script("turns").Turns(str(tmp_path), 2), []
+
+    def measure(name, delay):
+        time.sleep(delay)
+        turns.wait(name)
+        marks.append(len(list(tmp_path.glob("ready.*"))))
+        with turns.turn():
+            marks.append(name)
+            time.sleep(0.05)
+            marks.append(name)
+
+    threads = [threading.Thread(target=measure, args=arguments) for arguments in (("a", 0.0), ("b", 0.3))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = [mark for mark in marks if isinstance(mark, str)]
+    assert [mark for mark in marks if mark == 2] == [2, 2] and names[0] == names[1] and names[2] == names[3]
+
+
+def test_without_a_folder_a_turn_begins_at_once(script):
+    turns = script("turns").Turns(None, 3)
+    turns.wait("a")
+    with turns.turn():
+        pass
+
+
+def test_load_that_fills_a_cache(script):
+    module = script("pressure")
+    requests = module.requests_of(21, 1000)
+    assert requests == module.requests_of(21, 1000) and all(32 <= num <= 160 for _, num in requests)
+    assert [number for number in range(21) if module.is_aborted(number)] == [3, 10, 17]
+
+
+def test_options_of_engines(script):
+    engine_options = script("engines").engine_options
+    assert engine_options(['{"a": 1, "b": 2}', '{"b": null}']) == {"a": 1, "b": None}
+    with pytest.raises(ValueError, match="a JSON object"):
+        engine_options(["[1]"])
 
 
 def test_folders_of_entry_points(script, tmp_path):
