@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from .attention_cases import append_cases, decode_cases, prefill_cases, rotated_cases, verify_cases
 from .memory_cases import memory_cases
+from .prefix_cases import prefix_cases
 from .problem import Case
 from .sampling_cases import sampling_cases
 
-GROUPS = ("memory", "decode", "prefill", "append", "mixed", "sampling")
+GROUPS = ("memory", "decode", "prefill", "append", "mixed", "prefix", "sampling")
 
 
 def all_cases() -> list[Case]:
     """In the order they run."""
     decode = (*decode_cases(), *rotated_cases(), *verify_cases())
-    return [*memory_cases(), *decode, *prefill_cases(), *append_cases(), *sampling_cases()]
+    return [*memory_cases(), *decode, *prefill_cases(), *append_cases(), *prefix_cases(), *sampling_cases()]
 
 
 def choose(ops: Sequence[str], names: Sequence[str]) -> list[Case]:

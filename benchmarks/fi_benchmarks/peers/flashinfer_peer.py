@@ -15,6 +15,7 @@ import torch
 
 from ..attention_inputs import AttentionInputs, int32, offsets
 from ..memory_cases import AppendInputs, GateInputs, MergeInputs, NormInputs, RopeInputs, own_cache
+from ..prefix_cases import PrefixInputs
 from ..problem import Call, Maker, Outputs, Problem
 from ..sampling_cases import MIN_P, TOP_K, TOP_P, SamplingInputs
 from . import Peer, PeerOptions, add_folder
@@ -126,8 +127,37 @@ def _holistic(inputs: AttentionInputs) -> Maker:
     return make
 
 
+def _cascade(inputs: PrefixInputs) -> Maker:
+    def make() -> Call:
+        shape, tree, device = inputs.shape, inputs.tree, inputs.q.device
+        levels = [*tree.levels, (1, tree.suffix)]
+        wrapper = _flashinfer().MultiLevelCascadeAttentionWrapper(len(levels), _workspace(device), "NHD")
+        size = shape.page_size or 1
+        counts = [-(-tokens // size) for _, tokens in levels]
+        groups = [tree.count // members for members, _ in levels]
+        wrapper.plan(
+            [int32(range(0, tree.count + 1, members), device) * tree.q_len for members, _ in levels],
+            [int32(range(0, group * count + 1, count), device) for group, count in zip(groups, counts, strict=True)],
+            list(inputs.level_pages),
+            [
+                int32([(tokens - 1) % size + 1] * group, device)
+                for group, (_, tokens) in zip(groups, levels, strict=True)
+            ],
+            *(shape.num_qo_heads, shape.num_kv_heads, shape.head_dim, size),
+            causal=tree.q_len > 1,
+            q_data_type=inputs.q.dtype,
+        )
+        cache_pair = (inputs.kv.k, inputs.kv.v)
+        return lambda: {"out": wrapper.run(inputs.q, cache_pair)}
+
+    return make
+
+
 def _attention(problem: Problem) -> Mapping[str, Maker]:
     inputs: AttentionInputs = problem.inputs
+    if isinstance(inputs, PrefixInputs):
+        found = {} if inputs.shape.kv_format != "bf16" else {"flashinfer-cascade": _cascade(inputs)}
+        return found | ({"flashinfer-fa2-tc": _decode(inputs, True)} if inputs.is_decode else {})
     if inputs.shape.sinks or inputs.shape.rotates_or_reads_fp8_queries:
         return {}
     if inputs.is_decode:

@@ -89,13 +89,13 @@ def test_pieces_make_up_their_tiles(name):
             assert all((begin - ranges[0][0]) % tokens == 0 or begin == stop for begin, _ in ranges)
             assert ranges[-1][1] == stop and (pieces.window is not None or ranges[0][0] == 0)
             if len(parts) == 1:
-                assert parts[0][6:8] == [-1, 0] and parts[0][11:] == [-1, 0, 0, 0, 0]
+                assert parts[0][6] == -1 and parts[0][11:] == [-1, 0, 0, 0, 0]
                 continue
             cut += 1
             (first, *_), count = parts, len(parts)
             assert [part[6] for part in parts] == list(range(first[6], first[6] + count))
-            assert all(part[7] == count and part[11:] == first[11:] for part in parts)
-            assert first[12:] == [first[6], first[6] + 1, first[6] + count, 0]
+            assert all(part[11:] == first[11:] for part in parts)
+            assert first[12:] == [first[6], first[6] + 1, first[6] + count, count]
             counters.update(range(first[11], first[11] + heads))
             slots += [first[6] + head * count + piece for head in range(heads) for piece in range(count)]
         assert sorted(slots) == list(range(len(slots))) and len(slots) <= pieces.spec.slots

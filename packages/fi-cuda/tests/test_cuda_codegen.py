@@ -19,6 +19,8 @@ MAX_REGISTERS = {
     "attention_decode": 255,
     "attention_prefill": 168,
     "attention_order": 56,
+    "attention_prefix": 168,
+    "attention_prefix_plan": 96,
     "sample": 128,
     "filter_logits": 128,
     "top_k": 128,
@@ -28,7 +30,15 @@ MAX_REGISTERS = {
 }
 """A thread; more would cost the resident warps that hide the latency of memory."""
 
-HOPPER_ONLY = {"attention_decode", "attention_prefill", "sample", "filter_logits", "top_k", "verify"}
+HOPPER_ONLY = {
+    "attention_decode",
+    "attention_prefill",
+    "attention_prefix",
+    "sample",
+    "filter_logits",
+    "top_k",
+    "verify",
+}
 
 SPECS = shipped_specs()
 

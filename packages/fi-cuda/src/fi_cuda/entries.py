@@ -107,6 +107,9 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "rotary_dim": Between(0, multiple_of=16),  # steps of the product rotate as a whole
 }
 
+_NOT_PREFERRED = -110
+"""Below every backend's: conformance runs the kernel, and who names the backend gets it. So far it has only been compiled."""
+
 _MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of one warpgroup
 
 _LONG_QUERIES: Mapping[str, Rule] = {
@@ -117,6 +120,16 @@ _LONG_QUERIES: Mapping[str, Rule] = {
     "rope": OneOf("none"),
     "rope_pairs": OneOf("none"),
     "rotary_dim": Between(0, 0),
+}
+
+_SHARED_PREFIXES: Mapping[str, Rule] = {
+    **_LONG_QUERIES,
+    "levels": OneOf(True),
+    "max_q_len": Between(1),
+    "table": OneOf("dense", "indptr"),
+    "windowed": OneOf(False),  # a node's keys are visible to all of its members
+    "features": SubsetOf("soft_cap", "sinks", "lse"),
+    "batch_invariant": OneOf(False),
 }
 
 
@@ -207,6 +220,10 @@ def _load_attention_prefill() -> Any:
     return importlib.import_module("fi_cuda.kernels.attention.prefill_state").attention_prefill
 
 
+def _load_attention_prefix() -> Any:
+    return importlib.import_module("fi_cuda.kernels.attention.prefix_state").attention_prefix
+
+
 ATTENTION_ENTRIES: list[KernelEntry] = [
     KernelEntry(
         "attention",
@@ -233,6 +250,20 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
             Condition("a Hopper GPU", _on_hopper),
             Condition("K and V in q's dtype or in FP8", _same_or_fp8),
         ),
+    ),
+    KernelEntry(
+        "attention",
+        "attention_prefix",
+        BACKEND,
+        _SHARED_PREFIXES,
+        _load_attention_prefix,
+        devices=("cuda",),
+        min_capability=WARPGROUP_CAPABILITY,
+        conditions=(
+            Condition("a Hopper GPU", _on_hopper),
+            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+        ),
+        priority=_NOT_PREFERRED,
     ),
 ]
 """Kernels of attention, each for some lengths of queries."""

@@ -16,6 +16,7 @@ from .kernels.attention.order import order_spec
 from .kernels.attention.plan import plan_spec
 from .kernels.attention.prefill import prefill_spec
 from .kernels.attention.prefill_tuning import built_in_prefill_tuning, prefill_params
+from .kernels.attention.prefix import prefix_plan_spec, prefix_spec
 from .kernels.attention.tuning import built_in_tuning, partition_params
 from .kernels.copy_pages import CopyPagesSpec
 from .kernels.gated_activation import SILU, GatedActivationSpec
@@ -192,6 +193,7 @@ def _attention_specs() -> Iterator[KernelSpec]:
     for window in capped.windows:
         yield from _decode_specs(capped, _DECODE, CallForm(windowed=window is not None), window)
     yield from _all_prefill_specs(eight, sinks)
+    yield from _prefix_specs(eight)
 
 
 def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[KernelSpec]:
@@ -206,6 +208,20 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
     yield from _prefill_specs(AttentionSpec(128, 128, 192, 128), CallForm(lse=True))
     for window in sinks.windows:
         yield from _prefill_specs(sinks, CallForm(windowed=window is not None), window)
+
+
+def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
+    """Shared prefixes: groups of 4, 8 and 1 query heads, and FP8 for one of them."""
+    scaled = CallForm(k_scales=True, v_scales=True)
+    for spec, form in (
+        (eight, CallForm(boxes=True)),
+        (replace(eight, num_qo_heads=64), CallForm(boxes=True)),
+        (replace(eight, num_kv_heads=32), CallForm(boxes=True)),
+        (replace(eight, kv_format="fp8_e4m3"), scaled),
+    ):
+        tuning = built_in_prefill_tuning(spec)
+        yield prefix_plan_spec(spec, tuning, _HOPPER_PROCESSORS)
+        yield prefix_spec(spec, tuning, form)
 
 
 def _decode_specs(

@@ -219,7 +219,7 @@ def _piece_of(row: tuple[int, ...], idx: int, piece: int, pieces: int, spec: Att
     begin = min(start + piece * stride, stop)
     slot = idx * spec.heads * pieces
     tile = (request, head, q_tile, kind, begin, min(begin + stride, stop))
-    return (*tile, slot + piece, pieces, *row[8:11], idx * spec.heads, slot, slot + 1, slot + pieces, 0)
+    return (*tile, slot + piece, 0, *row[8:11], idx * spec.heads, slot, slot + 1, slot + pieces, pieces)
 
 
 def _tiles(

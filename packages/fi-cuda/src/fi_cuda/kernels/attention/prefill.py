@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from fi_core.records import AttentionSpec
@@ -56,6 +56,7 @@ class PrefillSpec(KernelSpec):
     v_scales: bool
     lse: bool
     signed_scale: bool = False
+    levels: bool = False
 
     stem: ClassVar = "attention_prefill"
     overlapping: ClassVar = True
@@ -120,7 +121,12 @@ class BoxPrefillSpec(PrefillSpec):
 
 def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> PrefillSpec:
     """The kernel of a call."""
-    return (BoxPrefillSpec if form.boxes else PrefillSpec)(
+    return (BoxPrefillSpec if form.boxes else PrefillSpec)(**prefill_fields(spec, tuning, form))
+
+
+def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> dict[str, Any]:
+    """The fields of a call's spec, by name."""
+    return dict(
         **call_fields(spec, form),
         consumers=tuning.consumers,
         tokens=tuning.tokens,

@@ -48,7 +48,7 @@ class Call(NamedTuple):
     maps: tuple[TensorMap, ...]
 
 
-class _Addressing(NamedTuple):
+class Addressing(NamedTuple):
     """The batch's part of a call: table, table_row, indptr, mask bits and indptr by address, and the table's stride."""
 
     addresses: tuple[int, ...]
@@ -58,7 +58,7 @@ class _Addressing(NamedTuple):
     tensors: tuple[Tensor | None, ...]  # kept alive
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> _Addressing:
+    def of(cls, batch: Batch, device: torch.device) -> Addressing:
         """That of a batch on ``device``, or on the CPU: then it is copied."""
         mask = batch.mask
         indptr = batch.table_indptr if batch.table_indptr is not None else batch.kv_indptr
@@ -95,7 +95,7 @@ class ListState:
             planner.load()  # compiling and loading would not be legal in a capture
         self._num_workers = layout.params[spec.windows[0]].num_workers
         self._batch: Batch | None = None
-        self._addressing: _Addressing | None = None
+        self._addressing: Addressing | None = None
         self._calls: dict[tuple[int, int, bool], Any] = {}
         self._planner = "not yet updated"
 
@@ -116,7 +116,7 @@ class ListState:
             if self._batch is batch:
                 return  # its addresses are known
         self._batch = batch
-        before, now = self._addressing, _Addressing.of(batch, self._device)
+        before, now = self._addressing, Addressing.of(batch, self._device)
         if before is None or (before.has_rows, before.mask_columns) != (now.has_rows, now.mask_columns):
             self._calls.clear()
         self._addressing = now
@@ -149,7 +149,7 @@ class ListState:
         raise AssertionError(f"{type(self).__name__} does not define _prepare")
 
     @property
-    def _addresses(self) -> _Addressing:
+    def _addresses(self) -> Addressing:
         assert self._addressing is not None, "the plan calls update first"
         return self._addressing
 

@@ -13,11 +13,11 @@ struct alignas(16) AttentionItem {
   int request, kv_head, q_tile, kind;
   int kv_begin, kv_end;  // tokens
   int slot;              // where the partial result goes; -1: the item is its whole tile
-  int slots_a_head;      // of an ordered tile in pieces, whose slots and merge_idx are those of head 0; else 0
+  int kv_first;          // keys before it are another item's: 0 unless a shared prefix ends inside a page
   int q_begin, q_len, kv_len;
   int merge_idx;  // of the split tile; with slot -1: -1
   int head_slot, tail_begin, tail_end;  // the tile's pieces: head_slot, then tail_begin .. tail_end - 1
-  int reserved_too;
+  int slots_a_head;  // of an ordered tile in pieces, whose slots and merge_idx are those of head 0; else 0
 
   __device__ __forceinline__ int num_pieces() const { return 1 + tail_end - tail_begin; }
   // Its number among the pieces of its tile; 0 for a whole tile.

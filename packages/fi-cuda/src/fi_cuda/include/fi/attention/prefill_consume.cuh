@@ -8,7 +8,8 @@
 
 namespace fi {
 
-template <class Config, class Params>
+// Store: what becomes of an item's rows.
+template <class Config, class Params, class Store = PrefillStore<Config, Params>>
 class PrefillConsumer {
   using Tile = PrefillTile<Config>;
   using Shared = PrefillShared<Config>;
@@ -263,7 +264,7 @@ class PrefillConsumer {
   const Params& params_;
   Shared& shared_;
   const int warpgroup_;
-  PrefillStore<Config, Params> store_;
+  Store store_;
   State state_;
   unsigned weights_[kTokens / 16][4];  // of the step before, with kOverlap
   RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::consumer();

@@ -18,7 +18,7 @@ class PrefillLoader {
   using Shared = PrefillShared<Config>;
   static constexpr int kColumns = Shared::kRecordLanes;
   // Of an item's row.
-  static constexpr int kHeadColumn = 1, kSlotColumn = 6, kSlotsColumn = 7, kMergeColumn = 11, kFirstPieceColumn = 12;
+  static constexpr int kHeadColumn = 1, kSlotColumn = 6, kMergeColumn = 11, kFirstPieceColumn = 12, kSlotsColumn = 15;
 
  public:
   __device__ __forceinline__ PrefillLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
@@ -58,7 +58,7 @@ class PrefillLoader {
     if (column == kHeadColumn) value = head;
     if constexpr (Config::kInPieces) {
       const int slots = __shfl_sync(0xffffffffu, value, kSlotsColumn);
-      if (column == kSlotColumn || column >= kFirstPieceColumn) value += head * slots;
+      if (column == kSlotColumn || (column >= kFirstPieceColumn && column < kSlotsColumn)) value += head * slots;
       if (column == kMergeColumn && slots > 0) value += head;
     }
     return value;

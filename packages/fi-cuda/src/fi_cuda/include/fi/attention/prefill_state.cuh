@@ -181,6 +181,12 @@ class PrefillState {
       }
       scores[idx] = fi::masked(scores[idx], visible);
     }
+    if constexpr (Config::kLevels) {
+      const int first = item.kv_first - position;
+      if (first <= -place.column) return;  // beyond it once more for a few steps costs less than a bound kept for all
+#pragma unroll
+      for (int idx = 0; idx < kCount; ++idx) scores[idx] = fi::masked(scores[idx], idx / 4 * 8 + idx % 2 >= first);
+    }
   }
 
   static __device__ __forceinline__ PackedMaskRow mask_row(const Params& params, const AttentionItem& item, int token) {

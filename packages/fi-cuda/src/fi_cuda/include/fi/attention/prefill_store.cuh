@@ -41,7 +41,7 @@ class PrefillStore {
     return item.kv_head * Tile::kGroup + row_of(row) % Tile::kGroup;
   }
 
- private:
+ protected:
   __device__ __forceinline__ float value_scale(const AttentionItem& item) const {
     if constexpr (!Config::kVScales) return params_.v_scale;
     return params_.v_scale * static_cast<const float*>(params_.v_scales)[item.kv_head * params_.v_scale_stride];

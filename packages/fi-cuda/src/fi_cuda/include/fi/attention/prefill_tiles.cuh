@@ -112,6 +112,7 @@ struct GroupRows {
     by_any = rule(params).seen_by_any(first_position, last_position, item.kv_len);
     by_all.high = min(by_all.high, item.kv_end);
     by_any.high = min(by_any.high, item.kv_end);
+    if constexpr (Config::kLevels) by_all.low = max(by_all.low, item.kv_first);
     if constexpr (Config::kMask == kMaskNew) by_all.high = min(by_all.high, item.offset());
     if constexpr (Config::kMask == kMaskKv) by_all.high = 0;
   }

@@ -203,9 +203,9 @@ __device__ __forceinline__ void write_rows(const Params& params, const OrderedTi
     const int end = is_whole ? tile.kv_stop : min(begin + stride, tile.kv_stop);
     int4* row = items + static_cast<int64>(is_whole ? place : place + piece * num_in_pieces) * 4;
     row[0] = {tile.request, 0, tile.q_tile, 0};
-    row[1] = {begin, end, is_whole ? -1 : first_slot + piece, is_whole ? 0 : pieces};
+    row[1] = {begin, end, is_whole ? -1 : first_slot + piece, 0};
     row[2] = {tile.q_begin, tile.q_len, tile.kv_len, is_whole ? -1 : in_pieces * Config::kHeads};
-    row[3] = is_whole ? int4{} : int4{first_slot, first_slot + 1, first_slot + pieces, 0};
+    row[3] = is_whole ? int4{} : int4{first_slot, first_slot + 1, first_slot + pieces, pieces};
   }
 }
 

@@ -1,0 +1,185 @@
+"""Attention whose batches may share prefixes, as a plan's kernel: a list of nodes' and requests' tiles, one launch a call. A
+batch without levels is served as if the plan had none."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from fi_core.prefixes import SharedPrefixes
+from fi_core.protocols import AttentionKernel
+from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
+from torch import Tensor
+
+from ...spec import kernel_for
+from ...tensor_map import Box, tensor_map_of
+from .boxes import column_maps_of
+from .call import CallForm
+from .prefill_state import attention_prefill
+from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, box_tokens, prefill_tuning_for
+from .prefix import PrefixLayout, PrefixPlanner, prefix_plan_spec, prefix_spec
+from .state import Addressing, Call, address_of, attention_decode, cache_strides_of, scale_of
+from .tuning import num_processors
+
+_MAX_CALLS = 4096
+MAX_SHORT_QUERY = 16
+"""New tokens of a request up to which the decode kernel serves batches without levels."""
+
+
+class PrefixAttention:
+    """The ``AttentionKernel`` protocol."""
+
+    def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
+        where = torch.device(device)
+        layout = PrefixLayout.of(spec, capacity, prefill_tuning_for(spec, where), num_processors(where))
+        return layout.num_bytes + _plain_kernel(capacity).workspace_bytes(spec, _plain(capacity), device)
+
+    def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> PrefixState:
+        return PrefixState(spec, capacity, torch.device(device))
+
+
+def _plain(capacity: Capacity) -> Capacity:
+    return replace(capacity, max_prefixes=0)
+
+
+def _plain_kernel(capacity: Capacity) -> AttentionKernel:
+    """What serves batches without levels."""
+    return attention_decode if capacity.max_q_len <= MAX_SHORT_QUERY else attention_prefill
+
+
+class PrefixState:
+    """The ``AttentionState`` protocol."""
+
+    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
+        self._spec, self._device = spec, device
+        self._num_workers = num_processors(device)
+        self._tuning = tuning = prefill_tuning_for(spec, device)
+        self._layout = layout = PrefixLayout.of(spec, capacity, tuning, self._num_workers)
+        self._buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
+        for region in (layout.header, layout.barrier):
+            region.of(self._buffer).zero_()
+        self._planner = PrefixPlanner(prefix_plan_spec(spec, tuning, self._num_workers), capacity, layout, self._buffer)
+        self._planner.load()  # compiling and loading would not be legal in a capture
+        self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
+        self._levels: SharedPrefixes | None = None
+        self._addressing: Addressing | None = None
+        self._calls: dict[tuple[int, int, bool], Call] = {}
+        self._box_tokens = box_tokens(spec.page_size, tuning.tokens) if spec.kv_dtype == spec.dtype else None
+        self._query_box = Box((1, spec.group_size, BOX_ROW_BYTES // spec.dtype.itemsize))
+
+    @property
+    def workspace(self) -> Sequence[Tensor]:
+        return (self._buffer, *self._unshared.workspace)
+
+    def describe(self) -> Sequence[str]:
+        layout, tuning = self._layout, self._tuning
+        rows = tuning.consumers * (WARPGROUP_ROWS // self._spec.group_size * self._spec.group_size)
+        return (
+            f"with levels, tiles: {rows} rows x {tuning.tokens} KV tokens, taken by {self._num_workers} blocks; at most"
+            f" {layout.max_rows} a KV head, of which {layout.max_node_rows} of nodes",
+            f"with levels, rows of partial results: {layout.max_parts}; planner: device, one kernel",
+            *(f"without levels, {line}" for line in self._unshared.describe()),
+        )
+
+    def update(self, batch: Batch) -> None:
+        """Plan on the device, one launch; tensors on the CPU are copied there first."""
+        self._levels = batch.levels
+        if batch.levels is None:
+            self._unshared.update(batch)
+            return
+        here = _on_device(batch, self._device)
+        self._planner(here)
+        before, now = self._addressing, Addressing.of(here, self._device)
+        if before is None or before.has_rows != now.has_rows:
+            self._calls.clear()
+        self._addressing = now
+
+    def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
+        if self._levels is None:
+            self._unshared.run(q, kv, layer, out, lse)
+            return
+        addressing = self._addressing
+        assert addressing is not None, "the plan calls update first"
+        if q.shape[0] == 0:
+            return
+        call = self._remembered(kv, layer, lse is not None)
+        queries = tensor_map_of(q, self._query_box)
+        out_token, out_head, _ = out.stride()
+        call.launch(
+            self._device,
+            self._num_workers,
+            1,
+            *call.cache,
+            *call.workspace,
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            *addressing.addresses,
+            *call.layer_tensors,
+            *call.cache_strides,
+            out_token,
+            out_head,
+            0 if lse is None else lse.stride(0),
+            addressing.table_stride,
+            *call.numbers,
+            queries,
+            *call.maps,
+        )
+
+    def _remembered(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
+        """What calls with this cache and layer share: found, or made by ``_prepare``."""
+        key = (id(kv), id(layer), not with_lse)
+        call = self._calls.get(key)
+        if call is None or call.kv() is not kv:
+            if len(self._calls) >= _MAX_CALLS:
+                self._calls.clear()
+            call = self._calls[key] = self._prepare(kv, layer, with_lse)
+        return call
+
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
+        layout = self._layout
+        lists = (layout.rows, layout.tokens, layout.segments)
+        written = (layout.header, layout.barrier, layout.partials, layout.partial_rows)
+        k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
+        v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
+        scale = layer.scale * k_scale
+        assert self._addressing is not None
+        maps = None if self._box_tokens is None else column_maps_of(kv, self._box_tokens, BOX_ROW_BYTES)
+        form = CallForm(
+            lse=with_lse,
+            k_scales=k_scales != 0,
+            v_scales=v_scales != 0,
+            table_row=self._addressing.has_rows,
+            signed_scale=scale <= 0,
+            boxes=maps is not None,
+        )
+        return Call(
+            kv=weakref.ref(kv),
+            layer=layer,
+            launch=kernel_for(prefix_spec(self._spec, self._tuning, form), self._device).launch,
+            workspace=tuple(region.of(self._buffer).data_ptr() for region in (*lists, *written)),
+            cache=(kv.k.data_ptr(), kv.v.data_ptr()),
+            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
+            cache_strides=cache_strides_of(kv),
+            numbers=(
+                *(k_scale_stride, v_scale_stride, self._spec.num_kv_heads, 0, layout.max_segments),
+                *(scale, layer.soft_cap or 1.0, v_scale),
+            ),
+            maps=maps or (),
+        )
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    """``batch`` with its lengths, nodes and order on ``device``."""
+    if not batch.kv_lens.is_cpu or device.type == "cpu":
+        return batch
+    levels = batch.levels
+    assert levels is not None
+    order = None if levels.order is None else levels.order.to(device)
+    nodes = SharedPrefixes(levels.nodes.to(device), order)
+    return replace(batch, q_indptr=batch.q_indptr.to(device), kv_lens=batch.kv_lens.to(device), levels=nodes)
+
+
+attention_prefix = PrefixAttention()
+"""What the kernel entry loads."""

@@ -1,0 +1,199 @@
+"""Attention with shared prefixes as a plan's kernel, without a GPU: selection, agreement with the kernel, memory and calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fi_core.contract import Target
+from fi_core.errors import CapacityError
+from fi_core.ops import OPERATIONS
+from fi_core.ops.cases.prefixes import Forest
+from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
+from fi_cuda.entries import ATTENTION_ENTRIES
+from fi_cuda.kernels.attention import layout, plan, prefill_state, prefill_tuning, prefix, prefix_state, state, tuning
+from fi_cuda.kernels.attention.call import CallForm
+from fi_cuda.kernels.attention.prefill_tuning import built_in_prefill_tuning
+from fi_cuda.kernels.attention.prefix import BoxPrefixSpec, PrefixSpec, prefix_plan_spec, prefix_spec
+from fi_cuda.kernels.attention.prefix_state import attention_prefix
+from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
+
+pytestmark = pytest.mark.timeout(120)
+
+SPEC = AttentionSpec(8, 2, 64)
+
+
+def batch_of(q_lens, kv_lens, forest: Forest) -> Batch:
+    q_indptr = torch.tensor([0, *q_lens]).cumsum(0).int()
+    table = torch.zeros(len(q_lens), 4, dtype=torch.int32)
+    return Batch(q_indptr, torch.tensor(kv_lens, dtype=torch.int32), table, levels=forest.levels(torch.device("cpu")))
+
+
+# Selection
+
+
+@pytest.mark.parametrize(
+    ("changes", "served"),
+    [
+        ({}, True),
+        ({"levels": False}, False),
+        ({"max_q_len": 8192, "group_size": 64, "page_size": 1, "table": "indptr"}, True),
+        ({"features": frozenset({"soft_cap", "sinks", "lse"}), "causal": False, "kv_format": "fp8_e4m3"}, True),
+        ({"features": frozenset({"alibi"})}, False),
+        ({"features": frozenset({"mask"})}, False),
+        ({"windowed": True}, False),
+        ({"batch_invariant": True}, False),
+        ({"table": "ragged", "page_size": None}, False),
+        ({"group_size": 65}, False),
+    ],
+)
+def test_what_is_served(changes, served):
+    attention = next(operation for operation in OPERATIONS if operation.name == "attention")
+    entry = next(entry for entry in ATTENTION_ENTRIES if entry.name == "attention_prefix")
+    request = attention.request(Target("cuda", (9, 0)), **{**attention.typical, "levels": True, **changes})
+    assert (not entry.reject(request)) == served
+    others = [entry for entry in ATTENTION_ENTRIES if entry.name != "attention_prefix"]
+    assert not request["levels"] or all(entry.reject(request) for entry in others)
+
+
+# Agreement with the kernel
+
+TUNING = built_in_prefill_tuning(SPEC)
+KERNELS = {
+    "boxes": prefix_spec(SPEC, TUNING, CallForm(boxes=True, lse=True)),
+    "rows": prefix_spec(replace(SPEC, page_size=5), built_in_prefill_tuning(replace(SPEC, page_size=5)), CallForm()),
+    "features": prefix_spec(
+        AttentionSpec(14, 2, 96, features=frozenset({"soft_cap", "sinks"})),
+        replace(TUNING, consumers=2),
+        CallForm(boxes=True, table_row=True),
+    ),
+    "plan": prefix_plan_spec(SPEC, TUNING, 132),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernel_agrees_on_fields_and_shared_memory(name, compile_with_offsets):
+    made = KERNELS[name]
+    fits = (
+        "static_assert(sizeof(fi::NodeWork) == 48 && sizeof(fi::RequestWork) == 32 && sizeof(fi::PartSegment) == 16);"
+    )
+    if name != "plan":
+        fits = f"static_assert((sizeof(fi::PrefillShared<Config>) + 2047) / 1024 >= {made.shared_bytes // 1024});"
+    resources = compile_with_offsets(made, fits).resources
+    assert resources.spill_store_bytes == resources.spill_load_bytes == 0
+
+
+# Calls
+
+
+@pytest.fixture
+def launches(monkeypatch, recorder):
+    """A machine of 7 processors whose kernels are recorded instead of launched."""
+    for module in (plan, prefill_state, prefix, prefix_state, state):
+        monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
+    for module in (layout, prefix_state):
+        monkeypatch.setattr(module, "num_processors", lambda device: 7)
+    monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
+    monkeypatch.setattr(tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
+    monkeypatch.setattr(prefix_state, "column_maps_of", lambda kv, *box: (("keys", *box), ("values", *box)))
+    monkeypatch.setattr(state, "maps_of", lambda kv, *box: (("keys", *box), ("values", *box)))
+    monkeypatch.setattr(prefix_state, "tensor_map_of", lambda tensor, box: (tensor.data_ptr(), box.shape))
+    return recorder
+
+
+CAPACITY = Capacity(max_batch=5, max_q_tokens=20, max_q_len=4, max_kv_len=500, max_prefixes=3, max_prefix_depth=2)
+
+
+def test_an_update_passes_each_value_under_its_name(launches):
+    made = attention_prefix.plan(SPEC, CAPACITY, "cpu")
+    forest = Forest(((0, 3, 0, 64), (1, 3, 64, 70)), (2, 0, 1))
+    batch = batch_of([1, 4, 1], [100, 90, 80], forest)
+    made.update(batch)
+    grid, values, _ = launches.last["attention_prefix_plan"]
+    found, buffer = made._layout, made.workspace[0]
+    regions = ("rows", "header", "tokens", "segments", "place_tokens", "place_members", "node_work", "request_work")
+    tensors = {
+        **{"q_indptr": batch.q_indptr, "kv_lens": batch.kv_lens},
+        **{"nodes": batch.levels.nodes, "order": batch.levels.order},
+        **{name: getattr(found, name).of(buffer) for name in regions},
+    }
+    numbers = {
+        "max_segments": 3,
+        "max_q_tokens": 20,
+        "max_q_len": 4,
+        "max_kv_len": 500,
+        "num_requests": 3,
+        "num_nodes": 2,
+    }
+    limits = ("max_rows", "max_parts", "max_node_rows", "max_node_tokens")
+    numbers |= {name: getattr(found, name) for name in limits}
+    assert grid == (1, 1) and values == {**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **numbers}
+    assert made.workspace[0].numel() + made.workspace[1].numel() == attention_prefix.workspace_bytes(
+        SPEC, CAPACITY, "cpu"
+    )
+    assert not found.header.of(buffer).any() and not found.barrier.of(buffer).any()
+
+
+def test_a_call_passes_each_value_under_its_name(launches):
+    spec = AttentionSpec(
+        8, 2, 64, kv_format="fp8_e4m3", kv_layout="HND", features=frozenset({"lse", "soft_cap", "sinks"})
+    )
+    made = attention_prefix.plan(spec, CAPACITY, "cpu")
+    rows = torch.zeros(3, dtype=torch.int32)
+    batch = replace(batch_of([1, 4, 1], [100, 90, 80], Forest(((0, 3, 0, 64),))), table_row=rows)
+    made.update(batch)
+    k = torch.zeros(9, 2, 16, 64, dtype=torch.float8_e4m3fn)
+    kv = KVCache(k, torch.zeros_like(k), "HND", "fp8_e4m3", k_scale=torch.tensor([0.5, 2.0]), v_scale=0.25)
+    layer = LayerArgs(scale=0.3, soft_cap=20.0, sinks=torch.zeros(8)).resolve(spec)
+    q = torch.zeros(6, 3 * 8, 64, dtype=torch.bfloat16)[:, :8]
+    out, lse = torch.zeros(6, 8, 64, dtype=torch.bfloat16), torch.zeros(6, 9)[:, :8]
+    made.run(q, kv, layer, out, lse)
+    grid, values, kernel = launches.last["attention_prefix"]
+    found, buffer = made._layout, made.workspace[0]
+    regions = ("rows", "tokens", "segments", "header", "barrier", "partials", "partial_rows")
+    tensors = {
+        **{"k": kv.k, "v": kv.v, "out": out, "lse": lse, "table": batch.table, "table_row": rows},
+        **{"sinks": layer.sinks, "k_scales": kv.k_scale},
+        **{name: getattr(found, name).of(buffer) for name in regions},
+    }
+    numbers = {
+        **{"k_stride_page": 2048, "k_stride_token": 64, "k_stride_head": 1024},
+        **{"v_stride_page": 2048, "v_stride_token": 64, "v_stride_head": 1024},
+        **{"out_stride_token": 512, "out_stride_head": 64, "lse_stride_token": 9, "table_stride": 4},
+        **{"k_scale_stride": 1, "v_scale_stride": 0, "num_kv_heads": 2, "window": 0, "max_segments": 3},
+        **{"scale": 0.3, "soft_cap": 20.0, "v_scale": 0.25},
+        **dict.fromkeys(("kv_indptr", "mask_bits", "mask_indptr", "slopes", "v_scales"), 0),
+        "queries": (q.data_ptr(), (1, 4, 64)),
+    }
+    assert grid == (7, 1) and values == {**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **numbers}
+    assert type(kernel) is PrefixSpec and kernel.levels and kernel.lse and kernel.k_scales and kernel.cooperative
+
+
+def test_a_batch_without_levels_is_served_as_by_a_plan_without(launches):
+    made = attention_prefix.plan(SPEC, CAPACITY, "cpu")
+    q, kv = torch.zeros(3, 8, 64, dtype=torch.bfloat16), KVCache(*torch.zeros(2, 9, 16, 2, 64, dtype=torch.bfloat16))
+    layer = LayerArgs().resolve(SPEC)
+    with_levels = batch_of([1] * 3, [100] * 3, Forest(((0, 3, 0, 64),)))
+    for batch, stem in ((with_levels, "attention_prefix"), (replace(with_levels, levels=None), "attention_decode")):
+        made.update(batch)
+        launches.last.clear()
+        made.run(q, kv, layer, torch.empty_like(q), None)
+        assert set(launches.last) == {stem}
+    made.update(with_levels)
+    made.run(q, kv, layer, torch.empty_like(q), None)
+    assert type(launches.last["attention_prefix"][2]) is BoxPrefixSpec
+    launches.last.clear()
+    made.run(q[:0], kv, layer, torch.empty_like(q[:0]), None)
+    assert not launches.last  # nothing to do
+    assert any("with levels" in line for line in made.describe())
+
+
+def test_capacities_that_planning_cannot_count_are_named(launches):
+    for changes, name in (
+        ({"max_prefixes": 5000}, "max_prefixes"),
+        ({"max_prefixes": 50, "max_prefix_depth": 40}, "max_prefix_depth"),
+        ({"max_q_tokens": 2**27, "max_q_len": 2**20, "max_batch": 2**27}, "max_q_tokens"),
+    ):
+        with pytest.raises(CapacityError, match=name):
+            attention_prefix.plan(SPEC, replace(CAPACITY, **changes), "cpu")

@@ -1,0 +1,296 @@
+"""The list of attention with shared prefixes, its planning kernel compiled for the host: it covers every visible key of every
+token once and merges just the parts that its items leave."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from fi_core.ops.cases.prefixes import Forest, forests
+from fi_core.prefixes import SharedPrefixes
+from fi_core.records import AttentionSpec, Batch, Capacity
+from fi_cuda.compile import INCLUDE_FOLDER
+from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens, built_in_prefill_tuning
+from fi_cuda.kernels.attention.prefix import (
+    PrefixCosts,
+    PrefixLayout,
+    PrefixPlanner,
+    PrefixPlanSpec,
+    prefix_plan_spec,
+)
+from fi_scheduler import build_native
+
+pytestmark = pytest.mark.timeout(120)
+
+SPEC = AttentionSpec(8, 2, 64)
+WORKERS = 12
+REQUEST, NODE = 0, 1
+
+
+# The plan
+
+
+class Planned(NamedTuple):
+    """What the planning kernel left: rows of the list, tokens of nodes, segments of merged tokens."""
+
+    rows: list[list[int]]
+    tokens: list[int]
+    segments: list[list[list[int]]]
+    layout: PrefixLayout
+
+
+class HostPlans:
+    """The planning kernel compiled for a block of one thread, once for each spec."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.functions: dict[PrefixPlanSpec, ctypes._NamedFuncPointer] = {}
+
+    def function(self, spec: PrefixPlanSpec):
+        found = self.functions.get(spec)
+        if found is None:
+            folder = self.folder / str(len(self.functions))
+            folder.mkdir()
+            config = "\n".join(spec.config_lines()).replace(f"kNumThreads = {spec.num_threads}", "kNumThreads = 1")
+            lines = ["struct Config {", config, "};", *spec.layout.declaration()]
+            (folder / "generated.h").write_text("\n".join(lines))
+            source, library = Path(__file__).parent / "prefix_plan_on_host.cpp", folder / "plan.so"
+            flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
+            command = [build_native.find_compiler(), *flags, f"-I{INCLUDE_FOLDER}", f"-I{folder}", source]
+            subprocess.run([*command, "-o", library], check=True)
+            found = self.functions[spec] = ctypes.CDLL(str(library)).plan
+        return found
+
+    def plan(self, spec: AttentionSpec, capacity: Capacity, batch: Batch, costs: PrefixCosts | None = None) -> Planned:
+        tuning = built_in_prefill_tuning(spec)
+        made = PrefixLayout.of(spec, capacity, tuning, WORKERS)
+        buffer = torch.full((made.num_bytes,), 0xA5, dtype=torch.uint8)
+        plan_spec = prefix_plan_spec(spec, tuning, WORKERS, costs)
+        planner = PrefixPlanner(plan_spec, capacity, made, buffer)
+        function = self.function(plan_spec)
+
+        class Kernel:
+            def launch(self, device, grid_x, grid_y, *values):
+                assert (grid_x, grid_y) == (1, 1)
+                packed = ctypes.create_string_buffer(plan_spec.layout.packer.size)
+                plan_spec.layout.packer.pack_into(packed, 0, *values)
+                function(packed)
+
+        planner.__dict__["_kernel"] = Kernel()
+        planner(batch)
+        num_rows, num_merged, taken, _ = made.header.of(buffer).tolist()
+        assert taken == 0 and num_rows <= made.max_rows and num_merged <= capacity.max_q_tokens
+        rows, segments = made.rows.of(buffer)[:num_rows], made.segments.of(buffer)[:num_merged]
+        return Planned(rows.tolist(), made.tokens.of(buffer).tolist(), segments.tolist(), made)
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> HostPlans:
+    assert build_native.find_compiler() is not None, "these tests need a C++ compiler"
+    return HostPlans(tmp_path_factory.mktemp("prefix"))
+
+
+def capacity_of(q_lens, kv_lens, forest: Forest, **more) -> Capacity:
+    sizes = {"max_batch": max(1, len(q_lens)), "max_q_tokens": max(1, sum(q_lens)), "max_q_len": max([1, *q_lens])}
+    sizes |= {
+        "max_kv_len": max([1, *kv_lens]),
+        "max_prefixes": max(1, len(forest.nodes)),
+        "max_prefix_depth": forest.depth,
+    }
+    return Capacity(**{**sizes, **more})
+
+
+def batch_of(q_lens, kv_lens, forest: Forest) -> Batch:
+    q_indptr = torch.tensor([0, *q_lens]).cumsum(0).int()
+    table = torch.zeros(max(1, len(q_lens)), 4, dtype=torch.int32)
+    return Batch(q_indptr, torch.tensor(kv_lens, dtype=torch.int32), table, levels=forest.levels(torch.device("cpu")))
+
+
+def check(plans: HostPlans, spec: AttentionSpec, q_lens, kv_lens, forest: Forest, costs=None, **more) -> Planned:
+    """Every key that a token sees is in one of its items, and what items leave is merged or the output, once."""
+    batch = batch_of(q_lens, kv_lens, forest)
+    planned = plans.plan(spec, capacity_of(q_lens, kv_lens, forest, **more), batch, costs)
+    starts, tokens = batch.q_indptr.tolist(), sum(q_lens)
+    request_of = np.repeat(np.arange(len(q_lens)), q_lens)
+    position = [kv_lens[r] - q_lens[r] + token - starts[r] for token, r in enumerate(request_of)]
+    seen = [np.zeros(kv_lens[r], dtype=int) for r in request_of]
+    left, direct = Counter(), Counter()
+    tuning = built_in_prefill_tuning(spec)
+    tile = tuning.consumers * (WARPGROUP_ROWS // spec.group_size)
+    align = box_tokens(spec.page_size, tuning.tokens) or 1
+    parts = Counter()
+    for row in planned.rows:
+        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_ = row
+        assert 0 <= kv_begin <= kv_end <= kv_len and (kv_begin % align == 0 or kv_begin == kv_end)
+        assert q_tile * tile < q_len
+        for place in range(q_tile * tile, min((q_tile + 1) * tile, q_len)):
+            token = planned.tokens[q_begin + place] if kind == NODE else q_begin + place
+            its = request_of[token]
+            if kind == NODE:
+                assert request in members_of(forest, its, kv_first) and kv_len - q_len >= kv_end
+            else:
+                assert its == request
+            sees = kv_len - q_len + place + 1 if spec.causal else kv_len  # as the kernel masks
+            seen[token][max(kv_begin, kv_first) : min(kv_end, sees)] += 1
+            if slot < 0:
+                direct[token] += 1
+                continue
+            for head in range(spec.num_kv_heads):
+                for group in range(spec.group_size):
+                    part = slot + (head * q_len + place) * spec.group_size + group
+                    parts[part] += 1
+                    left[token, head, group, part] += 1
+    for token in range(tokens):
+        visible = position[token] + 1 if spec.causal else kv_lens[request_of[token]]
+        wanted = (np.arange(len(seen[token])) < visible).astype(int)
+        assert np.array_equal(seen[token], wanted), (token, seen[token])
+    assert not parts or (max(parts.values()) == 1 and max(parts) < planned.layout.max_parts and min(parts) >= 0)
+    merged = Counter()
+    for segments in planned.segments:
+        for first, head_rows, pieces, token in segments:
+            if pieces == 0:
+                break
+            for piece in range(pieces):
+                for head in range(spec.num_kv_heads):
+                    for group in range(spec.group_size):
+                        part = first + (piece * spec.num_kv_heads + head) * head_rows + group
+                        merged[token, head, group, part] += 1
+    assert merged == left
+    in_parts = {token for token, *_ in left}
+    assert all(direct[token] == (token not in in_parts) for token in range(tokens))
+    return planned
+
+
+def members_of(forest: Forest, request: int, kv_first: int) -> set[int]:
+    """Requests that share the node of ``request`` that begins at ``kv_first``."""
+    for begin, end, kv_begin, kv_end in forest.nodes:
+        members = {forest.request(place) for place in range(begin, end)}
+        if request in members and kv_begin == kv_first and kv_end > kv_begin:
+            return members
+    return set()
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in forests() if case[4].get("kv_format") is None], ids=lambda case: case[0]
+)
+def test_lists_of_the_conformance_cases(case, plans):
+    _, forest, q_lens, kv_lens, options = case
+    heads = options.get("heads", (4, 2))
+    spec = AttentionSpec(*heads, options.get("head_dim", 64), page_size=options.get("page_size", 16),
+                         causal=options.get("causal", True))  # fmt: skip
+    check(plans, spec, q_lens, kv_lens, forest)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_lists_of_random_batches(seed, plans):
+    chance = random.Random(seed)
+    count = chance.choice([1, 2, 5, 30, 90])
+    forest = random_forest(chance, count)
+    q_lens = [chance.choice([0, 1, 1, 1, 2, 5, chance.choice([16, 60, 130])]) for _ in range(count)]
+    shared = [0] * count
+    for begin, end, _, kv_end in forest.nodes:
+        for place in range(begin, end):
+            shared[forest.request(place)] = max(shared[forest.request(place)], kv_end)
+    own = chance.choice([20, 300, 3000])
+    kv_lens = [
+        first + chance.choice([0, chance.randint(0, own)]) + new for first, new in zip(shared, q_lens, strict=True)
+    ]
+    kv_lens = [0 if not q_len and chance.random() < 0.5 and not first else kv_len
+               for q_len, kv_len, first in zip(q_lens, kv_lens, shared, strict=True)]  # fmt: skip
+    spec = chance.choice([SPEC, replace(SPEC, causal=False), replace(SPEC, page_size=5), AttentionSpec(7, 1, 128)])
+    costs = chance.choice([None, PrefixCosts(1, 1, 20, 0), PrefixCosts(200, 400, 20, 6)])
+    check(plans, spec, q_lens, kv_lens, forest, costs)
+
+
+def random_forest(chance: random.Random, count: int) -> Forest:
+    nodes: list[tuple[int, int, int, int]] = []
+
+    def grow(begin: int, end: int, kv_begin: int, level: int) -> None:
+        kv_end = kv_begin + chance.choice([1, chance.randint(1, 40), chance.randint(1, 2000)])
+        nodes.append((begin, end, kv_begin, kv_end))
+        while level < 5 and begin < end:
+            stop = chance.randint(begin + 1, end)
+            if chance.random() < 0.6:
+                grow(begin, stop, kv_end, level + 1)
+            begin = stop
+
+    place = 0
+    while place < count:
+        stop = chance.randint(place + 1, count)
+        if chance.random() < 0.8:
+            grow(place, stop, 0, 1)
+        place = stop
+        if chance.random() < 0.2:
+            nodes.append((0, 0, 0, 0))
+    order = list(range(count))
+    chance.shuffle(order)
+    return Forest(tuple(nodes), tuple(order) if chance.random() < 0.7 else None)
+
+
+def test_a_batch_that_shares_nothing_is_neither_cut_nor_merged(plans):
+    many = check(plans, SPEC, [1] * 40, [100] * 40, Forest(()))
+    assert len(many.rows) == 40 and not many.segments and all(row[6] == -1 for row in many.rows)
+
+
+def test_long_requests_read_their_keys_alone(plans):
+    planned = check(plans, SPEC, [200, 150, 1, 1], [600, 550, 401, 410], Forest(((0, 4, 0, 400),)))
+    assert {row[9] for row in planned.rows if row[3] == NODE} == {2}
+    assert {row[0] for row in planned.rows if row[3] == REQUEST and row[4] == 0} == {0, 1}
+
+
+def test_prefixes_are_cut_for_all_workers_and_suffixes_only_if_they_take_long(plans):
+    planned = check(plans, SPEC, [1] * 64, [8192 + 256] * 64, Forest(((0, 64, 0, 8192),)))
+    nodes = [row for row in planned.rows if row[3] == NODE]
+    # Two tiles of 2 heads, of 48 and of 16 tokens; what is left of 12 workers takes the suffixes meanwhile.
+    assert len(nodes) * SPEC.num_kv_heads >= WORKERS // 2 and len(planned.rows) - len(nodes) == 64
+    long = check(plans, SPEC, [1] * 4, [20000, 100, 100, 100], Forest(((0, 4, 0, 50),)))
+    assert len([row for row in long.rows if row[3] == REQUEST and row[0] == 0]) >= WORKERS // 2
+
+
+HOSTILE = {
+    "beyond the tokens": ([3, 3], [9, 9], {"max_q_tokens": 5, "max_q_len": 3}),
+    "longer than a request may be": ([3, 3], [9, 9], {"max_q_len": 2}),
+    "more keys than planned": ([1, 1], [9, 90], {"max_kv_len": 80}),
+    "negative keys": ([1, 1], [9, -3], {"max_kv_len": 80}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_batches_beyond_the_limits_have_no_work(name, plans):
+    q_lens, kv_lens, limits = HOSTILE[name]
+    forest = Forest(((0, 2, 0, 4),))
+    planned = plans.plan(SPEC, capacity_of(q_lens, kv_lens, forest, **limits), batch_of(q_lens, kv_lens, forest))
+    assert not planned.rows and not planned.segments
+
+
+BAD_NODES = {
+    "a gap": ((0, 4, 0, 40), (1, 3, 50, 60)),
+    "members beyond the batch": ((0, 9, 0, 40),),
+    "negative": ((-5, 4, 0, 40), (0, 4, -7, 40)),
+    "descending": ((3, 1, 0, 40), (0, 4, 40, 0)),
+    "huge": ((0, 4, 0, 2**31 - 1), (0, 2**31 - 1, 0, 40)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NODES)
+def test_nodes_that_are_none_leave_their_members_alone(name, plans):
+    given = Forest(BAD_NODES[name])
+    batch = batch_of([1] * 4, [100] * 4, given)
+    planned = plans.plan(SPEC, replace(capacity_of([1] * 4, [100] * 4, Forest(())), max_prefixes=4), batch)
+    used = [row for row in planned.rows if row[3] == NODE]
+    assert len(used) == (name == "a gap") and len(planned.rows) >= 4
+
+
+def test_an_order_that_is_none_writes_nothing_outside(plans):
+    batch = batch_of([1] * 4, [100] * 4, Forest(((0, 4, 0, 40),)))
+    for order in ([0, 0, 0, 0], [9, 1, 2, 3], [-1, 1, 2, 3]):
+        levels = SharedPrefixes(batch.levels.nodes, torch.tensor(order, dtype=torch.int32))
+        plans.plan(SPEC, capacity_of([1] * 4, [100] * 4, Forest(((0, 4, 0, 40),))), replace(batch, levels=levels))
