@@ -3,7 +3,7 @@ planner."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -85,7 +85,8 @@ class BoxPrefixSpec(PrefixSpec):
 
 def prefix_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> PrefixSpec:
     """The kernel of a call."""
-    return (BoxPrefixSpec if form.boxes else PrefixSpec)(**prefill_fields(spec, tuning, form), levels=True)
+    fields = prefill_fields(spec, replace(tuning, keys_ahead=True, pieces=1), form)  # as its loader works
+    return (BoxPrefixSpec if form.boxes else PrefixSpec)(**fields, levels=True)
 
 
 @dataclass(frozen=True)

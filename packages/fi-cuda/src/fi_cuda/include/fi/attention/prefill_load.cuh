@@ -2,9 +2,7 @@
 #pragma once
 
 #include "fi/attention/order.cuh"
-#include "fi/attention/prefill_boxes.cuh"
-#include "fi/attention/prefill_gather.cuh"
-#include "fi/attention/prefill_rows.cuh"
+#include "fi/attention/prefill_copies.cuh"
 #include "fi/ptx/named_barrier.cuh"
 #include "fi/ptx/tma.cuh"
 

@@ -46,7 +46,7 @@ struct PrefillShared {
   // More than queries, as an item is still read when its queries are released; twice as many, so that an item's place says in
   // which phase its queries' stage is.
   static constexpr int kItems = 2 * Config::kQueryStages;
-  // A lane writes a column of an item, and arrives with the item's queries.
+  // A lane writes a column of an item; each arrives with the item's queries, so that every write is ordered before the reads.
   static constexpr int kRecordLanes = sizeof(AttentionItem) / sizeof(int);
   static constexpr int kReleases = Config::kConsumers * (kWarpgroupThreads / kWarpThreads);
 

@@ -1,15 +1,14 @@
 // The producer of attention with shared prefixes: takes tiles from the list and brings their queries, keys and values.
 #pragma once
 
-#include "fi/attention/prefill_boxes.cuh"
-#include "fi/attention/prefill_rows.cuh"
+#include "fi/attention/prefill_copies.cuh"
 #include "fi/attention/prefix_list.cuh"
 #include "fi/ptx/named_barrier.cuh"
 #include "fi/ptx/tma.cuh"
 
 namespace fi {
 
-// Copies: BoxCopies or RowCopies, as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token at a time
+// Copies: BoxCopies, GatherCopies or RowCopies, as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token at a time
 // (map: token, head, element); rows past a tile's tokens hold what was there before and reach no result.
 template <class Config, class Params, class Copies>
 class PrefixLoader {
@@ -90,6 +89,7 @@ class PrefixLoader {
     shared_.query_ring.acquire(query_);
     const AttentionItem& item = shared_.items[item_.stage];
     if (lane_ < kColumns) reinterpret_cast<int*>(&shared_.items[item_.stage])[lane_] = value;
+    if (0 < lane_ && lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
     __syncwarp();
     const int count = min(item.q_len - item.q_tile * Tile::kTileTokens, Tile::kTileTokens);
     if (lane_ == 0) shared_.query_ring.expect(query_, count * Tile::kKeyColumns * Tile::kGroup * kBoxRowBytes);
@@ -112,10 +112,8 @@ class PrefixLoader {
 
   __device__ __forceinline__ void end_list() {
     shared_.query_ring.acquire(query_);
-    if (lane_ == 0) {
-      shared_.items[item_.stage].request = kNoRequest;
-      ptx::arrive(&shared_.query_ring.full[query_.stage]);
-    }
+    if (lane_ == 0) shared_.items[item_.stage].request = kNoRequest;
+    if (lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
   }
 
   const Params& params_;

@@ -17,19 +17,6 @@
 
 namespace fi {
 
-// How the kernel's parameters allow keys and values to be copied.
-template <class Config, class Params>
-__device__ __forceinline__ auto copies_of(const Params& params) {
-  constexpr bool kUnconverted = sizeof(typename Config::Stored) == sizeof(typename Config::Dtype);
-  if constexpr (kUnconverted && !Config::kOverlap) return GatherCopies<Config, Params>(params);
-  else return RowCopies<Config, Params>(params);
-}
-template <class Config, class Params>
-__device__ __forceinline__ BoxCopies<Config, Params> copies_of(const Params& params, const ptx::TensorMap& keys,
-                                                               const ptx::TensorMap& values) {
-  return BoxCopies<Config, Params>(params, keys, values);
-}
-
 // `maps`: none, or those of K and V.
 template <class Config, class Params, class... Maps>
 __device__ __forceinline__ void attention_prefill(const Params& params, const ptx::TensorMap& queries, const Maps&... maps) {
