@@ -12,6 +12,7 @@ from fi_core.hookspecs import hookimpl
 from fi_core.ops import OPERATIONS
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, PackedMask
 from fi_core.registry import registry
+from fi_core.rope import FusedRope, RopeConfig, RopeTable
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning
 from fi_cuda.kernels.attention.call import CallForm
@@ -19,6 +20,7 @@ from fi_cuda.kernels.attention.plan import DeviceWorkList, fill_on_host
 from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillSpec, prefill_spec
 from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.kernels.attention.prefill_tuning import (
+    HeadBytes,
     PrefillTuning,
     box_tokens,
     built_in_prefill_tuning,
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.timeout(120)
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(8, 2, 64)
 CAPACITY = Capacity(max_batch=5, max_q_tokens=300, max_q_len=200, max_kv_len=500)
-TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, 0, True, 1, 1, 2)
+TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, True, 1, 1, 2)
 
 
 @pytest.fixture
@@ -56,12 +58,12 @@ class Override:
         return self.given if op == "attention_prefill" else None
 
 
-def overridden(given):
+def overridden(given, spec=SPEC):
     plugin = Override(given)
     manager = registry().manager
     manager.register(plugin)
     try:
-        return prefill_tuning_for(SPEC, CPU)
+        return prefill_tuning_for(spec, CPU)
     finally:
         manager.unregister(plugin)
 
@@ -73,10 +75,13 @@ def overridden(given):
     ("head_dim", "head_dim_vo"), [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
 )
 @pytest.mark.parametrize("page_size", [None, 1, 16, 256])
-def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size):
-    spec = AttentionSpec(32, 8, head_dim, head_dim_vo, page_size=page_size, table="dense" if page_size else "ragged")
+@pytest.mark.parametrize("formats", [{}, {"kv_format": "fp8_e4m3"}, {"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3"}])
+def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size, formats):
+    table = "dense" if page_size else "ragged"
+    spec = AttentionSpec(32, 8, head_dim, head_dim_vo, page_size=page_size, table=table, **formats)
     tuning = built_in_prefill_tuning(spec)
-    assert prefill_shared_bytes(tuning, head_dim, head_dim_vo, 2) <= HOPPER_SHARED_BYTES and tuning.key_stages >= 2
+    assert prefill_shared_bytes(tuning, HeadBytes.of(spec)) <= HOPPER_SHARED_BYTES and tuning.key_stages >= 2
+    assert tuning.landing_stages == (2 if spec.q_is_fp8 else 0)
     assert box_tokens(page_size, tuning.tokens) == {None: tuning.tokens, 1: None, 16: 16, 256: tuning.tokens}[page_size]
 
 
@@ -89,12 +94,27 @@ def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size):
         ({"tokens": 96, "edge_tokens": 64}, "edge_tokens"),
         ({"value_stages": 0}, "value_stages"),
         ({"key_stages": 20}, "key_stages"),
+        ({"landing_stages": 1}, "landing_stages"),
+        ({"landing_stages": 2}, "landing_stages"),  # K and V are multiplied as they are stored
+        ({"polynomial_every": 3}, "polynomial_every"),
     ],
 )
 def test_wrong_tunings_are_named(given, message, monkeypatch):
     monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
     with pytest.raises(ArgumentError, match=message):
         overridden(given)
+
+
+def test_fp8_may_land_and_fp8_queries_have_to(monkeypatch):
+    monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
+    stored = replace(SPEC, kv_format="fp8_e4m3")
+    assert overridden({"landing_stages": 3}, stored).landing_stages == 3
+    for given, spec in (
+        ({"landing_stages": 2}, replace(stored, page_size=1)),
+        ({"landing_stages": 0}, replace(stored, q_format="fp8_e4m3")),
+    ):
+        with pytest.raises(ArgumentError, match="landing_stages"):
+            overridden(given, spec)
 
 
 def test_a_tile_has_whole_tokens():
@@ -105,6 +125,8 @@ def test_a_tile_has_whole_tokens():
 
 # Selection
 
+ROTATED = {"rope": "q", "rope_pairs": "half", "rotary_dim": 64}
+
 
 @pytest.mark.parametrize(
     ("changes", "served"),
@@ -113,8 +135,6 @@ def test_a_tile_has_whole_tokens():
         ({"max_q_len": 1}, False),
         ({"max_q_len": 16, "group_size": 4}, False),
         ({"max_q_len": 16, "group_size": 8}, False),
-        ({"max_q_len": 17, "q_format": "fp8_e4m3"}, False),
-        ({"max_q_len": 17, "rope": "q", "rope_pairs": "half", "rotary_dim": 64}, False),
         ({"max_q_len": 17, "group_size": 64}, True),
         ({"max_q_len": 17, "group_size": 65}, False),
         ({"max_q_len": 4096, "page_size": 1}, True),
@@ -127,22 +147,56 @@ def test_a_tile_has_whole_tokens():
 )
 def test_what_is_served(changes, served):
     attention = next(operation for operation in OPERATIONS if operation.name == "attention")
-    entry = ATTENTION_ENTRIES[1]
+    entry = next(entry for entry in ATTENTION_ENTRIES if entry.name == "attention_prefill")
     values = {**attention.typical, **changes}
     assert (not entry.reject(attention.request(Target("cuda", (9, 0)), **values))) == served
     assert entry.reject(attention.request(Target("cuda", (10, 0)), **values))
     assert entry.reject(attention.request(Target("cpu"), **values))
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "attention_prefill"),
+        ({"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3", "page_size": 1}, "attention_prefill_fp8"),
+        ({"kv_format": "fp8_e5m2", "q_format": "fp8_e4m3"}, None),
+        ({"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3", "head_dim": 80}, None),
+        ({"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3", **ROTATED}, None),
+        (ROTATED, "attention_prefill_rotated"),
+        ({**ROTATED, "kv_format": "fp8_e4m3"}, "attention_prefill_rotated"),
+        ({**ROTATED, "rope": "qk"}, None),
+    ],
+)
+def test_each_request_has_one_kernel_of_long_queries(changes, name):
+    attention = next(operation for operation in OPERATIONS if operation.name == "attention")
+    request = attention.request(Target("cuda", (9, 0)), **{**attention.typical, "max_q_len": 500, **changes})
+    serving = [entry for entry in ATTENTION_ENTRIES if not entry.reject(request)]
+    assert [entry.name for entry in serving] == ([] if name is None else [name])
+    # The others have not run on a GPU yet: Triton, at 50, is preferred.
+    assert all(entry.priority == (0 if name == "attention_prefill" else -60) for entry in serving)
+
+
 # Agreement with the kernel
 
 EVERY = CallForm(windowed=True, lse=True, k_scales=True, v_scales=True, table_row=True, mask_columns="new", boxes=True)
+ALL_FP8 = replace(SPEC, kv_format="fp8_e4m3", q_format="fp8_e4m3")
 KERNELS = {
     "boxes": prefill_spec(SPEC, TUNING, CallForm(boxes=True)),
     "rows": prefill_spec(replace(SPEC, page_size=1), TUNING, CallForm()),
     "fp8": prefill_spec(replace(SPEC, kv_format="fp8_e4m3"), TUNING, CallForm(k_scales=True)),
     "features": prefill_spec(
         AttentionSpec(14, 2, 96, 80, features=frozenset({"soft_cap", "sinks", "alibi", "mask"})), TUNING, EVERY
+    ),
+    "fp8 landed": prefill_spec(
+        replace(SPEC, kv_format="fp8_e5m2"), replace(TUNING, landing_stages=2), CallForm(boxes=True)
+    ),
+    "fp8 products": prefill_spec(ALL_FP8, built_in_prefill_tuning(ALL_FP8), CallForm(boxes=True, q_scales=True)),
+    "fp8 products by rows": prefill_spec(
+        replace(ALL_FP8, page_size=1), built_in_prefill_tuning(replace(ALL_FP8, page_size=1)), CallForm()
+    ),
+    "rotated": prefill_spec(replace(SPEC, rope=FusedRope(64)), TUNING, CallForm(boxes=True)),
+    "polynomials": prefill_spec(
+        replace(SPEC, features=frozenset({"soft_cap"})), replace(TUNING, polynomial_every=2), CallForm(boxes=True)
     ),
     "signed": prefill_spec(SPEC, TUNING, CallForm(signed_scale=True, mask_columns="kv", boxes=True)),
 }
@@ -260,6 +314,7 @@ def test_a_call_passes_each_value_under_its_name(launches):
         **{"out_stride_token": 256, "out_stride_head": 32, "lse_stride_token": 9, "table_stride": 40},
         **{"k_scale_stride": 1, "v_scale_stride": 0, "num_kv_heads": 2},
         **{"window": 64, "scale": 0.3, "soft_cap": 20.0, "v_scale": 0.25, "kv_indptr": 0, "v_scales": 0},
+        **{"inv_freq": 0, "q_scales": 0, "q_scale_stride": 0, "rope_factor": 1.0},
         "queries": (q.data_ptr(), (16, 4, 64)),
     }
     assert grid == (7, 1) and values == {**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **numbers}
@@ -311,3 +366,27 @@ def test_the_gpu_orders_tiles_as_the_host_does(heads, window, causal):
         assert found[0] == found[1]
         used.append(found[0][0][1])
     assert 1 in used
+
+
+def test_a_call_passes_scales_of_queries_and_frequencies(launches):
+    made = attention_prefill.plan(ALL_FP8, CAPACITY, "cpu")
+    made.update(dense_batch([1, 20], [400, 500]))
+    k = torch.zeros(9, 16, 2, 64, dtype=torch.float8_e4m3fn)
+    scales = torch.ones(8)
+    q = torch.zeros(21, 8, 64, dtype=torch.float8_e4m3fn)
+    out = torch.zeros(21, 8, 64, dtype=torch.bfloat16)
+    made.run(q, KVCache(k, k, k_scale=2.0), LayerArgs(scale=0.3, q_scale=scales).resolve(ALL_FP8), out, None)
+    _, values, kernel = launches.last["attention_prefill"]
+    assert (values["q_scales"], values["q_scale_stride"], values["scale"]) == (scales.data_ptr(), 1, 0.6)
+    assert values["queries"] == (q.data_ptr(), (16, 4, 128)) and values["keys"] == ("keys", 16, 128)
+    assert type(kernel) is BoxPrefillSpec and kernel.query == torch.float8_e4m3fn and kernel.q_scales
+
+    spec = replace(SPEC, rope=FusedRope(32, "interleaved"))
+    made = attention_prefill.plan(spec, CAPACITY, "cpu")
+    made.update(dense_batch([1, 20], [400, 500]))
+    table = RopeTable.make(RopeConfig(32, pairs="interleaved"), "cpu")
+    k, q = k.bfloat16(), q.bfloat16()
+    made.run(q, KVCache(k, k), LayerArgs(rope=table).resolve(spec), out, None)
+    _, values, kernel = launches.last["attention_prefill"]
+    assert (values["inv_freq"], values["rope_factor"]) == (table.inv_freq.data_ptr(), 1.0)
+    assert (kernel.rotary_dim, kernel.rope_pairs) == (32, 2)

@@ -152,6 +152,11 @@ class AttentionSpec:
     def q_is_fp8(self) -> bool:
         return self.q_format != "same"
 
+    @property
+    def allows_fp8_weights(self) -> bool:
+        """Whether kernels may round the softmax weights to FP8 (``tolerances.py``): Q, K and V are e4m3."""
+        return self.q_format == self.kv_format == "fp8_e4m3"
+
 
 @dataclass(frozen=True)
 class Capacity:

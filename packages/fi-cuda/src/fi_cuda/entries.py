@@ -121,6 +121,17 @@ _LONG_QUERIES: Mapping[str, Rule] = {
     "rope_pairs": OneOf("none"),
     "rotary_dim": Between(0, 0),
 }
+_LONG_FP8_QUERIES: Mapping[str, Rule] = {
+    **_LONG_QUERIES,
+    "kv_format": OneOf("fp8_e4m3"),
+    "head_dim": Between(32, 256, multiple_of=32),  # elements of the inner dim of one product
+    "q_format": OneOf("fp8_e4m3"),
+}
+_LONG_ROTATED_QUERIES: Mapping[str, Rule] = {
+    **_LONG_QUERIES,
+    **{name: _SHORT_QUERIES[name] for name in ("rope_pairs", "rotary_dim")},
+    "rope": OneOf("q"),
+}
 
 _SHARED_PREFIXES: Mapping[str, Rule] = {
     **_LONG_QUERIES,
@@ -212,6 +223,10 @@ SAMPLING_ENTRIES: list[KernelEntry] = [
 """Kernels of sampling: a row of logits lies in the shared memory of a cluster of blocks."""
 
 
+_NOT_PREFERRED = -60
+"""Priority of kernels that have not run on a GPU yet: below that of the Triton backend."""
+
+
 def _load_attention_decode() -> Any:
     return importlib.import_module("fi_cuda.kernels.attention.state").attention_decode
 
@@ -238,18 +253,26 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
             Condition("a rotary_dim that 32 divides with rope_pairs 'half'", _pairs_in_lanes),
         ),
     ),
-    KernelEntry(
-        "attention",
-        "attention_prefill",
-        BACKEND,
-        _LONG_QUERIES,
-        _load_attention_prefill,
-        devices=("cuda",),
-        min_capability=WARPGROUP_CAPABILITY,
-        conditions=(
-            Condition("a Hopper GPU", _on_hopper),
-            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
-        ),
+    *(
+        KernelEntry(
+            "attention",
+            name,
+            BACKEND,
+            rules,
+            _load_attention_prefill,
+            devices=("cuda",),
+            min_capability=WARPGROUP_CAPABILITY,
+            conditions=(
+                Condition("a Hopper GPU", _on_hopper),
+                Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+            ),
+            priority=priority,
+        )
+        for name, rules, priority in (
+            ("attention_prefill", _LONG_QUERIES, 0),
+            ("attention_prefill_fp8", _LONG_FP8_QUERIES, _NOT_PREFERRED),
+            ("attention_prefill_rotated", _LONG_ROTATED_QUERIES, _NOT_PREFERRED),
+        )
     ),
     KernelEntry(
         "attention",

@@ -205,6 +205,10 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
         yield from _prefill_specs(spec, CallForm())
     yield from _prefill_specs(replace(eight, page_size=1), CallForm(), boxes=False)
     yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), CallForm(k_scales=True, v_scales=True), boxes=False)
+    all_fp8 = replace(eight, kv_format="fp8_e4m3", q_format="fp8_e4m3")
+    scaled = CallForm(q_scales=True, k_scales=True, v_scales=True)
+    for spec in (all_fp8, replace(all_fp8, page_size=None, table="ragged", causal=False)):
+        yield from _prefill_specs(spec, scaled)
     yield from _prefill_specs(AttentionSpec(128, 128, 192, 128), CallForm(lse=True))
     for window in sinks.windows:
         yield from _prefill_specs(sinks, CallForm(windowed=window is not None), window)

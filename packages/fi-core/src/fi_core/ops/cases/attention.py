@@ -45,6 +45,7 @@ class Scenario:
     slack: int = 0
     q_scale: ScaleForm = "none"
     scaling: YarnScaling | Llama3Scaling | None = None
+    fp8_weights: bool = False
     forest: Forest | None = None
 
     @property
@@ -123,7 +124,7 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
         }
         return {name: rest[name][num_tokens:] if name in rest else value for name, value in outputs.items()}
 
-    tolerance = {"out": attention_tolerance(spec.dtype), "rest of out": EXACT}
+    tolerance = {"out": attention_tolerance(spec.dtype, scenario.fp8_weights), "rest of out": EXACT}
     if "lse" in spec.features:
         tolerance |= {"lse": lse_tolerance(spec.dtype), "rest of lse": EXACT}
     return Trial(run, expected, tolerance)

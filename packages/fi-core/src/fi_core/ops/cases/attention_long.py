@@ -91,6 +91,10 @@ def _features() -> Iterator[Case]:
     yield _case("rope_q", rope=FusedRope(64), features={"lse"})
     yield _case("rope_q_d128", rope=FusedRope(128), head_dim=128, heads=(8, 2))
     yield _case("rope_q_interleaved", rope=FusedRope(32, "interleaved"))
+    yield _case("rope_q_partial", rope=FusedRope(64), head_dim=192, head_dim_vo=128, table="ragged", heads=(7, 1))
+    yield _case("rope_q_d256", rope=FusedRope(256), head_dim=256, dtype=_FP16, windows=(90,))
+    yield _case("rope_q_fp8", rope=FusedRope(128), head_dim=128, kv_format="fp8_e4m3", scale="heads")
+    yield _case("rope_q_slots", rope=FusedRope(128, "interleaved"), head_dim=128, page_size=1, strided=True)
     yield _case("rope_qk", rope=FusedRope(64, keys=True), features={"lse"})
 
 
@@ -101,9 +105,33 @@ def _formats() -> Iterator[Case]:
         yield _case(f"{kv_format}_ragged", kv_format=kv_format, scale="tensor", table="ragged", head_dim=128)
         yield _case(f"{kv_format}_slots", kv_format=kv_format, scale="float", page_size=1, as_bytes=True)
         queries: dict[str, Any] = {"kv_format": kv_format, "q_format": "fp8_e4m3", "scale": "heads", "q_scale": "heads"}
+        queries["fp8_weights"] = kv_format == "fp8_e4m3"
         yield _case(f"{kv_format}_queries_d64", **queries, features={"lse"})
         yield _case(f"{kv_format}_queries_d128", **queries, head_dim=128, heads=(8, 2))
         yield _case(f"{kv_format}_queries_ragged", **queries, head_dim=128, table="ragged", strided=True)
+    yield from _fp8_products()
+
+
+def _fp8_products() -> Iterator[Case]:
+    """Q, K and V in e4m3, which kernels may multiply as they are."""
+    form: dict[str, Any] = {"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3", "fp8_weights": True}
+    everything = {"soft_cap", "sinks", "alibi", "mask", "lse"}
+    for name, options in (
+        ("d256", {"head_dim": 256, "page_size": 8, "scale": "tensor", "q_scale": "tensor"}),
+        ("d96_fp16", {"head_dim": 96, "dtype": _FP16, "heads": (7, 1), "page_size": 64, "kv_layout": "HND"}),
+        ("d192_128", {"head_dim": 192, "head_dim_vo": 128, "storage": "interleaved", "before": True}),
+        ("window", {"windows": (100,), "features": {"lse"}, "head_dim": 128, "causal": False}),
+        ("slots", {"page_size": 1, "head_dim": 128, "q_scale": "float", "windows": (100,), "as_bytes": True}),
+        ("invariant", {"batch_invariant": True, "page_size": 32, "features": {"lse"}}),
+        (
+            "every_feature",
+            {"features": everything, "mask": "kv", "windows": (60,), "q_scale": "heads", "scale": "heads"},
+        ),
+        ("append", {"head_dim": 128, "heads": (8, 2), "q_scale": "heads", "scale": "heads"}),
+    ):
+        lens = _APPEND if name == "append" else _LONG
+        yield _case(f"fp8_products_{name}", lens, **form, **options)
+    yield _case("fp8_products_padding", ((40, 1, 0, 20), (0, 9, 0, 0)), **form)
 
 
 def _hostile() -> Iterator[Case]:

@@ -39,8 +39,8 @@ STRIDE_PARAMS = (
 
 class CallForm(NamedTuple):
     """What the kernel of a call depends on besides its plan: whether a window is set, the LSE is wanted, scales are in
-    memory, the batch has ``table_row``; the columns of its mask; whether K and V have tensor maps. Of decode alone:
-    whether scales of FP8 queries are in memory. Of prefill alone: whether the softmax scale is not above 0."""
+    memory, the batch has ``table_row``; the columns of its mask; whether K and V have tensor maps. Also whether scales
+    of FP8 queries are in memory. Of prefill alone: whether the softmax scale is not above 0."""
 
     windowed: bool = False
     lse: bool = False

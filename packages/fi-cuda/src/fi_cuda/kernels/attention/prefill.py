@@ -11,21 +11,23 @@ from fi_core.records import AttentionSpec
 from ...params import ParamsLayout
 from ...spec import KernelSpec, join_constants
 from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm, call_fields
-from .prefill_tuning import PrefillTuning, box_tokens, prefill_shared_bytes
+from .decode import ROPE_PAIRS
+from .prefill_tuning import HeadBytes, PrefillTuning, box_tokens, prefill_shared_bytes
 
 _WARPGROUP_THREADS = 128
-_REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160), 4: (32, 112)}
-_REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160), 4: (32, 112)}
+_REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
+_REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
 """Of a producer's and of a consumer's thread, by warpgroups of consumers: producers that copy rows themselves need more."""
 
 
 @dataclass(frozen=True)
 class PrefillSpec(KernelSpec):
-    """What is compiled into a prefill kernel: element type, head shape, addressing as for decode, tile (``consumers``
+    """What is compiled into a prefill kernel: element types, head shape, addressing and RoPE as for decode, tile (``consumers``
     warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
     of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), and the features of the call."""
 
     dtype: torch.dtype
+    query: torch.dtype
     stored: torch.dtype
     head_dim: int
     head_dim_vo: int
@@ -40,18 +42,22 @@ class PrefillSpec(KernelSpec):
     key_stages: int
     value_stages: int
     query_stages: int
+    landing_stages: int
     ping_pong: bool
     overlap: bool
-    parts: int
-    polynomials: int
     keys_ahead: bool
     in_pieces: bool
+    parts: int
+    polynomial_every: int
     causal: bool
     windowed: bool
     soft_cap: bool
     alibi: bool
     sinks: bool
     mask: int
+    rotary_dim: int
+    rope_pairs: int
+    q_scales: bool
     k_scales: bool
     v_scales: bool
     lse: bool
@@ -73,9 +79,12 @@ class PrefillSpec(KernelSpec):
             ("partials", "output"),
             ("partial_rows", "output"),
             *TENSOR_PARAMS,
+            ("inv_freq", "pointer"),
+            ("q_scales", "pointer"),
             ("k_scales", "pointer"),
             ("v_scales", "pointer"),
             *STRIDE_PARAMS,
+            ("q_scale_stride", "int32"),
             ("k_scale_stride", "int32"),
             ("v_scale_stride", "int32"),
             ("num_kv_heads", "int32"),
@@ -83,6 +92,7 @@ class PrefillSpec(KernelSpec):
             ("scale", "float"),
             ("soft_cap", "float"),
             ("v_scale", "float"),
+            ("rope_factor", "float"),
         )
     )
 
@@ -97,18 +107,23 @@ class PrefillSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         rings = (self.key_stages, self.value_stages, self.query_stages)
-        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 0, True, 1, 1, 1)
-        return prefill_shared_bytes(tuning, self.head_dim, self.head_dim_vo, self.dtype.itemsize)
+        landing = self.landing_stages
+        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, True, 1, 1, 1, landing)
+        return prefill_shared_bytes(tuning, HeadBytes(self.head_dim, self.head_dim_vo, self.query.itemsize))
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether tensor maps bring K and V."""
+        return len(self.tensor_maps) > 1
 
     def config_lines(self) -> list[str]:
         """As ever, with the registers of producers and consumers and the block's shared memory."""
-        has_boxes = len(self.tensor_maps) > 1
-        producer, consumer = (_REGISTERS if has_boxes else _REGISTERS_FOR_ROWS)[self.consumers]
+        producer, consumer = (_REGISTERS if self.has_boxes else _REGISTERS_FOR_ROWS)[self.consumers]
         head = (
             f"static constexpr int kProducerRegisters = {producer}, kConsumerRegisters = {consumer}, "
             f"kSharedBytes = {self.shared_bytes};"
         )
-        boxes = f"static constexpr bool kBoxes = {str(has_boxes).lower()};"
+        boxes = f"static constexpr bool kBoxes = {str(self.has_boxes).lower()};"
         return join_constants([head, *super().config_lines(), boxes])
 
 
@@ -126,8 +141,13 @@ def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> 
 
 def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> dict[str, Any]:
     """The fields of a call's spec, by name."""
+    rope = spec.rope
     return dict(
         **call_fields(spec, form),
+        query=spec.q_dtype,
+        rotary_dim=0 if rope is None else rope.rotary_dim,
+        rope_pairs=ROPE_PAIRS[None if rope is None else rope.pairs],
+        q_scales=form.q_scales,
         consumers=tuning.consumers,
         tokens=tuning.tokens,
         edge_tokens=tuning.edge_tokens,
@@ -135,11 +155,12 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         key_stages=tuning.key_stages,
         value_stages=tuning.value_stages,
         query_stages=tuning.query_stages,
+        landing_stages=tuning.landing_stages if spec.q_is_fp8 or form.boxes else 0,
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
         parts=tuning.parts,
-        polynomials=tuning.polynomials,
         keys_ahead=tuning.keys_ahead,
         in_pieces=tuning.pieces > 1,
+        polynomial_every=tuning.polynomial_every if "soft_cap" in spec.features else 0,
         signed_scale=form.signed_scale,
     )

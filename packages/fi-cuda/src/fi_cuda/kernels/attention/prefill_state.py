@@ -48,9 +48,10 @@ class PrefillState(ListState):
                 planner = OrderPlanner(self._order_specs[window], capacity, window, order)
                 planner.load()
                 self._planners.append(planner)
-        unconverted = spec.kv_dtype == spec.dtype
-        self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens) if unconverted else None
-        elements = BOX_ROW_BYTES // spec.dtype.itemsize
+        lands = self._tuning.landing_stages > 0
+        by_boxes = lands or spec.kv_dtype == spec.q_dtype
+        self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens) if by_boxes else None
+        elements = BOX_ROW_BYTES // spec.q_dtype.itemsize
         self._query_box = Box((WARPGROUP_ROWS // spec.group_size, spec.group_size, elements))
 
     def describe(self) -> Sequence[str]:
@@ -109,13 +110,15 @@ class PrefillState(ListState):
         lists, layout, tuning = self._lists[layer.window], self._layout, self._tuning
         regions = (layout.arrivals, layout.partials, layout.partial_rows)
         workspace = [region.of(self._buffer) for region in regions]
+        q_scales, q_scale_stride, q_scale = scale_of(layer.q_scale)
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
-        scale = layer.scale * k_scale
+        scale, rope = layer.scale * q_scale * k_scale, layer.rope
         addressing, maps = self._addresses, self._maps_of(kv)
         form = CallForm(
             windowed=layer.window is not None,
             lse=with_lse,
+            q_scales=q_scales != 0,
             k_scales=k_scales != 0,
             v_scales=v_scales != 0,
             table_row=addressing.has_rows,
@@ -130,11 +133,16 @@ class PrefillState(ListState):
             launch=kernel_for(spec, self._device).launch,
             workspace=tuple(map(address_of, (*lists[:2], *self._orders[layer.window][:2], *workspace))),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
-            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
+            layer_tensors=(
+                *(address_of(layer.sinks), address_of(layer.alibi_slopes)),
+                address_of(None if rope is None else rope.inv_freq),
+                *(q_scales, k_scales, v_scales),
+            ),
             cache_strides=cache_strides_of(kv),
             numbers=(
-                *(k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
+                *(q_scale_stride, k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
                 *(layer.window or 0, scale, layer.soft_cap or 1.0, v_scale),
+                1.0 if rope is None else rope.config.attention_factor,
             ),
             maps=maps or (),
         )

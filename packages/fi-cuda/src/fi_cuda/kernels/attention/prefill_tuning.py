@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fi_core.contract import target_of
@@ -29,7 +29,7 @@ _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
 _NARROW_HEAD_DIM = 128
-_MAX_TOKENS = 128  # where rows are copied one by one, a thread looks up the page of one row of eight
+_MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,13 @@ class PrefillTuning:
     """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
     item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
     starting products; ``overlap``: a step's scores are started before the values of the step before, else ``parts`` of a step's
-    weights are each computed beside the values of the part before; ``polynomials``: of every 8 exponentials, those not left to
-    the special unit; ``keys_ahead``: a step's keys are copied before the values of the step before, else after them;
-    ``pieces``: of a tile that is left after whole rounds of tiles, at most; costs as in TileKind, in any common unit."""
+    weights are each computed beside the values of the part before; ``keys_ahead``: a step's keys are copied before the values of
+    the step before, else after them; ``pieces``: of a tile that is left after whole rounds of tiles, at most; costs as in
+    TileKind, in any common unit.
+
+    ``landing_stages``: of the ring for K and V that are not multiplied as they are stored; FP8 queries need it, and 0 has FP8
+    K and V beside other queries copied row by row. ``polynomial_every``: one of so many scores has the tangent of its soft cap
+    from a polynomial, none with 0."""
 
     consumers: int
     tokens: int
@@ -50,22 +54,24 @@ class PrefillTuning:
     ping_pong: bool
     overlap: bool
     parts: int
-    polynomials: int
     keys_ahead: bool
     pieces: int
     item_cost: int
     step_cost: int
+    landing_stages: int = 0
+    polynomial_every: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("consumers", (1, 2, 3, 4)),
+            ("consumers", (1, 2, 3)),
             ("tokens", tuple(range(16, _MAX_TOKENS + 1, 16))),
             ("edge_tokens", tuple(size for size in range(16, self.tokens + 1, 16) if self.tokens % size == 0)),
             ("ping_pong", (False, True)),
             ("overlap", (False, True)),
-            ("polynomials", tuple(range(9))),
             ("keys_ahead", (False, True)),
             ("pieces", tuple(range(1, MAX_PIECES + 1))),
+            ("landing_stages", (0, 2, 3, 4)),  # one is filled while another is read
+            ("polynomial_every", (0, 1, 2, 4)),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
@@ -92,13 +98,30 @@ def box_tokens(page_size: int | None, tokens: int) -> int | None:
     return box if fits and box % _PATTERN_TOKENS == 0 else None
 
 
-def prefill_shared_bytes(tuning: PrefillTuning, head_dim: int, head_dim_vo: int, element_bytes: int) -> int:
+class HeadBytes(NamedTuple):
+    """What of a spec decides how much shared memory a tuning takes: dims, and bytes of an element of Q."""
+
+    head_dim: int
+    head_dim_vo: int
+    query: int
+
+    @classmethod
+    def of(cls, spec: AttentionSpec) -> HeadBytes:
+        return cls(spec.head_dim, spec.head_dim_vo or 0, spec.q_dtype.itemsize)
+
+
+def prefill_shared_bytes(tuning: PrefillTuning, heads: HeadBytes) -> int:
     """Shared memory of a block: rings of queries, keys and values, items and barriers, and what aligning them may take."""
-    key_columns, value_columns = (-(-dim * element_bytes // BOX_ROW_BYTES) for dim in (head_dim, head_dim_vo))
+    dims = (heads.head_dim, heads.head_dim_vo)
+    key_columns, value_columns = (-(-dim * heads.query // BOX_ROW_BYTES) for dim in dims)
     queries = tuning.query_stages * tuning.slot_rows * key_columns
-    rings = tuning.tokens * (tuning.key_stages * key_columns + tuning.value_stages * value_columns)
+    keys = tuning.key_stages * tuning.tokens * key_columns
+    # FP8 values lie transposed: rows of 128 tokens, one a dim.
+    transposed = -(-tuning.tokens // BOX_ROW_BYTES) * heads.head_dim_vo
+    values = tuning.value_stages * (transposed if heads.query == 1 else tuning.tokens * value_columns)
+    landing = tuning.landing_stages * tuning.tokens * -(-max(dims) // BOX_ROW_BYTES)
     items = 2 * tuning.query_stages * _ITEM_BYTES
-    return (queries + rings) * BOX_ROW_BYTES + items + _BARRIER_BYTES + _ALIGNMENT
+    return (queries + keys + values + landing) * BOX_ROW_BYTES + items + _BARRIER_BYTES + _ALIGNMENT
 
 
 def prefill_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuning:
@@ -114,7 +137,11 @@ def prefill_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuni
     if unknown:
         raise ArgumentError("fi_tuning", f"names among {names}", sorted(unknown))
     tuning = replace(built_in, **given)
-    size = prefill_shared_bytes(tuning, spec.head_dim, spec.head_dim_vo or 0, spec.dtype.itemsize)
+    size = prefill_shared_bytes(tuning, HeadBytes.of(spec))
+    may_land = spec.kv_dtype != spec.q_dtype and box_tokens(spec.page_size, tuning.tokens) is not None
+    if spec.q_is_fp8 > (tuning.landing_stages > 0) or (tuning.landing_stages > 0) > (spec.q_is_fp8 or may_land):
+        expected = "2 or more with FP8 queries, 0 where K and V are multiplied as they are stored or come row by row"
+        raise ArgumentError("tuning.landing_stages", expected, tuning.landing_stages)
     if size > limit:
         raise ArgumentError("tuning.key_stages", f"rings that fit into {limit} bytes", size)
     return tuning
@@ -126,26 +153,28 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     head_dim_vo = spec.head_dim_vo or 0
     widest = max(spec.head_dim, head_dim_vo)
     tokens, edge_tokens = (128, 32) if head_dim_vo <= _NARROW_HEAD_DIM else (64, 32)
-    boxes = spec.kv_dtype == spec.dtype and box_tokens(spec.page_size, tokens) is not None
-    three = widest <= _NARROW_HEAD_DIM and boxes
+    boxes = spec.kv_dtype == spec.q_dtype and box_tokens(spec.page_size, tokens) is not None
+    as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
+    # Producers that make FP8 wider row by row need too many registers.
+    three = widest <= _NARROW_HEAD_DIM and (boxes or as_stored)
     tuning = PrefillTuning(
         consumers=3 if three else 2,
         tokens=tokens,
         edge_tokens=edge_tokens,
-        key_stages=2 if three else 3,
+        key_stages=2 if three and not spec.q_is_fp8 else 3,
         value_stages=2,
         query_stages=2,
         ping_pong=not three,
         overlap=not three,
         parts=2 if three else 1,
-        polynomials=0,
-        keys_ahead=True,
+        keys_ahead=not three or spec.page_size is None,
         pieces=1,
         item_cost=2,
         step_cost=2,
+        landing_stages=2 if spec.q_is_fp8 else 0,
     )
     for smaller in (replace(tuning, query_stages=1), replace(tuning, query_stages=1, key_stages=2)):
-        if prefill_shared_bytes(tuning, spec.head_dim, head_dim_vo, spec.dtype.itemsize) > limit:
+        if prefill_shared_bytes(tuning, HeadBytes.of(spec)) > limit:
             tuning = smaller
     return tuning
 

@@ -22,7 +22,8 @@ class BoxCopies {
 
  public:
   static constexpr int kWarps = 1;
-  static constexpr int kArrivals = 1;
+  static constexpr int kKeyArrivals = 1, kValueArrivals = 1;
+  using Place = int;  // the page of a lane's box of a step
 
   __device__ __forceinline__ BoxCopies(const Params& params, const ptx::TensorMap& keys, const ptx::TensorMap& values)
       : params_(params), keys_(keys), values_(values), lane_(static_cast<int>(threadIdx.x) % kWarpThreads) {}
@@ -43,10 +44,20 @@ class BoxCopies {
   }
 
   __device__ __forceinline__ void load_keys(Shared& shared, int step, int page) {
-    load<Tile::kKeyColumns>(keys_, shared.keys[key_.stage], shared.key_ring, key_, step, page);
+    load<Config::kHeadDim, Tile::kBoxElements>(keys_, shared.keys[key_.stage], shared.key_ring, key_, step, page);
   }
   __device__ __forceinline__ void load_values(Shared& shared, int step, int page) {
-    load<Tile::kValueColumns>(values_, shared.values[value_.stage], shared.value_ring, value_, step, page);
+    load<Config::kHeadDimVo, Tile::kBoxElements>(values_, shared.values[value_.stage], shared.value_ring, value_, step, page);
+  }
+
+  // Bytes as they are stored, to the ring where they land.
+  template <class Ring, class Cursor>
+  __device__ __forceinline__ void land_keys(unsigned char* stage, Ring& ring, Cursor& cursor, int step, int page) {
+    load<Config::kHeadDim, kBoxRowBytes>(keys_, stage, ring, cursor, step, page);
+  }
+  template <class Ring, class Cursor>
+  __device__ __forceinline__ void land_values(unsigned char* stage, Ring& ring, Cursor& cursor, int step, int page) {
+    load<Config::kHeadDimVo, kBoxRowBytes>(values_, stage, ring, cursor, step, page);
   }
 
  private:
@@ -56,9 +67,11 @@ class BoxCopies {
     return lane_ < kBoxes && position < kv_end_ && position + kBoxTokens > lowest_;
   }
 
-  template <int kColumns, int kStages>
+  // Rows of kDim elements, of which a box has kBoxElements.
+  template <int kDim, int kBoxElements, int kStages>
   __device__ __forceinline__ void load(const ptx::TensorMap& map, unsigned char* stage, Ring<kStages>& ring,
                                        RingCursor<kStages>& cursor, int step, int page) {
+    constexpr int kColumns = (kDim + kBoxElements - 1) / kBoxElements;
     const int position = position_of(step);
     const bool copied = is_copied(position);
     const int num_boxes = __popc(__ballot_sync(0xffffffffu, copied));
@@ -70,7 +83,7 @@ class BoxCopies {
 #pragma unroll
       for (int column = 0; column < kColumns; ++column) {
         ptx::tma_load_4d(stage + column * Tile::kKeyColumnBytes + lane_ * kBoxBytes, &map, &ring.full[cursor.stage],
-                         column * Tile::kBoxElements, token, kv_head_, page);
+                         column * kBoxElements, token, kv_head_, page);
       }
     }
     cursor.advance();

@@ -4,6 +4,7 @@
 // kPingPong warpgroups take turns in starting products, so that one's softmax runs beside another's products.
 #pragma once
 
+#include "fi/attention/prefill_rotate.cuh"
 #include "fi/attention/prefill_store.cuh"
 
 namespace fi {
@@ -18,9 +19,12 @@ class PrefillConsumer {
   using Steps = ItemSteps<Config>;
   static constexpr int kTokens = Config::kTokens;
   static constexpr int kEdge = Config::kEdgeTokens;
+  static constexpr int kStepKeys = Tile::kStepElements;
+  // Values that are multiplied where the copy engine put them, with whatever stands in the place of tokens that are not readable.
+  static constexpr bool kDirect = Config::kBoxes && !Tile::kLanded;
   // Whole steps go round both rings together: one cursor is enough.
   static constexpr bool kTogether = !Config::kOverlap && Config::kKeyStages == Config::kValueStages;
-  static_assert(kTokens % kEdge == 0 && kEdge % 16 == 0);
+  static_assert(kTokens % kEdge == 0 && kEdge % kStepKeys == 0);
 
  public:
   __device__ __forceinline__ PrefillConsumer(const Params& params, Shared& shared, int warpgroup)
@@ -53,6 +57,7 @@ class PrefillConsumer {
   }
 
   __device__ __forceinline__ void visit(const AttentionItem& item, const Rows& rows, const Steps& steps) {
+    if constexpr (Config::kRotaryDim > 0) rotate_queries(params_, item, rows, queries(), kOwnBarrier + warpgroup_);
     // Keys of the first step that no row sees are left out.
     first_step<kEdge>(item, rows, steps, rows.by_any.high - steps.last);
     if constexpr (Config::kOverlap) {
@@ -99,7 +104,7 @@ class PrefillConsumer {
       }
     }
     float scores[kWidth / 2], rescale[2];
-    unsigned weights[kWidth / 16][4];
+    unsigned weights[kWidth / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
     State::template multiply_keys<kWidth>(scores, queries(), shared_.keys[key_.stage]);
     ptx::wgmma_wait<0>();
@@ -117,7 +122,7 @@ class PrefillConsumer {
   // A step on its own: its scores, then its values.
   __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
     float scores[kTokens / 2], rescale[2];
-    unsigned weights[kTokens / 16][4];
+    unsigned weights[kTokens / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
     if constexpr (Config::kPingPong) wait_turn();
     State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
@@ -127,7 +132,7 @@ class PrefillConsumer {
     state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
     state_.rescale_output(rescale);
     wait_full(shared_.value_ring, value_place());
-    if constexpr (Config::kWindowed && Config::kBoxes) clear(0, steps.lowest - steps.position(step));
+    if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
     weigh_and_multiply<0>(scores, weights);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
@@ -136,7 +141,7 @@ class PrefillConsumer {
 
   // The weights of a step in parts, each beside the products of the part before.
   template <int kPart>
-  __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / 16][4]) {
+  __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / kStepKeys][4]) {
     constexpr int kParts = Config::kParts;
     if constexpr (kPart < kParts) {
       state_.template weigh<kTokens, kPart, kParts>(scores);
@@ -148,14 +153,14 @@ class PrefillConsumer {
 
   // The scores of `step` beside the values of the step before, of which kWidth keys have weights: `before`.
   template <int kWidth, bool kFresh>
-  __device__ __forceinline__ void next_step(const unsigned (&before)[kWidth / 16][4], const AttentionItem& item, const Rows& rows,
+  __device__ __forceinline__ void next_step(const unsigned (&before)[kWidth / kStepKeys][4], const AttentionItem& item, const Rows& rows,
                                             const Steps& steps, int step) {
     float scores[kTokens / 2], rescale[2];
     wait_full(shared_.key_ring, key_);
     if constexpr (Config::kPingPong) wait_turn();
     State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
     wait_full(shared_.value_ring, value_place());
-    if constexpr (kFresh && Config::kBoxes) clear(item.kv_end - steps.last, kWidth);
+    if constexpr (kFresh && kDirect) clear(item.kv_end - steps.last, kWidth);
     state_.template multiply_values<kWidth, kFresh>(before, shared_.values[value_place().stage]);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
@@ -169,12 +174,12 @@ class PrefillConsumer {
   }
 
   template <int kWidth, bool kFresh>
-  __device__ __forceinline__ void last_values(const unsigned (&weights)[kWidth / 16][4], const AttentionItem& item,
+  __device__ __forceinline__ void last_values(const unsigned (&weights)[kWidth / kStepKeys][4], const AttentionItem& item,
                                               const Steps& steps) {
     wait_full(shared_.value_ring, value_place());
-    if constexpr (kFresh && Config::kBoxes) clear(item.kv_end - steps.last, kWidth);
+    if constexpr (kFresh && kDirect) clear(item.kv_end - steps.last, kWidth);
     // Of a first step on its own too, where it is not the last one.
-    if constexpr (Config::kWindowed && Config::kBoxes) clear(0, steps.lowest - (kFresh ? steps.last : item.kv_begin));
+    if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - (kFresh ? steps.last : item.kv_begin));
     state_.template multiply_values<kWidth, kFresh>(weights, shared_.values[value_place().stage]);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
@@ -220,7 +225,7 @@ class PrefillConsumer {
     else return value_;
   }
 
-  __device__ __forceinline__ const unsigned char* queries() const { return shared_.queries[query_place().stage][warpgroup_]; }
+  __device__ __forceinline__ unsigned char* queries() const { return shared_.queries[query_place().stage][warpgroup_]; }
 
   // What was not copied by the copy engine has to be shown to the products.
   template <class AnyRing, class Cursor>
@@ -245,17 +250,21 @@ class PrefillConsumer {
   __device__ __forceinline__ PrefillScore<Config> score_of(const AttentionItem& item) const {
     float scale = params_.scale;
     if constexpr (Config::kKScales) scale *= static_cast<const float*>(params_.k_scales)[item.kv_head * params_.k_scale_stride];
-    PrefillScore<Config> score = {scale, 0.0f, {0.0f, 0.0f}};
-    if constexpr (Config::kSoftCap) {
-      score.unit = params_.soft_cap;
-      score.inner = scale / params_.soft_cap;
-    } else if constexpr (Config::kSignedScale) {
-      score = {1.0f, scale, {0.0f, 0.0f}};
+    PrefillScore<Config> score = {};
+#pragma unroll
+    for (int row = 0; row < PrefillScore<Config>::kUnits; ++row) {
+      float its = scale;
+      if constexpr (Config::kQScales) {
+        its *= static_cast<const float*>(params_.q_scales)[store_.head_of(item, row) * params_.q_scale_stride];
+      }
+      score.unit[row] = Config::kSoftCap ? params_.soft_cap : Config::kSignedScale ? 1.0f : its;
+      score.inner[row] = Config::kSoftCap ? its / params_.soft_cap : its;
     }
     if constexpr (Config::kAlibi) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        score.slope[row] = static_cast<const float*>(params_.slopes)[store_.head_of(item, row)] / score.unit;
+        const float slope = static_cast<const float*>(params_.slopes)[store_.head_of(item, row)];
+        score.slope[row] = slope / score.unit[row % PrefillScore<Config>::kUnits];
       }
     }
     return score;
@@ -266,7 +275,7 @@ class PrefillConsumer {
   const int warpgroup_;
   Store store_;
   State state_;
-  unsigned weights_[kTokens / 16][4];  // of the step before, with kOverlap
+  unsigned weights_[kTokens / kStepKeys][4];  // of the step before, with kOverlap
   RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::consumer();
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::consumer();
   RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::consumer();

@@ -14,12 +14,12 @@ template <class Config, class Params>
 class GatherCopies {
   using Tile = PrefillTile<Config>;
   using Shared = PrefillShared<Config>;
-  using Dtype = typename Config::Dtype;
+  using Factor = typename Tile::Factor;
   static constexpr bool kPaged = Config::kTable != kRagged;
   static constexpr int kPageSize = kPaged ? Config::kPageSize : 1;
   static constexpr int kUnits = kBoxRowBytes / 16;  // lanes that copy a row's part of a column
   static constexpr int kRowsAtOnce = kWarpThreads / kUnits;
-  static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(Dtype));
+  static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(Factor));
   static constexpr int kTokens = Config::kTokens;
   static constexpr bool kOneCursor = !Config::kKeysAhead && Config::kKeyStages == Config::kValueStages;
   static constexpr bool kSameToken = kRowsAtOnce % kPageSize == 0;  // of its page, in all of a thread's rows
@@ -27,13 +27,14 @@ class GatherCopies {
 
  public:
   static constexpr int kWarps = kWarpgroupThreads / kWarpThreads;
-  static constexpr int kArrivals = kWarpgroupThreads;
+  static constexpr int kKeyArrivals = kWarpgroupThreads, kValueArrivals = kWarpgroupThreads;
+  using Place = int;  // the page (ragged: row) of a row that a lane looks up
 
  private:
   static constexpr int kWarpRows = kTokens / kWarps;
   static constexpr int kRounds = kWarpRows / kRowsAtOnce;
   static_assert(kTokens % (kWarps * kRowsAtOnce) == 0 && kRounds <= kUnits, "a lane looks up one row a step");
-  static_assert(sizeof(typename Config::Stored) == sizeof(Dtype));
+  static_assert(sizeof(typename Config::Stored) == sizeof(Factor));
 
  public:
   __device__ __forceinline__ explicit GatherCopies(const Params& params) : params_(params) {}
@@ -41,8 +42,8 @@ class GatherCopies {
   __device__ __forceinline__ void enter(const AttentionItem& item, const ItemSteps<Config>& steps) {
     table_ = RequestTable<Config, Params>(params_, item.request);
     const int element = thread_anew() % kUnits * kUnitElements;
-    keys_ = static_cast<const Dtype*>(params_.k) + item.kv_head * params_.k_stride_head + element;
-    values_ = static_cast<const Dtype*>(params_.v) + item.kv_head * params_.v_stride_head + element;
+    keys_ = static_cast<const Factor*>(params_.k) + item.kv_head * params_.k_stride_head + element;
+    values_ = static_cast<const Factor*>(params_.v) + item.kv_head * params_.v_stride_head + element;
     kv_end_ = item.kv_end;
     last_ = steps.last;
     lowest_ = steps.lowest;
@@ -81,7 +82,7 @@ class GatherCopies {
   }
 
   template <int kDim, int kStages>
-  __device__ __forceinline__ void load(const Dtype* from, int64 page_stride, int64 token_stride, unsigned char* stage,
+  __device__ __forceinline__ void load(const Factor* from, int64 page_stride, int64 token_stride, unsigned char* stage,
                                        Ring<kStages>& ring, const RingCursor<kStages>& cursor, int step, int place) {
     ring.acquire(cursor);
     const int thread = thread_anew(), unit = thread % kUnits;
@@ -94,7 +95,7 @@ class GatherCopies {
     for (int round = 0; round < kRounds; ++round) {
       const int page = __shfl_sync(0xffffffffu, place, round, kUnits);
       const bool readable = page != kNone;
-      const Dtype* row = from + static_cast<unsigned>(readable ? page : 0) * page_stride;
+      const Factor* row = from + static_cast<unsigned>(readable ? page : 0) * page_stride;
       if constexpr (!kSameToken) {
         const unsigned token = static_cast<unsigned>(position_of(step, thread) + round * kRowsAtOnce) % kPageSize;
         row += token * token_stride;
@@ -112,7 +113,7 @@ class GatherCopies {
 
   const Params& params_;
   RequestTable<Config, Params> table_;
-  const Dtype *keys_ = nullptr, *values_ = nullptr;
+  const Factor *keys_ = nullptr, *values_ = nullptr;
   int kv_end_ = 0, last_ = 0, lowest_ = 0;
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::producer();
   RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::producer();

@@ -8,7 +8,7 @@
 
 namespace fi {
 
-// Copies: BoxCopies, GatherCopies or RowCopies. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
+// Copies: what copies_of gives. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
 // (map: token, head, element).
 template <class Config, class Params, class Copies>
 class PrefillLoader {
@@ -103,7 +103,8 @@ class PrefillLoader {
     if (is_first_) load_queries(item, value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
-    if constexpr (Config::kKeysAhead) load_keys_ahead(steps.num_steps);
+    if constexpr (Tile::kLanded) copies_.load(shared_, steps.num_steps);
+    else if constexpr (Config::kKeysAhead) load_keys_ahead(steps.num_steps);
     else load_in_order(steps.num_steps);
   }
 

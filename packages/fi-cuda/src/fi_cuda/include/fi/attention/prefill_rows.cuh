@@ -29,7 +29,7 @@ template <class Config, class Params>
 class RowCopies {
   using Tile = PrefillTile<Config>;
   using Shared = PrefillShared<Config>;
-  using Dtype = typename Config::Dtype;
+  using Factor = typename Tile::Factor;
   using Stored = typename Config::Stored;
   static constexpr bool kPaged = Config::kTable != kRagged;
   static constexpr int kPageSize = kPaged ? Config::kPageSize : 1;
@@ -37,13 +37,14 @@ class RowCopies {
   static constexpr int kUnits = kBoxRowBytes / 16;
   static constexpr int kRowsAtOnce = kWarpgroupThreads / kUnits;
   static constexpr int kRounds = Config::kTokens / kRowsAtOnce;
-  static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(Dtype));
-  static constexpr bool kConverted = sizeof(Stored) != sizeof(Dtype);
+  static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(Factor));
+  static constexpr bool kConverted = sizeof(Stored) != sizeof(Factor);
   static_assert(kRounds <= kUnits, "a thread looks up one page a step");
 
  public:
   static constexpr int kWarps = kWarpgroupThreads / kWarpThreads;
-  static constexpr int kArrivals = kWarpgroupThreads;
+  static constexpr int kKeyArrivals = kWarpgroupThreads, kValueArrivals = kWarpgroupThreads;
+  using Place = int;  // the page of a row that a thread looks up
 
   __device__ __forceinline__ explicit RowCopies(const Params& params)
       : params_(params), unit_(static_cast<int>(threadIdx.x) % kUnits), row_(static_cast<int>(threadIdx.x) / kUnits) {}
@@ -71,6 +72,12 @@ class RowCopies {
   __device__ __forceinline__ void load_values(Shared& shared, int step, int page) {
     load<Config::kHeadDimVo>(values_, params_.v_stride_page, params_.v_stride_token, shared.values[value_.stage],
                              shared.value_ring, value_, step, page);
+  }
+
+  // Bytes as they are stored, to the ring where they land.
+  template <class Ring, class Cursor>
+  __device__ __forceinline__ void land_values(unsigned char* stage, Ring& ring, Cursor& cursor, int step, int page) {
+    load<Config::kHeadDimVo>(values_, params_.v_stride_page, params_.v_stride_token, stage, ring, cursor, step, page);
   }
 
  private:
@@ -111,7 +118,7 @@ class RowCopies {
   static __device__ __forceinline__ void copy(unsigned char* to, const Stored* from, bool readable) {
     if constexpr (kConverted) {
       const uint2 bytes = readable ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{};
-      *reinterpret_cast<uint4*>(to) = widened<Dtype, Stored>(bytes);
+      *reinterpret_cast<uint4*>(to) = widened<Factor, Stored>(bytes);
     } else {
       ptx::cp_async_16(to, from, readable);
     }

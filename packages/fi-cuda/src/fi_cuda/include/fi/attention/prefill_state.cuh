@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fi/attention/prefill_tiles.cuh"
+#include "fi/ptx/convert.cuh"
 #include "fi/ptx/fence.cuh"
 #include "fi/ptx/named_barrier.cuh"
 #include "fi/ptx/wgmma.cuh"
@@ -14,20 +15,30 @@
 
 namespace fi {
 
-// The scores of one step, by features that are there; `offset` is what ALiBi adds at the step's first column.
+// The scores of one step, by features that are there; `offset` is what ALiBi adds at the step's first column. Rows differ
+// where each query head has a scale of its own.
 template <class Config>
 struct PrefillScore {
   static constexpr bool kPlain = !Config::kSoftCap && !Config::kAlibi && !Config::kSignedScale;
-  float unit;   // what a score of 1 is in natural units
-  float inner;  // what raw products are multiplied by before the cap, or where that is not above 0
+  static constexpr int kUnits = Config::kQScales ? 2 : 1;
+  float unit[kUnits];   // what a score of 1 is in natural units
+  float inner[kUnits];  // what raw products are multiplied by before the cap, or where that is not above 0
   float slope[2];
 
-  __device__ __forceinline__ float operator()(float raw, float offset, int column, int row) const {
+  // kSmall: no raw product exceeds the cap.
+  template <bool kSmall>
+  __device__ __forceinline__ float of(float raw, float offset, int column, int row) const {
     float score = raw;
-    if constexpr (Config::kSoftCap) score = ptx::tanh_approx(raw * inner);
-    else if constexpr (Config::kSignedScale) score = raw * inner;
+    if constexpr (Config::kSoftCap || Config::kSignedScale) score = raw * inner[row % kUnits];
+    if constexpr (Config::kSoftCap) score = kSmall ? tanh_of_small(score) : ptx::tanh_approx(score);
     if constexpr (Config::kAlibi) score = score + fmaf(slope[row], static_cast<float>(column), offset);
     return score;
+  }
+
+  // tanh x for |x| <= 1 within a relative 8.2e-5: a fit of tanh x / x in x^2 with the least maximum.
+  static __device__ __forceinline__ float tanh_of_small(float x) {
+    const float square = x * x;
+    return x * fmaf(fmaf(fmaf(-0.026630413f, square, 0.118898861f), square, -0.330654979f), square, 0.999918640f);
   }
 };
 
@@ -35,19 +46,22 @@ template <class Config, class Params>
 class PrefillState {
  public:
   using Tile = PrefillTile<Config>;
-  using Dtype = typename Config::Dtype;
+  using Factor = typename Tile::Factor;
   using Rows = QueriesAsRows;
   static constexpr int kTokens = Tile::kTokens;
-  static constexpr float kSlack = 5.0f;
+  static constexpr int kStepKeys = Tile::kStepElements;  // of a product with values
+  // Weights in e4m3 are at most 448 and lose bits below 2^-6: as large as fits, 2^8 e^kSlack.
+  static constexpr int kLift = Tile::kFp8 ? 8 : 0;
+  static constexpr float kSlack = Tile::kFp8 ? 0.55f : 5.0f;
 
   float output[Config::kHeadDimVo / 2];
-  OnlineSoftmax<2> softmax;
+  OnlineSoftmax<2, 4, 1, PrefillScore<Config>::kUnits, kLift> softmax;
 
   __device__ __forceinline__ PrefillState() : softmax(1.0f) {}
 
   __device__ __forceinline__ void begin(const PrefillScore<Config>& score) {
     score_ = score;
-    softmax = OnlineSoftmax<2>(score.unit);
+    softmax.begin(score.unit);
   }
 
   // Starts S = Q K^T for the first kWidth keys of a stage.
@@ -58,9 +72,9 @@ class PrefillState {
     const unsigned long long k = ptx::k_major_descriptor<kBoxRowBytes>(ptx::shared_address(keys));
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < Config::kHeadDim / 16; ++step) {
+    for (int step = 0; step < Config::kHeadDim / Tile::kStepElements; ++step) {
       const int column = step / 4, inside = step % 4 * 32;
-      ptx::wgmma_ss<Dtype, kWidth>(scores, ptx::advance(q, column * Tile::kQueryColumnBytes + inside),
+      ptx::wgmma_ss<Factor, kWidth>(scores, ptx::advance(q, column * Tile::kQueryColumnBytes + inside),
                                    ptx::advance(k, column * Tile::kKeyColumnBytes + inside), step > 0);
     }
     ptx::wgmma_commit();
@@ -68,15 +82,18 @@ class PrefillState {
 
   // Starts O += P V for part kPart of kParts of the first kWidth keys of a stage; kFresh: O = P V.
   template <int kWidth, bool kFresh, int kPart = 0, int kParts = 1>
-  __device__ __forceinline__ void multiply_values(const unsigned (&weights)[kWidth / 16][4], const unsigned char* values) {
-    const unsigned long long v =
-        ptx::mn_major_descriptor<kBoxRowBytes>(ptx::shared_address(values), Tile::kKeyColumnBytes);
+  __device__ __forceinline__ void multiply_values(const unsigned (&weights)[kWidth / kStepKeys][4], const unsigned char* values) {
+    constexpr int kSteps = kWidth / kStepKeys;
+    const unsigned address = ptx::shared_address(values);
+    const unsigned long long v = Tile::kFp8 ? ptx::k_major_descriptor<kBoxRowBytes>(address)
+                                            : ptx::mn_major_descriptor<kBoxRowBytes>(address, Tile::kKeyColumnBytes);
     if constexpr (kPart == 0) ptx::pin_registers(output);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = kWidth / 16 * kPart / kParts; step < kWidth / 16 * (kPart + 1) / kParts; ++step) {
-      ptx::wgmma_rs<Dtype, Config::kHeadDimVo, ptx::Major::kMN>(output, weights[step],
-                                                                ptx::advance(v, step * 16 * kBoxRowBytes), !kFresh || step > 0);
+    for (int step = kSteps * kPart / kParts; step < kSteps * (kPart + 1) / kParts; ++step) {
+      const int place = Tile::kFp8 ? step / 4 * Tile::kTransposedColumnBytes + step % 4 * 32 : step * 16 * kBoxRowBytes;
+      ptx::wgmma_rs<Factor, Config::kHeadDimVo, Tile::kFp8 ? ptx::Major::kK : ptx::Major::kMN>(
+          output, weights[step], ptx::advance(v, place), !kFresh || step > 0);
     }
     ptx::wgmma_commit();
   }
@@ -97,9 +114,11 @@ class PrefillState {
           offset[row] = score_.slope[row] * static_cast<float>(distance);
         }
       }
-#pragma unroll
-      for (int idx = 0; idx < kWidth / 2; ++idx) {
-        scores[idx] = score_(scores[idx], offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
+      if constexpr (Config::kPolynomialEvery > 0) {
+        if (are_small(scores)) make_scores<true>(scores, offset);
+        else make_scores<false>(scores, offset);
+      } else {
+        make_scores<false>(scores, offset);
       }
     }
     if (masked) hide(params, item, first_token, position, scores);
@@ -111,21 +130,29 @@ class PrefillState {
   // Puts the weights of part kPart of kParts of a step's kWidth keys in the place of the scores.
   template <int kWidth, int kPart = 0, int kParts = 1>
   __device__ __forceinline__ void weigh(float (&scores)[kWidth / 2]) {
-    constexpr int kSteps = kWidth / 16, kFirst = kSteps * kPart / kParts, kEnd = kSteps * (kPart + 1) / kParts;
+    constexpr int kSteps = kWidth / kStepKeys, kFirst = kSteps * kPart / kParts, kEnd = kSteps * (kPart + 1) / kParts;
     if constexpr (kFirst < kEnd) {
-      float(&part)[(kEnd - kFirst) * 8] = reinterpret_cast<float(&)[(kEnd - kFirst) * 8]>(scores[kFirst * 8]);
-      softmax.template weigh<Rows, Config::kPolynomials>(part);
+      constexpr int kBegin = kFirst * kStepKeys / 2, kCount = (kEnd - kFirst) * kStepKeys / 2;
+      float(&part)[kCount] = reinterpret_cast<float(&)[kCount]>(scores[kBegin]);
+      softmax.template weigh<Rows>(part);
     }
   }
 
-  // Makes the weights the next product's operand: once the product before is complete.
+  // Makes the weights the next product's operand: once the product before is complete. Of 8-bit ones a register takes the four
+  // that a row has in two neighbouring units of 8 columns, which is the order of transposed values.
   template <int kWidth, int kPart = 0, int kParts = 1>
-  static __device__ __forceinline__ void pack(const float (&scores)[kWidth / 2], unsigned (&weights)[kWidth / 16][4]) {
+  static __device__ __forceinline__ void pack(const float (&scores)[kWidth / 2], unsigned (&weights)[kWidth / kStepKeys][4]) {
+    constexpr int kSteps = kWidth / kStepKeys;
 #pragma unroll
-    for (int step = kWidth / 16 * kPart / kParts; step < kWidth / 16 * (kPart + 1) / kParts; ++step) {
+    for (int step = kSteps * kPart / kParts; step < kSteps * (kPart + 1) / kParts; ++step) {
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        weights[step][part] = pair_of<Dtype>(scores[step * 8 + part * 2], scores[step * 8 + part * 2 + 1]);
+        if constexpr (Tile::kFp8) {
+          const float* four = scores + step * 16 + part / 2 * 8 + part % 2 * 2;
+          weights[step][part] = ptx::e4m3x4_of(four[0], four[1], four[4], four[5]);
+        } else {
+          weights[step][part] = pair_of<Factor>(scores[step * 8 + part * 2], scores[step * 8 + part * 2 + 1]);
+        }
       }
     }
   }
@@ -141,12 +168,40 @@ class PrefillState {
   }
 
  private:
-  // The tokens of the thread's rows and its first column.
+  // Whether none of the scores that may have their tangent from a polynomial exceeds the cap, in the whole warp.
+  template <int kCount>
+  __device__ __forceinline__ bool are_small(const float (&scores)[kCount]) const {
+    float largest[2] = {};
+#pragma unroll
+    for (int idx = 0; idx < kCount; idx += Config::kPolynomialEvery) {
+      largest[Rows::row(idx)] = fmaxf(largest[Rows::row(idx)], fabsf(scores[idx]));
+    }
+    bool small = true;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) small = small && largest[row] * fabsf(score_.inner[row % PrefillScore<Config>::kUnits]) <= 1.0f;
+    return __all_sync(0xffffffffu, small);
+  }
+
+  template <bool kSmall, int kCount>
+  __device__ __forceinline__ void make_scores(float (&scores)[kCount], const float (&offset)[2]) const {
+#pragma unroll
+    for (int idx = 0; idx < kCount; ++idx) {
+      const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
+      // The special unit has exponentials to do.
+      const bool polynomial = kSmall && idx % (Config::kPolynomialEvery + !kSmall) == 0;
+      scores[idx] = polynomial ? score_.template of<true>(scores[idx], offset[row], column, row)
+                               : score_.template of<false>(scores[idx], offset[row], column, row);
+    }
+  }
+
+  // The tokens of the thread's rows and its first column. What only few steps need is computed there: kept from step to step it
+  // would take registers from the scores.
   struct ThreadPlace {
     int tokens[2], column;
 
     __device__ __forceinline__ explicit ThreadPlace(int first_token) {
-      const int thread = thread_anew();
+      int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+      asm volatile("" : "+r"(thread));
       column = thread % 4 * 2;
 #pragma unroll
       for (int row = 0; row < 2; ++row) {

@@ -80,6 +80,10 @@ class PrefillStore {
         }
       }
     }
+    if constexpr (Tile::kFp8) {
+      store_interleaved(to, live, output, factor);
+      return;
+    }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
 #pragma unroll
@@ -99,11 +103,30 @@ class PrefillStore {
     }
   }
 
+  // Of transposed values: of 16 dims the accumulators have the even ones in 8 columns and the odd ones in the 8 that follow, so
+  // lane t of a quad has dims 4 t to 4 t + 3.
+  __device__ __forceinline__ void store_interleaved(Dtype* const (&to)[2], const bool (&live)[2],
+                                                    const float (&output)[kOutputs], const float (&factor)[2]) const {
+    const int dim = lane_ % 4 * 4;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+      for (int tile = 0; tile < kColumnTiles; tile += 2) {
+        const float* even = output + tile * 4 + row * 2;
+        const uint2 four = {pair(even[0], even[4], factor[row]), pair(even[1], even[5], factor[row])};
+        if (live[row]) *reinterpret_cast<uint2*>(to[row] + tile * 8 + dim) = four;
+      }
+    }
+  }
+
   // A row without keys has the factor 0, and zeros whatever its output is.
+  static __device__ __forceinline__ unsigned pair(float first, float second, float factor) {
+    const bool none = factor == 0.0f;
+    return pair_of<Dtype>(none ? 0.0f : first * factor, none ? 0.0f : second * factor);
+  }
   static __device__ __forceinline__ unsigned pair(const float (&output)[kOutputs], int tile, int row, float factor) {
     const int idx = tile * 4 + row * 2;
-    const bool none = factor == 0.0f;
-    return pair_of<Dtype>(none ? 0.0f : output[idx] * factor, none ? 0.0f : output[idx + 1] * factor);
+    return pair(output[idx], output[idx + 1], factor);
   }
 
   // Lane t gets element t of lanes 0 to 3 of its quad, in their order.
@@ -126,7 +149,7 @@ class PrefillStore {
     return (static_cast<int64>(slot) * Config::kConsumers + warpgroup_) * 64 + row_of(row);
   }
   __device__ __forceinline__ float2* partial_of(int slot, int row) const {
-    return reinterpret_cast<float2*>(params_.partials) + slot_row(slot, row) * (Config::kHeadDimVo / 2) + lane_ % 4;
+    return reinterpret_cast<float2*>(params_.partials) + slot_row(slot, row) * (Config::kHeadDimVo / 2) + thread_anew() % 4;
   }
 
   // Normalised rows and their log-sum-exps in base 2 to the item's slot; a row without keys has -inf and zeros.
@@ -144,7 +167,7 @@ class PrefillStore {
         const int idx = tile * 4 + row * 2;
         __stcg(to + tile * 4, none ? float2{} : float2{output[idx] * factor, output[idx + 1] * factor});
       }
-      if (lane_ % 4 == 0) __stcg(static_cast<float*>(params_.partial_rows) + slot_row(item.slot, row), result.lse * kLog2E);
+      if (thread_anew() % 4 == 0) __stcg(static_cast<float*>(params_.partial_rows) + slot_row(item.slot, row), result.lse * kLog2E);
     }
   }
 

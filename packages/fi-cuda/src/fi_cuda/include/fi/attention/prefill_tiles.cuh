@@ -5,6 +5,7 @@
 #include "fi/pipeline/ring.cuh"
 #include "fi/pipeline/roles.cuh"
 #include "fi/softmax/columns.cuh"
+#include "fi/tile/fp8.cuh"
 
 namespace fi {
 
@@ -21,8 +22,10 @@ constexpr int kBoxRowBytes = 128;
 
 template <class Config>
 struct PrefillTile {
-  using Dtype = typename Config::Dtype;
-  static constexpr int kBoxElements = kBoxRowBytes / static_cast<int>(sizeof(Dtype));
+  using Factor = typename Config::Query;  // what is multiplied
+  static constexpr bool kFp8 = kIsFp8<Factor>;
+  static constexpr int kBoxElements = kBoxRowBytes / static_cast<int>(sizeof(Factor));
+  static constexpr int kStepElements = 32 / static_cast<int>(sizeof(Factor));  // of the inner dim of one product
   static constexpr int kGroup = Config::kGroupSize;
   // A warpgroup's 64 accumulator rows hold whole tokens, so that one copy brings their query heads.
   static constexpr int kGroupTokens = 64 / kGroup;
@@ -36,12 +39,34 @@ struct PrefillTile {
   static constexpr int kKeyColumnBytes = kTokens * kBoxRowBytes;
   static constexpr int kQueryColumnBytes = 64 * kBoxRowBytes;
   static constexpr int kQueryBytes = kKeyColumns * kQueryColumnBytes;  // of a warpgroup
-  static_assert(kTokens % 16 == 0 && Config::kHeadDim % 16 == 0 && Config::kHeadDimVo % 16 == 0);
+  static_assert(kTokens % kStepElements == 0 && Config::kHeadDim % kStepElements == 0 && Config::kHeadDimVo % 16 == 0);
+
+  // FP8 is multiplied with the inner dim contiguous, so values lie transposed, a row a dim: columns of 128 tokens.
+  static constexpr int kTransposedColumns = (kTokens + kBoxRowBytes - 1) / kBoxRowBytes;
+  static constexpr int kTransposedColumnBytes = Config::kHeadDimVo * kBoxRowBytes;
+  static constexpr int kValueBytes =
+      kFp8 ? kTransposedColumns * kTransposedColumnBytes : kValueColumns * kKeyColumnBytes;
+
+  // What is not multiplied as it is stored may land in a ring of its own, from which the producers transpose it or make it wider.
+  static constexpr bool kLanded = Config::kLandingStages > 0;
+  static constexpr int kLandingStages = kLanded ? Config::kLandingStages : 1;
+  static constexpr int kLandingColumns =
+      ((Config::kHeadDim > Config::kHeadDimVo ? Config::kHeadDim : Config::kHeadDimVo) + kBoxRowBytes - 1) / kBoxRowBytes;
+  static constexpr int kLandingBytes = kLandingColumns * kKeyColumnBytes;
+  static_assert(kLanded || !kFp8);
+};
+
+// The stages of the ring where K and V land, if there is one.
+template <class Config, bool kLanded = PrefillTile<Config>::kLanded>
+struct PrefillLanding {};
+template <class Config>
+struct PrefillLanding<Config, true> {
+  unsigned char landing[Config::kLandingStages][PrefillTile<Config>::kLandingBytes];
 };
 
 // At a multiple of 1024, where the swizzle's patterns begin.
 template <class Config>
-struct PrefillShared {
+struct PrefillShared : PrefillLanding<Config> {
   using Tile = PrefillTile<Config>;
   // More than queries, as an item is still read when its queries are released; twice as many, so that an item's place says in
   // which phase its queries' stage is.
@@ -52,19 +77,22 @@ struct PrefillShared {
 
   unsigned char queries[Config::kQueryStages][Config::kConsumers][Tile::kQueryBytes];
   unsigned char keys[Config::kKeyStages][Tile::kKeyColumns * Tile::kKeyColumnBytes];
-  unsigned char values[Config::kValueStages][Tile::kValueColumns * Tile::kKeyColumnBytes];
+  unsigned char values[Config::kValueStages][Tile::kValueBytes];
   AttentionItem items[kItems];
   Ring<Config::kQueryStages> query_ring;
   Ring<Config::kKeyStages> key_ring;
   Ring<Config::kValueStages> value_ring;
   int flags[Config::kConsumers];
   int taken[2];  // what producers of several warps tell one another
+  Ring<Tile::kLandingStages> landing_ring;
 
-  // `num_arrivals` fill a stage of keys or values.
-  __device__ __forceinline__ void init(int num_arrivals) {
+  // Copies says how many arrivals fill a stage of keys, of values, and of what lands.
+  template <class Copies>
+  __device__ __forceinline__ void init() {
     query_ring.init(kRecordLanes, kReleases);
-    key_ring.init(num_arrivals, kReleases);
-    value_ring.init(num_arrivals, kReleases);
+    key_ring.init(Copies::kKeyArrivals, kReleases);
+    value_ring.init(Copies::kValueArrivals, kReleases);
+    if constexpr (Tile::kLanded) landing_ring.init(Copies::kLandingArrivals, kWarpgroupThreads / kWarpThreads);
   }
 };
 

@@ -3,12 +3,13 @@
 // One block a multiprocessor works through its worker's items of the plan. One warp copies queries, keys and values into rings
 // by tensor maps; each of the other warpgroups has 64 packed query rows of an item. Sources: Shah et al., "FlashAttention-3",
 // 2024, section 3 (roles, overlap within and between warpgroups); "stream-K" (Osama et al., 2023) for equal shares.
-// Config: Dtype (q, out), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0:
+// Config: Dtype (out), Query (Q), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0:
 // ragged), kTable, kTableRow, kConsumers (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
-// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kPingPong, kOverlap, kParts (of a step's weights), kPolynomials (of 8 exponentials),
-// kKeysAhead (keys are copied before the values of the step before), kInPieces (of tiles, in the order), kCausal, kWindowed,
-// kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales, kLse, kSignedScale (the softmax scale may be 0 or less),
-// kProducerRegisters, kConsumerRegisters, kSharedBytes. Params: those of fi_cuda.kernels.attention.prefill.
+// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kParts (of a step's weights), kKeysAhead
+// (keys are copied before the values of the step before), kInPieces (of tiles, in the order), kPolynomialEvery (scores with a soft
+// cap), kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kRotaryDim, kRopePairs, kQScales, kKScales, kVScales, kLse, kSignedScale
+// (the softmax scale may be 0 or less), kProducerRegisters, kConsumerRegisters, kSharedBytes. Params: those of
+// fi_cuda.kernels.attention.prefill.
 #pragma once
 
 #include "fi/attention/prefill_consume.cuh"
@@ -27,7 +28,7 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
   static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes);
   using Copies = decltype(copies_of<Config>(params, maps...));
   if (threadIdx.x == 0) {
-    shared.init(Copies::kArrivals);
+    shared.template init<Copies>();
     ptx::prefetch_tensor_map(&queries);
     (ptx::prefetch_tensor_map(&maps), ...);
   }

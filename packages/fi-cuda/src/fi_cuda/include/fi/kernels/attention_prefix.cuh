@@ -23,10 +23,10 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   using Store = PrefixStore<Config, Params>;
   extern __shared__ __align__(128) unsigned char unaligned[];
   Shared& shared = *reinterpret_cast<Shared*>(unaligned + (-ptx::shared_address(unaligned) & 1023u));
-  static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes);
+  static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes && !PrefillTile<Config>::kLanded);
   using Copies = decltype(copies_of<Config>(params, maps...));
   if (threadIdx.x == 0) {
-    shared.init(Copies::kArrivals);
+    shared.template init<Copies>();
     ptx::prefetch_tensor_map(&queries);
     (ptx::prefetch_tensor_map(&maps), ...);
   }

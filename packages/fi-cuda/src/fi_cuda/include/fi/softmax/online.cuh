@@ -80,15 +80,24 @@ __device__ __forceinline__ void merge_into(
 }
 
 // The rows of one thread. Each row's scores lie in kLanes lanes, kLaneStride apart, that call everything together; they
-// agree on its maximum, and each keeps the sum of its own weights until `row` adds them up.
-template <int kRows, int kLanes = 4, int kLaneStride = 1>
+// agree on its maximum, and each keeps the sum of its own weights until `row` adds them up. kUnits: of the rows' scores, one
+// for all or one each. Weights are 2^kLift times as large as they would be, for types that keep few small numbers.
+template <int kRows, int kLanes = 4, int kLaneStride = 1, int kUnits = 1, int kLift = 0>
 struct OnlineSoftmax {
+  static_assert(kUnits == 1 || kUnits == kRows);
   float top[kRows];   // largest score so far
   float mass[kRows];  // this lane's weights
-  float factor;
+  float factor[kUnits];
 
   // `unit` above 0: what a score of 1 is in natural units (score.cuh).
-  __device__ __forceinline__ explicit OnlineSoftmax(float unit) : factor(unit * kLog2E) {
+  __device__ __forceinline__ explicit OnlineSoftmax(float unit) {
+    const float units[1] = {unit};
+    begin(units);
+  }
+  template <int kGiven>
+  __device__ __forceinline__ void begin(const float (&units)[kGiven]) {
+#pragma unroll
+    for (int idx = 0; idx < kUnits; ++idx) factor[idx] = units[idx % kGiven] * kLog2E;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       top[row] = minus_infinity();
@@ -114,9 +123,9 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void raise(const float (&tops)[kRows], float (&rescale)[kRows]) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float before = top[row] * factor;
+      const float before = top[row] * factor[row % kUnits];
       top[row] = fmaxf(top[row], tops[row]);
-      rescale[row] = ptx::exp2_approx(before - finite_base(top[row] * factor));
+      rescale[row] = ptx::exp2_approx(before - finite_base(top[row] * factor[row % kUnits]));
       mass[row] *= rescale[row];
     }
   }
@@ -127,23 +136,22 @@ struct OnlineSoftmax {
     float needed[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const bool exceeds = fmaf(tops[row], factor, -slack * kLog2E) > top[row] * factor;
+      const float its = factor[row % kUnits];
+      const bool exceeds = fmaf(tops[row], its, -slack * kLog2E) > top[row] * its;
       needed[row] = exceeds ? tops[row] : minus_infinity();
     }
     raise(needed, rescale);
   }
 
-  // Puts the weights 2^(factor * (score - top)) in the place of a tile's scores, none above top, and sums them up; kPolynomials of
-  // every 8 are computed beside the special unit.
-  template <class Map, int kPolynomials = 0, int kCount>
+  // Puts the weights 2^(factor * (score - top)) in the place of a tile's scores, none above top, and sums them up.
+  template <class Map, int kCount>
   __device__ __forceinline__ void weigh(float (&scores)[kCount]) {
     float base[kRows];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) base[row] = finite_base(top[row] * factor);
+    for (int row = 0; row < kRows; ++row) base[row] = finite_base(top[row] * factor[row % kUnits]) - kLift;
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) {
-      const float exponent = fmaf(scores[idx], factor, -base[Map::row(idx)]);
-      scores[idx] = idx * kPolynomials % 8 < kPolynomials ? exp2_polynomial(exponent) : ptx::exp2_approx(exponent);
+      scores[idx] = ptx::exp2_approx(fmaf(scores[idx], factor[Map::row(idx) % kUnits], -base[Map::row(idx)]));
       mass[Map::row(idx)] += scores[idx];
     }
   }
@@ -159,7 +167,7 @@ struct OnlineSoftmax {
 
   // The row over the keys so far, the same in all its lanes.
   __device__ __forceinline__ PartialRow row(int idx) const {
-    return {top[idx] * factor, reduce_over_lanes<kLanes, kLaneStride>(mass[idx], Sum())};
+    return {top[idx] * factor[idx % kUnits] - kLift, reduce_over_lanes<kLanes, kLaneStride>(mass[idx], Sum())};
   }
 };
 
