@@ -250,7 +250,9 @@ def test_many_tiles_are_ordered_by_their_steps(launches):
         assert {(row[0], row[2]) for row in rows} == tiles
         # Tiles of a warpgroup's 16 tokens or fewer may stand earlier than their steps say.
         tokens = made._tuning.tokens
-        steps = [-(-(row[5] - row[4]) // tokens) for row in rows if row[9] - 48 * row[2] > 16]
+        spec = made._order_specs[window]
+        left = [(row[9] - 48 * row[2], -(-(row[5] - row[4]) // tokens)) for row in rows]
+        steps = [spec.full_steps(steps, num_tokens) for num_tokens, steps in left if num_tokens > 16]
         assert steps == sorted(steps, reverse=True)
         q_indptr = batch.q_indptr.tolist()
         for request, _, tile, _, begin, stop, slot, _, q_begin, q_len, kv_len, merge, *rest in rows:

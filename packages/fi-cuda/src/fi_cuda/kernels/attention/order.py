@@ -94,6 +94,13 @@ class AttentionOrderSpec(KernelSpec):
         """The place of a tile's length in the order: 0 is the longest."""
         return _BINS - 1 - min(steps >> self.shift, _BINS - 1)
 
+    def full_steps(self, steps: int, num_tokens: int) -> int:
+        """Steps of a full tile that take as long as ``steps`` of one with ``num_tokens`` tokens: warpgroups without rows stand
+        aside, but the others wait for a step's products twice."""
+        all_groups = self.tile_tokens // self.group_tokens
+        groups = min(-(-num_tokens // self.group_tokens), all_groups)
+        return -(-steps * (groups + 2) // (all_groups + 2))
+
     def cost_of_bin(self, place: int) -> int:
         """The cost of a tile of a bin at most."""
         return self.item_cost + self.step_cost * (((_BINS - place) << self.shift) - 1)
@@ -180,8 +187,10 @@ def fill_order_on_host(
     tiles = sorted(_tiles(q_indptr.tolist(), kv_lens.tolist(), spec, window), key=lambda tile: tile[0])
     used, num_whole, pieces = arrangement([place for place, _ in tiles], spec)
     rows = [row for _, row in tiles[:num_whole]]
-    for piece in range(pieces):
-        rows += [_piece_of(row, idx, piece, pieces, spec) for idx, (_, row) in enumerate(tiles[num_whole:])]
+    numbered = enumerate(tiles[num_whole:])
+    for _, equal in itertools.groupby(numbered, key=lambda tile: tile[1][0]):
+        kept = [(idx, row) for idx, (_, row) in equal]
+        rows += [_piece_of(row, idx, piece, pieces, spec) for piece in range(pieces) for idx, row in kept]
     order.header.numpy()[:] = (len(rows), used, 0, 0)
     if used and rows:
         order.items[: len(rows)].numpy()[:] = np.array(rows, dtype=np.int32)
@@ -199,8 +208,9 @@ def arrangement(bins: list[int], spec: AttentionOrderSpec) -> tuple[bool, int, i
     totals = {1: rounds + (costs[num_whole] if num_left else 0)}
     for pieces in range(2, spec.pieces + 1):
         if num_left * pieces <= spec.slots:
-            piece = -(-(costs[num_whole] - spec.item_cost) // pieces) + piece_cost if num_left else 0
-            totals[pieces] = rounds + -(-num_left * pieces // workers) * piece
+            firsts = (num_whole + first // (heads * pieces) for first in range(0, num_left * pieces, workers))
+            lengths = (-(-(costs[place] - spec.item_cost) // pieces) for place in firsts)
+            totals[pieces] = rounds + sum(length + piece_cost for length in lengths)
     best = min(totals, key=lambda pieces: (totals[pieces], pieces))
     gain, of = _LEAST_GAIN
     if totals[best] * of > totals[1] * gain:
@@ -237,8 +247,10 @@ def _tiles(
             start = 0
             if window is not None:
                 start = min(max(offset + begin - window + 1, 0), stop) // spec.tokens * spec.tokens
-            place = spec.bin_of(-(-(stop - start) // spec.tokens))
+            steps = -(-(stop - start) // spec.tokens)
+            place = spec.bin_of(spec.full_steps(steps, q_len - begin))
             if q_len - begin <= spec.group_tokens:
+                place = spec.bin_of(steps)
                 spread = (request * _SPREAD) % 2**32 >> 16
                 place = first_bin + spread % (place - first_bin + 1)
             row = (request, 0, q_tile, 0, start, stop, -1, 0, q_begin, q_len, kv_len, -1, 0, 0, 0, 0)

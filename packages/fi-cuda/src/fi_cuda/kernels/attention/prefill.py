@@ -108,7 +108,9 @@ class PrefillSpec(KernelSpec):
     def shared_bytes(self) -> int:
         rings = (self.key_stages, self.value_stages, self.query_stages)
         landing = self.landing_stages
-        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, True, 1, 1, 1, landing)
+        tuning = PrefillTuning(
+            self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, True, 1, 1, 1, landing
+        )
         return prefill_shared_bytes(tuning, HeadBytes(self.head_dim, self.head_dim_vo, self.query.itemsize))
 
     @property

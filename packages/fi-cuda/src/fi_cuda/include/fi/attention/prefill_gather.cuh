@@ -87,7 +87,9 @@ class GatherCopies {
     ring.acquire(cursor);
     const int thread = thread_anew(), unit = thread % kUnits;
     asm volatile("" : "+l"(page_stride), "+l"(token_stride));  // kept from step to step they would take registers too
-    if constexpr (kSameToken) from += position_of(step, thread) % kPageSize * token_stride;
+    const unsigned position = position_of(step, thread) + (kSameToken ? 0 : unit * kRowsAtOnce);
+    const int token = position % kPageSize;  // of the row that is looked up here; else of all of the thread's rows
+    if constexpr (kSameToken) from += token * token_stride;
     const int offset = swizzled<kBoxRowBytes>(row_of(thread) * kBoxRowBytes + unit * 16);
     unsigned char* even = stage + offset;
     unsigned char* odd = stage + (offset ^ 64);  // four rows further on the pattern has its other half
@@ -96,10 +98,7 @@ class GatherCopies {
       const int page = __shfl_sync(0xffffffffu, place, round, kUnits);
       const bool readable = page != kNone;
       const Factor* row = from + static_cast<unsigned>(readable ? page : 0) * page_stride;
-      if constexpr (!kSameToken) {
-        const unsigned token = static_cast<unsigned>(position_of(step, thread) + round * kRowsAtOnce) % kPageSize;
-        row += token * token_stride;
-      }
+      if constexpr (!kSameToken) row += static_cast<unsigned>(__shfl_sync(0xffffffffu, token, round, kUnits)) * token_stride;
       unsigned char* to = (round % 2 == 0 ? even : odd) + round * kRowsAtOnce * kBoxRowBytes;
 #pragma unroll
       for (int column = 0; column * Tile::kBoxElements < kDim; ++column) {

@@ -3,10 +3,10 @@
 // attention_plan.cuh are used instead.
 //
 // What is left after whole rounds of a tile a block may be taken in pieces, of which all blocks get about as many. The first
-// pieces of all those tiles stand before the second ones: blocks that read the same keys for other queries do so at about the
-// same time, out of L2, which shares do not ("stream-K" with whole tiles first: Osama et al., 2023, section 5.2).
+// pieces of tiles that are equally long stand before the second ones: blocks that read the same keys for other queries do so at
+// about the same time, out of L2, which shares do not ("stream-K" with whole tiles first: Osama et al., 2023, section 5.2).
 //
-// One block. Pairs of a request and a q tile are sorted by the KV steps they visit, most first: a stable counting sort in which
+// One block. Pairs of a request and a q tile are sorted by the KV steps they visit (fewer count where warpgroups have no rows), most first: a stable counting sort in which
 // every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. Tiles of one warpgroup's rows or
 // fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
 // A batch that exceeds the limits, or with negative lengths, has no tiles.
@@ -37,6 +37,15 @@ __device__ __forceinline__ int bin_of(int steps) {
   return kOrderBins - 1 - min(steps >> Config::kShift, kOrderBins - 1);  // most steps first
 }
 
+// Steps of a full tile that take as long as `num_steps` of one with `num_tokens` tokens: its warpgroups without rows stand aside,
+// but the others wait for a step's products twice.
+template <class Config>
+__device__ __forceinline__ int full_steps(int num_steps, int num_tokens) {
+  constexpr int kGroups = Config::kTileTokens / Config::kGroupTokens;
+  const int groups = min((num_tokens + Config::kGroupTokens - 1) / Config::kGroupTokens, kGroups);
+  return (num_steps * (groups + 2) + kGroups + 1) / (kGroups + 2);
+}
+
 // `first_bin`: that of the longest tile, or before it.
 template <class Config, class Params>
 __device__ __forceinline__ OrderedTile tile_at(const Params& params, int first_bin, int pair) {
@@ -59,8 +68,12 @@ __device__ __forceinline__ OrderedTile tile_at(const Params& params, int first_b
   if constexpr (Config::kWindowed) {
     tile.kv_begin = min(max(offset + begin - params.window + 1, 0), tile.kv_stop) / Config::kTokens * Config::kTokens;
   }
-  tile.bin = bin_of<Config>((tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens);
-  if (tile.q_len - begin <= Config::kGroupTokens) {
+  const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
+  const int left = tile.q_len - begin;
+  if (left > Config::kGroupTokens) {
+    tile.bin = bin_of<Config>(full_steps<Config>(num_steps, left));
+  } else {
+    tile.bin = bin_of<Config>(num_steps);
     const unsigned spread = static_cast<unsigned>(tile.request) * 2654435761u >> 16;
     tile.bin = first_bin + static_cast<int>(spread % static_cast<unsigned>(tile.bin - first_bin + 1));
   }
@@ -157,13 +170,16 @@ __device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs)
   if (thread < 32) {
     const int num_whole = static_cast<int>(static_cast<int64>(num_rounds) * kWorkers / kHeads);
     const int num_left = (num_pairs - num_whole) * kHeads, pieces = thread + 1;  // fewer left than workers and heads together
-    int64 rest = 0;
-    if (num_left > 0) {
-      const int64 cost = cost_of_bin<Config>(bin_at(begins, num_whole));
-      const int64 piece = (cost - Config::kItemCost + pieces - 1) / pieces + kPiece;
-      rest = pieces == 1 ? cost : (num_left * pieces + kWorkers - 1) / kWorkers * piece;
-    }
     const bool allowed = pieces == 1 || (pieces <= Config::kPieces && num_left * pieces <= Config::kSlots);
+    int64 rest = 0;
+    if (pieces == 1) {
+      if (num_left > 0) rest = cost_of_bin<Config>(bin_at(begins, num_whole));
+    } else if (allowed) {
+      for (int first = 0; first < num_left * pieces; first += kWorkers) {
+        const int64 cost = cost_of_bin<Config>(bin_at(begins, num_whole + first / (kHeads * pieces)));
+        rest += (cost - Config::kItemCost + pieces - 1) / pieces + kPiece;
+      }
+    }
     int64 total = allowed ? static_cast<int64>(sums[1]) + rest : int64{1} << 62;
     const int64 whole = __shfl_sync(0xffffffffu, total, 0);
     int best = pieces;
@@ -187,21 +203,24 @@ __device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs)
   return found;
 }
 
-// The rows of a pair, whose place in the order is `place`, of head 0.
+// The rows of a pair, whose place in the order is `place`, of head 0. Of tiles that are equally long and in pieces all first
+// pieces come first.
 template <class Config, class Params>
 __device__ __forceinline__ void write_rows(const Params& params, const OrderedTile& tile, const Arrangement& arrangement,
-                                           int num_pairs, int place) {
+                                           const int* begins, int place) {
   int4* items = static_cast<int4*>(params.items);
-  const int in_pieces = place - arrangement.num_whole, num_in_pieces = num_pairs - arrangement.num_whole;
+  const int in_pieces = place - arrangement.num_whole;
   const bool is_whole = in_pieces < 0;
   const int pieces = is_whole ? 1 : arrangement.pieces;
   const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
   const int stride = (num_steps + pieces - 1) / pieces * Config::kTokens;
+  const int first_equal = max(begins[tile.bin], arrangement.num_whole), num_equal = begins[tile.bin + 1] - first_equal;
+  const int first_row = is_whole ? place : place + (first_equal - arrangement.num_whole) * (pieces - 1);
   const int first_slot = in_pieces * Config::kHeads * pieces;
   for (int piece = 0; piece < pieces; ++piece) {
     const int begin = min(tile.kv_begin + piece * stride, tile.kv_stop);
     const int end = is_whole ? tile.kv_stop : min(begin + stride, tile.kv_stop);
-    int4* row = items + static_cast<int64>(is_whole ? place : place + piece * num_in_pieces) * 4;
+    int4* row = items + (first_row + static_cast<int64>(piece) * num_equal) * 4;
     row[0] = {tile.request, 0, tile.q_tile, 0};
     row[1] = {begin, end, is_whole ? -1 : first_slot + piece, 0};
     row[2] = {tile.q_begin, tile.q_len, tile.kv_len, is_whole ? -1 : in_pieces * Config::kHeads};
@@ -266,7 +285,7 @@ __device__ __forceinline__ void attention_order(const Params& params) {
     __syncwarp(active);
     if ((equal >> lane) == 1u) counts[warp][tile.bin] = place + 1;  // the last of the equal ones
     __syncwarp(active);
-    write_rows<Config>(params, tile, arrangement, num_pairs, place);
+    write_rows<Config>(params, tile, arrangement, begins, place);
   }
 }
 
