@@ -43,6 +43,7 @@ TEST_TOOLS = (
     "hypothesis",
     "matplotlib",
     "transformers>=4.57",
+    "nvidia-cuda-crt>=13.0,<14",  # what the headers of nvidia-cuda-runtime include when g++ compiles device code for the host
     *BUILD_TOOLS,
 )
 

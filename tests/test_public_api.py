@@ -9,9 +9,9 @@ Anything ArgumentError AttentionSpec BackendInfo Batch Between Capacity Capacity
 FilterParams FusedRope IndexCheckError KVCache KernelEntry KernelRegistry LayerArgs LayoutError LinearScaling Llama3Scaling
 LogprobsOut OneOf Operation PackedMask PenaltyParams Plan PluginError PluginStatus Request RopeConfig RopeTable Rule Selection
 Settings SettingsError ShadowMismatchError SharedPrefixes SubsetOf Target TokenHistory Tolerance Trial UnknownBackendError
-UnsupportedError YarnScaling add_rmsnorm append_kv attention backends copy_pages explain filter_logits gelu_mul hookimpl
-logprobs lse_base2 merge_states penalize_logits plan record_tokens rmsnorm rope sample silu_mul target_of top_k use verify_chain
-verify_tree
+UnsupportedError YarnScaling add_rmsnorm append_kv attention backends copy_pages explain filter_logits find_shared_prefixes
+gelu_mul hookimpl logprobs lse_base2 merge_states penalize_logits plan record_tokens rmsnorm rope sample silu_mul target_of
+top_k use verify_chain verify_tree
 """
 
 

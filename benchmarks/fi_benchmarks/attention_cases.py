@@ -15,6 +15,7 @@ from .problem import Case
 LLAMA, LLAMA_TP8 = Shape(), Shape(num_qo_heads=8, num_kv_heads=1)
 GPT_OSS = Shape(num_qo_heads=64, head_dim=64)
 GEMMA = Shape(num_qo_heads=16, head_dim=256)
+UNDER_OTHER_PLANS = ("B1 1k", "B64 2k", "B256 1k")
 PREFILL_LENGTHS = ((512, 32), (1024, 16), (4096, 4), (16384, 1))
 APPENDS = ((16, 128, 4096), (4, 128, 32768), (1, 512, 32768), (1, 2048, 32768))
 
@@ -59,7 +60,7 @@ def decode_cases() -> Iterator[Case]:
     """Every batch with 8 KV heads and with one, then formats, dims, pages and features on a few of them."""
     for batch in decode_lengths():
         for shape in (LLAMA, LLAMA_TP8):
-            yield _decode(batch, shape, variants=batch == "B64 2k" and shape is LLAMA)
+            yield _decode(batch, shape, variants=batch in UNDER_OTHER_PLANS)
     for batch in ("B1 32k", "B8 8k", "B64 2k", "B256 1k", "B64 zipf 64k"):
         yield _decode(batch, replace(LLAMA, kv_format="fp8_e4m3"), " fp8")
     for batch in ("B8 8k", "B64 2k"):
@@ -105,8 +106,8 @@ def verify_cases() -> Iterator[Case]:
             yield Case("attention", "decode", name, build)
 
 
-def _prefill(name: str, shape: Shape, lengths: list[int]) -> Case:
-    return Case("attention", "prefill", name, partial(attention_problem, shape=shape, q_lens=lengths, kv_lens=lengths))
+def _prefill(name: str, shape: Shape, lengths: list[int], group: str = "prefill") -> Case:
+    return Case("attention", group, name, partial(attention_problem, shape=shape, q_lens=lengths, kv_lens=lengths))
 
 
 def prefill_cases() -> Iterator[Case]:
@@ -130,12 +131,45 @@ def prefill_cases() -> Iterator[Case]:
         skewed = zipf(count, int(1024 * count / harmonic), shortest=16)
         yield _prefill(f"prefill B{count} uniform mean1024 h32/8 d128 causal=1", ragged, uniform)
         yield _prefill(f"prefill B{count} zipf mean1024 h32/8 d128 causal=1", ragged, skewed)
-    for suffix, changes in (
-        ("sinks", {"sinks": True}),
-        ("window1024", {"window": 1024}),
-        ("softcap", {"soft_cap": 50.0}),
+
+
+def prefill_fp8_cases() -> Iterator[Case]:
+    """Whole prompts in FP8, of Q, K and V or of K and V alone, and with RoPE of Q; plain attention beside."""
+    ragged = replace(LLAMA, page_size=None)
+    stored = replace(ragged, kv_format="fp8_e4m3")
+    fp8 = replace(stored, q_format="fp8_e4m3")
+    shapes = [("B1 S16384 h32/8 d128 causal=0 fp8", replace(fp8, causal=False), [16384])]
+    for length, count in PREFILL_LENGTHS:
+        heads = f"B{count} S{length} h32/8 d128 causal=1"
+        shapes.append((f"{heads} fp8", fp8, [length] * count))
+        shapes.append((f"{heads} page16 fp8", replace(fp8, page_size=16), [length] * count))
+    for head_dim in (64, 256):
+        shapes.append((f"B1 S16384 h32/8 d{head_dim} causal=1 fp8", replace(fp8, head_dim=head_dim), [16384]))
+    for suffix, shape in (
+        ("page1 fp8", replace(fp8, page_size=1)),
+        ("fp8-kv", stored),
+        ("page16 fp8-kv", replace(stored, page_size=16)),
+        ("rope-q", replace(ragged, rope=FusedRope(128))),
+        ("plain", ragged),
     ):
-        yield _prefill(f"prefill B4 S4096 h32/8 d128 causal=1 {suffix}", replace(ragged, **changes), [4096] * 4)
+        shapes.append((f"B4 S4096 h32/8 d128 causal=1 {suffix}", shape, [4096] * 4))
+    for name, shape, lengths in shapes:
+        yield _prefill(f"prefill {name}", shape, lengths, "prefill_fp8")
+
+
+def prefill_feature_cases() -> Iterator[Case]:
+    """Features beside plain attention of the same shapes: what visits fewer keys should take as much less."""
+    for head_dim in (128, 256):
+        for suffix, changes in (
+            ("no feature", {}),
+            ("sinks", {"sinks": True}),
+            ("softcap", {"soft_cap": 50.0}),
+            ("window1024", {"window": 1024}),
+            ("window128", {"window": 128}),
+        ):
+            shape = replace(LLAMA, page_size=None, head_dim=head_dim, **changes)
+            name = f"prefill B4 S4096 h32/8 d{head_dim} causal=1 {suffix}"
+            yield _prefill(name, shape, [4096] * 4, "prefill_features")
 
 
 def append_cases() -> Iterator[Case]:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .attention_cases import append_cases, decode_cases, prefill_cases, rotated_cases, verify_cases
+from .attention_cases import (
+    append_cases,
+    decode_cases,
+    prefill_cases,
+    prefill_feature_cases,
+    prefill_fp8_cases,
+    rotated_cases,
+    verify_cases,
+)
 from .memory_cases import memory_cases
 from .prefix_cases import prefix_cases
 from .problem import Case
 from .sampling_cases import sampling_cases
 
-GROUPS = ("memory", "decode", "prefill", "append", "mixed", "prefix", "sampling")
+GROUPS = ("memory", "decode", "prefill", "prefill_fp8", "prefill_features", "append", "mixed", "prefix", "sampling")
 
 
 def all_cases() -> list[Case]:
     """In the order they run."""
     decode = (*decode_cases(), *rotated_cases(), *verify_cases())
-    return [*memory_cases(), *decode, *prefill_cases(), *append_cases(), *prefix_cases(), *sampling_cases()]
+    prefill = (*prefill_cases(), *prefill_fp8_cases(), *prefill_feature_cases())
+    return [*memory_cases(), *decode, *prefill, *append_cases(), *prefix_cases(), *sampling_cases()]
 
 
 def choose(ops: Sequence[str], names: Sequence[str]) -> list[Case]:

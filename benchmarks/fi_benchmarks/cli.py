@@ -16,6 +16,7 @@ from .catalogue import GROUPS, choose
 from .peers import Peer, PeerOptions, peers
 from .plots import PlotError, draw_all
 from .problem import Case
+from .tunings import GivenTuning, with_tunings
 
 ROUNDS, QUICK_ROUNDS = 40, 10
 OUT = Path(".nox/bench")
@@ -31,6 +32,14 @@ def parser() -> argparse.ArgumentParser:
         "--case", action="append", default=[], metavar="NAME", help="a case by name, or all with this part"
     )
     made.add_argument("--impl", action="append", metavar="NAME", help="only implementations whose names begin so")
+    made.add_argument(
+        "--tuning",
+        action="append",
+        default=[],
+        metavar="OP:NAME=VALUE,...",
+        type=GivenTuning.parse,
+        help="time our kernels also with this answer to fi_tuning (repeatable)",
+    )
     made.add_argument("--list", action="store_true", help="list the cases and the peers found, run nothing")
     made.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"default: {OUT}")
     made.add_argument("--peers", type=Path, metavar="FOLDER", help="where peers were unpacked that are not installed")
@@ -108,7 +117,7 @@ def _run(options: argparse.Namespace, cases: Sequence[Case], here: Sequence[Peer
     num_wrong, left = 0, list(cases)
     while left and (options.seconds is None or time.monotonic() - started < options.seconds):
         case = left.pop(0)
-        rows = run_case(case, bench, rates, choice)
+        rows = run_case(with_tunings(case, options.tuning), bench, rates, choice)
         if rows:
             results.write(options.out, case.group, rows, shared)
         _print(rows)

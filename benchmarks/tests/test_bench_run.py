@@ -10,10 +10,14 @@ from fi_benchmarks.ceilings import Bench, Rates
 from fi_benchmarks.cli import main, parser
 from fi_benchmarks.peers import Peer, PeerOptions, peers
 from fi_benchmarks.plots import PlotError, draw_all
+from fi_benchmarks.problem import Case, Problem
 from fi_benchmarks.report import by_group, markdown
 from fi_benchmarks.results import circumstances, load, load_file
 from fi_benchmarks.runner import Choice, run_case
+from fi_benchmarks.tunings import GivenTuning, with_tunings
 from fi_core.bench.timing import CpuClock
+from fi_core.contract import Cost, Target
+from fi_core.registry import registry
 
 CPU = torch.device("cpu")
 BENCH, RATES = Bench(CPU, CpuClock(), rounds=3), Rates(1e10, 1e10, 1e11)
@@ -235,3 +239,30 @@ def test_groups_and_cases_keep_the_order_of_their_rows():
 def test_our_backends_leave_the_reference_out():
     assert "reference" not in runner.our_backends(False)
     assert "reference" in runner.our_backends(True)
+
+
+def test_tunings_are_in_effect_while_their_variants_are_made():
+    asked = []
+
+    def make():
+        manager = registry().manager
+        asked.append([manager.hook.fi_tuning(op=op, target=Target("cpu")) for op in ("attention_decode", "other")])
+        return lambda: {}
+
+    problem = Problem({}, None, {"": make, "+update": make}, lambda outputs: None, Cost(1, 1))
+    given = [GivenTuning.parse(f"attention_decode:{text}") for text in ("num_stages=2,flag=True", "rows=8")]
+    tuned = with_tunings(Case("attention", "decode", "a case", lambda device: problem), given).build(CPU)
+    names = ["num_stages=2,flag=True", "rows=8"]
+    assert list(tuned.ours) == ["", "+update", *(f"{form}+{name}" for form in ("", "+update") for name in names)]
+    for maker in tuned.ours.values():
+        maker()
+    answers = [{"num_stages": 2, "flag": True}, {"rows": 8}]
+    assert asked == [[None, None]] * 2 + [[answer, None] for answer in answers] * 2
+
+
+@pytest.mark.parametrize(
+    "text", ["attention_decode", "attention_decode:rows", "rows=8", "a:rows=", "a:rows=x", "a:1=2"]
+)
+def test_a_tuning_that_cannot_be_read_is_named(text):
+    with pytest.raises(ValueError, match="NAME=VALUE" if "x" not in text else "value of rows"):
+        GivenTuning.parse(text)

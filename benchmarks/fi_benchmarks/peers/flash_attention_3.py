@@ -23,12 +23,19 @@ def _find(options: PeerOptions) -> str:
     return LIBRARY
 
 
+def _spread(scale: float | Tensor | None, shape: tuple[int, int], q: Tensor) -> Tensor | None:
+    """An FP8 tensor's only scale, which make_inputs gives as a float, for each request and head."""
+    return None if scale is None else torch.full(shape, float(scale), device=q.device)
+
+
 def _forward(inputs: AttentionInputs, table: Tensor | None, kv_starts: Tensor | None) -> Tensor:
     """The extension's only entry point, whose arguments are positional."""
     shape, layer = inputs.shape, inputs.layer
     lengths = inputs.batch.kv_lens if table is not None else None
     longest = max(inputs.kv_lens) if table is None else table.shape[1] * (shape.page_size or 1)
-    new_kv, rotary, descale, left = (None, None), (None, None, None), (None, None, None), -1
+    new_kv, rotary, left = (None, None), (None, None, None), -1
+    heads = (inputs.batch.size, shape.num_kv_heads)
+    descale = tuple(_spread(scale, heads, inputs.q) for scale in (layer.q_scale, inputs.kv.k_scale, inputs.kv.v_scale))
     if shape.window is not None:
         left = shape.window - 1
     right = 0 if shape.causal and shape.window is not None else -1
@@ -46,7 +53,8 @@ def _forward(inputs: AttentionInputs, table: Tensor | None, kv_starts: Tensor | 
 
 def _attention(problem: Problem) -> Mapping[str, Maker]:
     inputs: AttentionInputs = problem.inputs
-    if inputs.shape.kv_format != "bf16" or inputs.shape.rotates_or_reads_fp8_queries:  # FP8 keys need FP8 queries
+    shape = inputs.shape
+    if shape.rope is not None or (shape.kv_format != "bf16") != (shape.q_format != "same"):  # FP8 keys need FP8 queries
         return {}
     starts = None if inputs.batch.table is not None else int32(offsets(inputs.kv_lens), inputs.q.device)
 

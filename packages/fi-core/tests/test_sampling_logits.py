@@ -247,6 +247,8 @@ def test_output_that_does_not_fit_leaves_nothing_to_draw_in_its_row():
         False,
         False,
     ]
+    idle = fi.PenaltyParams(frequency=torch.tensor([0.0, 1.0, 1.0]), history=history)
+    assert (fi.sample(torch.zeros(3, 40), fi.FilterParams(), keys, penalties=idle) >= 0).all()
     repeated = fi.PenaltyParams(repetition=torch.ones(3), history=history)
     assert (fi.sample(torch.zeros(3, 40), fi.FilterParams(), keys, penalties=repeated) >= 0).all()
 

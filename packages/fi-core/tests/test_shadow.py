@@ -144,7 +144,9 @@ def functional_calls() -> dict:
     logits, filters = torch.randn(3, 50), FilterParams(top_k=torch.full((3,), 7, dtype=torch.int32))
     probs = torch.softmax(torch.randn(2, 3, 50), -1)
     drafts, parents = torch.randint(0, 50, (2, 2)), torch.tensor([[-1, 0], [-1, -1]], dtype=torch.int32)
+    batch = Batch(torch.arange(3).int(), torch.tensor([40, 40]).int(), torch.tensor([[1, 2, 3], [1, 2, 4]]).int())
     return {
+        "find_shared_prefixes": lambda: fi.find_shared_prefixes(batch, 16, min_saved_tokens=1),
         "merge_states": lambda: fi.merge_states(torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2)),
         "rope": lambda: fi.rope(q, q.clone(), positions, RopeTable.make(RopeConfig(8), "cpu")),
         "rmsnorm": lambda: fi.rmsnorm(x[0], weight, out=x[0]),

@@ -170,6 +170,10 @@ def test_capacities_and_forms_are_named():
         plan_of(max_prefix_depth=1).update(batch_of())
     with pytest.raises(fi.ArgumentError, match="levels.nodes"):
         plan_of().update(batch_of(SharedPrefixes(torch.zeros(2, 4))))
+    mask = fi.PackedMask(torch.zeros(20, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
+    spec = AttentionSpec(2, 2, 8, dtype=torch.float32, page_size=4, features={"mask"})
+    with pytest.raises(fi.ArgumentError, match="mask.columns"):
+        fi.plan(spec, **CAPACITY, max_prefixes=4).update(dataclasses.replace(batch_of(), mask=mask))
     with pytest.raises(fi.ArgumentError, match="max_prefixes"):
         plan_of(-1)
     with pytest.raises(fi.ArgumentError, match="batch_invariant"):

@@ -1,11 +1,16 @@
 """Kernels that are recorded instead of launched, and specs compiled together with what Python believes of them."""
 
 import struct
+import sys
+from pathlib import Path
 
 import pytest
 from fi_cuda.compile import compile_source
 from fi_cuda.params import KINDS
 from fi_cuda.source import CompileTarget, KernelSource
+
+# pytest's importlib mode leaves sys.path alone; the tests share helpers that lie beside them.
+sys.path.append(str(Path(__file__).parent))
 
 
 class Launches:
@@ -26,7 +31,27 @@ class Launches:
                 names += spec.tensor_maps
                 recorder.last[spec.stem] = ((grid_x, grid_y), dict(zip(names, values, strict=True)), spec)
 
+            def repeated(self, device, grid_x, maps):
+                return Repeated(self, device, grid_x, maps)
+
         return Kernel()
+
+
+class Repeated:
+    """A repeated launch of a recorded kernel; ``num_packed`` counts how often its values were given."""
+
+    num_packed = 0
+
+    def __init__(self, kernel, device, grid_x, maps):
+        self.given = kernel, device, grid_x, maps
+
+    def pack(self, *values):
+        self.values = values
+        self.num_packed += 1
+
+    def launch(self):
+        kernel, device, grid_x, maps = self.given
+        kernel.launch(device, grid_x, 1, *self.values, *maps)
 
 
 @pytest.fixture

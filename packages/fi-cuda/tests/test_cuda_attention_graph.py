@@ -58,9 +58,8 @@ class Step:
     def fill(self, rng):
         """A random batch of random size, requests past it without tokens; outputs poisoned."""
         size = rng.choice([0, 1, 5, SIZE])
-        q_lens = [rng.randint(0 if self.max_q_len > 1 else 1, self.max_q_len) for _ in range(size)] + [0] * (
-            SIZE - size
-        )
+        most = rng.choice([1, 2, self.max_q_len, self.max_q_len]) if self.max_q_len > 1 else 1
+        q_lens = [rng.randint(0 if most > 1 else 1, most) for _ in range(size)] + [0] * (SIZE - size)
         longest = rng.choice([1, 50, ENTRIES * PAGE_SIZE])
         kv_lens = [rng.randint(0, longest) for _ in range(size)] + [0] * (SIZE - size)
         self.batch.q_indptr.copy_(torch.tensor([0, *q_lens]).cumsum(0))

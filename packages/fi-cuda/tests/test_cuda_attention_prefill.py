@@ -81,7 +81,8 @@ def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size, 
     spec = AttentionSpec(32, 8, head_dim, head_dim_vo, page_size=page_size, table=table, **formats)
     tuning = built_in_prefill_tuning(spec)
     assert prefill_shared_bytes(tuning, HeadBytes.of(spec)) <= HOPPER_SHARED_BYTES and tuning.key_stages >= 2
-    assert tuning.landing_stages == (2 if spec.q_is_fp8 else 0)
+    by_boxes = spec.kv_is_fp8 and page_size != 1 and (head_dim, head_dim_vo) != (192, 128)  # for which there is no room
+    assert tuning.landing_stages == (2 if spec.q_is_fp8 or by_boxes else 0)
     assert box_tokens(page_size, tuning.tokens) == {None: tuning.tokens, 1: None, 16: 16, 256: tuning.tokens}[page_size]
 
 
@@ -172,8 +173,6 @@ def test_each_request_has_one_kernel_of_long_queries(changes, name):
     request = attention.request(Target("cuda", (9, 0)), **{**attention.typical, "max_q_len": 500, **changes})
     serving = [entry for entry in ATTENTION_ENTRIES if not entry.reject(request)]
     assert [entry.name for entry in serving] == ([] if name is None else [name])
-    # The others have not run on a GPU yet: Triton, at 50, is preferred.
-    assert all(entry.priority == (0 if name == "attention_prefill" else -60) for entry in serving)
 
 
 # Agreement with the kernel
@@ -287,7 +286,6 @@ def test_a_call_passes_each_value_under_its_name(launches):
         features=frozenset({"lse", "soft_cap", "sinks", "alibi", "mask"}),
     )  # fmt: skip
     made = attention_prefill.plan(spec, CAPACITY, "cpu")
-    assert "rows by a warpgroup" in "\n".join(made.describe())
     rows = torch.zeros(3, dtype=torch.int32)
     mask = PackedMask(torch.zeros(999, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), "new")
     batch = dense_batch([1, 20, 1], [400, 500, 3], table_row=rows, mask=mask)
@@ -318,9 +316,12 @@ def test_a_call_passes_each_value_under_its_name(launches):
         **{"window": 64, "scale": 0.3, "soft_cap": 20.0, "v_scale": 0.25, "kv_indptr": 0, "v_scales": 0},
         **{"inv_freq": 0, "q_scales": 0, "q_scale_stride": 0, "rope_factor": 1.0},
         "queries": (q.data_ptr(), (16, 4, 64)),
+        "keys": ("keys", 16, 128),
+        "values": ("values", 16, 128),
     }
     assert grid == (7, 1) and values == {**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **numbers}
-    assert type(kernel) is PrefillSpec and kernel.stored == torch.float8_e4m3fn and kernel.windowed and kernel.lse
+    assert type(kernel) is BoxPrefillSpec and kernel.stored == torch.float8_e4m3fn and kernel.windowed and kernel.lse
+    assert "changed in shared memory" in "\n".join(made.describe())
     assert (kernel.mask, kernel.table, kernel.table_row, kernel.k_scales, kernel.v_scales) == (2, 1, True, True, False)
 
 

@@ -40,9 +40,9 @@ def batch_of(q_lens, kv_lens, forest: Forest) -> Batch:
         ({"levels": False}, False),
         ({"max_q_len": 8192, "group_size": 64, "page_size": 1, "table": "indptr"}, True),
         ({"features": frozenset({"soft_cap", "sinks", "lse"}), "causal": False, "kv_format": "fp8_e4m3"}, True),
-        ({"features": frozenset({"alibi"})}, False),
-        ({"features": frozenset({"mask"})}, False),
-        ({"windowed": True}, False),
+        ({"features": frozenset({"alibi", "mask"}), "windowed": True}, True),
+        ({"q_format": "fp8_e4m3"}, False),
+        ({"rope": "q", "rope_pairs": "half", "rotary_dim": 64}, False),
         ({"batch_invariant": True}, False),
         ({"table": "ragged", "page_size": None}, False),
         ({"group_size": 65}, False),
@@ -186,6 +186,12 @@ def test_a_batch_without_levels_is_served_as_by_a_plan_without(launches):
     launches.last.clear()
     made.run(q[:0], kv, layer, torch.empty_like(q[:0]), None)
     assert not launches.last  # nothing to do
+    windowed = attention_prefix.plan(replace(SPEC, windows=(None, 32)), CAPACITY, "cpu")
+    for window, stem in ((None, "attention_prefix"), (32, "attention_decode")):
+        windowed.update(with_levels)
+        launches.last.clear()
+        windowed.run(q, kv, LayerArgs(window=window).resolve(windowed._spec), torch.empty_like(q), None)
+        assert set(launches.last) == {stem}
     assert any("with levels" in line for line in made.describe())
 
 

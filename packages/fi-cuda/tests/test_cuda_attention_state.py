@@ -279,6 +279,42 @@ def test_what_a_call_remembers_follows_cache_layer_and_batch(launches):
     assert not run(first)[2].table_row
 
 
+def test_parameters_are_packed_again_when_a_tensor_changes(launches):
+    spec = replace(SPEC, features=frozenset({"lse"}))
+    made = attention_decode.plan(spec, CAPACITY, "cpu")
+    layer, kv, first = LayerArgs().resolve(spec), cache(spec), dense_batch([1, 1], [300, 20])
+    tensors = {
+        "q": torch.zeros(2, 8, 64, dtype=torch.bfloat16),
+        "out": torch.zeros(2, 8, 64, dtype=torch.bfloat16),
+        "lse": torch.zeros(2, 8),
+    }
+
+    def run():
+        made.run(tensors["q"], kv, layer, tensors["out"], tensors["lse"])
+        (call,) = made._calls.values()
+        return launches.last["attention_decode"][1], call.launch.num_packed
+
+    made.update(first)
+    run()
+    values, num_packed = run()
+    assert num_packed == 1 and {name: values[name] for name in tensors} == {
+        name: tensor.data_ptr() for name, tensor in tensors.items()
+    }
+    for count, name in enumerate(tensors, 2):
+        tensors[name] = tensors[name].clone()
+        values, num_packed = run()
+        assert (num_packed, values[name]) == (count, tensors[name].data_ptr())
+    for count, (name, stride) in enumerate((("q", "q_stride_token"), ("out", "out_stride_token")), 5):
+        tensors[name] = torch.zeros(2, 9, 64, dtype=torch.bfloat16)[:, :8]
+        assert (run()[0][stride], run()[1]) == (9 * 64, count)
+    tensors["lse"] = torch.zeros(2, 9)[:, :8]
+    assert run()[0]["lse_stride_token"] == 9
+    second = dense_batch([1, 1], [300, 20])
+    made.update(second)
+    values, num_packed = run()
+    assert num_packed == 8 and values["table"] == second.table.data_ptr() != first.table.data_ptr()
+
+
 def test_the_state_keeps_no_cache_alive(launches):
     made = attention_decode.plan(SPEC, CAPACITY, "cpu")
     made.update(dense_batch([1], [300]))

@@ -18,7 +18,8 @@ from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import boxes, tuning
 from fi_cuda.kernels.attention.call import MASK_FORMS, TABLE_FORMS, CallForm
 from fi_cuda.kernels.attention.decode import decode_spec
-from fi_cuda.kernels.attention.prefill_state import attention_prefill
+from fi_cuda.kernels.attention.mixed_state import attention_mixed
+from fi_cuda.kernels.attention.prefix_state import attention_prefix
 from fi_cuda.kernels.attention.state import attention_decode
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, built_in_tuning, tuning_for
 
@@ -110,9 +111,10 @@ def attention():
 
 
 def test_the_entry_is_complete_and_registered(attention):
-    for entry, kernel in zip(ATTENTION_ENTRIES, (attention_decode, attention_prefill), strict=True):
+    kernels = {"attention_decode": attention_decode, "attention_prefix": attention_prefix}
+    for entry in ATTENTION_ENTRIES:
         check_entry(entry, {"attention": attention})
-        assert entry.load() is kernel
+        assert entry.load() is kernels.get(entry.name, attention_mixed)
         assert entry.full_name in {item.full_name for item in registry().kernels("attention")}
 
 
@@ -143,7 +145,8 @@ def test_the_entry_is_complete_and_registered(attention):
     ],
 )
 def test_what_is_served(changes, served, attention):
-    entry, long_entry = ATTENTION_ENTRIES
+    entries = {item.name: item for item in ATTENTION_ENTRIES}
+    entry, long_entry = entries["attention_decode"], entries["attention_prefill"]
     request = attention.request(Target("cuda", (9, 0)), **{**attention.typical, **changes})
     assert (not entry.reject(request)) == served
     assert not (served and not long_entry.reject(request))  # one kernel serves a request

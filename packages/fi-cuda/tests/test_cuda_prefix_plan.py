@@ -155,9 +155,13 @@ def check(plans: HostPlans, spec: AttentionSpec, q_lens, kv_lens, forest: Forest
     assert not parts or (max(parts.values()) == 1 and max(parts) < planned.layout.max_parts and min(parts) >= 0)
     merged = Counter()
     for segments in planned.segments:
-        for first, head_rows, pieces, token in segments:
+        token = segments[0][3]
+        for idx, (first, head_rows, pieces, later) in enumerate(segments):
             if pieces == 0:
                 break
+            if idx > 0:  # a node's tokens stand one after the other behind its keys
+                ends = {kv_end for begin, end, _, kv_end in forest.nodes if begin < end}
+                assert any(0 <= position[token] + later - kv_end < tokens for kv_end in ends)
             for piece in range(pieces):
                 for head in range(spec.num_kv_heads):
                     for group in range(spec.group_size):

@@ -89,6 +89,10 @@ extern "C" __global__ void __launch_bounds__(256, 1) probe(float* out, int* flag
     float c[4] = {};
     mma_m16n8k16<__nv_bfloat16>(c, x4, x2);
     mma_m16n8k16<__half>(c, x4, x2);
+    unsigned halves[4];
+    halves_of_e4m3(halves[0], halves[1], e4m3x4_of(c[0], c[1], c[2], c[3]));
+    halves_of_e5m2(halves[2], halves[3], movmatrix_trans(x1[0]) ^ load_past_l1(flags).x);
+    stmatrix_x4(bar + 128, halves);
     out[threadIdx.x] = exp2_approx(c[0]) + log2_approx(c[1]) + tanh_approx(c[2]) + rcp_approx(max_or_nan(c[3], c[0]));
   }
   cluster_arrive_relaxed();
@@ -160,7 +164,7 @@ INSTRUCTIONS = {
     ],
     THREADS: [
         *("USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC", "ELECT", "BAR.SYNC", "BAR.ARV", "HMMA.16816.F32.BF16"),
-        *("LDSM.16.M88.4", "LDSM.16.MT88.4", "STSM.16.M88.4", "STSM.16.MT88.4", "HMMA.16816.F32"),
+        *("LDSM.16.M88.4", "LDSM.16.MT88.4", "STSM.16.M88.4", "STSM.16.MT88.4", "MOVM.16.MT88", "HMMA.16816.F32"),
         *("MUFU.EX2", "MUFU.LG2", "MUFU.TANH", "MUFU.RCP", "UCGABAR_ARV", "UCGABAR_WAIT", "MEMBAR.ALL.GPU"),
         *("STAS.64", "STAS.128"),
         *("LDG.E.STRONG.GPU", "STG.E.STRONG.GPU", "SYNCS.ARRIVE.TRANS64.RED.A1T0", "LDG.E.64.STRONG.GPU", "CCTL.E.PF2"),

@@ -8,12 +8,14 @@ import torch
 from fi_sampling import (
     DEFAULT_OPS,
     PipelineTypeError,
+    SamplingLimits,
     SamplingParams,
     SamplingState,
     StopChecker,
     logits_op,
     pipeline_of,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VOCAB_SIZE = 90
 
@@ -163,21 +165,63 @@ def test_a_reused_slot_keeps_nothing():
 
 def test_active_features_decide_the_calls(monkeypatch):
     calls = []
-    for name in ("penalize_logits", "sample", "filter_logits", "logprobs"):
+    for name in ("penalize_logits", "sample", "filter_logits", "logprobs", "record_tokens"):
         real = getattr(fi, name)
         monkeypatch.setattr(fi, name, lambda *a, _real=real, _name=name, **k: (calls.append(_name), _real(*a, **k))[1])
+
+    def run(*slots):
+        calls.clear()
+        result = state.sample(noise(len(slots)), rows(*slots), rows(*slots))
+        state.record(rows(*slots), result.tokens)
+        return calls
+
     state = state_of(SamplingParams(temperature=0.5, top_p=0.9))
-    state.sample(noise(1), rows(0), rows(0))
-    assert calls == ["sample"] and state.active == {"temperature", "top_p"}
-    assert state.columns.output_counts is None and state.columns.allowed is None
-    calls.clear()
-    state.add(1, SamplingParams(presence_penalty=1.0, logprobs=2), (1,))
-    state.sample(noise(2), rows(0, 1), rows(0, 0))
-    assert calls == ["penalize_logits", "sample", "logprobs"]
+    assert run(0) == ["sample"] and state.active == {"temperature", "top_p"}
+    assert state.columns.history is None and state.columns.allowed is None
+    assert state.explain() == "reference.sample (temperature, top_p, draw)"
+    state.add(1, SamplingParams(presence_penalty=1.0, logprobs=2, logit_bias={3: 1.0}), (1,))
+    assert run(0, 1) == ["sample", "logprobs", "record_tokens"]
+    assert state.explain().splitlines() == [
+        "reference.sample (bias, presence, temperature, top_p, draw)",
+        "reference.logprobs",
+        "reference.record_tokens (after the draw)",
+    ]
     state.remove(1)
-    calls.clear()
-    state.sample(noise(1), rows(0), rows(0))
-    assert calls == ["sample"]
+    assert run(0) == ["sample"]
+
+
+class Launches(TorchDispatchMode):
+    """Names of the torch operators that run; views launch nothing."""
+
+    VIEWS = frozenset(
+        {"view", "unbind", "slice", "select", "alias", "detach", "empty", "unsqueeze", "_unsafe_view", "split"}
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_launches_its_operations_and_nothing_else(monkeypatch):
+    """Whatever the batch's parameters are, parameters stay in their columns: no gather, no copy, no loop over rows."""
+    state = state_of(*MIXED, dataclasses.replace(BASE, logprobs=None), capacity=12)
+    slots, logits = rows(3, -1, 0, 5, 2, 1, 4), noise(7)
+    mask = torch.full((7, 3), -1, dtype=torch.int32)
+    ran = []
+    monkeypatch.setattr(fi, "sample", lambda logits, *a, **k: (ran.append("sample"), logits.new_zeros(7).long())[1])
+    monkeypatch.setattr(fi, "record_tokens", lambda *a, **k: ran.append("record_tokens"))
+    positions = torch.arange(7)
+    with Launches() as launches:
+        result = state.sample(logits, slots, positions, allowed=mask)
+        state.record(slots, result.tokens)
+    assert ran == ["sample", "record_tokens"]
+    assert set(launches.names) <= {"new_zeros", "_to_copy"}  # of the stand-in above
 
 
 def test_logprobs_are_of_the_given_logits():
@@ -238,6 +282,7 @@ def test_stop_fields_reach_the_checker():
     ("argument", "call"),
     [
         ("capacity", lambda state: SamplingState(0, VOCAB_SIZE)),
+        ("limits.max_distinct", lambda state: SamplingLimits(max_distinct=0)),
         ("eos_token_ids", lambda state: SamplingState(1, VOCAB_SIZE, eos_token_ids=(VOCAB_SIZE,))),
         ("order", lambda state: SamplingState(1, VOCAB_SIZE, order="both")),
         ("slot", lambda state: state.add(6, BASE, ())),
@@ -270,6 +315,23 @@ def test_a_request_that_never_reaches_min_tokens_draws_no_stop_token():
     logits = torch.zeros(1, 8)
     logits[0, 3] = 9.0
     assert state.sample(logits, torch.tensor([0]), torch.tensor([5])).tokens.tolist() == [0]
+
+
+def test_output_beyond_max_distinct_stops_its_own_request_alone():
+    state = SamplingState(2, 8, limits=SamplingLimits(max_distinct=3))
+    counted = SamplingParams(temperature=0.0, frequency_penalty=2.0, max_tokens=None)
+    state.add(0, counted, ())
+    state.add(1, SamplingParams(temperature=0.0, repetition_penalty=1.5, max_tokens=None), ())
+    slots, drawn = torch.tensor([0, 1]), []
+    for position in range(6):
+        tokens = state.sample(torch.ones(2, 8), slots, torch.full((2,), position)).tokens
+        state.record(slots, tokens)
+        drawn.append(tokens.tolist())
+    assert [first for first, _ in drawn] == [0, 1, 2, 3, -1, -1]
+    assert [second for _, second in drawn] == [0, 1, 2, 3, 4, 5]
+    state.remove(0)
+    state.add(0, counted, (), output_ids=(0, 1, 2, 3))
+    assert state.sample(torch.ones(2, 8), slots, slots).tokens[0] == -1
 
 
 def test_the_signature_says_what_a_graph_depends_on():

@@ -58,12 +58,11 @@ def make_step(order="sequential", with_penalties=True):
     return Step(filters, penalties if with_penalties else fi.PenaltyParams(), keys)
 
 
-def test_default_pipeline_fuses_to_two_calls():
+def test_default_pipeline_fuses_to_one_operation():
     pipeline = pipeline_of(DEFAULT_OPS)
-    assert [op.name for op in pipeline.stages] == ["penalize_logits", "sample"]
+    assert [op.name for op in pipeline.stages] == ["sample"]
     text = pipeline.explain()
-    assert "rule penalties fused allowed + bias + repetition + frequency + presence" in text
-    assert "sample: logits -> tokens (rule filtered_draw fused temperature + top_k" in text
+    assert "rule whole_draw fused allowed + bias + repetition + frequency + presence + temperature + top_k" in text
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,6 +84,107 @@ def test_fusion_changes_no_bit(names, seed):
     assert len(fused.stages) < len(plain.stages) == len(ops)
     logits = noise(seed)
     assert torch.equal(fused(logits.clone(), make_step()), plain(logits.clone(), make_step()))
+
+
+@pytest.fixture
+def fresh_registry():
+    registry_module.reset_registry()
+    yield registry_module.registry()
+    registry_module.reset_registry()
+
+
+def sparse_step():
+    """A step whose parameters lie in columns, of which slots pick."""
+    step, slots = make_step(), torch.randperm(NUM_ROWS + 4, generator=torch.Generator().manual_seed(4))[:NUM_ROWS]
+    slots[5::9] = -1
+
+    def spread(column):
+        held = column.new_full((NUM_ROWS + 4, *column.shape[1:]), 3)
+        held[slots[slots >= 0]] = column[slots >= 0]
+        return held
+
+    filters = {name: spread(getattr(step.filters, name)) for name in ("temperature", "top_k", "top_p", "min_p")}
+    history = fi.TokenHistory.empty(NUM_ROWS + 4, VOCAB_SIZE, 20)
+    said = torch.randint(0, VOCAB_SIZE, (NUM_ROWS + 4, 30), generator=torch.Generator().manual_seed(5)) // 4
+    fi.record_tokens(history, said)
+    penalties = fi.PenaltyParams(
+        allowed=spread(step.penalties.allowed),
+        bias_indptr=torch.arange(NUM_ROWS + 5, dtype=torch.int32),
+        bias_tokens=torch.arange(NUM_ROWS + 4, dtype=torch.int32),
+        bias_values=torch.full((NUM_ROWS + 4,), 3.0),
+        repetition=spread(step.penalties.repetition),
+        frequency=spread(step.penalties.frequency),
+        history=history,
+    )
+    keys = fi.DrawKeys(spread(step.keys.seed), spread(step.keys.sample), step.keys.position)
+    return Step(fi.FilterParams(**filters), penalties, keys, slots)
+
+
+def counted(monkeypatch):
+    """Names of the operations that are called from here on."""
+    calls = []
+    for name in ("penalize_logits", "sample", "filter_logits", "verify_chain"):
+        real = getattr(fi, name)
+        monkeypatch.setattr(fi, name, lambda *a, _real=real, _name=name, **k: (calls.append(_name), _real(*a, **k))[1])
+    return calls
+
+
+class Plain:
+    """A back end whose kernels draw without penalties, and with ``slots`` or not; a kernel of its own that serves
+    everything is declared but not preferred."""
+
+    def __init__(self, slots):
+        self.slots = slots
+
+    @fi.hookimpl
+    def fi_backend(self):
+        return fi.BackendInfo("plain", "1", "a test's", priority=70)
+
+    @fi.hookimpl
+    def fi_register_kernels(self, registry):
+        for name, penalties, slots, priority in (("sample", False, self.slots, 0), ("whole", True, True, -50)):
+            for entry in registry.kernels("sample"):
+                if entry.backend == "reference":
+                    rules = dict(entry.rules)
+                    rules["penalties"] = entry.rules["penalties"] if penalties else fi.SubsetOf()
+                    rules["slots"] = fi.OneOf(False, True) if slots else fi.OneOf(False)
+                    made = fi.KernelEntry("sample", name, "plain", rules, entry.load, ("cpu",), priority=priority)
+                    registry.add(made)
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_what_no_preferred_kernel_fuses_is_launched_before(fresh_registry, monkeypatch, slots):
+    pipeline, step = pipeline_of(DEFAULT_OPS), sparse_step()
+    calls = counted(monkeypatch)
+    expected = pipeline(noise(), step)
+    assert calls == ["sample"]
+    assert (expected == -1).tolist() == (step.slots < 0).tolist()
+    [line] = pipeline.launches(noise(), step)
+    assert line == "reference.sample (allowed, bias, frequency, repetition, temperature, min_p, top_k, top_p, draw)"
+    fresh_registry.register_plugin(Plain(slots), "plain")
+    calls.clear()
+    assert torch.equal(pipeline(noise(), step), expected)
+    assert calls == ["penalize_logits", "sample"]
+    lines = pipeline.launches(noise(), step)
+    assert lines[0].startswith(
+        "reference.penalize_logits (allowed, bias, frequency, repetition) (not fused: plain.sample is"
+    )
+    assert lines[-1] == "plain.sample (temperature, min_p, top_k, top_p, draw)"
+    assert [line for line in lines if line.startswith("gather")] == lines[1:-1] and len(lines) == (2 if slots else 3)
+
+
+def test_a_user_operation_between_penalties_and_filters_is_named(monkeypatch):
+    double = logits_op("double")(lambda logits, step: logits * 2)
+    pipeline = pipeline_of([*DEFAULT_OPS[:5], double, *DEFAULT_OPS[5:]])
+    step = sparse_step()
+    lines = pipeline.launches(noise(), step)
+    assert [line.partition(" ")[0] for line in lines] == ["reference.penalize_logits", "double:", "reference.sample"]
+    calls = counted(monkeypatch)
+    expected = fi.penalize_logits(noise(), step.penalties, slots=step.slots) * 2
+    expected = fi.sample(expected, step.rows_of(step.filters), step.row_keys).masked_fill(step.slots < 0, -1)
+    calls.clear()
+    assert torch.equal(pipeline(noise(), step), expected)
+    assert calls == ["penalize_logits", "sample"]
 
 
 def test_order_joint_needs_one_fused_operation():
@@ -171,13 +271,6 @@ class Plugin:
     def fi_fusion_rules(self):
         quarter = LogitsOp("quarter", Kind.LOGITS, Kind.LOGITS, lambda logits, step: logits / 4)
         return [FusionRule("halves", lambda ops: 2 * (list(ops[:2]) == [self.halve] * 2), lambda ops: quarter)]
-
-
-@pytest.fixture
-def fresh_registry():
-    registry_module.reset_registry()
-    yield registry_module.registry()
-    registry_module.reset_registry()
 
 
 def test_plugins_add_operations_and_rules(fresh_registry):

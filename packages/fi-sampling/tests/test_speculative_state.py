@@ -143,7 +143,7 @@ def test_chains_with_draft_probs_follow_the_filtered_target():
     state = SamplingState(1, vocab_size)
     state.add(0, params, ())
     slots, positions = torch.zeros(num_requests, dtype=torch.int64), torch.arange(num_requests)
-    keys = state.step(slots, positions).keys
+    keys = state.step(slots, positions).row_keys
     drafted = fi.sample(draft.log().expand(num_requests, -1).contiguous(), fi.FilterParams(), keys).unsqueeze(1)
     verdict = verify_chain(
         state,

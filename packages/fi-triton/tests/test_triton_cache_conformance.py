@@ -13,7 +13,9 @@ from fi_core.registry import registry
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@conformance.parametrize("triton", ops=["attention", "append_kv", "merge_states"], device=DEVICE)
+@conformance.parametrize(
+    "triton", ops=["attention", "append_kv", "find_shared_prefixes", "merge_states"], device=DEVICE
+)
 def test_conformance(case):
     case()
 

@@ -40,6 +40,7 @@ from .ops.append_kv import append_kv
 from .ops.attention import attention, lse_base2
 from .ops.copy_pages import copy_pages
 from .ops.filter_logits import filter_logits
+from .ops.find_shared_prefixes import find_shared_prefixes
 from .ops.gelu_mul import gelu_mul
 from .ops.logprobs import logprobs
 from .ops.merge_states import merge_states
@@ -119,6 +120,7 @@ __all__ = [
     "copy_pages",
     "explain",
     "filter_logits",
+    "find_shared_prefixes",
     "gelu_mul",
     "hookimpl",
     "logprobs",

@@ -108,6 +108,9 @@ def check_planned(batch: Batch, spec: AttentionSpec, capacity: Capacity, device:
     if batch.size > capacity.max_batch:
         raise CapacityError("batch.kv_lens", f"at most max_batch={capacity.max_batch} requests", batch.size)
     if batch.levels is not None:
+        if batch.mask is not None and batch.mask.columns != "new":
+            expected = "'new' with levels: all who share a prefix see all of it"
+            raise ArgumentError("batch.mask.columns", expected, batch.mask.columns)
         if capacity.max_prefixes == 0:
             raise ArgumentError("batch.levels", "None (the plan's max_prefixes is 0)", "shared prefixes")
         if batch.levels.nodes.shape[0] > capacity.max_prefixes:

@@ -172,6 +172,19 @@ def check_attention(plan: Plan, q: Tensor, kv: KVCache) -> None:
     record.publish()
 
 
+def check_tables(batch: Batch, table: Tensor, page_size: int) -> None:
+    """Check lengths and rows of a batch against its table, whatever the pages are."""
+    record = _begin(batch.kv_lens.device)
+    _check_indptr(record, "batch.q_indptr", batch.q_indptr, torch.iinfo(torch.int32).max)
+    record.note("batch.kv_lens", batch.kv_lens < 0, batch.kv_lens, 0)
+    held = _held_by_tables(record, batch, table, page_size)
+    record.note("batch.kv_lens", batch.kv_lens > held, batch.kv_lens, held)
+    rows = batch.table_row
+    if rows is not None:
+        record.note("batch.table_row", (rows < 0) | (rows >= table.shape[0]), rows, table.shape[0] - 1)
+    record.publish()
+
+
 def check_append(k: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None) -> None:
     """Check ``batch`` against ``kv``, the rows of ``k`` and the length of RoPE's table."""
     record = _begin(batch.kv_lens.device)
@@ -207,7 +220,7 @@ def check_copy(source: KVCache, target: KVCache, source_pages: Tensor, target_pa
         if source.k.data_ptr() == target.k.data_ptr() or source.v.data_ptr() == target.v.data_ptr():
             place = torch.searchsorted(ordered, source_pages.long()).clamp(max=used.shape[0] - 1)
             overwritten = used & (source_pages != target_pages) & (ordered[place] == source_pages)
-            record.note(_ARGUMENTS[-1], overwritten, source_pages, 0)
+            record.note("source_pages of one pair, target_pages of another", overwritten, source_pages, 0)
     record.publish()
 
 
@@ -277,17 +290,22 @@ def _check_lengths(record: Record, batch: Batch, kv: KVCache, max_kv_len: int | 
     record.note("batch.kv_lens", kv_lens < 0, kv_lens, 0)
     if max_kv_len is not None:
         record.note("batch.kv_lens", kv_lens > max_kv_len, kv_lens, max_kv_len)
-    if batch.table_indptr is not None and batch.table is not None:
-        _check_indptr(record, "batch.table_indptr", batch.table_indptr, batch.table.shape[0])
-        held = (batch.table_indptr[1:] - batch.table_indptr[:-1]).long() * page_size
+    if batch.table is not None:
+        held = _held_by_tables(record, batch, batch.table, page_size)
     elif batch.kv_indptr is not None:
         _check_indptr(record, "batch.kv_indptr", batch.kv_indptr, kv.as_nhd()[0].shape[0])
         held = batch.kv_indptr[1:] - batch.kv_indptr[:-1]
-    elif batch.table is not None:
-        held = torch.full_like(kv_lens, batch.table.shape[1] * page_size, dtype=torch.int64)
     else:
         return
     record.note("batch.kv_lens", kv_lens > held, kv_lens, held)
+
+
+def _held_by_tables(record: Record, batch: Batch, table: Tensor, page_size: int) -> Tensor:
+    """Tokens that each request's table entries have room for."""
+    if batch.table_indptr is None:
+        return torch.full_like(batch.kv_lens, table.shape[1] * page_size, dtype=torch.int64)
+    _check_indptr(record, "batch.table_indptr", batch.table_indptr, table.shape[0])
+    return (batch.table_indptr[1:] - batch.table_indptr[:-1]).long() * page_size
 
 
 def _check_mask(record: Record, batch: Batch, mask: PackedMask, q_lens: Tensor) -> None:

@@ -58,15 +58,16 @@ class Plan:
     """A kernel with its workspace for one (spec, capacity, device); made by ``plan``.
 
     One thread and one stream at a time: ``update`` and the calls of a step use the same workspace. Attributes: ``spec``,
-    ``capacity``, ``device``, ``selection`` (the kernel and why), ``state`` (the kernel's part), ``workspace_bytes``,
-    ``batch`` (the last update's, None before), ``num_q_tokens`` (its tokens where its lengths are on the CPU, else 0: not
-    known here), ``observed`` (made in checked or shadow mode), ``checked_caches``
-    (that fit the plan), ``handle`` (an integer that names the plan in compiled graphs).
+    ``q_dtype`` (the spec's), ``capacity``, ``device``, ``selection`` (the kernel and why), ``state`` (the kernel's part),
+    ``workspace_bytes``, ``batch`` (the last update's, None before), ``num_q_tokens`` (its tokens where its lengths are on
+    the CPU, else 0: not known here), ``observed`` (made in checked or shadow mode), ``checked_caches`` (that fit the plan),
+    ``handle`` (an integer that names the plan in compiled graphs).
     """
 
     def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device, selection: Selection) -> None:
         kernel = _kernel(registry(), selection)
         self.spec = spec
+        self.q_dtype = spec.q_dtype
         self.capacity = capacity
         self.device = device
         self.selection = selection

@@ -25,7 +25,7 @@ class SharedPrefixes:
     ``order`` int32 [B]: a permutation of the requests; None: as they stand in the batch.
 
     Pages that lie wholly within what two requests share must be the same pages in both tables. The page in which a shared
-    range ends may be a copy in each.
+    range ends may be a copy in each. A mask's columns must be "new".
     """
 
     nodes: torch.Tensor

@@ -74,6 +74,17 @@ class CopyPages(Protocol):
         ...
 
 
+class FindSharedPrefixes(Protocol):
+    """Protocol of ``find_shared_prefixes``: levels of ``batch`` (table "dense" or "indptr")."""
+
+    def __call__(
+        self, batch: Batch, page_size: int, max_depth: int, min_saved_tokens: int, nodes: Tensor, order: Tensor
+    ) -> None:
+        """``nodes`` and ``order`` are those of the reference, rows behind the nodes found 0. Of a request the table's first
+        (kv_len - q_len) // page_size entries count; an entry below 0 is equal to none."""
+        ...
+
+
 class MergeStates(Protocol):
     """Protocol of ``merge_states``: o [N, T, H, D], lse float32 [N, T, H] -> o_out [T, H, D], lse_out float32 [T, H]."""
 

@@ -33,6 +33,7 @@ _LIMITS: Mapping[str, Callable[[torch.dtype], Tolerance]] = {
     "silu_mul": ROUNDED.__getitem__,
     "gelu_mul": ROUNDED.__getitem__,
     "top_k": ROUNDED.__getitem__,
+    "find_shared_prefixes": ROUNDED.__getitem__,
     "logprobs": lambda dtype: Tolerance(1e-5, 2e-5),
     "penalize_logits": ROUNDED.__getitem__,
     "record_tokens": ROUNDED.__getitem__,

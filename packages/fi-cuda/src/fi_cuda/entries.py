@@ -138,8 +138,6 @@ _SHARED_PREFIXES: Mapping[str, Rule] = {
     "levels": OneOf(True),
     "max_q_len": Between(1),
     "table": OneOf("dense", "indptr"),
-    "windowed": OneOf(False),  # a node's keys are visible to all of its members
-    "features": SubsetOf("soft_cap", "sinks", "lse"),
     "batch_invariant": OneOf(False),
 }
 
@@ -223,16 +221,12 @@ SAMPLING_ENTRIES: list[KernelEntry] = [
 """Kernels of sampling: a row of logits lies in the shared memory of a cluster of blocks."""
 
 
-_NOT_PREFERRED = -60
-"""Priority of kernels that have not run on a GPU yet: below that of the Triton backend."""
-
-
 def _load_attention_decode() -> Any:
     return importlib.import_module("fi_cuda.kernels.attention.state").attention_decode
 
 
 def _load_attention_prefill() -> Any:
-    return importlib.import_module("fi_cuda.kernels.attention.prefill_state").attention_prefill
+    return importlib.import_module("fi_cuda.kernels.attention.mixed_state").attention_mixed
 
 
 def _load_attention_prefix() -> Any:
@@ -266,12 +260,11 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
                 Condition("a Hopper GPU", _on_hopper),
                 Condition("K and V in q's dtype or in FP8", _same_or_fp8),
             ),
-            priority=priority,
         )
-        for name, rules, priority in (
-            ("attention_prefill", _LONG_QUERIES, 0),
-            ("attention_prefill_fp8", _LONG_FP8_QUERIES, _NOT_PREFERRED),
-            ("attention_prefill_rotated", _LONG_ROTATED_QUERIES, _NOT_PREFERRED),
+        for name, rules in (
+            ("attention_prefill", _LONG_QUERIES),
+            ("attention_prefill_fp8", _LONG_FP8_QUERIES),
+            ("attention_prefill_rotated", _LONG_ROTATED_QUERIES),
         )
     ),
     KernelEntry(

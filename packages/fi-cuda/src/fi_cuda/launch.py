@@ -66,15 +66,19 @@ class LaunchShape:
         return attributes
 
 
-class _Arguments(threading.local):
-    """A thread's packed struct and the argument array that points at it and at tensor maps; the driver copies what they
-    point at while it launches."""
+class _Arguments:
+    """A packed struct and the argument array that points at it and at tensor maps; the driver copies what they point at
+    while it launches."""
 
     def __init__(self, num_bytes: int, num_maps: int) -> None:
         self.packed = ctypes.create_string_buffer(num_bytes)
         self.pointers = (ctypes.c_void_p * (1 + num_maps))(ctypes.addressof(self.packed))
         self.address = ctypes.addressof(self.pointers)
         self.maps: tuple[Any, ...] | None = None  # that the pointers after the first point at
+
+
+class _ThreadArguments(_Arguments, threading.local):
+    """Each thread's own."""
 
 
 class LaunchableKernel:
@@ -91,7 +95,7 @@ class LaunchableKernel:
         self._code = ObjectCode.from_cubin(artifact.cubin, name=artifact.stem)
         self._function = driver.CUfunction(int(self._code.get_kernel(artifact.symbol).handle))
         self._pack_into = layout.packer.pack_into
-        self._arguments = _Arguments(layout.packer.size, num_maps)
+        self._arguments = _ThreadArguments(layout.packer.size, num_maps)
         self._configs: dict[tuple[int, int, int, int], Any] = {}
 
     def launch(self, device: torch.device, grid_x: int, grid_y: int, *values: Any) -> None:
@@ -112,13 +116,21 @@ class LaunchableKernel:
             return
         arguments = self._arguments
         self._pack_into(arguments.packed, 0, *values)
-        stream = torch._C._cuda_getCurrentRawStream(device_idx)
-        config = self._configs.get((device_idx, stream, grid_x, grid_y))
+        self._launch_packed(device_idx, grid_x, grid_y, arguments.address)
+
+    def _launch_packed(self, device_idx: int, grid_x: int, grid_y: int, address: int) -> None:
+        """With the argument array at ``address``, on the current device."""
+        key = (device_idx, torch._C._cuda_getCurrentRawStream(device_idx), grid_x, grid_y)
+        config = self._configs.get(key)
         if config is None:
-            config = self._remember((device_idx, stream, grid_x, grid_y))
-        (status,) = driver.cuLaunchKernelEx(config, self._function, arguments.address, 0)
+            config = self._remember(key)
+        (status,) = driver.cuLaunchKernelEx(config, self._function, address, 0)
         if status:
             check(status, f"launch of {self.artifact.name} with grid ({grid_x}, {grid_y})")
+
+    def repeated(self, device: torch.device, grid_x: int, maps: tuple[TensorMap, ...]) -> RepeatedLaunch:
+        """This kernel for many launches of ``grid_x`` blocks with ``maps``, of which most have the same parameters."""
+        return RepeatedLaunch(self, device, grid_x, _Arguments(self.layout.packer.size, len(maps)))
 
     def _remember(self, key: tuple[int, int, int, int]) -> Any:
         shape = self.shape
@@ -175,3 +187,31 @@ class TensorMapKernel(LaunchableKernel):
                 raise LaunchError(f"launch of {self.artifact.name}: {name} is {tensor_map!r}, not a TensorMap")
             arguments.pointers[1 + idx] = tensor_map.address
         arguments.maps = maps
+
+    def repeated(self, device: torch.device, grid_x: int, maps: tuple[TensorMap, ...]) -> RepeatedLaunch:
+        made = super().repeated(device, grid_x, maps)
+        self._point_at(maps, made.arguments)
+        return made
+
+
+class RepeatedLaunch:
+    """Launches of one kernel with parameters that stay packed, for one thread at a time; made by ``repeated``."""
+
+    def __init__(self, kernel: LaunchableKernel, device: torch.device, grid_x: int, arguments: _Arguments) -> None:
+        self._kernel = kernel
+        self._device = device
+        self._grid_x = grid_x
+        self.arguments = arguments
+
+    def pack(self, *values: Any) -> None:
+        """The struct's field values, in order, of the launches from now on."""
+        self._kernel._pack_into(self.arguments.packed, 0, *values)
+
+    def launch(self) -> None:
+        """On the device's current stream. Raises LaunchError."""
+        device = self._device
+        if device.index == torch._C._cuda_getDevice():
+            self._kernel._launch_packed(device.index, self._grid_x, 1, self.arguments.address)
+        else:
+            with torch.cuda.device(device):
+                self._kernel._launch_packed(device.index, self._grid_x, 1, self.arguments.address)

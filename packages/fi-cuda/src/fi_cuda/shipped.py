@@ -10,8 +10,10 @@ from fi_core.records import AttentionSpec, Capacity
 from fi_core.rope import FusedRope
 
 from .kernels.append_kv import AppendShape, spec_for
+from .kernels.attention.boxes import tokens_of_box
 from .kernels.attention.call import CallForm
 from .kernels.attention.decode import decode_spec
+from .kernels.attention.mixed_state import short_capacity
 from .kernels.attention.order import order_spec
 from .kernels.attention.plan import plan_spec
 from .kernels.attention.prefill import prefill_spec
@@ -204,7 +206,7 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
     for spec in (ragged, replace(ragged, causal=False), replace(eight, dtype=torch.float16, kv_format="fp16")):
         yield from _prefill_specs(spec, CallForm())
     yield from _prefill_specs(replace(eight, page_size=1), CallForm(), boxes=False)
-    yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), CallForm(k_scales=True, v_scales=True), boxes=False)
+    yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), CallForm(k_scales=True, v_scales=True))
     all_fp8 = replace(eight, kv_format="fp8_e4m3", q_format="fp8_e4m3")
     scaled = CallForm(q_scales=True, k_scales=True, v_scales=True)
     for spec in (all_fp8, replace(all_fp8, page_size=None, table="ragged", causal=False)):
@@ -215,12 +217,11 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
 
 
 def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
-    """Shared prefixes: groups of 4, 8 and 1 query heads, and FP8 for one of them."""
+    """Shared prefixes: groups of 4 and 8 query heads, and FP8 for one of them."""
     scaled = CallForm(k_scales=True, v_scales=True)
     for spec, form in (
         (eight, CallForm(boxes=True)),
         (replace(eight, num_qo_heads=64), CallForm(boxes=True)),
-        (replace(eight, num_kv_heads=32), CallForm(boxes=True)),
         (replace(eight, kv_format="fp8_e4m3"), scaled),
     ):
         tuning = built_in_prefill_tuning(spec)
@@ -229,12 +230,12 @@ def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
 
 
 def _decode_specs(
-    spec: AttentionSpec, capacity: Capacity, form: CallForm, window: int | None = None
+    spec: AttentionSpec, capacity: Capacity, form: CallForm, window: int | None = None, boxes: bool = True
 ) -> Iterator[KernelSpec]:
     """What a plan launches: the planning kernel and the kernel of its calls."""
     tuning = built_in_tuning(spec, capacity)
     yield plan_spec(partition_params(spec, capacity, tuning, window, _HOPPER_PROCESSORS), capacity)
-    yield decode_spec(spec, tuning, form._replace(boxes=True))
+    yield decode_spec(spec, tuning, form._replace(boxes=boxes))
 
 
 def _prefill_specs(
@@ -242,6 +243,9 @@ def _prefill_specs(
 ) -> Iterator[KernelSpec]:
     tuning = built_in_prefill_tuning(spec)
     params = prefill_params(spec, _PREFILL, tuning, window, _HOPPER_PROCESSORS)
+    short = short_capacity(spec, _PREFILL)
+    short_boxes = tokens_of_box(spec.page_size, built_in_tuning(spec, short).chunk_tokens) is not None
+    yield from _decode_specs(spec, short, form, window, short_boxes)
     yield plan_spec(params, _PREFILL)
-    yield order_spec(params, _PREFILL, tuning)
-    yield prefill_spec(spec, tuning, form._replace(boxes=boxes))
+    yield order_spec(params, _PREFILL, tuning, short.max_q_len)
+    yield prefill_spec(spec, tuning, form._replace(boxes=boxes), after_decode=True)

@@ -5,6 +5,7 @@ and speculative verification. Kernels live behind ``fi_core``'s operations.
 """
 
 from .builtin import BUILTIN_OPS, BUILTIN_RULES, DEFAULT_OPS
+from .columns import SamplingLimits
 from .params import SamplingParams
 from .pipeline import FusionRule, Kind, LogitsOp, Pipeline, PipelineTypeError, ProcessorError, Step, logits_op
 from .plugins import fusion_rules, logits_ops, pipeline_of
@@ -26,6 +27,7 @@ __all__ = [
     "PipelineTypeError",
     "ProcessorError",
     "SampleResult",
+    "SamplingLimits",
     "SamplingParams",
     "SamplingState",
     "Step",

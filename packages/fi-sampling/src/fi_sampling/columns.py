@@ -3,16 +3,20 @@ host."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
-from fi_core import ArgumentError, CapacityError
+from fi_core import ArgumentError, CapacityError, TokenHistory
 from torch import Tensor
 
 from .params import SamplingParams
 
 FLOATS = ("temperature", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence")
-INTS = ("top_k", "sample", "min_tokens", "num_output")
+INTS = ("top_k", "sample")
+
+_LARGEST_INT = 2**31 - 1
 
 _FILTERS_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 _PENALTIES_OFF = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
@@ -34,36 +38,53 @@ def features_of(params: SamplingParams, stop_tokens: frozenset[int]) -> frozense
     return frozenset(needed)
 
 
-class Columns:
-    """Tensors with a place for each of ``capacity`` slots and one more, the scratch slot that padding rows use.
+@dataclass(frozen=True)
+class SamplingLimits:
+    """Room that each request in flight has: ``max_bias`` biased (and, with min_tokens, stop) tokens, and ``max_distinct``
+    distinct tokens of output if it has a frequency or presence penalty; one that has told more draws -1 from then on."""
 
-    ``floats`` [len(FLOATS), slots] float32, ``ints`` [len(INTS), slots] int32 and ``seeds`` [1, slots] int64 always
-    exist. Tables that some requests need are made when the first of them comes, and stay: ``allowed`` int32 [slots,
-    words], ``bias_tokens`` int32 and ``bias_values``, ``bias_early`` float32 [slots, max_bias] (early: before
-    min_tokens), ``prompt_counts`` and ``output_counts`` int32 [slots, vocab_size].
+    max_bias: int = 32
+    max_distinct: int = 4096
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) < 1:
+                raise ArgumentError(f"limits.{item.name}", "at least 1", getattr(self, item.name))
+
+
+DEFAULT_LIMITS = SamplingLimits()
+
+
+class Columns:
+    """Tensors with a place for each of ``capacity`` slots.
+
+    ``floats`` [len(FLOATS), slots] float32, ``ints`` [len(INTS), slots] int32 and ``seeds`` int64 [slots] always exist.
+    Tables that some requests need are made when the first of them comes, and stay: ``allowed`` int32 [slots, words],
+    ``bias_tokens`` and ``bias_until`` int32 and ``bias_values`` float32 [slots, max_bias], and the ``history`` of every
+    slot, with room for ``max_distinct`` distinct tokens of output.
     """
 
-    def __init__(self, capacity: int, vocab_size: int, max_bias: int, device: torch.device) -> None:
-        self.capacity, self.vocab_size, self.max_bias, self.device = capacity, vocab_size, max_bias, device
-        slots = capacity + 1
-        self.floats = torch.tensor(_float_values(SamplingParams()), dtype=torch.float32).unsqueeze(1).repeat(1, slots)
-        self.floats = self.floats.to(device)
-        self.ints = torch.zeros((len(INTS), slots), dtype=torch.int32, device=device)
-        self.seeds = torch.zeros((1, slots), dtype=torch.int64, device=device)
+    def __init__(self, capacity: int, vocab_size: int, limits: SamplingLimits, device: torch.device) -> None:
+        self.capacity, self.vocab_size, self.device = capacity, vocab_size, device
+        self.max_bias, self.max_distinct = limits.max_bias, min(limits.max_distinct, vocab_size)
+        self.floats = torch.tensor(_float_values(SamplingParams()), dtype=torch.float32).unsqueeze(1)
+        self.floats = self.floats.repeat(1, capacity).to(device)
+        self.ints = torch.zeros((len(INTS), capacity), dtype=torch.int32, device=device)
+        self.seeds = torch.zeros(capacity, dtype=torch.int64, device=device)
+        # Every slot has max_bias entries, padded with token -1, so shapes never depend on the requests.
+        self.bias_indptr = torch.arange(capacity + 1, dtype=torch.int32, device=device) * self.max_bias
         self.allowed: Tensor | None = None
         self.bias_tokens: Tensor | None = None
         self.bias_values: Tensor | None = None
-        self.bias_early: Tensor | None = None
-        self.prompt_counts: Tensor | None = None
-        self.output_counts: Tensor | None = None
+        self.bias_until: Tensor | None = None
+        self.history: TokenHistory | None = None
 
-    def write(self, slot: int, params: SamplingParams, seed: int, sample: int, num_output: int) -> None:
+    def write(self, slot: int, params: SamplingParams, seed: int, sample: int) -> None:
         """Fill the columns that always exist."""
         self.floats[:, slot] = torch.tensor(_float_values(params), dtype=torch.float32)
         top_k = min(max(params.top_k, 0), self.vocab_size)
-        min_tokens = min(params.min_tokens, 2**31 - 1)
-        self.ints[:, slot] = torch.tensor([top_k, sample, min_tokens, num_output], dtype=torch.int32)
-        self.seeds[:, slot] = seed
+        self.ints[:, slot] = torch.tensor([top_k, sample], dtype=torch.int32)
+        self.seeds[slot] = seed
 
     def write_allowed(self, slot: int, tokens: Sequence[int] | None) -> None:
         """Fill the slot's bitmask; None allows every token."""
@@ -71,7 +92,7 @@ class Columns:
         if self.allowed is None:
             if tokens is None:
                 return
-            self.allowed = torch.full((self.capacity + 1, words), -1, dtype=torch.int32, device=self.device)
+            self.allowed = torch.full((self.capacity, words), -1, dtype=torch.int32, device=self.device)
         if tokens is None:
             self.allowed[slot] = -1
             return
@@ -81,38 +102,45 @@ class Columns:
         self.allowed[slot] = packed.to(torch.int32)
 
     def write_bias(self, slot: int, params: SamplingParams, stop_tokens: frozenset[int]) -> None:
-        """Fill the slot's bias entries: the request's own, and -inf on its stop tokens before min_tokens."""
+        """Fill the slot's bias entries: the request's own, and its stop tokens, which are held back before min_tokens."""
         early = stop_tokens if params.min_tokens else frozenset()
         tokens = sorted(early.union(params.logit_bias))
         if len(tokens) > self.max_bias:
             raise CapacityError(
-                "params.logit_bias", f"at most max_bias={self.max_bias} biased and stop tokens", len(tokens)
+                "params.logit_bias", f"at most limits.max_bias={self.max_bias} biased and stop tokens", len(tokens)
             )
-        if self.bias_tokens is None or self.bias_values is None or self.bias_early is None:
+        if self.bias_tokens is None or self.bias_values is None or self.bias_until is None:
             if not tokens:
                 return
-            shape = (self.capacity + 1, self.max_bias)
+            shape = (self.capacity, self.max_bias)
             self.bias_tokens = torch.full(shape, -1, dtype=torch.int32, device=self.device)
             self.bias_values = torch.zeros(shape, device=self.device)
-            self.bias_early = torch.zeros(shape, device=self.device)
-        values = [float(params.logit_bias.get(token, 0.0)) for token in tokens]
-        held = [-torch.inf if token in early else value for token, value in zip(tokens, values, strict=True)]
+            self.bias_until = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        least = min(params.min_tokens, _LARGEST_INT)
         padding = self.max_bias - len(tokens)
+        values = [float(params.logit_bias.get(token, 0.0)) for token in tokens]
+        until = [least if token in early else 0 for token in tokens]
         self.bias_tokens[slot] = torch.tensor(tokens + [-1] * padding, dtype=torch.int32)
         self.bias_values[slot] = torch.tensor(values + [0.0] * padding)
-        self.bias_early[slot] = torch.tensor(held + [0.0] * padding)
+        self.bias_until[slot] = torch.tensor(until + [0] * padding, dtype=torch.int32)
 
-    def write_counts(self, slot: int, prompt: Tensor, output: Tensor, needed: bool) -> None:
-        """Fill the slot's histories from token ids int64 on the columns' device; makes them if ``needed``."""
-        if self.prompt_counts is None or self.output_counts is None:
+    def write_history(self, slot: int, prompt: Sequence[int], output: Sequence[int], needed: bool) -> None:
+        """Fill the slot's history; makes the table if ``needed``. Copies to the device; nothing waits for it."""
+        if self.history is None:
             if not needed:
                 return
-            shape = (self.capacity + 1, self.vocab_size)
-            self.prompt_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            self.output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        for counts, tokens in ((self.prompt_counts, prompt), (self.output_counts, output)):
-            counts[slot] = 0
-            counts[slot].index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
+            self.history = TokenHistory.empty(self.capacity, self.vocab_size, self.max_distinct, self.device)
+        counts = Counter(output)
+        entries = torch.zeros((self.max_distinct, 2), dtype=torch.int32)
+        held = list(counts.items())[: self.max_distinct]
+        entries[: len(held)] = torch.tensor(held, dtype=torch.int32).view(-1, 2)
+        seen = torch.zeros(self.history.seen.shape[1] * 32, dtype=torch.int64)
+        seen[[*prompt, *output]] = 1
+        bits = (seen.view(-1, 32) << torch.arange(32)).sum(dim=1)
+        self.history.seen[slot] = bits.to(torch.int32)
+        self.history.entries[slot] = entries
+        self.history.num_entries[slot] = min(len(counts), self.max_distinct + 1)
+        self.history.num_output[slot] = len(output)
 
 
 def _float_values(params: SamplingParams) -> list[float]:

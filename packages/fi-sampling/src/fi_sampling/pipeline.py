@@ -8,6 +8,7 @@ from enum import Enum
 
 import torch
 from fi_core import ArgumentError, DrawKeys, FiError, FilterParams, PenaltyParams
+from fi_core.sampling import FILTERS
 from torch import Tensor
 
 
@@ -29,24 +30,48 @@ class ProcessorError(FiError):
 
 @dataclass(frozen=True)
 class Step:
-    """The parameters of one step, a row each of the batch; None members are not used by any row."""
+    """The parameters of one step; None members are not used by any row. Row n of the batch uses row ``slots[n]`` of
+    ``filters``, ``penalties`` and ``keys`` (int64 [N]; below 0: none), or row n where there are no ``slots``; as in
+    ``fi_core.sample``, ``keys.position``, ``penalties.step_allowed`` and ``penalties.rows`` always have a row for each of
+    the batch."""
 
     filters: FilterParams
     penalties: PenaltyParams
     keys: DrawKeys
+    slots: Tensor | None = None
+
+    def rows_of(self, filters: FilterParams) -> FilterParams:
+        """``filters`` (which are among these) with one row a row of the batch: a gather a column, or themselves."""
+        if self.slots is None:
+            return filters
+        places = self.slots.clamp(min=0)
+        columns = {name: getattr(filters, name) for name in ("temperature", *FILTERS)}
+        return FilterParams(
+            **{name: None if column is None else column[places] for name, column in columns.items()},
+            order=filters.order,
+        )
+
+    @property
+    def row_keys(self) -> DrawKeys:
+        """``keys`` with one row a row of the batch."""
+        if self.slots is None:
+            return self.keys
+        places = self.slots.clamp(min=0)
+        return DrawKeys(self.keys.seed[places], self.keys.sample[places], self.keys.position)
 
 
 @dataclass(frozen=True)
 class LogitsOp:
     """One operation: ``run(tensor, step)`` turns a tensor of kind ``takes`` into one of kind ``gives``. It may write to
     its input unless the pipeline's caller keeps using the logits; it must not synchronise with the host to stay legal
-    in CUDA graphs."""
+    in CUDA graphs. ``launches(logits, step)``, if given, says in a line each what it would launch."""
 
     name: str
     takes: Kind
     gives: Kind
     run: Callable[[Tensor, Step], Tensor]
     builtin: bool = False
+    launches: Callable[[Tensor, Step], Sequence[str]] | None = None
 
 
 def logits_op(
@@ -101,6 +126,14 @@ class Pipeline:
             op = stage.op
             tensor = op.run(tensor, step) if op.builtin else _run_user_op(op, tensor, step)
         return tensor
+
+    def launches(self, logits: Tensor, step: Step) -> list[str]:
+        """What a call launches, a line each, for logits of this dtype, device and vocabulary (their rows do not matter)
+        and a step with these parameters."""
+        lines: list[str] = []
+        for op in self.stages:
+            lines += [f"{op.name}: as it likes"] if op.launches is None else op.launches(logits, step)
+        return lines
 
     def explain(self) -> str:
         """One line a stage: its kinds, and which operations a rule fused into it."""

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from .builtin import DRAW, SOFTMAX
 from .pipeline import Pipeline, Step
-from .state import Drafted, SamplingState
-
-_HISTORY = {"repetition", "frequency", "presence"}
+from .state import SamplingState
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,7 @@ def verify_chain(
     step = _step(state, slots, positions, draft_tokens, ancestry)
     if draft_probs is not None:
         probs = _probabilities(state.pipeline)(logits.flatten(0, 1), step).view(logits.shape)
-        first = slice(None, None, num_draft + 1)
-        keys = DrawKeys(step.keys.seed[first].contiguous(), step.keys.sample[first].contiguous(), positions)
+        keys = Step(step.filters, step.penalties, DrawKeys(step.keys.seed, step.keys.sample, positions), slots).row_keys
         return ChainVerdict(*fi.verify_chain(draft_tokens, draft_probs, probs, keys))
     draws = state.pipeline(logits.flatten(0, 1), step).view(num_requests, num_draft + 1)
     verdict = _match(draws, draft_tokens, parents, ancestry)
@@ -111,22 +108,13 @@ def _ancestry(parents: Tensor) -> Tensor:
 
 def _step(state: SamplingState, slots: Tensor, positions: Tensor, draft_tokens: Tensor, ancestry: Tensor) -> Step:
     """The parameters of all rows, N * (n + 1): row 0 of a request assumes no draft, row i + 1 node i and those above
-    it."""
-    num_requests, num_draft = draft_tokens.shape
-    num_rows = num_requests * (num_draft + 1)
+    it. Drafts that are padding (-1) or no token count as none."""
+    num_draft = draft_tokens.shape[1]
     assumed = torch.cat([torch.zeros_like(draft_tokens).unsqueeze(1).bool(), ancestry], dim=1)
-    depth = assumed.sum(dim=2)
-    counts = None
-    if state.active & _HISTORY:
-        vocab_size = state.columns.vocab_size
-        inside = (draft_tokens >= 0) & (draft_tokens < vocab_size)
-        tokens = torch.where(inside, draft_tokens, 0).unsqueeze(1).expand_as(assumed)
-        counts = torch.zeros((*assumed.shape[:2], vocab_size), dtype=torch.int32, device=draft_tokens.device)
-        counts.scatter_add_(2, tokens, (assumed & inside.unsqueeze(1)).to(torch.int32))
-        counts = counts.view(num_rows, vocab_size)
+    drafted = torch.where(assumed, draft_tokens.unsqueeze(1), -1).flatten(0, 1)
     rows = slots.unsqueeze(1).expand(-1, num_draft + 1).reshape(-1)
-    places = (positions.unsqueeze(1) + depth).flatten()
-    return state.step(rows, places, drafted=Drafted(depth.flatten().to(torch.int32), counts))
+    places = (positions.unsqueeze(1) + assumed.sum(dim=2)).flatten()
+    return state.step(rows, places, drafted=drafted)
 
 
 def _match(draws: Tensor, draft_tokens: Tensor, parents: Tensor, ancestry: Tensor) -> TreeVerdict:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import fi_core as fi
 import torch
-from fi_core import ArgumentError, DrawKeys, FilterParams, LogprobsOut, PenaltyParams
+from fi_core import ArgumentError, DrawKeys, FilterParams, LogprobsOut, PenaltyParams, TokenHistory
+from fi_core.dispatch import select_for
 from torch import Tensor
 
 from .builtin import DEFAULT_OPS
-from .columns import FLOATS, INTS, Columns, check_tokens, features_of
+from .columns import DEFAULT_LIMITS, FLOATS, INTS, Columns, SamplingLimits, check_tokens, features_of
 from .params import SamplingParams
 from .pipeline import Kind, Pipeline, PipelineTypeError, Step
 from .plugins import pipeline_of
 
 _FILTER_NAMES = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _HISTORY = ("repetition", "frequency", "presence")
+_RECORDED = frozenset({*_HISTORY, "min_tokens"})
+"""Features for which drawn tokens are recorded."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,6 @@ class SampleResult:
     logprobs: LogprobsOut | None
 
 
-@dataclass(frozen=True)
-class Drafted:
-    """Rows of a speculative step: ``depth`` int32 [N], how many drafted tokens each row assumes, and ``counts`` int32
-    [N, V], how often each token is among them (None: no penalty needs it)."""
-
-    depth: Tensor
-    counts: Tensor | None
-
-
 def _random_seed() -> int:
     return secrets.randbits(63)
 
@@ -46,14 +41,16 @@ def _random_seed() -> int:
 class SamplingState:
     """Sampling parameters of up to ``capacity`` requests in flight, by slot.
 
-    ``sample`` costs a gather of the columns, one ``fi_core.sample``, and one ``fi_core.penalize_logits`` only while a
-    request in flight needs it; nothing waits for the device. What it runs depends on ``signature`` alone, so a CUDA graph
-    captured with one signature serves as long as the signature is the same. Padding rows of a batch use slot -1.
-    A token depends on its request's parameters, history, seed, sample and position, not on slot or batch.
+    Parameters lie in columns on the device, written when a request comes; ``sample`` is one ``fi_core.sample`` that picks
+    from them by slot, where a kernel is preferred that does all of it (``explain`` says what is launched), and
+    ``record`` one ``fi_core.record_tokens`` while a request in flight needs its history. Nothing waits for the device or
+    loops over rows. What a step runs depends on ``signature`` alone, so a CUDA graph captured with one signature serves
+    as long as the signature is the same. Padding rows of a batch use slot -1 and give token -1. A token depends on its
+    request's parameters, history, seed, sample and position, not on slot or batch.
 
-    ``max_bias``: most biased (and, with min_tokens, stop) tokens of a request. ``order``: how filters combine.
-    ``pipeline``: logits to tokens (None: DEFAULT_OPS under every installed rule). ``eos_token_ids``: the model's.
-    Not thread-safe. Tables of vocabulary size (bitmask, histories) are made when a request first needs them.
+    ``limits``: room that each request has for its bias and its output's distinct tokens. ``order``: how filters combine.
+    ``pipeline``: logits to tokens (None: DEFAULT_OPS under every installed rule). ``eos_token_ids``:
+    the model's. Not thread-safe. Bitmasks, bias and histories are made when a request first needs them.
     """
 
     def __init__(
@@ -63,12 +60,12 @@ class SamplingState:
         *,
         device: torch.device | str = "cpu",
         eos_token_ids: Collection[int] = (),
-        max_bias: int = 32,
+        limits: SamplingLimits = DEFAULT_LIMITS,
         order: fi.sampling.FilterOrder = "sequential",
         pipeline: Pipeline | None = None,
         seed_source: Callable[[], int] = _random_seed,
     ) -> None:
-        for name, value in (("capacity", capacity), ("vocab_size", vocab_size), ("max_bias", max_bias)):
+        for name, value in (("capacity", capacity), ("vocab_size", vocab_size)):
             if value < 1:
                 raise ArgumentError(name, "at least 1", value)
         if order not in ("sequential", "joint"):
@@ -79,7 +76,7 @@ class SamplingState:
             raise PipelineTypeError(
                 f"a pipeline that samples ends in tokens, not {self.pipeline.stages[-1].gives.value}"
             )
-        self.columns = Columns(capacity, vocab_size, max_bias, torch.device(device))
+        self.columns = Columns(capacity, vocab_size, limits, torch.device(device))
         self.order = order
         self.active: frozenset[str] = frozenset()
         self._top_n = 0
@@ -110,12 +107,9 @@ class SamplingState:
         features = features_of(params, stop_tokens)
         seed = self._seed_source() if params.seed is None else params.seed
         columns.write_bias(slot, params, stop_tokens)
-        columns.write(slot, params, seed, sample, len(output_ids))
+        columns.write(slot, params, seed, sample)
         columns.write_allowed(slot, params.allowed_token_ids)
-        prompt, output = (
-            torch.tensor(tuple(ids), dtype=torch.int64).to(columns.device) for ids in (prompt_ids, output_ids)
-        )
-        columns.write_counts(slot, prompt, output, needed=not features.isdisjoint(_HISTORY))
+        columns.write_history(slot, prompt_ids, output_ids, needed=not features.isdisjoint(_RECORDED))
         self._requests[slot] = (params, seed, features)
         self._refresh()
         return seed
@@ -153,78 +147,68 @@ class SamplingState:
         self._top_n = max((params.logprobs or 0 for params, _, _ in held), default=0)
 
     def record(self, slots: Tensor, tokens: Tensor) -> None:
-        """Count tokens int64 [N] or [N, k] as output of ``slots`` int64 [N]; -1 tokens and -1 slots are skipped. Device
-        work only, and none unless a request in flight needs the counts."""
+        """Count tokens int64 [N] or [N, k] as output of ``slots`` int64 [N], each at most once; -1 tokens and -1 slots are
+        skipped. Device work only, and none unless a request in flight needs its history."""
         self._check_rows("slots", slots)
-        tokens = tokens.unsqueeze(1) if tokens.dim() == 1 else tokens
-        if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] != slots.shape[0]:
+        if tokens.dtype != torch.int64 or tokens.dim() not in (1, 2) or tokens.shape[0] != slots.shape[0]:
             raise ArgumentError(
                 "tokens", f"int64 [{slots.shape[0]}] or [{slots.shape[0]}, k]", f"{tokens.dtype} {tokens.shape}"
             )
-        if self.active.isdisjoint((*_HISTORY, "min_tokens")):
-            return
-        columns = self.columns
-        places = _places(slots, columns.capacity)
-        used = (tokens >= 0).to(torch.int32)
-        if columns.output_counts is not None and not self.active.isdisjoint(_HISTORY):
-            rows = places.unsqueeze(1).expand_as(tokens)
-            columns.output_counts.index_put_((rows, tokens.clamp(min=0)), used, accumulate=True)
-        if "min_tokens" in self.active:
-            columns.ints[INTS.index("num_output")].index_add_(0, places, used.sum(dim=1, dtype=torch.int32))
+        if self.columns.history is not None and not self.active.isdisjoint(_RECORDED):
+            fi.record_tokens(self.columns.history, tokens, slots=slots)
 
     def step(
-        self, slots: Tensor, positions: Tensor, allowed: Tensor | None = None, drafted: Drafted | None = None
+        self, slots: Tensor, positions: Tensor, allowed: Tensor | None = None, drafted: Tensor | None = None
     ) -> Step:
-        """The parameters of a step, gathered on the device: slots int64 [N] (-1: padding), positions int64 [N] of the
-        tokens to draw, ``allowed`` int32 [N, ceil(V / 32)] bitmasks of this step (grammars), on top of the
-        requests'."""
+        """The parameters of a step: slots int64 [N] (-1: padding), positions int64 [N] of the tokens to draw, ``allowed``
+        int32 [N, ceil(V / 32)] bitmasks of this step (grammars), on top of the requests', ``drafted`` int64 [N, n] tokens
+        that each row assumes its request has told since the last ``record`` (-1: none). No device work, but copies of the
+        histories if some are drafted."""
         self._check_rows("slots", slots)
         self._check_rows("positions", positions)
         columns, active = self.columns, self.active
-        places = _places(slots, columns.capacity)
-        floats = dict(zip(FLOATS, columns.floats.index_select(1, places), strict=True))
-        ints = dict(zip(INTS, columns.ints.index_select(1, places), strict=True))
+        floats, ints = dict(zip(FLOATS, columns.floats, strict=True)), dict(zip(INTS, columns.ints, strict=True))
         values = {**floats, **ints}
         filters = FilterParams(**{name: values[name] for name in _FILTER_NAMES if name in active}, order=self.order)
-        penalties: dict[str, Tensor] = {name: floats[name] for name in _HISTORY if name in active}
-        if penalties:
-            penalties |= self._counts(places, drafted)
-        if "bias" in active:
-            penalties |= self._bias(places, ints, drafted)
-        masks = [allowed] if allowed is not None else []
-        if "allowed" in active and columns.allowed is not None:
-            masks.append(columns.allowed.index_select(0, places))
-        if masks:
-            penalties["allowed"] = masks[0] if len(masks) == 1 else masks[0] & masks[1]
-        keys = DrawKeys(columns.seeds.index_select(1, places)[0], ints["sample"], positions)
-        return Step(filters, PenaltyParams(**penalties), keys)
+        penalties: dict[str, Any] = {name: floats[name] for name in _HISTORY if name in active}
+        if not active.isdisjoint(_RECORDED):
+            penalties |= self._histories(slots, drafted)
+        if "bias" in active and columns.bias_tokens is not None and columns.bias_values is not None:
+            penalties["bias_indptr"] = columns.bias_indptr
+            penalties |= {"bias_tokens": columns.bias_tokens.view(-1), "bias_values": columns.bias_values.view(-1)}
+            if "min_tokens" in active and columns.bias_until is not None:
+                penalties["bias_until"] = columns.bias_until.view(-1)
+        if "allowed" in active:
+            penalties["allowed"] = columns.allowed
+        if allowed is not None:
+            penalties["step_allowed"] = allowed
+        keys = DrawKeys(columns.seeds, ints["sample"], positions)
+        return Step(filters, PenaltyParams(**penalties), keys, slots)
 
-    def _counts(self, places: Tensor, drafted: Drafted | None) -> dict[str, Tensor]:
-        """The histories that the active penalties read."""
-        prompt, output = self.columns.prompt_counts, self.columns.output_counts
-        assert prompt is not None and output is not None
-        found = {"output_counts": output, "prompt_counts": prompt, "rows": places.to(torch.int32)}
-        if drafted is not None and drafted.counts is not None:
-            found = {
-                "output_counts": output.index_select(0, places) + drafted.counts,
-                "prompt_counts": prompt.index_select(0, places),
-            }
-        if "repetition" not in self.active:
-            del found["prompt_counts"]
-        return found
+    def _histories(self, slots: Tensor, drafted: Tensor | None) -> dict[str, Any]:
+        """The histories that penalties and min_tokens read, with what each row assumes."""
+        history = self.columns.history
+        assert history is not None
+        if drafted is None:
+            return {"history": history}
+        places = slots.clamp(min=0)
+        assumed = TokenHistory(*(tensor.index_select(0, places) for tensor in history.tensors))
+        fi.record_tokens(assumed, drafted)
+        return {"history": assumed, "rows": torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)}
 
-    def _bias(self, places: Tensor, ints: dict[str, Tensor], drafted: Drafted | None) -> dict[str, Tensor]:
-        """Every row has max_bias entries, padded with token -1, so shapes never depend on the requests."""
+    def explain(self, dtype: torch.dtype = torch.float32) -> str:
+        """What ``sample`` and ``record`` launch for logits of ``dtype`` with the requests in flight, a line each."""
         columns = self.columns
-        assert columns.bias_tokens is not None and columns.bias_values is not None and columns.bias_early is not None
-        values = columns.bias_values.index_select(0, places)
-        if "min_tokens" in self.active:
-            made = ints["num_output"] if drafted is None else ints["num_output"] + drafted.depth
-            early = (made < ints["min_tokens"]).unsqueeze(1)
-            values = torch.where(early, columns.bias_early.index_select(0, places), values)
-        indptr = torch.arange(places.shape[0] + 1, dtype=torch.int32, device=places.device) * columns.max_bias
-        tokens = columns.bias_tokens.index_select(0, places).flatten()
-        return {"bias_indptr": indptr, "bias_tokens": tokens, "bias_values": values.flatten()}
+        nothing = torch.empty(0, dtype=torch.int64, device=columns.device)
+        logits = torch.empty((0, columns.vocab_size), dtype=dtype, device=columns.device)
+        lines = self.pipeline.launches(logits, self.step(nothing, nothing))
+        if "logprobs" in self.active:
+            values = {"dtype": dtype, "vocab_size": columns.vocab_size, "top_n": self._top_n}
+            lines.append(select_for("logprobs", columns.device, **values).entry.full_name)
+        if columns.history is not None and not self.active.isdisjoint(_RECORDED):
+            chosen = select_for("record_tokens", columns.device, capacity=columns.max_distinct)
+            lines.append(f"{chosen.entry.full_name} (after the draw)")
+        return "\n".join(lines)
 
     def sample(
         self, logits: Tensor, slots: Tensor, positions: Tensor, *, allowed: Tensor | None = None
@@ -241,8 +225,3 @@ class SamplingState:
     def _check_rows(self, argument: str, tensor: Tensor) -> None:
         if tensor.dtype != torch.int64 or tensor.dim() != 1:
             raise ArgumentError(argument, "an int64 tensor of one dim", f"{tensor.dtype} {tuple(tensor.shape)}")
-
-
-def _places(slots: Tensor, capacity: int) -> Tensor:
-    """Columns of slots; padding (-1) goes to the scratch slot."""
-    return torch.where(slots < 0, capacity, slots)

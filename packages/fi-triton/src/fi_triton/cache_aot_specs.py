@@ -65,6 +65,33 @@ def _copy(bits: str, index: str, alignment: int) -> AotSpec:
     return AotSpec(name, "fi_triton.copy_pages:copy_pages_kernel", arguments, constants)
 
 
+def _find() -> Iterator[AotSpec]:
+    """Of a dense table with rows of its own, pages of 16."""
+    addressing = {
+        **dict.fromkeys(("q_indptr_ptr", "kv_lens_ptr"), "*i32"),
+        "table_stride": "i32",
+        "num_requests": "i32",
+    }
+    addressing |= dict.fromkeys(("table_ptr", "table_row_ptr", "table_indptr_ptr"), "*i32")
+    table: dict[str, Any] = {"PAGE_SIZE": 16, "ROWS": True, "INDPTR": False}
+    arrays = {
+        "begin": ("state_ptr", "counts_ptr", "nodes_ptr"),
+        "leader": ("group_ptr", "matched_ptr", "next_page_ptr", "place_ptr", "order_ptr", "leader_ptr", "length_ptr"),
+        "node": ("nodes_ptr", "count_ptr", "covered_ptr", "leader_ptr", "matched_ptr", "place_ptr", "size_ptr"),
+    }
+    constants = {"begin": {"DEPTH": 2}, "leader": {"REQUESTS": 256, "ENTRIES": 1024}, "node": {"REQUESTS": 256}}
+    module = "fi_triton.find_shared_prefixes"
+    for name, pointers in arrays.items():
+        arguments = {**dict.fromkeys(pointers, "*i32"), **addressing}
+        arguments |= {} if name == "leader" else {"num_nodes": "i32"}
+        arguments |= {"wanted_ptr": "*i32", "next_page_ptr": "*i32"} if name == "node" else {}
+        yield AotSpec(f"find_prefixes_{name}", f"{module}:{name}_kernel", arguments, table | constants[name], 4)
+    pointers = ("matched_ptr", "covered_ptr", "place_ptr", "order_ptr", "leader_ptr", "length_ptr", "new_matched_ptr")
+    arguments = dict.fromkeys((*pointers, "new_place_ptr", "new_order_ptr", "size_ptr", "wanted_ptr"), "*i32")
+    arguments |= {"num_requests": "i32", "min_saved": "i32"}
+    yield AotSpec("find_prefixes_part", f"{module}:part_kernel", arguments, {"PAGE_SIZE": 16, "REQUESTS": 256}, 4)
+
+
 def _specs() -> Iterator[AotSpec]:
     for rope in (0, 1, 2):
         yield _append("bf16", "bf16", rope, use_table=False, addressing=1)
@@ -74,6 +101,7 @@ def _specs() -> Iterator[AotSpec]:
         yield _append("bf16", stored, 1, use_table=True, addressing=1)
     yield _merge("bf16")
     yield _merge("fp32")
+    yield from _find()
     yield _copy("i16", "i64", 16)
     yield _copy("i32", "i32", 16)
     yield _copy("u8", "i64", 1)

@@ -1,4 +1,4 @@
-"""What the kernels around the KV cache serve: attention, append_kv, copy_pages and merge_states."""
+"""What the kernels around the KV cache serve: attention, append_kv, copy_pages, find_shared_prefixes and merge_states."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _RULES: dict[str, dict[str, Rule]] = {
         "features": SubsetOf(*sorted(ATTENTION_FEATURES)),
         "batch_invariant": OneOf(False, True),
         "max_q_len": Between(1),
-        "levels": OneOf(False),
+        "levels": OneOf(False, True),
         "q_format": OneOf("same"),
         "rope": OneOf("none"),
         "rope_pairs": OneOf("none"),
@@ -63,6 +63,7 @@ _RULES: dict[str, dict[str, Rule]] = {
         **{name: rule for name, rule in _KV.items() if name != "dtype"},
         "placement": OneOf("device", "from_host", "to_host"),
     },
+    "find_shared_prefixes": {"table": OneOf("dense", "indptr"), "max_depth": Between(1, 8)},
     "merge_states": {"dtype": _FLOATS, "head_dim": Between(1, 1024)},
 }
 
@@ -73,6 +74,7 @@ _CONDITIONS: dict[str, tuple[Condition, ...]] = {
     ),
     "append_kv": (Condition("compute capability 8.9 for an FP8 kv_format (rounding in hardware)", _format_served),),
     "copy_pages": (),
+    "find_shared_prefixes": (),
     "merge_states": (),
 }
 
@@ -80,6 +82,7 @@ _MODULES = {
     "attention": ("fi_triton.attention.state", "load_kernel"),
     "append_kv": ("fi_triton.append_kv", "load_kernel"),
     "copy_pages": ("fi_triton.copy_pages", "load_kernel"),
+    "find_shared_prefixes": ("fi_triton.find_shared_prefixes", "load_kernel"),
     "merge_states": ("fi_triton.merge_states", "load_kernel"),
 }
 

@@ -8,7 +8,18 @@ from functools import partial
 import torch
 
 from ..contract import EXACT, Tolerance
-from ..ops import add_rmsnorm, append_kv, attention, copy_pages, gelu_mul, merge_states, rmsnorm, rope, silu_mul
+from ..ops import (
+    add_rmsnorm,
+    append_kv,
+    attention,
+    copy_pages,
+    find_shared_prefixes,
+    gelu_mul,
+    merge_states,
+    rmsnorm,
+    rope,
+    silu_mul,
+)
 from ..ops.cases import normal
 from ..ops.quantised_output import OUT_FORMATS
 from ..plan import attention_values, plan
@@ -158,6 +169,26 @@ def _copy(device: torch.device, scale: Scale) -> Workload:
     return Workload(case, values, call, cost, {"k": EXACT, "v": EXACT})
 
 
+def _find(device: torch.device, scale: Scale) -> Workload:
+    """Requests of which every four share all pages but the last, and all of them a quarter."""
+    num, width = scale.num_requests, max(scale.kv_len // _PAGE, 1)
+    request, entry = torch.arange(num, dtype=torch.int32)[:, None], torch.arange(width, dtype=torch.int32)
+    group = torch.where(entry < width // 4, 0, torch.where(entry < width - 1, 1 + request // 4, 1 + num + request))
+    table = (group * width + entry).to(device)
+    lens = torch.full((num,), width * _PAGE, dtype=torch.int32, device=device)
+    batch = Batch(torch.arange(num + 1, dtype=torch.int32, device=device), lens, table)
+    found = find_shared_prefixes.find_shared_prefixes(batch, _PAGE)
+
+    def call() -> Outputs:
+        find_shared_prefixes.find_shared_prefixes(batch, _PAGE, out=found)
+        assert found.order is not None
+        return {"nodes": found.nodes, "order": found.order}
+
+    values = dict(find_shared_prefixes.OPERATION.typical)
+    cost = find_shared_prefixes.find_shared_prefixes_cost(num, num * width)
+    return Workload(f"requests={num} entries={width}", values, call, cost, {"nodes": EXACT, "order": EXACT})
+
+
 def _merge(device: torch.device, scale: Scale) -> Workload:
     generator, num_states = _generator(), 4
     o = normal((num_states, scale.num_tokens, _HEADS, _HEAD_DIM), scale.dtype, device, generator)
@@ -177,6 +208,7 @@ MODEL_WORKLOADS: dict[str, tuple[Builder, ...]] = {
     "attention": (partial(_attention, decode=True), partial(_attention, decode=False)),
     "append_kv": (_append,),
     "copy_pages": (_copy,),
+    "find_shared_prefixes": (_find,),
     "merge_states": (_merge,),
     "rope": (_rope,),
     "rmsnorm": (_norm,),

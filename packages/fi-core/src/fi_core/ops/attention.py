@@ -108,7 +108,7 @@ def attention(
         raise ArgumentError("q", f"[T, {spec.num_qo_heads}, {spec.head_dim}]", list(shape))
     if shape[0] < plan.num_q_tokens:
         raise ArgumentError("q", f"at least {plan.num_q_tokens} rows, the tokens of the plan's batch", shape[0])
-    _check_tensor("q", q, spec.q_dtype, plan)
+    _check_tensor("q", q, plan.q_dtype, plan)
     if plan.checked_caches.get(kv) is None:
         _check_cache(kv, plan)
         plan.checked_caches.put(kv, True)

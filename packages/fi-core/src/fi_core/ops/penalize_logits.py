@@ -62,8 +62,7 @@ def penalize_logits(
     Bias entries whose token is outside [0, V) are skipped, so fixed-size rows can be padded with -1. A part needs its
     counts or a history: repetition one of prompt_counts and output_counts, frequency and presence output_counts. ``slots``
     int64 [N]: which rows of ``penalties`` row n uses (None: n); below 0: none, the row is copied. A row whose
-    history's output did not fit becomes -inf if frequency or presence is given, so that nothing is
-    drawn from it.
+    history's output did not fit becomes -inf, so that nothing is drawn from it, unless its frequency and presence are 0.
     Raises ArgumentError and UnsupportedError; checked mode (FI_CHECK=1) reports ``rows``, ``slots`` and ``bias_indptr``
     that are out of range.
     """

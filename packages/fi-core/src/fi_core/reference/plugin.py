@@ -58,6 +58,7 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         **{name: rule for name, rule in _KV.items() if name != "dtype"},
         "placement": OneOf("device", "from_host", "to_host"),
     },
+    "find_shared_prefixes": {"table": OneOf("dense", "indptr"), "max_depth": Between(1, 8)},
     "merge_states": {"dtype": _FLOATS, "head_dim": _SIZE},
     "rope": {
         "dtype": _FLOATS,
@@ -85,6 +86,7 @@ _MODULES = {
     "attention": "attention",
     "append_kv": "append_kv",
     "copy_pages": "copy_pages",
+    "find_shared_prefixes": "prefixes",
     "merge_states": "merge_states",
     "rope": "rope",
     "rmsnorm": "norms",

@@ -23,6 +23,7 @@ _DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _INTS = ("worker_indptr_ptr", "items_ptr", "q_indptr_ptr", "kv_lens_ptr", "table_ptr", "table_row_ptr", "kv_indptr_ptr")
 _FLOATS = ("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr", "slopes_ptr", "k_scale_ptr", "v_scale_ptr")
+_STATE = {"own_begin_ptr": "*i32", "state_ptr": "*fp32", "state_lse_ptr": "*fp32"}
 _ALIGNED = (
     *(f"{name}_stride_{part}" for name in ("q", "out") for part in ("token", "head")),
     *(f"{name}_stride_{part}" for name in ("k", "v") for part in ("page", "token", "head")),
@@ -36,7 +37,9 @@ _STACK = 128
 _MANY_FEATURES_STACK = 320
 
 
-def _attention(name: str, spec: AttentionSpec, max_q_len: int, mask: int = 0, scales: bool = False) -> AotSpec:
+def _attention(
+    name: str, spec: AttentionSpec, max_q_len: int, mask: int = 0, scales: bool = False, levels: bool = False
+) -> AotSpec:
     """The specialisation that a plan of ``spec`` launches; every feature of the spec is in use."""
     tuning = _tuning(spec, max_q_len)
     q_type = _ELEMENT[next(kind for kind, dtype in _DTYPE.items() if dtype == spec.dtype)]
@@ -44,7 +47,7 @@ def _attention(name: str, spec: AttentionSpec, max_q_len: int, mask: int = 0, sc
     arguments = {**dict.fromkeys(_INTS, "*i32"), **dict.fromkeys(_FLOATS, "*fp32")}
     arguments |= {"q_ptr": f"*{q_type}", "out_ptr": f"*{q_type}", "k_ptr": f"*{kv_type}", "v_ptr": f"*{kv_type}"}
     arguments |= {"bits_ptr": "*u8", "bits_indptr_ptr": "*i64", "scale": "fp32", "soft_cap": "fp32", "v_scale": "fp32"}
-    arguments |= {**dict.fromkeys(_ALIGNED, "i32:16"), **dict.fromkeys(_PLAIN, "i32")}
+    arguments |= {**_STATE, **dict.fromkeys(_ALIGNED, "i32:16"), **dict.fromkeys(_PLAIN, "i32"), "state_begin": "i32"}
     dim_vo = spec.head_dim_vo or 0
     constants: dict[str, Any] = {
         "ROWS": tuning.rows,
@@ -69,6 +72,8 @@ def _attention(name: str, spec: AttentionSpec, max_q_len: int, mask: int = 0, sc
         "LSE": "lse" in spec.features,
         "K_SCALE": scales,
         "V_SCALE": scales,
+        "LEVELS": levels,
+        "HEADS": spec.num_qo_heads,
     }
     kernel = "fi_triton.attention.kernel:attention_kernel"
     return AotSpec(
@@ -87,14 +92,16 @@ def _tuning(spec: AttentionSpec, max_q_len: int) -> Tuning:
     return built_in_tuning(spec, Capacity(256, 8192, max_q_len, 131072))
 
 
-def _merge(dtype: str, dim: int, sinks: bool) -> AotSpec:
+def _merge(dtype: str, dim: int, sinks: bool, levels: bool = False) -> AotSpec:
     arguments = {"merges_ptr": "*i32", "num_merges_ptr": "*i32", "q_indptr_ptr": "*i32", "out_ptr": f"*{dtype}"}
     arguments |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
-    arguments |= {"out_stride_token": "i32:16", "out_stride_head": "i32:16", "lse_stride_token": "i32"}
+    arguments |= {"out_stride_token": "i32:16", "out_stride_head": "i32:16", "lse_stride_token": "i32", **_STATE}
+    arguments["state_begin"] = "i32"
     constants = {"ROWS": 16, "BIG_ROWS": 64, "BLOCK_ROWS": 4, "PIECES": 8, "GROUP": 4, "SINKS": sinks, "LSE": sinks}
-    constants |= {"DIM_VO": dim, "BLOCK_DV": block_dim(dim)}
+    constants |= {"DIM_VO": dim, "BLOCK_DV": block_dim(dim), "LEVELS": levels, "HEADS": 32}
     kernel = "fi_triton.attention.merge:merge_kernel"
-    return AotSpec(f"attention_merge_{dtype}_d{dim}", kernel, arguments, constants, max_stack_bytes=16)
+    name = f"attention_{'levels_' if levels else ''}merge_{dtype}_d{dim}"
+    return AotSpec(name, kernel, arguments, constants, max_stack_bytes=16)
 
 
 def _plan(max_splits: int, windowed: bool) -> Iterator[AotSpec]:
@@ -148,8 +155,11 @@ def _specs() -> Iterator[AotSpec]:
         yield _attention(f"mixed_{kv_format}_d128", spec, 2048, scales=True)
     for dtype_name, dim in (("bf16", 128), ("fp32", 256)):
         yield _merge(dtype_name, dim, sinks=dim == 128)
+        yield _merge(dtype_name, dim, sinks=dim == 128, levels=True)
     for max_splits in (0, 8):
         yield from _plan(max_splits, windowed=max_splits == 0)
+    for max_q_len in (1, 2048):
+        yield _attention(f"levels_{'mixed' if max_q_len > 1 else 'decode'}_bf16_d128", plain, max_q_len, levels=True)
 
 
 AOT_SPECS = list(_specs())

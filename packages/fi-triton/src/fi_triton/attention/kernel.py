@@ -5,8 +5,8 @@ group size + query head in the group, so all query heads of a KV head share its 
 both tile kinds run in one launch. An item that covers its whole tile writes the output; a partial item writes a normalised
 float32 result and its base-2 log-sum-exp into a slot, and ``merge.py`` combines the slots in the plan's order.
 
-Sources: online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022, section 3.1); paged KV (Kwon et al., 2023, section
-4); ALiBi (Press et al., 2022). Logits are kept in base 2 (multiplied by log2 e), because the hardware's exponential is.
+With LEVELS a request that shares a prefix attends to its own part of the keys alone, and the result is a partial one of the
+whole: see ``levels.py``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-MASK_NONE = tl.constexpr(0)
-MASK_KV = tl.constexpr(1)
-MASK_NEW = tl.constexpr(2)
+from .kv_steps import LN2, LOG2E, MASK_KV, MASK_NEW, MASK_NONE, attend_range, whole_steps
 
 RAGGED = tl.constexpr(0)
 DENSE = tl.constexpr(1)
@@ -27,143 +22,18 @@ INDPTR = tl.constexpr(2)
 
 
 @triton.jit
-def pages_at(begin, lowest, stop, entries_ptr, STEP: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """Page ids of the STEP positions from ``begin`` on (ragged, PAGE_SIZE 0: the positions).
-
-    Positions outside [lowest, stop) are not looked up: their entries may lie beyond the table or hold anything.
-    """
-    positions = begin + tl.arange(0, STEP)
-    if PAGE_SIZE == 0:
-        pages = positions
-    else:
-        readable = (positions >= lowest) & (positions < stop)
-        pages = tl.load(entries_ptr + positions // PAGE_SIZE, mask=readable, other=0)
-    return pages
-
-
-@triton.jit
-def load_rows(
-    head_ptr, pages, positions, readable, stride_page, stride_token,
-    PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """A tile [positions, BLOCK] of K or V rows of one head; zeros where unreadable and beyond DIM. Ragged rows stand
-    ``stride_token`` apart from ``head_ptr`` on."""
-    dims = tl.arange(0, BLOCK)
-    if PAGE_SIZE == 0:
-        rows = positions.to(tl.int64) * stride_token
-    else:
-        rows = pages.to(tl.int64) * stride_page + (positions % PAGE_SIZE).to(tl.int64) * stride_token
-    pointers = head_ptr + rows[:, None] + dims[None, :]
-    if MASKED:
-        if DIM == BLOCK:
-            tile = tl.load(pointers, mask=readable[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers, mask=readable[:, None] & (dims < DIM)[None, :], other=0.0)
-    else:
-        if DIM == BLOCK:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def soften(logits, soft_cap):
-    """soft_cap * tanh(logits / soft_cap), with tanh(x) = 1 - 2 / (1 + e^2x): exact at both infinities."""
-    return soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(logits * (2.0 * LOG2E / soft_cap))))
-
-
-@triton.jit
-def mask_bits_at(bits_ptr, bits_row, token, positions, offset, wanted, columns, MASK: tl.constexpr):
-    """Whether the packed mask lets each (row, position) of ``wanted`` see; earlier keys always do in the "new" form."""
-    if MASK == MASK_NEW:
-        column = positions - offset
-    else:
-        column = positions
-    inside = wanted & (column >= 0)[None, :] & (column < columns)[None, :]
-    row_bytes = (columns + 7) // 8
-    pointers = bits_ptr + (bits_row + token.to(tl.int64) * row_bytes)[:, None] + (column >> 3)[None, :]
-    byte = tl.load(pointers, mask=inside, other=0).to(tl.int32)
-    seen = ((byte >> (column & 7)[None, :]) & 1) != 0
-    if MASK == MASK_NEW:
-        seen = seen | (column < 0)[None, :]
-    return seen
-
-
-@triton.jit
-def attend_step(
-    total, top, mass,  # [ROWS, BLOCK_DV], [ROWS], [ROWS] float32: sum of weighted values, largest logit, sum of weights
-    query, pages, begin, stop, token, first_seen, last_seen, k_head_ptr, v_head_ptr,
-    k_stride_page, k_stride_token, v_stride_page, v_stride_token,
-    logit_scale, soft_cap, slope, offset, lowest, bits_ptr, bits_row, columns,
-    STEP: tl.constexpr, MASKED: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    DIM_VO: tl.constexpr, BLOCK_DV: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr,
-    WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """One KV step: positions [begin, begin + STEP), of which those in [lowest, stop) are readable. Without MASKED every row
-    sees all of them."""
-    positions = begin + tl.arange(0, STEP)
-    readable = (positions >= lowest) & (positions < stop)
-    keys = load_rows(
-        k_head_ptr, pages, positions, readable, k_stride_page, k_stride_token, PAGE_SIZE, DIM, BLOCK_D, MASKED
-    )
-    logits = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee") * logit_scale
-    if SOFT_CAP:
-        logits = soften(logits, soft_cap) * LOG2E
-    if ALIBI:
-        logits += slope[:, None] * (positions[None, :] - (offset + token)[:, None]).to(tl.float32)
-    if MASKED:
-        visible = readable[None, :] & (positions[None, :] <= last_seen[:, None])
-        if WINDOWED:
-            visible = visible & (positions[None, :] >= first_seen[:, None])
-        if MASK != MASK_NONE:
-            visible = visible & mask_bits_at(bits_ptr, bits_row, token, positions, offset, visible, columns, MASK)
-        logits = tl.where(visible, logits, float("-inf"))
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    base = new_top
-    if MASKED:  # a row that has seen nothing yet: -inf - -inf would be NaN
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    fade = tl.exp2(top - base)
-    weights = tl.exp2(logits - base[:, None])
-    mass = mass * fade + tl.sum(weights, 1)
-    values = load_rows(
-        v_head_ptr, pages, positions, readable, v_stride_page, v_stride_token, PAGE_SIZE, DIM_VO, BLOCK_DV, MASKED
-    )
-    total = tl.dot(weights.to(query.dtype), values.to(query.dtype), total * fade[:, None], input_precision="ieee")
-    return total, new_top, mass
-
-
-@triton.jit
-def whole_steps(
-    kv_begin, kv_end, offset, first_token, last_token, window,
-    STEP: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """[begin, end), multiples of STEP: the steps inside [kv_begin, kv_end) that all rows of the tile see whole."""
-    begin = kv_begin
-    end = kv_end
-    if WINDOWED:
-        seen_by_all = tl.maximum(offset + last_token - window + 1, 0)
-        begin = tl.maximum(begin, (seen_by_all + STEP - 1) // STEP * STEP)
-    if CAUSAL:
-        end = tl.minimum(end, offset + first_token + 1)
-    if MASK == MASK_NEW:
-        end = tl.minimum(end, offset)
-    begin = tl.minimum(begin, (kv_end + STEP - 1) // STEP * STEP)
-    return begin, tl.maximum(tl.maximum(end, 0) // STEP * STEP, begin)
-
-
-@triton.jit
 def run_item(
     item_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     q_indptr_ptr, kv_lens_ptr, table_ptr, table_row_ptr, kv_indptr_ptr, bits_ptr, bits_indptr_ptr,
-    sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr, scale, soft_cap, v_scale, window,
+    sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr, own_begin_ptr, state_ptr, state_lse_ptr,
+    scale, soft_cap, v_scale, window, state_begin,
     q_stride_token, q_stride_head, k_stride_page, k_stride_token, k_stride_head, v_stride_page, v_stride_token, v_stride_head,
     out_stride_token, out_stride_head, lse_stride_token, table_stride, k_scale_stride, v_scale_stride,
     ROWS: tl.constexpr, STEP: tl.constexpr, SPLIT_EDGES: tl.constexpr, SLOT_ROWS: tl.constexpr, STAGES: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_VO: tl.constexpr, BLOCK_DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr, TABLE: tl.constexpr, TABLE_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, LSE: tl.constexpr,
-    K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+    K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, LEVELS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """One item of the work list with a tile of ROWS packed rows."""
     request = tl.load(item_ptr)
@@ -175,6 +45,10 @@ def run_item(
     q_begin = tl.load(q_indptr_ptr + request)
     q_len = tl.load(q_indptr_ptr + request + 1) - q_begin
     kv_len = tl.load(kv_lens_ptr + request)
+    shift = 0
+    if LEVELS:  # positions count from where the request's own keys begin
+        shift = tl.load(own_begin_ptr + request)
+        kv_len -= shift
     offset = kv_len - q_len
     row = q_tile * ROWS + tl.arange(0, ROWS)
     token = row // GROUP
@@ -221,70 +95,63 @@ def run_item(
     if ALIBI:
         slope = tl.load(slopes_ptr + head) * LOG2E
     bits_row = request.to(tl.int64)
-    columns = kv_len
+    columns = kv_len + shift
     if MASK != MASK_NONE:
         bits_row = tl.load(bits_indptr_ptr + request)
     if MASK == MASK_NEW:
         columns = q_len
 
-    # Steps that every row sees whole need no masks; the steps left and right of them do.
     whole_begin = kv_end
     whole_end = kv_end
     if SPLIT_EDGES and MASK != MASK_KV:
         whole_begin, whole_end = whole_steps(
             kv_begin, kv_end, offset, first_token, last_token, window, STEP, CAUSAL, WINDOWED, MASK
         )
-    num_left = (whole_begin - kv_begin + STEP - 1) // STEP
-    num_right = tl.maximum((kv_end - whole_end + STEP - 1) // STEP, 0)
-
-    total = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
-    # Page ids are looked up one step ahead, so that K and V loads of later steps do not wait for them.
-    if SPLIT_EDGES and MASK != MASK_KV:
-        pages = pages_at(whole_begin, lowest, kv_end, entries_ptr, STEP, PAGE_SIZE)
-        for begin in tl.range(whole_begin, whole_end, STEP, num_stages=STAGES):
-            next_pages = pages_at(begin + STEP, lowest, kv_end, entries_ptr, STEP, PAGE_SIZE)
-            total, top, mass = attend_step(
-                total, top, mass, query, pages, begin, kv_end, token, first_seen, last_seen, k_head_ptr, v_head_ptr,
-                k_stride_page, k_stride_token, v_stride_page, v_stride_token,
-                logit_scale, soft_cap, slope, offset, lowest, bits_ptr, bits_row, columns,
-                STEP, False, PAGE_SIZE, DIM, BLOCK_D, DIM_VO, BLOCK_DV, SOFT_CAP, ALIBI, MASK, WINDOWED,
-            )  # fmt: skip
-            pages = next_pages
-    edge_begin = tl.where(num_left > 0, kv_begin, whole_end)
-    edge_pages = pages_at(edge_begin, lowest, kv_end, entries_ptr, STEP, PAGE_SIZE)
-    for edge in tl.range(0, num_left + num_right, num_stages=STAGES):
-        after = edge + 1
-        next_begin = tl.where(after < num_left, kv_begin + after * STEP, whole_end + (after - num_left) * STEP)
-        next_edge_pages = pages_at(next_begin, lowest, kv_end, entries_ptr, STEP, PAGE_SIZE)
-        total, top, mass = attend_step(
-            total, top, mass, query, edge_pages, edge_begin, kv_end, token, first_seen, last_seen, k_head_ptr, v_head_ptr,
-            k_stride_page, k_stride_token, v_stride_page, v_stride_token,
-            logit_scale, soft_cap, slope, offset, lowest, bits_ptr, bits_row, columns,
-            STEP, True, PAGE_SIZE, DIM, BLOCK_D, DIM_VO, BLOCK_DV, SOFT_CAP, ALIBI, MASK, WINDOWED,
-        )  # fmt: skip
-        edge_pages = next_edge_pages
-        edge_begin = next_begin
-
+    total, top, mass = attend_range(
+        query, kv_begin, kv_end, whole_begin, whole_end, lowest, shift, token, first_seen, last_seen, offset,
+        entries_ptr, k_head_ptr, v_head_ptr, k_stride_page, k_stride_token, v_stride_page, v_stride_token,
+        logit_scale, soft_cap, slope, bits_ptr, bits_row, columns, ROWS, STEP, SPLIT_EDGES and MASK != MASK_KV, STAGES,
+        PAGE_SIZE, DIM, BLOCK_D, DIM_VO, BLOCK_DV, SOFT_CAP, ALIBI, MASK, WINDOWED,
+    )  # fmt: skip
     if V_SCALE:
         v_scale = v_scale * tl.load(v_scale_ptr + kv_head * v_scale_stride)
     finish_item(
         total, top, mass, live, q_begin + token, head, slot, v_scale, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
-        sinks_ptr, out_stride_token, out_stride_head, lse_stride_token, ROWS, SLOT_ROWS, DIM_VO, BLOCK_DV, SINKS, LSE,
+        sinks_ptr, state_ptr, state_lse_ptr, state_begin, shift > 0, out_stride_token, out_stride_head, lse_stride_token,
+        ROWS, SLOT_ROWS, DIM_VO, BLOCK_DV, SINKS, LSE, LEVELS, HEADS,
     )  # fmt: skip
+
+
+@triton.jit
+def normalised(total, top, mass, v_scale):
+    """(result, base-2 log-sum-exp) of the sums of a tile; 0 and -inf where nothing was seen."""
+    empty = mass == 0.0
+    result = total * tl.where(empty, 0.0, v_scale / tl.where(empty, 1.0, mass))[:, None]
+    return result, tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, mass)))
+
+
+@triton.jit
+def store_rows(rows, live, result, log_mass, ptr, lse_ptr, DIM_VO: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Store partial results into the contiguous ``rows`` int64 of float32 [rows, DIM_VO] and [rows]."""
+    dims = tl.arange(0, BLOCK_DV)
+    tl.store(ptr + rows[:, None] * DIM_VO + dims[None, :], result, mask=live[:, None] & (dims < DIM_VO)[None, :])
+    tl.store(lse_ptr + rows, log_mass, mask=live)
 
 
 @triton.jit
 def finish_item(
     total, top, mass, live, token, head, slot, v_scale, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
-    sinks_ptr, out_stride_token, out_stride_head, lse_stride_token,
+    sinks_ptr, state_ptr, state_lse_ptr, state_begin, is_part, out_stride_token, out_stride_head, lse_stride_token,
     ROWS: tl.constexpr, SLOT_ROWS: tl.constexpr, DIM_VO: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr,
-    LSE: tl.constexpr,
+    LSE: tl.constexpr, LEVELS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and store: to the output, or to the partial slot. Sinks join here only if the tile was not split."""
+    """Normalise and store: to the output, to the partial slot, or (LEVELS) to the rows of a request's own part. Sinks join here
+    only if the result is the whole one."""
+    is_whole = slot < 0
+    if LEVELS:
+        is_whole = is_whole & (not is_part)
     if SINKS:
-        if slot < 0:
+        if is_whole:
             sink = tl.load(sinks_ptr + head, mask=live, other=0.0) * LOG2E
             new_top = tl.maximum(top, sink)
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -292,34 +159,35 @@ def finish_item(
             mass = mass * fade + tl.exp2(sink - base)
             total = total * fade[:, None]
             top = new_top
-    empty = mass == 0.0
-    result = total * tl.where(empty, 0.0, v_scale / tl.where(empty, 1.0, mass))[:, None]
-    log_mass = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, mass)))
-    dims = tl.arange(0, BLOCK_DV)
-    if slot < 0:
+    result, log_mass = normalised(total, top, mass, v_scale)
+    if is_whole:
+        dims = tl.arange(0, BLOCK_DV)
         rows = out_ptr + token.to(tl.int64) * out_stride_token + head.to(tl.int64) * out_stride_head
         stored = result.to(out_ptr.dtype.element_ty)
         tl.store(rows[:, None] + dims[None, :], stored, mask=live[:, None] & (dims < DIM_VO)[None, :])
         if LSE:
             tl.store(lse_ptr + token.to(tl.int64) * lse_stride_token + head, log_mass * LN2, mask=live)
-    else:
+    elif slot >= 0:
         row = slot.to(tl.int64) * SLOT_ROWS + tl.arange(0, ROWS)
-        tl.store(partial_ptr + row[:, None] * DIM_VO + dims[None, :], result, mask=(dims < DIM_VO)[None, :])
-        tl.store(partial_lse_ptr + row, log_mass)
+        store_rows(row, row >= 0, result, log_mass, partial_ptr, partial_lse_ptr, DIM_VO, BLOCK_DV)
+    elif LEVELS:
+        row = (state_begin + token).to(tl.int64) * HEADS + head
+        store_rows(row, live, result, log_mass, state_ptr, state_lse_ptr, DIM_VO, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["window"])
 def attention_kernel(
     worker_indptr_ptr, items_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     q_indptr_ptr, kv_lens_ptr, table_ptr, table_row_ptr, kv_indptr_ptr, bits_ptr, bits_indptr_ptr,
-    sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr, scale, soft_cap, v_scale, window,
+    sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr, own_begin_ptr, state_ptr, state_lse_ptr,
+    scale, soft_cap, v_scale, window, state_begin,
     q_stride_token, q_stride_head, k_stride_page, k_stride_token, k_stride_head, v_stride_page, v_stride_token, v_stride_head,
     out_stride_token, out_stride_head, lse_stride_token, table_stride, k_scale_stride, v_scale_stride,
     ROWS: tl.constexpr, STEP: tl.constexpr, BIG_ROWS: tl.constexpr, BIG_STEP: tl.constexpr, STAGES: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIM_VO: tl.constexpr, BLOCK_DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr, TABLE: tl.constexpr, TABLE_ROW: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, LSE: tl.constexpr,
-    K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+    K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, LEVELS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """All items of worker ``program_id(0)``. ROWS x STEP is the tile of kind 0, BIG_ROWS x BIG_STEP of kind 1 (0: no kind 1).
 
@@ -336,21 +204,25 @@ def attention_kernel(
             run_item(
                 item_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
                 q_indptr_ptr, kv_lens_ptr, table_ptr, table_row_ptr, kv_indptr_ptr, bits_ptr, bits_indptr_ptr,
-                sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr, scale, soft_cap, v_scale, window,
+                sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr, own_begin_ptr, state_ptr, state_lse_ptr,
+    scale, soft_cap, v_scale, window, state_begin,
                 q_stride_token, q_stride_head, k_stride_page, k_stride_token, k_stride_head,
                 v_stride_page, v_stride_token, v_stride_head,
                 out_stride_token, out_stride_head, lse_stride_token, table_stride, k_scale_stride, v_scale_stride,
                 ROWS, STEP, ROWS > 32, SLOT_ROWS, STAGES, GROUP, DIM, BLOCK_D, DIM_VO, BLOCK_DV,
                 PAGE_SIZE, TABLE, TABLE_ROW, CAUSAL, WINDOWED, SOFT_CAP, ALIBI, SINKS, MASK, LSE, K_SCALE, V_SCALE,
+                LEVELS, HEADS,
             )  # fmt: skip
         elif BIG_ROWS > 0:
             run_item(
                 item_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
                 q_indptr_ptr, kv_lens_ptr, table_ptr, table_row_ptr, kv_indptr_ptr, bits_ptr, bits_indptr_ptr,
-                sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr, scale, soft_cap, v_scale, window,
+                sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr, own_begin_ptr, state_ptr, state_lse_ptr,
+    scale, soft_cap, v_scale, window, state_begin,
                 q_stride_token, q_stride_head, k_stride_page, k_stride_token, k_stride_head,
                 v_stride_page, v_stride_token, v_stride_head,
                 out_stride_token, out_stride_head, lse_stride_token, table_stride, k_scale_stride, v_scale_stride,
                 BIG_ROWS, BIG_STEP, True, SLOT_ROWS, STAGES, GROUP, DIM, BLOCK_D, DIM_VO, BLOCK_DV,
                 PAGE_SIZE, TABLE, TABLE_ROW, CAUSAL, WINDOWED, SOFT_CAP, ALIBI, SINKS, MASK, LSE, K_SCALE, V_SCALE,
+                LEVELS, HEADS,
             )  # fmt: skip

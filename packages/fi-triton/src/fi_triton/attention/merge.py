@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel import LN2, LOG2E
+from .kernel import store_rows
+from .kv_steps import LN2, LOG2E
 
 
 @triton.jit
@@ -47,12 +48,14 @@ def merge_rows(
 @triton.jit
 def merge_kernel(
     merges_ptr, num_merges_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, q_indptr_ptr, sinks_ptr,
-    out_stride_token, out_stride_head, lse_stride_token,
+    own_begin_ptr, state_ptr, state_lse_ptr, out_stride_token, out_stride_head, lse_stride_token, state_begin,
     ROWS: tl.constexpr, BIG_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
     DIM_VO: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+    LEVELS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Programs (x, y) take merge records x, x + grid x, ... and of each BLOCK_ROWS rows at y, y + grid y, ...: a fixed grid
-    serves any batch. Sinks join here exactly once."""
+    serves any batch. Sinks join here exactly once, unless (LEVELS) the tile is a request's own part: then they do where its
+    parts are merged."""
     SLOT_ROWS: tl.constexpr = BIG_ROWS if BIG_ROWS > ROWS else ROWS
     dims = tl.arange(0, BLOCK_DV)
     num_merges = tl.load(num_merges_ptr)
@@ -68,6 +71,9 @@ def merge_kernel(
         q_begin = tl.load(q_indptr_ptr + request)
         q_len = tl.load(q_indptr_ptr + request + 1) - q_begin
         tile_rows = tl.where(kind == 0, ROWS, BIG_ROWS)
+        own_begin = 0
+        if LEVELS:
+            own_begin = tl.load(own_begin_ptr + request)
         used_rows = tl.minimum(tile_rows, q_len * GROUP - q_tile * tile_rows)
         for first_row in range(tl.program_id(1) * BLOCK_ROWS, used_rows, tl.num_programs(1) * BLOCK_ROWS):
             row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -77,13 +83,18 @@ def merge_kernel(
             head = kv_head * GROUP + packed % GROUP
             sink = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
             if SINKS:
-                sink = tl.load(sinks_ptr + head, mask=live, other=0.0) * LOG2E
+                if own_begin == 0:
+                    sink = tl.load(sinks_ptr + head, mask=live, other=0.0) * LOG2E
             result, lse = merge_rows(
                 tail_begin - 1, 1 + tail_end - tail_begin, head_slot, row, live, partial_ptr, partial_lse_ptr, sink,
                 SLOT_ROWS, BLOCK_ROWS, PIECES, DIM_VO, BLOCK_DV,
             )  # fmt: skip
-            rows = out_ptr + token * out_stride_token + head.to(tl.int64) * out_stride_head
-            wanted = live[:, None] & (dims < DIM_VO)[None, :]
-            tl.store(rows[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=wanted)
-            if LSE:
-                tl.store(lse_ptr + token * lse_stride_token + head, lse * LN2, mask=live)
+            if own_begin == 0:
+                rows = out_ptr + token * out_stride_token + head.to(tl.int64) * out_stride_head
+                wanted = live[:, None] & (dims < DIM_VO)[None, :]
+                tl.store(rows[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=wanted)
+                if LSE:
+                    tl.store(lse_ptr + token * lse_stride_token + head, lse * LN2, mask=live)
+            else:
+                state_row = (state_begin + token) * HEADS + head
+                store_rows(state_row, live, result, lse, state_ptr, state_lse_ptr, DIM_VO, BLOCK_DV)

@@ -6,30 +6,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from fi_core.prefixes import SharedPrefixes
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, PackedMask, ResolvedLayer
-from fi_scheduler.partition import WorkList, partition
+from fi_scheduler.partition import partition
 from torch import Tensor
 
 from ..launch import on_device
 from .kernel import attention_kernel
+from .levels import LevelCall, LevelLayout, Levels
 from .merge import merge_kernel
 from .plan_kernel import DeviceWorkList, plan_on_device
 from .tuning import block_dim
+from .work_lists import TABLE_FORMS, lists_in, merge_grid, work_list_of
 from .workspace import Layout
 
-_TABLE_FORMS = {"ragged": 0, "dense": 1, "indptr": 2}
 _MASK_FORMS = {"kv": 1, "new": 2}
 _MERGED_AT_ONCE = 8
 _MERGE_ROWS = 4
-_MERGE_PROGRAMS_A_TILE = 4
-_MAX_MERGE_PROGRAMS = 512
 
 
 class TritonAttention:
     """The ``AttentionKernel`` protocol."""
 
     def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
-        return Layout.of(spec, capacity, torch.device(device)).num_bytes
+        num_bytes = Layout.of(spec, capacity, torch.device(device)).num_bytes
+        if capacity.max_prefixes:
+            levels = LevelLayout.of(spec, capacity, torch.device(device))
+            num_bytes += levels.num_bytes + levels.nodes.num_bytes
+        return num_bytes
 
     def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> TritonAttentionState:
         return TritonAttentionState(spec, capacity, torch.device(device))
@@ -44,16 +48,17 @@ class TritonAttentionState:
         self._device = device
         self._layout = layout = Layout.of(spec, capacity, device)
         self._buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
-        self._lists = _lists_in(self._buffer, layout)
+        self._lists = lists_in(self._buffer, layout)
         self._partials = layout.partials.of(self._buffer)
         self._partial_lses = layout.partial_lses.of(self._buffer)
         self._no_mask = PackedMask(self._buffer, layout.cuts.of(self._buffer))
+        self._levels = Levels(spec, capacity, device) if capacity.max_prefixes else None
         self._batch: Batch | None = None
         self._planner = "not yet updated"
 
     @property
     def workspace(self) -> Sequence[Tensor]:
-        return (self._buffer,)
+        return (self._buffer,) if self._levels is None else (self._buffer, *self._levels.workspace)
 
     def describe(self) -> Sequence[str]:
         layout, tuning = self._layout, self._layout.tuning
@@ -65,31 +70,44 @@ class TritonAttentionState:
             f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
             f"planner: {self._planner}",
             f"slots for partial results: {layout.bounds.num_slots}, of {tuning.slot_rows} rows each",
+            *([] if self._levels is None else [self._levels.describe()]),
         )
 
     def update(self, batch: Batch) -> None:
         """Plan on the device where the lengths are there, else on the host with one copy of lists and lengths (and one of
-        each other tensor of a CPU batch)."""
-        if batch.kv_lens.device.type == "cpu":
+        each other tensor of a CPU batch). With shared prefixes a CPU batch is copied and planned on the device."""
+        if self._levels is not None:
+            if batch.kv_lens.device != self._device:
+                lengths = (item.to(self._device, non_blocking=True) for item in (batch.q_indptr, batch.kv_lens))
+                batch = _moved(batch, *lengths)
+        elif batch.kv_lens.device.type == "cpu":
             self._planner = "host, fi_scheduler.partition"
             self._batch = self._plan_on_host(batch)
             return
-        self._planner = "device, three kernels"
         self._batch = batch
-        requests, cuts = self._layout.requests.of(self._buffer), self._layout.cuts.of(self._buffer)
         with on_device(self._device):
+            lens = batch.kv_lens if self._levels is None else self._levels.update(batch)
+            if self._device.type == "cpu":
+                self._planner = "host, fi_scheduler.partition"
+                self._partition_in(self._buffer, batch.q_indptr, lens)
+                return
+            self._planner = "device, three kernels" if self._levels is None else "device, eight kernels"
+            requests, cuts = self._layout.requests.of(self._buffer), self._layout.cuts.of(self._buffer)
             for window, params in self._layout.params.items():
-                plan_on_device(batch.q_indptr, batch.kv_lens, params, requests, cuts, self._lists[window])
+                plan_on_device(batch.q_indptr, lens, params, requests, cuts, self._lists[window])
+
+    def _partition_in(self, memory: Tensor, q_indptr: Tensor, kv_lens: Tensor) -> None:
+        """Write the work list of each window into ``memory``, on the CPU."""
+        for window, lists in lists_in(memory, self._layout).items():
+            written = partition(q_indptr, kv_lens, self._layout.params[window], out=work_list_of(lists))
+            lists.num_merges.fill_(len(written.merges))
 
     def _plan_on_host(self, batch: Batch) -> Batch:
         layout = self._layout
         on_cpu = self._device.type == "cpu"
         # Pinned memory comes from torch's caching allocator, which reuses a block only after the copy that reads it.
         staging = self._buffer if on_cpu else torch.empty(layout.host_bytes, dtype=torch.uint8, pin_memory=True)
-        for window, lists in _lists_in(staging, layout).items():
-            views = WorkList(lists.worker_indptr.numpy(), lists.items.numpy(), lists.merges.numpy())
-            written = partition(batch.q_indptr, batch.kv_lens, layout.params[window], out=views)
-            lists.num_merges.fill_(len(written.merges))
+        self._partition_in(staging, batch.q_indptr, batch.kv_lens)
         if on_cpu:
             return batch
         for values, region in ((batch.q_indptr, layout.q_indptr), (batch.kv_lens, layout.kv_lens)):
@@ -104,11 +122,13 @@ class TritonAttentionState:
         lists = self._lists[layer.window]
         tuning = self._layout.tuning
         params = self._layout.params[layer.window]
+        numbers, strides = _numbers(kv, layer), _strides(q, kv, out, lse, batch)
         with on_device(self._device):
             attention_kernel[(params.num_workers,)](
                 *self._pointers(lists, q, kv, out, lse, batch, layer),
-                *_numbers(kv, layer),
-                *_strides(q, kv, out, lse, batch),
+                *numbers,
+                0 if self._levels is None else self._levels.own_rows,
+                *strides,
                 tuning.rows,
                 tuning.step,
                 tuning.big_rows,
@@ -120,6 +140,8 @@ class TritonAttentionState:
             )
             if self._layout.bounds.max_merges > 0 and params.max_splits != 1:
                 self._merge(lists, out, lse, batch, layer)
+            if self._levels is not None:
+                self._levels.run(LevelCall(q, kv, batch, layer, out, lse, numbers, (*strides[:8], *strides[11:])))
 
     def _pointers(
         self,
@@ -157,7 +179,15 @@ class TritonAttentionState:
             floats if layer.alibi_slopes is None else layer.alibi_slopes,
             kv.k_scale if isinstance(kv.k_scale, Tensor) else floats,
             kv.v_scale if isinstance(kv.v_scale, Tensor) else floats,
+            *self._state_tensors(),
         )
+
+    def _state_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each request's own part begins, and where the results of such parts go."""
+        levels = self._levels
+        if levels is None:
+            return self._lists[next(iter(self._lists))].num_merges, self._partials, self._partial_lses
+        return levels.own_begins, levels.states, levels.state_lses
 
     def _constants(self, kv: KVCache, layer: ResolvedLayer, batch: Batch, lse: Tensor | None) -> tuple[Any, ...]:
         spec = self._spec
@@ -169,7 +199,7 @@ class TritonAttentionState:
             dim_vo,
             block_dim(dim_vo),
             spec.page_size or 0,
-            _TABLE_FORMS[spec.table],
+            TABLE_FORMS[spec.table],
             batch.table_row is not None,
             spec.causal,
             layer.window is not None,
@@ -180,6 +210,8 @@ class TritonAttentionState:
             lse is not None,
             isinstance(kv.k_scale, Tensor),
             isinstance(kv.v_scale, Tensor),
+            self._levels is not None,
+            spec.num_qo_heads,
         )
 
     def _merge(
@@ -187,8 +219,7 @@ class TritonAttentionState:
     ) -> None:
         tuning, spec = self._layout.tuning, self._spec
         dim_vo = spec.head_dim_vo or 0
-        grid = (min(self._layout.bounds.max_merges, _MAX_MERGE_PROGRAMS), _MERGE_PROGRAMS_A_TILE)
-        merge_kernel[grid](
+        merge_kernel[merge_grid(self._layout.bounds)](
             lists.merges,
             lists.num_merges,
             out,
@@ -197,9 +228,11 @@ class TritonAttentionState:
             self._partial_lses,
             batch.q_indptr,
             self._partial_lses if layer.sinks is None else layer.sinks,
+            *self._state_tensors(),
             out.stride(0),
             out.stride(1),
             0 if lse is None else lse.stride(0),
+            0 if self._levels is None else self._levels.own_rows,
             tuning.rows,
             tuning.big_rows,
             _MERGE_ROWS,
@@ -209,35 +242,28 @@ class TritonAttentionState:
             block_dim(dim_vo),
             layer.sinks is not None,
             lse is not None,
+            self._levels is not None,
+            spec.num_qo_heads,
             num_warps=4,
         )
 
 
-def _lists_in(buffer: Tensor, layout: Layout) -> dict[int | None, DeviceWorkList]:
-    return {
-        window: DeviceWorkList(
-            regions.worker_indptr.of(buffer),
-            regions.items.of(buffer),
-            regions.merges.of(buffer),
-            regions.num_merges.of(buffer),
-        )
-        for window, regions in layout.lists.items()
-    }
-
-
 def _moved(batch: Batch, q_indptr: Tensor, kv_lens: Tensor) -> Batch:
-    """A CPU batch with these device lengths and its addressing and mask on their device."""
+    """A CPU batch with these device lengths and its other tensors on their device."""
     device = q_indptr.device
 
     def move(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device, non_blocking=True)
 
-    mask = batch.mask
+    mask, levels = batch.mask, batch.levels
     if mask is not None:
         bits, indptr = (item.to(device, non_blocking=True) for item in (mask.bits, mask.indptr))
         mask = PackedMask(bits, indptr, mask.columns)
+    if levels is not None:
+        levels = SharedPrefixes(levels.nodes.to(device, non_blocking=True), move(levels.order))
     table, table_row = move(batch.table), move(batch.table_row)
-    return Batch(q_indptr, kv_lens, table, table_row, move(batch.table_indptr), move(batch.kv_indptr), None, mask)
+    indptrs = (move(batch.table_indptr), move(batch.kv_indptr))
+    return Batch(q_indptr, kv_lens, table, table_row, *indptrs, None, mask, levels)
 
 
 def _numbers(kv: KVCache, layer: ResolvedLayer) -> tuple[float | int, ...]:

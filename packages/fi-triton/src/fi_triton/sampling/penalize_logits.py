@@ -110,12 +110,18 @@ def penalize_kernel(
                     seen = seen | (count != 0)
             factor = tl.load(repetition_ptr + place)
             value = tl.where(seen, tl.where(value > 0, tl.div_rn(value, factor), value * factor), value)
+        counted = place < 0
         if frequency_ptr is not None:
-            value -= tl.load(frequency_ptr + place) * count.to(tl.float32)
+            frequency = tl.load(frequency_ptr + place)
+            value -= frequency * count.to(tl.float32)
+            counted = counted | (frequency != 0.0)
         if presence_ptr is not None:
-            value -= tl.load(presence_ptr + place) * (count > 0).to(tl.float32)
+            presence = tl.load(presence_ptr + place)
+            value -= presence * (count > 0).to(tl.float32)
+            counted = counted | (presence != 0.0)
         if num_entries_ptr is not None:
-            value = tl.where(tl.load(num_entries_ptr + history) > capacity, float("-inf"), value)
+            unfit = counted & (tl.load(num_entries_ptr + history) > capacity)
+            value = tl.where(unfit, float("-inf"), value)
     tl.store(out_ptr + row * out_stride + token, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -88,6 +88,7 @@ def random_penalties(shape: PenaltyShape, generator: torch.Generator) -> Penalty
     every["repetition"][::3] = 1.0
     for name in ("frequency", "presence"):
         every[name] = torch.randn(shape.num_rows, generator=generator)
+        every[name][4::8] = 0  # rows that count nothing
     if shape.in_steps:
         # Words with most bits set, so that masks leave tokens between them.
         masks = [random_masks(shape.num_rows, shape.vocab_size, generator) for _ in range(3)]

@@ -76,10 +76,11 @@ def _penalised(values: Tensor, penalties: PenaltyParams, places: Tensor, histori
     if penalties.repetition is not None:
         factor = column(penalties.repetition)
         values = torch.where(seen, torch.where(values > 0, values / factor, values * factor), values)
-    if output is None or (penalties.frequency is None and penalties.presence is None):
+    if output is None:
         return values
-    if penalties.frequency is not None:
-        values = values - column(penalties.frequency) * output
-    if penalties.presence is not None:
-        values = values - column(penalties.presence) * (output > 0)
-    return values if unfit is None else values.masked_fill(unfit.unsqueeze(1), -torch.inf)
+    counted = torch.zeros_like(values[:, :1], dtype=torch.bool)
+    for each, amount in ((penalties.frequency, output), (penalties.presence, output > 0)):
+        if each is not None:
+            values = values - column(each) * amount
+            counted |= column(each) != 0
+    return values if unfit is None else values.masked_fill(counted & unfit.unsqueeze(1), -torch.inf)

@@ -24,7 +24,8 @@ _REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
 class PrefillSpec(KernelSpec):
     """What is compiled into a prefill kernel: element types, head shape, addressing and RoPE as for decode, tile (``consumers``
     warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
-    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), and the features of the call."""
+    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), and the features of the call. ``after_decode``: it is
+    launched behind the decode kernel, which serves batches of short queries."""
 
     dtype: torch.dtype
     query: torch.dtype
@@ -63,6 +64,7 @@ class PrefillSpec(KernelSpec):
     lse: bool
     signed_scale: bool = False
     levels: bool = False
+    after_decode: bool = False
 
     stem: ClassVar = "attention_prefill"
     overlapping: ClassVar = True
@@ -136,9 +138,10 @@ class BoxPrefillSpec(PrefillSpec):
     tensor_maps: ClassVar = ("queries", "keys", "values")
 
 
-def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> PrefillSpec:
-    """The kernel of a call."""
-    return (BoxPrefillSpec if form.boxes else PrefillSpec)(**prefill_fields(spec, tuning, form))
+def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm, after_decode: bool = False) -> PrefillSpec:
+    """The kernel of a call; ``after_decode`` as in PrefillSpec."""
+    fields = prefill_fields(spec, tuning, form)
+    return (BoxPrefillSpec if form.boxes else PrefillSpec)(**fields, after_decode=after_decode)
 
 
 def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> dict[str, Any]:

@@ -32,15 +32,19 @@ class PrefillAttention:
 
 
 class PrefillState(ListState):
-    """Attention of long queries, and of batches in which some are short."""
+    """Attention of long queries, and of batches in which some are short. Batches in which no request has more than
+    ``short_q_len`` new tokens get no work: a decode kernel that each call follows has it."""
 
-    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
+    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device, short_q_len: int = 0) -> None:
         super().__init__(spec, capacity, device, Layout.of_prefill(spec, capacity, device))
         assert isinstance(self._layout.tuning, PrefillTuning)
         self._tuning = self._layout.tuning
+        self._short_q_len = short_q_len
         params = self._layout.params
         self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
-        self._order_specs = {window: order_spec(params[window], capacity, self._tuning) for window in self._orders}
+        self._order_specs = {
+            window: order_spec(params[window], capacity, self._tuning, short_q_len) for window in self._orders
+        }
         for order in self._orders.values():
             order.header.zero_()
         if not spec.batch_invariant:  # whose tiles are split by their own length alone
@@ -61,7 +65,9 @@ class PrefillState(ListState):
         turns = "in turns" if tuning.ping_pong else "at will"
         loader = "rows by a warpgroup"
         if self._box_tokens is not None:
-            loader = f"boxes of {self._box_tokens} tokens by tensor maps; {loader} from a cache that no map describes"
+            changed = ", changed in shared memory" if tuning.landing_stages else ""
+            boxes = f"boxes of {self._box_tokens} tokens by tensor maps{changed}"
+            loader = f"{boxes}; {loader} from a cache that no map describes"
         return (
             f"tiles: {params.kinds[0].q_rows} rows x {tuning.tokens} KV tokens; {tuning.consumers} warpgroups {turns},"
             f" {tuning.key_stages} + {tuning.value_stages} stages",
@@ -126,7 +132,7 @@ class PrefillState(ListState):
             signed_scale=scale <= 0,
             boxes=maps is not None,
         )
-        spec = prefill_spec(self._spec, tuning, form)
+        spec = prefill_spec(self._spec, tuning, form, after_decode=self._short_q_len > 0)
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
@@ -153,4 +159,4 @@ class PrefillState(ListState):
 
 
 attention_prefill = PrefillAttention()
-"""What the kernel entry loads."""
+"""The prefill kernel alone."""

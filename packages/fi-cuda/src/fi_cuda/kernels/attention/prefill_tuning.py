@@ -153,16 +153,17 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     head_dim_vo = spec.head_dim_vo or 0
     widest = max(spec.head_dim, head_dim_vo)
     tokens, edge_tokens = (128, 32) if head_dim_vo <= _NARROW_HEAD_DIM else (64, 32)
-    boxes = spec.kv_dtype == spec.q_dtype and box_tokens(spec.page_size, tokens) is not None
+    boxes = box_tokens(spec.page_size, tokens) is not None
     as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
     # Producers that make FP8 wider row by row need too many registers.
     three = widest <= _NARROW_HEAD_DIM and (boxes or as_stored)
+    fp8 = three and spec.q_is_fp8
     tuning = PrefillTuning(
         consumers=3 if three else 2,
         tokens=tokens,
         edge_tokens=edge_tokens,
-        key_stages=2 if three and not spec.q_is_fp8 else 3,
-        value_stages=2,
+        key_stages=4 if fp8 else 2 if three else 3,
+        value_stages=3 if fp8 else 2,
         query_stages=2,
         ping_pong=not three,
         overlap=not three,
@@ -171,9 +172,11 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         pieces=1,
         item_cost=2,
         step_cost=2,
-        landing_stages=2 if spec.q_is_fp8 else 0,
+        landing_stages=2 if spec.q_is_fp8 or (boxes and spec.kv_dtype != spec.q_dtype) else 0,
     )
-    for smaller in (replace(tuning, query_stages=1), replace(tuning, query_stages=1, key_stages=2)):
+    fewer = replace(tuning, query_stages=1, key_stages=2)
+    row_by_row = replace(fewer, landing_stages=0)
+    for smaller in (replace(tuning, query_stages=1), fewer, *(() if spec.q_is_fp8 else (row_by_row,))):
         if prefill_shared_bytes(tuning, HeadBytes.of(spec)) > limit:
             tuning = smaller
     return tuning

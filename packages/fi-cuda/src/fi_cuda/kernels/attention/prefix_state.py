@@ -1,5 +1,5 @@
 """Attention whose batches may share prefixes, as a plan's kernel: a list of nodes' and requests' tiles, one launch a call. A
-batch without levels is served as if the plan had none."""
+batch without levels is served as if the plan had none, and so are calls with a window, which see few of the shared keys."""
 
 from __future__ import annotations
 
@@ -89,15 +89,17 @@ class PrefixState:
         if batch.levels is None:
             self._unshared.update(batch)
             return
+        if any(window is not None for window in self._spec.windows):
+            self._unshared.update(replace(batch, levels=None))
         here = _on_device(batch, self._device)
         self._planner(here)
         before, now = self._addressing, Addressing.of(here, self._device)
-        if before is None or before.has_rows != now.has_rows:
+        if before is None or (before.has_rows, before.mask_columns) != (now.has_rows, now.mask_columns):
             self._calls.clear()
         self._addressing = now
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
-        if self._levels is None:
+        if self._levels is None or layer.window is not None:
             self._unshared.run(q, kv, layer, out, lse)
             return
         addressing = self._addressing
@@ -151,6 +153,7 @@ class PrefixState:
             k_scales=k_scales != 0,
             v_scales=v_scales != 0,
             table_row=self._addressing.has_rows,
+            mask_columns=self._addressing.mask_columns,
             signed_scale=scale <= 0,
             boxes=maps is not None,
         )

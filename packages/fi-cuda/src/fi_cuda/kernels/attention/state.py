@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from torch import Tensor
 
+from ...launch import RepeatedLaunch
 from ...params import TensorMap
 from ...spec import kernel_for
 from .boxes import maps_of, tokens_of_box
@@ -48,6 +50,16 @@ class Call(NamedTuple):
     maps: tuple[TensorMap, ...]
 
 
+@dataclass(slots=True)
+class DecodeCall:
+    """The same of a decode call, whose parameters stay packed: ``own`` says for which q, out, lse and batch."""
+
+    kv: weakref.ref[KVCache]
+    shared: Call
+    launch: RepeatedLaunch
+    own: tuple[object, ...] = ()
+
+
 class Addressing(NamedTuple):
     """The batch's part of a call: table, table_row, indptr, mask bits and indptr by address, and the table's stride."""
 
@@ -79,6 +91,7 @@ class ListState:
         self._spec = spec
         self._device = device
         self._layout = layout
+        self._max_q_len = capacity.max_q_len
         self._buffer = buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         layout.arrivals.of(buffer).zero_()
         for slots in (layout.partials, layout.partial_rows):
@@ -96,6 +109,7 @@ class ListState:
         self._num_workers = layout.params[spec.windows[0]].num_workers
         self._batch: Batch | None = None
         self._addressing: Addressing | None = None
+        self._num_addressings = 0
         self._calls: dict[tuple[int, int, bool], Any] = {}
         self._planner = "not yet updated"
 
@@ -120,14 +134,18 @@ class ListState:
         if before is None or (before.has_rows, before.mask_columns) != (now.has_rows, now.mask_columns):
             self._calls.clear()
         self._addressing = now
+        self._num_addressings += 1
 
     def _plan_on_host(self, batch: Batch) -> None:
         layout = self._layout
         # Pinned memory comes from torch's caching allocator, which reuses a block only after the copy that reads it.
         pinned = self._device.type == "cuda"
         staging = torch.empty(layout.host_bytes, dtype=torch.uint8, pin_memory=pinned)
+        q_indptr, kv_lens = batch.q_indptr, batch.kv_lens
+        if bool((q_indptr.diff() > self._max_q_len).any()):  # as on the device: beyond the capacity there is no work
+            q_indptr, kv_lens = q_indptr[:1], kv_lens[:0]
         for window, regions in layout.lists.items():
-            fill_on_host(batch.q_indptr, batch.kv_lens, layout.params[window], regions.of(staging))
+            fill_on_host(q_indptr, kv_lens, layout.params[window], regions.of(staging))
         self._order_on_host(batch, staging)
         self._buffer[: layout.host_bytes].copy_(staging, non_blocking=True)
 
@@ -184,33 +202,35 @@ class DecodeState(ListState):
         )
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
-        addressing = self._addresses
         call = self._remembered(kv, layer, lse is not None)
-        q_token, q_head, _ = q.stride()
-        out_token, out_head, _ = out.stride()
-        call.launch(
-            self._device,
-            self._num_workers,
-            1,
-            *call.workspace,
+        own = (
+            *(self._num_addressings, q.data_ptr(), q.stride(), out.data_ptr(), out.stride()),
+            *(() if lse is None else (lse.data_ptr(), lse.stride(0))),
+        )
+        if own != call.own:  # with equal tensors the parameters are packed already
+            self._pack(call, q, out, lse)
+            call.own = own
+        call.launch.launch()
+
+    def _pack(self, call: DecodeCall, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+        addressing, shared = self._addresses, call.shared
+        call.launch.pack(
+            *shared.workspace,
             q.data_ptr(),
-            *call.cache,
+            *shared.cache,
             out.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
+            address_of(lse),
             *addressing.addresses,
-            *call.layer_tensors,
-            q_token,
-            q_head,
-            *call.cache_strides,
-            out_token,
-            out_head,
+            *shared.layer_tensors,
+            *q.stride()[:2],
+            *shared.cache_strides,
+            *out.stride()[:2],
             0 if lse is None else lse.stride(0),
             addressing.table_stride,
-            *call.numbers,
-            *call.maps,
+            *shared.numbers,
         )
 
-    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> DecodeCall:
         """Find the kernel for calls with this cache and layer, and remember it with what they share."""
         lists, layout, rope = self._lists[layer.window], self._layout, layer.rope
         workspace = (layout.partials, layout.partial_rows)
@@ -228,11 +248,11 @@ class DecodeState(ListState):
             mask_columns=addressing.mask_columns,
             boxes=maps is not None,
         )
-        spec = decode_spec(self._spec, self._tuning, form)
-        return Call(
+        kernel = kernel_for(decode_spec(self._spec, self._tuning, form), self._device)
+        shared = Call(
             kv=weakref.ref(kv),
             layer=layer,
-            launch=kernel_for(spec, self._device).launch,
+            launch=kernel.launch,
             workspace=(*map(address_of, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(
@@ -251,6 +271,7 @@ class DecodeState(ListState):
             ),
             maps=maps or (),
         )
+        return DecodeCall(shared.kv, shared, kernel.repeated(self._device, self._num_workers, shared.maps))
 
     def _maps_of(self, kv: KVCache) -> tuple[TensorMap, ...] | None:
         """Tensor maps of K and V, if the copy engine can bring them."""

@@ -119,7 +119,7 @@ struct DecodeState {
         if (scored.live) scale[n][r] *= static_cast<const float*>(params.q_scales)[scored.head * params.q_scale_stride];
       }
     }
-    if constexpr (!Ops::template kSame<Held, Factor>) scale_query(n, lane);
+    if constexpr (!kSame<Held, Factor>) scale_query(n, lane);
   }
 
   // Two neighbouring elements of Q as Held, exactly.
@@ -201,7 +201,7 @@ struct DecodeState {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int first = score_idx(n, tile, 2 * half);
-          weights[n][half] = Ops::transposed(Ops::template packed<Factor>(scores[first], scores[first + 1]));
+          weights[n][half] = ptx::movmatrix_trans(Ops::template packed<Factor>(scores[first], scores[first + 1]));
         }
       }
       Ops::for_values(stage, tile, lane, [&](int dim_tile, const unsigned(&a)[4]) {

@@ -22,16 +22,17 @@ struct FactorOf<true, Dtype, Instead> {
   using Type = Instead;
 };
 
+template <class First, class Second>
+inline constexpr bool kSame = false;
+template <class Both>
+inline constexpr bool kSame<Both, Both> = true;
+
 template <class Config>
 struct Operands {
   using Stored = typename Config::Stored;
   using Stage = ChunkStage<Config>;
   static constexpr bool kFp8 = kIsFp8<Stored>;
   using Factor = typename FactorOf<kFp8, typename Config::Dtype>::Type;  // what is multiplied
-  template <class First, class Second>
-  static constexpr bool kSame = false;
-  template <class Both>
-  static constexpr bool kSame<Both, Both> = true;
   static constexpr int kSteps = Config::kHeadDim / 16;       // of the inner dim of S^T
   static constexpr int kDimTiles = Config::kHeadDimVo / 16;  // of the outer dim of O^T
 
@@ -45,13 +46,6 @@ struct Operands {
   static __device__ __forceinline__ float2 unpacked(unsigned both) {
     const Pack<T, 4> pack = *reinterpret_cast<const Pack<T, 4>*>(&both);
     return {to_float(pack.data[0]), to_float(pack.data[1])};
-  }
-
-  // The transpose of an 8x8 matrix of 16-bit elements spread over a warp. PTX ISA, section "movmatrix".
-  static __device__ __forceinline__ unsigned transposed(unsigned fragment) {
-    unsigned result;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(fragment));
-    return result;
   }
 
   // The fragment of dims 16 step .. 16 step + 15 of K of the stage's tokens 16 tile .. 16 tile + 15.

@@ -219,10 +219,11 @@ class ItemFinisher {
                        float4{present(values[0]), present(values[1]), present(values[2]), present(values[3])});
   }
 
-  // This block's part of the tile. Neighbouring lanes take neighbouring units, so that their loads share lines, at least 8 and
-  // as many as leave no merger with a second round; the other lanes and all warps share the pieces.
+  // This block's part of the tile. Neighbouring lanes take neighbouring units, so that their loads share lines, at least 8
+  // (4, where the other lanes and warps could not load all pieces at once) and as many as leave no merger with a second round;
+  // the other lanes and all warps share the pieces.
   __device__ __forceinline__ void merge_slice(const AttentionItem& item, int num_units, int rank, int num_mergers) {
-    int log_units = 3;
+    int log_units = item.num_pieces() <= (kThreads >> 3) * kPiecesAtOnce ? 3 : 2;
     while (log_units < 5 && num_units >> log_units > num_mergers) ++log_units;
     const int units_at_once = 1 << log_units, step = kThreads >> log_units;
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);

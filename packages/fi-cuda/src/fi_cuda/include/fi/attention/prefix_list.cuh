@@ -24,7 +24,7 @@ enum PrefixItemKind { kRequestItem, kNodeItem };
 // first + (p * num_kv_heads + h) * head_rows + g. A token's segments end with one of no pieces, or with their capacity.
 struct alignas(16) PartSegment {
   int first, head_rows, num_pieces;
-  int token;
+  int token;  // of the first segment; of a node's: how much later the token stands among the node's than in its request
 };
 
 }  // namespace fi

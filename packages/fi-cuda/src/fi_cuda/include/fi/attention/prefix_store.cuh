@@ -101,24 +101,29 @@ class PrefixMerger {
     const int num_segments = __ffs(~used) == 0 ? kWarpThreads : __ffs(~used) - 1;
     PartialRow total = empty_row();
     float values[kUnitsOfLane][4] = {};
-    int token = 0;
+    const int token = __shfl_sync(0xffffffffu, mine.token, 0);
 #pragma unroll 1
     for (int segment = 0; segment < num_segments; ++segment) {
       const int head_rows = __shfl_sync(0xffffffffu, mine.head_rows, segment);
       const int num_pieces = __shfl_sync(0xffffffffu, mine.num_pieces, segment);
       const int first = __shfl_sync(0xffffffffu, mine.first, segment) + kv_head * head_rows + in_group;
-      token = __shfl_sync(0xffffffffu, mine.token, segment);
+      // A node's rows were given logits of positions one after the other: ALiBi's differ by the same for all keys.
+      float shift = 0.0f;
+      if constexpr (Config::kAlibi) {
+        const int later = __shfl_sync(0xffffffffu, mine.token, segment);
+        if (segment > 0) shift = static_cast<const float*>(params_.slopes)[head] * kLog2E * static_cast<float>(later);
+      }
 #pragma unroll 1
       for (int piece = 0; piece < num_pieces; piece += kAtOnce) {
         add_parts(first + static_cast<int64>(piece) * params_.num_kv_heads * head_rows,
-                  static_cast<int64>(params_.num_kv_heads) * head_rows, min(num_pieces - piece, kAtOnce), total, values);
+                  static_cast<int64>(params_.num_kv_heads) * head_rows, min(num_pieces - piece, kAtOnce), shift, total, values);
       }
     }
     store(token, head, total, values);
   }
 
-  // Adds parts that lie `step` rows apart, up to kAtOnce.
-  __device__ __forceinline__ void add_parts(int64 first, int64 step, int count, PartialRow& total,
+  // Adds parts that lie `step` rows apart, up to kAtOnce, whose logits are to be raised by `shift`.
+  __device__ __forceinline__ void add_parts(int64 first, int64 step, int count, float shift, PartialRow& total,
                                             float (&values)[kUnitsOfLane][4]) const {
     float4 parts[kAtOnce][kUnitsOfLane];
     float logs[kAtOnce];
@@ -127,7 +132,7 @@ class PrefixMerger {
       logs[idx] = minus_infinity();
       if (idx >= count) continue;
       const int64 row = first + idx * step;
-      logs[idx] = __ldcg(static_cast<const float*>(params_.partial_rows) + row);
+      logs[idx] = __ldcg(static_cast<const float*>(params_.partial_rows) + row) + shift;
 #pragma unroll
       for (int own = 0; own < kUnitsOfLane; ++own) {
         const int unit = own * kWarpThreads + lane_;

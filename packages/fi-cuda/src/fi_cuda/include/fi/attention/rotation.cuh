@@ -130,7 +130,7 @@ struct Rotations {
   static constexpr int kScratchBytes = kKeyBytes > kQueryBytes ? kKeyBytes : kQueryBytes;
   static constexpr int kBytes = kQueries ? kStepBytes + kTableBytes + Config::kNumWarps * kScratchBytes : 0;
   // Rotated, a key may be sqrt(2) times as large, which is too much for the float16 in the place of the largest e5m2.
-  static constexpr bool kHalved = kKeys && Operands<Config>::template kSame<typename Config::Stored, __nv_fp8_e5m2>;
+  static constexpr bool kHalved = kKeys && kSame<typename Config::Stored, __nv_fp8_e5m2>;
   static_assert(Config::kRopePairs != kHalf || Config::kRotaryDim % 32 == 0, "a lane holds both elements of a pair");
   static_assert(Config::kRotaryDim % 16 == 0, "steps of the product rotate as a whole");
 };

@@ -9,10 +9,11 @@
 // One block. Pairs of a request and a q tile are sorted by the KV steps they visit (fewer count where warpgroups have no rows), most first: a stable counting sort in which
 // every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. Tiles of one warpgroup's rows or
 // fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
-// A batch that exceeds the limits, or with negative lengths, has no tiles.
-// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kCausal, kWindowed,
-// kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots (of
-// all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item).
+// A batch that exceeds the limits, or with negative lengths, has no tiles; nor has one in which no request has more than kShortQLen
+// new tokens, which another kernel serves: its list is used, and empty.
+// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kShortQLen, kCausal,
+// kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots
+// (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item).
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
 // [., 16] (fi/attention/item.cuh, without head), header int [4] (fi/attention/order.cuh); max_pairs, max_q_tokens, max_q_len,
 // max_kv_len; num_requests, window.
@@ -90,11 +91,15 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   constexpr int kThreads = Config::kNumThreads;
   __shared__ int warp_sums[kThreads / 32];
   __shared__ int longest;
+  __shared__ bool some_long;
   const int* q_indptr = static_cast<const int*>(params.q_indptr);
   const int* kv_lens = static_cast<const int*>(params.kv_lens);
   int* prefix = static_cast<int*>(params.tile_prefix);
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) longest = 0;
+  if (thread == 0) {
+    longest = 0;
+    some_long = false;
+  }
   __syncthreads();
   int before = 0;
   bool within = true;
@@ -108,6 +113,7 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
       if (fits) tiles = (end - begin + Config::kTileTokens - 1) / Config::kTileTokens;
       within &= fits;
       if (tiles > 0) atomicMax(&longest, kv_len);
+      if (end - begin > Config::kShortQLen) some_long = true;
     }
     const int inclusive = inclusive_sum_over_lanes<32>(tiles);
     if (thread % 32 == 31) warp_sums[thread / 32] = inclusive;
@@ -123,7 +129,8 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   if (thread == 0) prefix[params.num_requests] = before;
   __syncthreads();
   const int most_steps = (longest + Config::kTokens - 1) / Config::kTokens;
-  return {within && before <= params.max_pairs ? before : 0, bin_of<Config>(most_steps)};
+  const bool has_tiles = within && before <= params.max_pairs && some_long;
+  return {has_tiles ? before : 0, bin_of<Config>(most_steps)};
 }
 
 // What a tile of a bin costs at most.

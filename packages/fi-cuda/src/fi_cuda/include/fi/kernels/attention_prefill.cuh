@@ -5,10 +5,11 @@
 // 2024, section 3 (roles, overlap within and between warpgroups); "stream-K" (Osama et al., 2023) for equal shares.
 // Config: Dtype (out), Query (Q), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0:
 // ragged), kTable, kTableRow, kConsumers (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
-// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kParts (of a step's weights), kKeysAhead
-// (keys are copied before the values of the step before), kInPieces (of tiles, in the order), kPolynomialEvery (scores with a soft
-// cap), kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kRotaryDim, kRopePairs, kQScales, kKScales, kVScales, kLse, kSignedScale
-// (the softmax scale may be 0 or less), kProducerRegisters, kConsumerRegisters, kSharedBytes. Params: those of
+// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kKeysAhead (keys are copied before the
+// values of the step before), kInPieces (of tiles, in the order), kParts (of a step's weights), kPolynomialEvery (scores with a
+// soft cap), kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kRotaryDim, kRopePairs, kQScales, kKScales, kVScales, kLse,
+// kSignedScale (the softmax scale may be 0 or less), kProducerRegisters, kConsumerRegisters, kSharedBytes, kAfterDecode (it follows
+// the decode kernel, which serves batches of short queries). Params: those of
 // fi_cuda.kernels.attention.prefill.
 #pragma once
 
@@ -17,6 +18,15 @@
 #include "fi/ptx/dependent_launch.cuh"
 
 namespace fi {
+
+// Whether the decode kernel, which is the one before in the stream, serves this batch. It has waited for all kernels before it, the
+// planner's among them, so that the head of the list may be read without waiting for its end.
+template <class Config, class Params>
+__device__ __forceinline__ bool is_left_to_decode(const Params& params) {
+  if constexpr (!Config::kAfterDecode) return false;
+  const OrderHeader* order = static_cast<const OrderHeader*>(params.order);
+  return order->is_used && order->num_rows == 0;
+}
 
 // `maps`: none, or those of K and V.
 template <class Config, class Params, class... Maps>
@@ -27,6 +37,11 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
   Shared& shared = *reinterpret_cast<Shared*>(unaligned + (-ptx::shared_address(unaligned) & 1023u));
   static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes);
   using Copies = decltype(copies_of<Config>(params, maps...));
+  if (is_left_to_decode<Config>(params)) {
+    ptx::allow_next_kernel();
+    ptx::wait_for_previous_kernel();  // whoever waits for this kernel waits for the one before too
+    return;
+  }
   if (threadIdx.x == 0) {
     shared.template init<Copies>();
     ptx::prefetch_tensor_map(&queries);

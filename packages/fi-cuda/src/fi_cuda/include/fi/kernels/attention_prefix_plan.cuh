@@ -303,10 +303,12 @@ class PrefixPlanner {
       PartSegment* segment = static_cast<PartSegment*>(params_.segments) + static_cast<int64>(place) * params_.max_segments;
       PartSegment* const end = segment + params_.max_segments;
       *segment++ = {work.first_part + inside * Config::kGroupSize, length * Config::kGroupSize, work.pieces, token};
+      const int position = kv_lens_[request] - length + inside;
       for (int idx = work.node; idx >= 0; idx = nodes_[idx].parent) {
         const NodeWork& node = nodes_[idx];
         const int row = work.t_begin + inside - node.t_begin;
-        *segment++ = {node.first_part + row * Config::kGroupSize, node.num_tokens * Config::kGroupSize, node.pieces, token};
+        *segment++ = {node.first_part + row * Config::kGroupSize, node.num_tokens * Config::kGroupSize, node.pieces,
+                      node.kv_end + row - position};
       }
       if (segment < end) *segment = {};
     }

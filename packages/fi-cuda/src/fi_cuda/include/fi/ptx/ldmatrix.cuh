@@ -37,4 +37,11 @@ FI_BOTH(_trans, ".trans")
 #undef FI_STORE
 #undef FI_LOAD
 
+// The transpose of an 8x8 matrix of 16-bit elements that a warp holds. PTX ISA, section "movmatrix".
+__device__ __forceinline__ unsigned movmatrix_trans(unsigned fragment) {
+  unsigned result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(fragment));
+  return result;
+}
+
 }  // namespace fi::ptx

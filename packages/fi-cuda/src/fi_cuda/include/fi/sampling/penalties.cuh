@@ -98,10 +98,8 @@ struct PenaltyPatch {
     }
   }
 
-  __device__ __forceinline__ void subtract_counts(int num_entries) const {
+  __device__ __forceinline__ void subtract_counts(int num_entries, float frequency, float presence) const {
     const int2* entries = reinterpret_cast<const int2*>(static_cast<const int*>(params.entries) + at.history * params.entry_stride);
-    const float frequency = params.frequency == nullptr ? 0.0f : static_cast<const float*>(params.frequency)[at.place];
-    const float presence = params.presence == nullptr ? 0.0f : static_cast<const float*>(params.presence)[at.place];
     for_each(0, num_entries, [&](int entry) { return entries[entry].x; }, [&](int place, int entry) {
       // Rounded after each step, as the reference does.
       const float count = static_cast<float>(entries[entry].y);
@@ -109,7 +107,7 @@ struct PenaltyPatch {
     });
   }
 
-  // All parts after the bitmasks; false if the row's history did not fit. All threads; the slice is complete before, and after.
+  // All parts after the bitmasks; false if a history that is needed did not fit. All threads; the slice is complete before, and after.
   __device__ __forceinline__ bool apply() const {
     __syncthreads();
     if (params.bias_indptr != nullptr) {
@@ -122,10 +120,12 @@ struct PenaltyPatch {
       if (factor != 1.0f) repeat(factor);
       __syncthreads();
     }
-    if (params.frequency == nullptr && params.presence == nullptr) return true;
+    const float frequency = params.frequency == nullptr ? 0.0f : static_cast<const float*>(params.frequency)[at.place];
+    const float presence = params.presence == nullptr ? 0.0f : static_cast<const float*>(params.presence)[at.place];
+    if (frequency == 0.0f && presence == 0.0f) return true;
     const int num_entries = static_cast<const int*>(params.num_entries)[at.history];
     if (num_entries > params.capacity) return false;
-    subtract_counts(num_entries);
+    subtract_counts(num_entries, frequency, presence);
     __syncthreads();
     return true;
   }

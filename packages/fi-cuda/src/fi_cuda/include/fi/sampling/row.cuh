@@ -133,6 +133,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
 template <class Config>
 __device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, float temperature) {
   Extremes found = {minus_infinity(), -minus_infinity()};
+  __syncwarp();  // other lanes may have read these places from memory
   for_each_four<Config, 1>(slice, [&](int place, float4 four) {
     Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
 #pragma unroll

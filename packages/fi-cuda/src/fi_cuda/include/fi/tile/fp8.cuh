@@ -3,6 +3,8 @@
 
 #include <cuda_fp8.h>
 
+#include "fi/ptx/convert.cuh"
+#include "fi/ptx/math.cuh"
 #include "fi/tile/pack.cuh"
 
 namespace fi {
@@ -19,20 +21,11 @@ inline constexpr __nv_fp8_interpretation_t kFp8Format = __NV_E4M3;
 template <>
 inline constexpr __nv_fp8_interpretation_t kFp8Format<__nv_fp8_e5m2> = __NV_E5M2;
 
-// Four 8-bit floats as float16, exactly, the lowest first. PTX ISA, section "cvt"; halves of a register need no shift so.
+// Four 8-bit floats as float16, exactly, the lowest first.
 template <class Stored>
 __device__ __forceinline__ void halves_of(unsigned& low, unsigned& high, unsigned bytes) {
-  if constexpr (kFp8Format<Stored> == __NV_E4M3) {
-    asm("{\n.reg .b16 first, second;\nmov.b32 {first, second}, %2;\ncvt.rn.f16x2.e4m3x2 %0, first;\n"
-        "cvt.rn.f16x2.e4m3x2 %1, second;\n}"
-        : "=r"(low), "=r"(high)
-        : "r"(bytes));
-  } else {
-    asm("{\n.reg .b16 first, second;\nmov.b32 {first, second}, %2;\ncvt.rn.f16x2.e5m2x2 %0, first;\n"
-        "cvt.rn.f16x2.e5m2x2 %1, second;\n}"
-        : "=r"(low), "=r"(high)
-        : "r"(bytes));
-  }
+  if constexpr (kFp8Format<Stored> == __NV_E4M3) ptx::halves_of_e4m3(low, high, bytes);
+  else ptx::halves_of_e5m2(low, high, bytes);
 }
 
 // What many numbers are divided by. Powers of 2 move scales below 2^-60 and above 2^60 to where no intermediate result that
@@ -49,8 +42,7 @@ struct Divisor {
 // 1 / x to nearest even for an x of 2^-100 to 2^100, 0 and infinity: what the compiler makes of __frcp_rn for such x, without
 // the call for others.
 __device__ __forceinline__ float inverse_of(float x) {
-  float near;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(x));
+  const float near = ptx::rcp_approx(x);
   const float error = __fmaf_rn(x, near, -1.0f);
   return fabsf(error) < 1.0f ? __fmaf_rn(near, -error, near) : near;
 }

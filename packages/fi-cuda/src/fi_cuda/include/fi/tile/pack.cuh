@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "fi/ptx/load.cuh"
+
 namespace fi {
 
 // kBytes (the size of an element up to 16) must divide the address.
@@ -22,10 +24,7 @@ __device__ __forceinline__ Pack<T, kBytes> load_pack(const T* address) {
 template <int kBytes, class T>
 __device__ __forceinline__ Pack<T, kBytes> load_pack_past_l1(const T* address) {
   if constexpr (kBytes == 16) {
-    uint4 bits;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "l"(__cvta_generic_to_global(address)));
+    uint4 bits = ptx::load_past_l1(address);
     return *reinterpret_cast<Pack<T, kBytes>*>(&bits);
   } else {
     return load_pack<kBytes>(address);

@@ -1,0 +1,167 @@
+"""Inter-token latency of many samples of many prompts, with shared prefixes read once and without.
+
+``python benchmarks/bench_sharing.py [--short] [--out FILE] [--plot FILE]``: a random-weight Llama-3.1-8B serves 64 requests
+with a common system prompt of 8192 tokens and 128 of their own, n samples each, and 64 separate prompts of 1k to 8k tokens with
+4 samples each. All samples decode at once; the figure is the median time of a step, which gives each of them a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fi_benchmarks.results import circumstances
+from fi_engine import Engine, EngineConfig
+from fi_engine.model import Model
+from fi_engine.random_model import SHAPES, random_model
+from fi_sampling import SamplingParams
+from fi_scheduler.sharing import SharingRates
+
+PAGE = 16
+NUM_PROMPTS = 64
+COMMON, OWN = 8192, 128
+WARM_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``num_samples`` of each prompt; ``kind`` says which prompts."""
+
+    kind: str
+    num_samples: int
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(1)
+
+        def tokens(count: int) -> list[int]:
+            return torch.randint(0, vocab_size, (count,), generator=generator).tolist()
+
+        if self.kind == "common":
+            common = tokens(COMMON)
+            return [common + tokens(OWN) for _ in range(NUM_PROMPTS)]
+        lengths = torch.linspace(1024, 8192, NUM_PROMPTS).int().tolist()
+        return [tokens(length) for length in lengths]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of a step: median, 10th and 90th percentile; ``levels`` the last step shared; ``tokens`` the first of each
+    sample, to compare."""
+
+    ms: float
+    p10: float
+    p90: float
+    levels: int
+    tokens: list[list[int]]
+
+
+def measure(model: Model, workload: Workload, num_steps: int, shared: bool, rates: SharingRates | None) -> Measured:
+    """Prefill everything, then time ``num_steps`` decode steps of all samples."""
+    prompts = workload.prompts(model.config.vocab_size)
+    batch = NUM_PROMPTS * workload.num_samples
+    # Samples branch off while later prompts are still read, so they have room for as many tokens as there are steps till then.
+    step_tokens = max(4096, 2 * batch)
+    new = sum(map(len, prompts)) // (step_tokens - batch) + NUM_PROMPTS + 2 * (WARM_STEPS + num_steps)
+    longest = max(map(len, prompts)) + new + 1
+    distinct = COMMON + NUM_PROMPTS * OWN if workload.kind == "common" else sum(map(len, prompts))
+    pages = distinct // PAGE + NUM_PROMPTS + batch * (new // PAGE + 3)
+    config = EngineConfig(batch, step_tokens, longest, PAGE, pages, shared_prefixes=shared, sharing_rates=rates)
+    engine = Engine(model, None, config)
+    params = SamplingParams(seed=3, n=workload.num_samples, max_tokens=new, ignore_eos=True)
+    handles = [handle for prompt in prompts for handle in engine.submit_samples(prompt, params)]
+    while not all(handle.token_ids for handle in handles):
+        engine.step()
+    for _ in range(WARM_STEPS):
+        engine.step()
+    times = []
+    for _ in range(num_steps):
+        begun = time.perf_counter()
+        engine.step()  # ends with its tokens on the host
+        times.append((time.perf_counter() - begun) * 1e3)
+    assert engine.stats.num_preemptions == 0 and not any(handle.finished for handle in handles)
+    chosen = engine._planner.sharing
+    levels = 0 if chosen is None else len(chosen.levels)
+    tokens = [handle.token_ids[:WARM_STEPS] for handle in handles]
+    for line in engine.explain_sharing()[:6]:
+        print(f"    {line[:150]}")
+    p10, median, p90 = (statistics.quantiles(times, n=10)[idx] for idx in (0, 4, 8))
+    return Measured(median, p10, p90, levels, tokens)
+
+
+def compare(model: Model, workload: Workload, num_steps: int, rates: SharingRates | None) -> dict[str, Any]:
+    """One workload, without and with sharing."""
+    found = {}
+    for shared in (False, True):
+        found[shared] = measure(model, workload, num_steps, shared, rates)
+        gc.collect()
+        torch.cuda.empty_cache()
+    apart, once = found[False], found[True]
+    equal = statistics.mean(a == b for a, b in zip(apart.tokens, once.tokens, strict=True))
+    row = {**asdict(workload), "equal_samples": equal, "levels": once.levels}
+    for name, measured in (("apart", apart), ("once", once)):
+        row |= {f"{name}_ms": measured.ms, f"{name}_p10": measured.p10, f"{name}_p90": measured.p90}
+    row["saved"] = 1 - once.ms / apart.ms
+    print(
+        f"{workload.kind:>8} n={workload.num_samples:<2} {apart.ms:8.2f} ms apart, {once.ms:8.2f} ms once: "
+        f"{row['saved']:6.1%} less, {once.levels} levels, {equal:.0%} of the samples begin alike",
+        flush=True,
+    )
+    return row
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Latency by number of samples, both ways."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    common = [row for row in rows if row["kind"] == "common"]
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name, label in (("apart", "each for itself"), ("once", "shared prefixes read once")):
+        axes.plot(
+            [row["num_samples"] for row in common], [row[f"{name}_ms"] for row in common], marker="o", label=label
+        )
+    axes.set(xlabel="samples a request (64 requests, 8192 common tokens)", ylabel="inter-token latency, ms")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([row["num_samples"] for row in common], [str(row["num_samples"]) for row in common])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="n = 1, 4 and 16, and few steps")
+    parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(SHAPES))
+    parser.add_argument("--rates", type=Path, help="rates that fit_sharing.py wrote (default: those of the engine)")
+    parser.add_argument("--out", type=Path, help="where the rows go, as JSON")
+    parser.add_argument("--plot", type=Path, help="where the plot goes (needs matplotlib)")
+    parser.add_argument("--commit", help="the commit that is measured (default: git is asked)")
+    options = parser.parse_args()
+    config, device = SHAPES[options.model], torch.device("cuda", torch.cuda.current_device())
+    model = random_model(config, device, torch.bfloat16, 16384, lambda line: None)
+    rates = None if options.rates is None else SharingRates.from_file(options.rates)
+    numbers, num_steps = ((1, 4, 16), 10) if options.short else ((1, 2, 4, 8, 16, 32), 20)
+    workloads = [Workload("common", count) for count in numbers] + [Workload("separate", 4)]
+    rows = [compare(model, workload, num_steps, rates) for workload in workloads]
+    if options.out is not None:
+        shared = circumstances(device, {}, options.commit)
+        named = [{"op": "engine", "model": options.model, **row, **shared} for row in rows]
+        options.out.write_text("[\n" + ",\n".join(map(json.dumps, named)) + "\n]\n")
+    if options.plot is not None:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
