@@ -8,8 +8,8 @@
 
 namespace fi {
 
-// Copies: BoxCopies, GatherCopies or RowCopies, as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token at a time
-// (map: token, head, element); rows past a tile's tokens hold what was there before and reach no result.
+// Copies: BoxCopies, GatherCopies or RowCopies, as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token
+// at a time (map: token, head, element); rows past a tile's tokens hold what was there before and reach no result.
 template <class Config, class Params, class Copies>
 class PrefixLoader {
   using Tile = PrefillTile<Config>;
@@ -19,8 +19,7 @@ class PrefixLoader {
 
  public:
   __device__ __forceinline__ PrefixLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
-      : params_(params), queries_(queries), copies_(copies), shared_(shared),
-        is_first_(warp_idx() == 0) {}
+      : params_(params), queries_(queries), copies_(copies), shared_(shared), is_first_(warp_idx() == 0) {}
 
   // The next tile of the list, again and again; heads of a row stand side by side.
   __device__ __forceinline__ void run() {
