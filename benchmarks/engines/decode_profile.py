@@ -65,7 +65,7 @@ def profiled(engine: Any, steps: int) -> dict[str, Any]:
 def profile_decode(
     engine: Any, vocab_size: int, backend: str, out: str, batch: int = 64, context: int = 1024, steps: int = 30
 ) -> None:
-    """Fill ``engine`` (vLLM's LLMEngine, in this process), time and profile, and write the result to ``out``."""
+    """Fill ``engine`` (vLLM's LLMEngine, in this process), time and profile, empty it, and write the result to ``out``."""
     fill(engine, batch, context, 4 * steps + 16, vocab_size)
     for _ in range(8):
         engine.step()
@@ -78,6 +78,9 @@ def profile_decode(
     result["device"] = torch.cuda.get_device_name()
     result["wall_us_a_step"] = 1e6 * (time.perf_counter() - start) / steps
     result |= profiled(engine, steps)
+    engine.abort_request([str(number) for number in range(batch)])
+    while engine.has_unfinished_requests():
+        engine.step()
     Path(out).write_text(json.dumps(result, indent=1))
     print(json.dumps({name: value for name, value in result.items() if name != "kernels_us_a_step"}), flush=True)
 

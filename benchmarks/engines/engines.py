@@ -157,14 +157,16 @@ class SglangEngine:
         return [out["output_ids"] for out in found], values
 
     def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
-        whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        found = self._run(whole, 1, return_logprob=True, logprob_start_len=0, top_logprobs_num=1)
-        lists = []
-        for out, answer in zip(found, answers, strict=True):
-            infos = out["meta_info"]
-            best = [position[0][0] for position in infos["input_top_logprobs"][-len(answer) :]]
-            chosen = [item[0] for item in infos["input_token_logprobs"][-len(answer) :]]
-            lists.append([most - value for most, value in zip(best, chosen, strict=True)])
+        """From its own continuations, a few requests at a time: where one chooses another token than the answer, both
+        log-probabilities tell the gap, and the rest is asked for from behind that token."""
+        lists: list[list[float]] = [[] for _ in answers]
+        while open_rows := [row for row, answer in enumerate(answers) if len(lists[row]) < len(answer)][:8]:
+            starts = [prompts[row] + answers[row][: len(lists[row])] for row in open_rows]
+            nums = [len(answers[row]) - len(lists[row]) for row in open_rows]
+            found = self._run(starts, nums, return_logprob=True, logprob_start_len=-1, top_logprobs_num=8)
+            for row, out in zip(open_rows, found, strict=True):
+                wanted = answers[row][len(lists[row]) :]
+                lists[row] += gaps_of(wanted, out["output_ids"], out["meta_info"]["output_top_logprobs"])
         return lists
 
     def forget(self) -> None:
@@ -172,6 +174,16 @@ class SglangEngine:
 
     def close(self) -> None:
         self.engine.shutdown()
+
+
+def gaps_of(wanted: Tokens, chosen: Tokens, best: list[list[tuple[float, int, Any]]]) -> list[float]:
+    """0 for every token that was chosen as ``wanted``, up to the first that was not: its gap to the chosen one, by the best
+    tokens there as (log-probability, token, text); infinite where it is not among them."""
+    same = next((i for i, (a, b) in enumerate(zip(wanted, chosen, strict=True)) if a != b), None)
+    if same is None:
+        return [0.0] * len(wanted)
+    values = {item[1]: item[0] for item in best[same]}
+    return [0.0] * same + [values[chosen[same]] - values.get(wanted[same], float("-inf"))]
 
 
 def engine_options(texts: list[str]) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 #                                               WORK: models, caches and whole results (default OUT/work); OUT gets logs and tables
 # env: PYTHON (default python3), PARTS (default "accuracy no_sync pressure speed online"), KINDS (default "llama gemma2 qwen3 gpt_oss"),
 #      TOGETHER (processes at once where speed is not measured, default 6), OWN (the engine's backends for speed),
-#      WORKLOADS, REQUESTS, ROUNDS, RATE, KV_GIB (cache of each engine under speed), LIMIT (seconds for speed)
+#      SKIP (a regular expression of parts to leave out), WORKLOADS, REQUESTS, ROUNDS, RATE, KV_GIB (cache of each engine under
+#      speed), LIMIT (seconds for speed)
 # Every part has its own time limit, process and log; what is done by then is in OUT.
 set -u
 engine=$1 site=$2 out=$3 work=${4:-$3/work}
@@ -32,7 +33,8 @@ choose() { # choose BACKEND: the engine's own backends run with the engine's own
   if [ "$1" = "$ours" ]; then unset VLLM_PLUGINS; else export VLLM_PLUGINS=fi_gpt_oss_attention; fi
 }
 
-part() { # part SECONDS NAME COMMAND...
+part() { # part SECONDS NAME COMMAND...; left out where SKIP matches the name
+  [[ -n "${SKIP:-}" && "$2" =~ $SKIP ]] && return 1
   local limit=$1 name=$2 start=$SECONDS; shift 2
   timeout --foreground -k 3 "$limit" "$@" > "$out/$name.log" 2>&1 < /dev/null; local status=$?
   echo "$name: exit status $status after $((SECONDS - start)) s"
@@ -61,6 +63,7 @@ accuracy() { # accuracy KIND BACKEND NAME OPTIONS; NAME fi_attention: the engine
 
 compare() { # compare KIND NAME OWN...: fi's run by name, against the engine's
   local files=() name
+  [ -e "$work/accuracy_$1_$2.json" ] || return 0
   for name in "${@:2}"; do [ -e "$work/accuracy_$1_$name.json" ] && files+=("$work/accuracy_$1_$name.json"); done
   [ ${#files[@]} -gt 1 ] && "$python" "$here/accuracy.py" compare "${files[@]}" $(ls "$work"/reference_"$1"*.json 2> /dev/null) "$out/accuracy.jsonl" | sed "s/^/$1 /" | tee -a "$out/accuracy.txt"
 }
@@ -124,18 +127,23 @@ no_sync() { # with the plugin that raises at a synchronisation
   choose "$ours"
   export PYTHONPATH=$here/no_sync:$plain
   part 150 no_sync "$python" "$here/throughput.py" "$engine" "$work/models/llama" "$ours" "$work/guarded.jsonl" --workloads short,sampled --requests 128 --options "$small"
-  grep -h fi_no_sync "$out/no_sync.log"
+  grep -hs fi_no_sync "$out/no_sync.log"
 }
 
 pressure() { # pressure NAME KIND OPTIONS [VARIABLE=VALUE ...]
   choose "$ours"
   part 150 "$1" env "${@:4}" "$python" "$here/pressure.py" "$engine" "$work/models/$2" "$ours" --options "$small" --options "$3"
-  grep -h '^pressure' "$out/$1.log" | cut -c1-300
+  grep -hs '^pressure' "$out/$1.log" | cut -c1-300
 }
 
-all_pressure() {
+all_pressure() { # also with every index checked on the device, and with some calls compared with fi's reference
   beside pressure pressure llama '{}'
-  [ "$engine" = vllm ] || return 0
+  beside pressure pressure_checked llama '{}' FI_CHECK=1
+  if [ "$engine" = sglang ]; then
+    beside pressure pressure_shadow llama '{"disable_cuda_graph": true}' FI_SHADOW=0.02
+    return 0
+  fi
+  beside pressure pressure_shadow llama '{}' FI_SHADOW=0.02
   beside pressure pressure_ngram llama '{"logits_processors": null, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}}'
   beside pressure pressure_v2_runner qwen3 '{"logits_processors": null}' VLLM_USE_V2_MODEL_RUNNER=1
 }

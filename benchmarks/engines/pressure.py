@@ -106,7 +106,9 @@ def main() -> None:
     options = parser.parse_args()
     is_vllm = options.engine == "vllm"
     small = {"num_gpu_blocks_override": options.cache // 16, "disable_log_stats": False}
-    limits: dict[str, Any] = small if is_vllm else {"max_total_tokens": options.cache}
+    # SGLang admits what it expects to have room for; so it expects short answers, and must retract.
+    few = {"max_total_tokens": options.cache, "schedule_conservativeness": 0.1}
+    limits: dict[str, Any] = small if is_vllm else few
     engine = open_engine(options.engine, options.model, options.backend, **(engine_options(options.options) | limits))
     requests = requests_of(
         options.requests, json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]

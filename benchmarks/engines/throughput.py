@@ -105,15 +105,15 @@ def main() -> None:
         warm = [prompt for prompt, _ in requests_of("short", 8, vocab_size)]
         for sampling in ({}, *SAMPLING.values()):
             engine.generate(warm, 8, **sampling)
+    if options.profile and isinstance(engine, VllmEngine):
+        with turns.turn():
+            profile_decode(engine.engine.llm_engine, vocab_size, options.backend, options.profile)
     for workload in options.workloads.split(","):
         requests = requests_of(workload, options.requests, vocab_size)
         for number in range(options.rounds):
             with turns.turn():
                 seconds = timed(engine, workload, requests)
             write(options, workload, number, requests, seconds)
-    if options.profile and isinstance(engine, VllmEngine):
-        with turns.turn():
-            profile_decode(engine.engine.llm_engine, vocab_size, options.backend, options.profile)
     engine.close()
 
 

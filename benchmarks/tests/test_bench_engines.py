@@ -130,6 +130,14 @@ def test_load_that_fills_a_cache(script):
     assert [number for number in range(21) if module.is_aborted(number)] == [3, 10, 17]
 
 
+def test_gaps_of_an_answer(script):
+    gaps_of = script("engines").gaps_of
+    best = [[(-0.1, 1, None)], [(-0.5, 7, None), (-0.75, 2, None)], [(-0.2, 3, None)]]
+    assert gaps_of([1, 7, 3], [1, 7, 3], best) == [0.0, 0.0, 0.0]
+    assert gaps_of([1, 2, 3], [1, 7, 9], best) == [0.0, 0.25]
+    assert gaps_of([1, 4, 3], [1, 7, 9], best) == [0.0, float("inf")]
+
+
 def test_options_of_engines(script):
     engine_options = script("engines").engine_options
     assert engine_options(['{"a": 1, "b": 2}', '{"b": null}']) == {"a": 1, "b": None}

@@ -50,6 +50,11 @@ def test_prompts_of_any_length():
     assert batch.q_indptr.tolist() == [0, 5, 8, 11] and batch.kv_lens.tolist() == [5, 20, 3]
 
 
+def test_a_made_up_prompt_is_cut_to_the_map():
+    batch = buffers(context=32).ragged(int64(100), int64(0), torch.zeros(100, dtype=torch.int64), int64(100))
+    assert batch.q_indptr.tolist() == [0, 32] and batch.kv_lens.tolist() == [32] and len(batch.slot_mapping) == 100
+
+
 def test_more_requests_than_sglang_allows():
     with pytest.raises(fi.CapacityError, match="at most 4"):
         buffers().uniform(torch.ones(5), torch.ones(5), torch.ones(5), 1)

@@ -12,6 +12,8 @@ from fi_cuda.source import CompileTarget, KernelSource
 # pytest's importlib mode leaves sys.path alone; the tests share helpers that lie beside them.
 sys.path.append(str(Path(__file__).parent))
 
+from repeated_launches import Repeated  # noqa: E402
+
 
 class Launches:
     """Stands in for every kernel: ``specs`` asked for, and the ``last`` launch of each stem: grid, values by name, spec."""
@@ -35,23 +37,6 @@ class Launches:
                 return Repeated(self, device, grid_x, maps)
 
         return Kernel()
-
-
-class Repeated:
-    """A repeated launch of a recorded kernel; ``num_packed`` counts how often its values were given."""
-
-    num_packed = 0
-
-    def __init__(self, kernel, device, grid_x, maps):
-        self.given = kernel, device, grid_x, maps
-
-    def pack(self, *values):
-        self.values = values
-        self.num_packed += 1
-
-    def launch(self):
-        kernel, device, grid_x, maps = self.given
-        kernel.launch(device, grid_x, 1, *self.values, *maps)
 
 
 @pytest.fixture

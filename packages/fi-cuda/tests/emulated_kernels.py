@@ -25,6 +25,7 @@ from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 from fi_cuda.params import TensorMap
 from fi_cuda.spec import KernelSpec
 from fi_cuda.tensor_map import Box
+from repeated_launches import Repeated
 
 EMULATION = Path(__file__).parent / "emulation"
 CUDA_HEADERS = Path(nvidia.cu13.__path__[0]) / "include"
@@ -128,6 +129,9 @@ class EmulatedKernel:
         shape = (grid_x, grid_y, spec.num_threads, spec.cluster_size, spec.shared_bytes, type(self).seed)
         if _library(spec).fi_emulate(packed, pointers, *shape, error, len(error)):
             raise EmulationError(f"{spec.stem}: {error.value.decode()}")
+
+    def repeated(self, device: torch.device, grid_x: int, maps: tuple[TensorMap, ...]) -> Repeated:
+        return Repeated(self, device, grid_x, maps)
 
 
 def _tensor_map(

@@ -41,8 +41,16 @@ class StepBuffers:
         return self._batch(self.uniform_indptr(q_len), num, slots)
 
     def ragged(self, seq_lens: Tensor, rows: Tensor, slots: Tensor, q_lens: Tensor) -> fi.Batch:
-        """B requests with ``q_lens`` [B] new tokens, which ``seq_lens`` [B] include."""
+        """B requests with ``q_lens`` [B] new tokens, which ``seq_lens`` [B] include.
+
+        For the graph of a long prefill SGLang makes up a request, which can be longer than the map has room for; then the step
+        is cut to that.
+        """
         num = self._fill(seq_lens, rows)
+        room = self.table.shape[1]
+        if slots.shape[0] > num * room:
+            self.kv_lens[:num].clamp_(max=room)
+            q_lens = q_lens.clamp(max=room)
         torch.cumsum(q_lens[:num], 0, dtype=torch.int32, out=self.q_indptr[1 : num + 1])
         return self._batch(self.q_indptr, num, slots)
 
