@@ -1,4 +1,4 @@
-"""Tiles in order and in pieces: the host's list, and on a GPU the kernel's beside it."""
+"""Tiles in order and in pieces: the host's list, the kernel's beside it, and calls that merge pieces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fi_core.records import AttentionSpec, Capacity
+from emulated_kernels import emulate
+from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
+from fi_core.reference.attention import oracle
+from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning
 from fi_cuda.kernels.attention.order import (
     HEADER_WIDTH,
     OrderList,
@@ -122,16 +125,55 @@ def test_first_pieces_of_equal_tiles_stand_before_the_second_ones():
     assert {row[2] for row in rows[:32]} == {0, 1} and {row[2] for row in rows[32:]} == {2}  # 32 tokens take less time
 
 
+def check_the_kernel(name, pieces, device, num_batches):
+    rng, lists = random.Random(name), Lists(SPECS[name], pieces)
+    made = lists.empty(device)
+    planner = OrderPlanner(lists.spec, CAPACITY, lists.window, made)
+    for _ in range(num_batches):
+        q_indptr, kv_lens = random_batch(rng)
+        num_rows, used, rows = lists.on_host(q_indptr, kv_lens)
+        planner(q_indptr.to(device), kv_lens.to(device))
+        assert made.header.tolist() == [num_rows, used, 0, 0]
+        assert made.items[: len(rows)].tolist() == rows
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("pieces", [1, 16])
 @pytest.mark.parametrize("name", SPECS)
 def test_the_kernel_makes_the_same_list(name, pieces):
-    rng, lists = random.Random(name), Lists(SPECS[name], pieces)
-    made = lists.empty("cuda")
-    planner = OrderPlanner(lists.spec, CAPACITY, lists.window, made)
-    for _ in range(60):
-        q_indptr, kv_lens = random_batch(rng)
-        num_rows, used, rows = lists.on_host(q_indptr, kv_lens)
-        planner(q_indptr.cuda(), kv_lens.cuda())
-        assert made.header.tolist() == [num_rows, used, 0, 0]
-        assert made.items[: len(rows)].tolist() == rows
+    check_the_kernel(name, pieces, "cuda", 60)
+
+
+@pytest.mark.parametrize("pieces", [1, 16])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_emulated_kernel_makes_the_same_list(name, pieces, monkeypatch):
+    emulate(monkeypatch, [order])
+    check_the_kernel(name, pieces, "cpu", 12)
+
+
+# Pieces of tiles that cost nothing to make, so that short ones have some too.
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_an_emulated_call_merges_pieces(page_size, monkeypatch):
+    emulate(monkeypatch, [order, layout, plan, prefill_state, prefill_tuning])
+    monkeypatch.setattr(order, "_PIECE_STEPS", 0)
+    spec = AttentionSpec(2, 1, 64, page_size=page_size, features=frozenset({"lse"}))
+    q_lens, kv_lens = [90, 80, 70, 65], [900, 910, 920, 930]  # a round of 3 workers, and one tile
+    counts = [-(-kv_len // page_size) for kv_len in kv_lens]
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(sum(counts), page_size, 1, 64, generator=generator).bfloat16() for _ in range(2))
+    q = torch.randn(sum(q_lens), 2, 64, generator=generator).bfloat16()
+    table = torch.zeros(4, max(counts), dtype=torch.int32)
+    for row, part in zip(table, torch.randperm(sum(counts), generator=generator).int().split(counts), strict=True):
+        row[: part.shape[0]] = part
+    batch = Batch(torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor(kv_lens, dtype=torch.int32), table)
+    made = prefill_state.attention_prefill.plan(spec, Capacity(4, 305, 90, 1000), "cpu")
+    made.update(batch)
+    num_rows, used, *_ = made._orders[None].header.tolist()
+    assert used and made._orders[None].items[:num_rows, 15].max() > 1  # pieces of a tile
+    kv, layer = KVCache(k, v), LayerArgs().resolve(spec)
+    wanted, wanted_lse = oracle(spec, batch, q, kv, layer)
+    for _ in range(2):  # the second call finds the counters as the first left them
+        out, lse = torch.full_like(q, torch.nan), torch.full((305, 2), torch.nan)
+        made.run(q, kv, layer, out, lse)
+        torch.testing.assert_close(out.double(), wanted.double(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse.double(), wanted_lse.double(), rtol=1e-3, atol=1e-3)

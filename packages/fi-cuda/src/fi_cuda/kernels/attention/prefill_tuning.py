@@ -169,7 +169,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         overlap=not three,
         parts=2 if three else 1,
         keys_ahead=not three or spec.page_size is None,
-        pieces=1,
+        pieces=MAX_PIECES,
         item_cost=2,
         step_cost=2,
         landing_stages=2 if spec.q_is_fp8 or (boxes and spec.kv_dtype != spec.q_dtype) else 0,

@@ -242,7 +242,7 @@ __device__ __forceinline__ void attention_order(const Params& params) {
   __shared__ int counts[kWarps][kOrderBins];
   __shared__ int begins[kOrderBins + 1];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  for (int idx = thread; idx < kWarps * kOrderBins; idx += Config::kNumThreads) counts[0][idx] = 0;
+  for (int idx = thread; idx < kWarps * kOrderBins; idx += Config::kNumThreads) counts[idx / kOrderBins][idx % kOrderBins] = 0;
   ptx::allow_next_kernel();  // which waits for the end of this one
   ptx::wait_for_previous_kernel();
   const OrderedPairs pairs = count_pairs<Config>(params);
