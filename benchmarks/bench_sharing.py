@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from fi_benchmarks.results import circumstances
+from fi_core.settings import settings
 from fi_engine import Engine, EngineConfig
 from fi_engine.model import Model
 from fi_engine.random_model import SHAPES, random_model
 from fi_sampling import SamplingParams
 from fi_scheduler.sharing import SharingRates
+from fit_sharing import measured_rates
 
 PAGE = 16
 NUM_PROMPTS = 64
@@ -33,10 +35,11 @@ WARM_STEPS = 4
 
 @dataclass(frozen=True)
 class Workload:
-    """``num_samples`` of each prompt; ``kind`` says which prompts."""
+    """``num_samples`` of each of ``num_prompts``; ``kind`` says which prompts."""
 
     kind: str
     num_samples: int
+    num_prompts: int = NUM_PROMPTS
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(1)
@@ -46,8 +49,8 @@ class Workload:
 
         if self.kind == "common":
             common = tokens(COMMON)
-            return [common + tokens(OWN) for _ in range(NUM_PROMPTS)]
-        lengths = torch.linspace(1024, 8192, NUM_PROMPTS).int().tolist()
+            return [common + tokens(OWN) for _ in range(self.num_prompts)]
+        lengths = torch.linspace(1024, 8192, self.num_prompts).int().tolist()
         return [tokens(length) for length in lengths]
 
 
@@ -66,13 +69,14 @@ class Measured:
 def measure(model: Model, workload: Workload, num_steps: int, shared: bool, rates: SharingRates | None) -> Measured:
     """Prefill everything, then time ``num_steps`` decode steps of all samples."""
     prompts = workload.prompts(model.config.vocab_size)
-    batch = NUM_PROMPTS * workload.num_samples
+    count = workload.num_prompts
+    batch = count * workload.num_samples
     # Samples branch off while later prompts are still read, so they have room for as many tokens as there are steps till then.
     step_tokens = max(4096, 2 * batch)
-    new = sum(map(len, prompts)) // (step_tokens - batch) + NUM_PROMPTS + 2 * (WARM_STEPS + num_steps)
+    new = sum(map(len, prompts)) // (step_tokens - batch) + count + 2 * (WARM_STEPS + num_steps)
     longest = max(map(len, prompts)) + new + 1
-    distinct = COMMON + NUM_PROMPTS * OWN if workload.kind == "common" else sum(map(len, prompts))
-    pages = distinct // PAGE + NUM_PROMPTS + batch * (new // PAGE + 3)
+    distinct = COMMON + count * OWN if workload.kind == "common" else sum(map(len, prompts))
+    pages = distinct // PAGE + count + batch * (new // PAGE + 3)
     config = EngineConfig(batch, step_tokens, longest, PAGE, pages, shared_prefixes=shared, sharing_rates=rates)
     engine = Engine(model, None, config)
     params = SamplingParams(seed=3, n=workload.num_samples, max_tokens=new, ignore_eos=True)
@@ -142,18 +146,23 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="n = 1, 4 and 16, and few steps")
+    parser.add_argument("--short", action="store_true", help="n = 1 and 4, 16 separate prompts, few steps")
     parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--rates", type=Path, help="rates that fit_sharing.py wrote (default: those of the engine)")
+    parser.add_argument("--fit", action="store_true", help="measure the rates of FI_BACKEND first")
     parser.add_argument("--out", type=Path, help="where the rows go, as JSON")
     parser.add_argument("--plot", type=Path, help="where the plot goes (needs matplotlib)")
     parser.add_argument("--commit", help="the commit that is measured (default: git is asked)")
     options = parser.parse_args()
     config, device = SHAPES[options.model], torch.device("cuda", torch.cuda.current_device())
-    model = random_model(config, device, torch.bfloat16, 16384, lambda line: None)
     rates = None if options.rates is None else SharingRates.from_file(options.rates)
-    numbers, num_steps = ((1, 4, 16), 10) if options.short else ((1, 2, 4, 8, 16, 32), 20)
-    workloads = [Workload("common", count) for count in numbers] + [Workload("separate", 4)]
+    if options.fit:
+        rates = measured_rates(settings().backend)
+        print(rates)
+    model = random_model(config, device, torch.bfloat16, 16384, lambda line: None)
+    numbers, num_steps = ((1, 4), 10) if options.short else ((1, 2, 4, 8, 16, 32), 20)
+    workloads = [Workload("common", count) for count in numbers]
+    workloads.append(Workload("separate", 4, 16 if options.short else NUM_PROMPTS))
     rows = [compare(model, workload, num_steps, rates) for workload in workloads]
     if options.out is not None:
         shared = circumstances(device, {}, options.commit)

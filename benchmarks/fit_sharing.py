@@ -2,13 +2,13 @@
 
 Decode attention of 32 query and 8 KV heads of 128 dims in bfloat16, pages of 16, with and without levels, by CUDA-graph replay
 with a cold L2. Each rate comes from the difference of two cases that differ in it alone; a grid of other cases then shows
-what the cost model makes of them: predicted and measured savings, and the worst loss among those that it would take.
+what the cost model makes of them: predicted and measured times, the worst loss of a choice to share and the most missed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +21,19 @@ from fi_scheduler.sharing import SharingCosts, SharingRates
 from torch import Tensor
 
 PAGE = 16
-OWN = 256
-ROUNDS = 12
+ROUNDS = 8
 SPEC = AttentionSpec(32, 8, 128, page_size=PAGE)
 GRID = [(size, prefix) for size in (2, 4, 8, 32, 64) for prefix in (128, 512, 1024, 2048, 8192)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """``num_groups`` of ``size`` requests that share ``prefix`` tokens and have OWN tokens of their own."""
+    """``num_groups`` of ``size`` requests that share ``prefix`` tokens and have ``own`` tokens of their own."""
 
     num_groups: int
     size: int
     prefix: int
+    own: int = 256
 
     @property
     def num_requests(self) -> int:
@@ -55,7 +55,7 @@ class Bench:
 
     def batch(self, case: Case) -> Batch:
         """Each group's pages of the prefix stand once in the cache, each request's own ones apart."""
-        own, shared = OWN // PAGE, case.prefix // PAGE
+        own, shared = case.own // PAGE, case.prefix // PAGE
         group = torch.arange(case.num_groups, device=self.device).repeat_interleave(case.size)
         first = torch.arange(shared, device=self.device) + group[:, None] * shared
         begin = case.num_groups * shared
@@ -63,7 +63,7 @@ class Bench:
         rest = begin + torch.arange(own, device=self.device) + request[:, None] * own
         pages = torch.cat([first, rest], dim=1)
         table = self.order[pages.flatten()].view(pages.shape).contiguous()
-        lens = torch.full((case.num_requests,), case.prefix + OWN, dtype=torch.int32, device=self.device)
+        lens = torch.full((case.num_requests,), case.prefix + case.own, dtype=torch.int32, device=self.device)
         indptr = torch.arange(case.num_requests + 1, dtype=torch.int32, device=self.device)
         rows = [[begin, begin + case.size, 0, case.prefix] for begin in range(0, case.num_requests, case.size)]
         nodes = torch.tensor(rows, dtype=torch.int32, device=self.device)
@@ -93,7 +93,7 @@ class Bench:
             max_batch=case.num_requests,
             max_q_tokens=case.num_requests,
             max_q_len=1,
-            max_kv_len=case.prefix + OWN,
+            max_kv_len=case.prefix + case.own,
             max_prefixes=max_prefixes,
             device=self.device,
             backend=self.backend,
@@ -106,29 +106,52 @@ def _check(case: Case, without: Tensor, shared: Tensor) -> None:
         raise AssertionError(f"{case}: results with and without levels differ by {error:.2e}")
 
 
-def fit(bench: Bench) -> SharingRates:
-    """The rates of the backend on this device."""
-    token_bytes = SPEC.num_kv_heads * 2 * SPEC.head_dim * 2
-    partial_bytes = 2 * 4 * SPEC.num_qo_heads * (SPEC.head_dim + 1)
-    apart, again, few, many, wide, pairs = bench.times(
-        [
-            Case(64, 1, 8192),
-            Case(1, 64, 8192),
-            Case(1, 128, PAGE),
-            Case(1, 512, PAGE),
-            Case(1, 256, 32768),
-            Case(64, 2, PAGE),
-        ]
+POINTS = {
+    "apart": Case(64, 1, 8192),
+    "apart, short": Case(64, 1, 1024),
+    "alike": Case(1, 64, 8192),
+    "alike, short": Case(1, 64, 2048),
+    "own": Case(1, 64, PAGE, 2048),
+    "own, short": Case(1, 64, PAGE, 512),
+    "wide": Case(1, 256, 32768),
+    "wide, short": Case(1, 256, 8192),
+    "rows": Case(1, 256, PAGE, 64),
+    "rows, few": Case(1, 64, PAGE, 64),
+    "nodes": Case(64, 2, PAGE, 64),
+    "nodes, one": Case(1, 128, PAGE, 64),
+    "small": Case(1, 8, PAGE, 512),
+}
+"""Cases in pairs that differ in one thing; "small" is as good as all fixed cost."""
+
+TOKEN_BYTES = SPEC.num_kv_heads * 2 * SPEC.head_dim * 2
+PARTIAL_BYTES = 2 * 4 * SPEC.num_qo_heads * (SPEC.head_dim + 1)
+
+
+def fit(times: Mapping[str, tuple[float, float]]) -> SharingRates:
+    """The rates from nanoseconds (without levels, with them) of POINTS."""
+
+    def more(name: str, shorter: str, shared: bool) -> float:
+        return max(times[name][shared] - times[f"{name}, {shorter}"][shared], 1.0)
+
+    own_ns = more("own", "short", True) / (64 * (2048 - 512))
+    row_ns = max(more("rows", "few", True) / (256 - 64) - 64 * own_ns, 1.0)
+    node_ns = max(times["nodes"][1] - times["nodes, one"][1], 0.0) / 63
+    fixed = times["small"][1] - times["small"][0]
+    return SharingRates(
+        read_rate=64 * (8192 - 1024) * TOKEN_BYTES / more("apart", "short", False),
+        attend_rate=64 * (8192 - 2048) * TOKEN_BYTES / more("alike", "short", False),
+        own_rate=TOKEN_BYTES / own_ns,
+        product_rate=4 * SPEC.head_dim * SPEC.num_qo_heads * 256 * (32768 - 8192) / more("wide", "short", True),
+        merge_rate=PARTIAL_BYTES / row_ns,
+        node_ns=node_ns,
+        batch_ns=max(fixed - 8 * row_ns - node_ns, 0.0),
     )
-    read_rate = 64 * (8192 + OWN) * token_bytes / apart[0]
-    reread_rate = 63 * 8192 * token_bytes / max(again[0] - (8192 + 64 * OWN) * token_bytes / read_rate, 1.0)
-    row_ns = max(((many[1] - many[0]) - (few[1] - few[0])) / (512 - 128), 1e-3)
-    batch_ns = max(few[1] - few[0] - 128 * row_ns, 0.0)
-    node_ns = max((pairs[1] - few[1]) / 63, 0.0)
-    own_ns = 256 * OWN * token_bytes / read_rate
-    flops = 4 * SPEC.head_dim * SPEC.num_qo_heads * 256 * 32768
-    product_rate = flops / max(wide[1] - own_ns - batch_ns - 256 * row_ns, 1.0)
-    return SharingRates(read_rate, reread_rate, product_rate, partial_bytes / row_ns, node_ns, batch_ns)
+
+
+def measured_rates(backend: str | None) -> SharingRates:
+    """The rates of a backend (None: the preferred one) on this device."""
+    bench = Bench(backend, 64 * (8192 + 256) // PAGE)
+    return fit(dict(zip(POINTS, bench.times(list(POINTS.values())), strict=True)))
 
 
 def judge(bench: Bench, rates: SharingRates) -> None:
@@ -136,33 +159,31 @@ def judge(bench: Bench, rates: SharingRates) -> None:
     costs = SharingCosts.of(SPEC, rates)
     cases = [Case(64 // size, size, prefix) for size, prefix in GRID]
     lost, missed = 0.0, 0.0
-    print("requests x tokens: us without, with levels, predicted saving, measured, read once?")
+    print("groups x requests x tokens: us without levels, predicted; with levels, predicted; shared?")
     for case, (without, shared) in zip(cases, bench.times(cases), strict=True):
-        q_lens = [1] * case.size
-        each = costs.alone(q_lens, case.prefix) - costs.together(q_lens, case.prefix)
-        predicted = case.num_groups * each - costs.batch_ns
-        taken, measured = predicted > 0, without - shared
-        lost = max(lost, -measured / without) if taken else lost
-        missed = missed if taken else max(missed, measured / without)
+        ones, lens = [1] * case.num_requests, [case.prefix + case.own] * case.num_requests
+        one = costs.each([1] * case.size, case.prefix) - costs.once([1] * case.size, case.prefix)
+        plain = costs.without_levels(ones, lens, sum(lens) - case.num_groups * (case.size - 1) * case.prefix)
+        levels = costs.with_levels(ones, lens, case.num_groups * one)
+        taken, gain = one > 0 and levels < plain, (without - shared) / without
+        lost, missed = (max(lost, -gain), missed) if taken else (lost, max(missed, gain))
         name = f"{case.num_groups} x {case.size} x {case.prefix}"
-        numbers = f"{without / 1e3:8.1f} {shared / 1e3:8.1f} {predicted / 1e3:8.1f} {measured / 1e3:8.1f}"
+        numbers = "; ".join(f"{a / 1e3:8.1f} {b / 1e3:8.1f}" for a, b in ((without, plain), (shared, levels)))
         print(f"{name:>16}: {numbers} {'yes' if taken else 'no'}")
-    print(f"worst loss of a choice to read once: {lost:.1%}; most missed by a choice not to: {missed:.1%}")
+    print(f"worst loss of a choice to share: {lost:.1%}; most missed by a choice not to: {missed:.1%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", help="the backend to measure (default: the one preferred)")
     parser.add_argument("--out", type=Path, help="where the rates go, as JSON")
-    parser.add_argument("--pages", type=int, default=40960, help="pages of the cache")
     options = parser.parse_args()
-    bench = Bench(options.backend, options.pages)
-    rates = fit(bench)
+    rates = measured_rates(options.backend)
     print(torch.cuda.get_device_name(), options.backend or "preferred backend")
     print(rates.to_json())
     if options.out is not None:
         options.out.write_text(rates.to_json() + "\n")
-    judge(bench, rates)
+    judge(Bench(options.backend, 64 * (8192 + 256) // PAGE), rates)
 
 
 if __name__ == "__main__":

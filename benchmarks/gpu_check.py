@@ -253,6 +253,21 @@ def decode(check: Check) -> None:
         check.row(f"decode, 64 at once, {name}", text)
 
 
+def prompt(check: Check) -> None:
+    """Time to the first token of a prompt of 8k on the same model, whole and in chunks: preferred kernels against Triton's."""
+    from fi_engine.prompt_bench import Prompt, run_prompt_bench
+    from fi_engine.random_model import SHAPES, random_model
+
+    config, device = SHAPES["llama-3.1-8b"], torch.device(check.device)
+    model = random_model(config, device, torch.bfloat16, 2 * MAX_POSITION, lambda line: None)
+    prompts = [Prompt(MAX_POSITION, chunk) for chunk in (None, 2048)]
+    with (check.out / "prompt.log").open("w") as log:
+        found = run_prompt_bench(model, prompts, ("default", "triton"), log, lambda line: None)
+    check.data["prompt"] = found
+    for name, milliseconds in found.items():
+        check.row(f"first token, {name}", f"{milliseconds:.1f} ms")
+
+
 def kernel_shares(served: Any, num_requests: int) -> dict[str, float]:
     """Each family's share of the kernels' time in decode steps, the largest first."""
     from fi_engine.bench import PROMPTS
@@ -295,6 +310,7 @@ SECTIONS: dict[str, Callable[[Check], None]] = {
     "operations": operations,
     "engine": engine,
     "decode": decode,
+    "prompt": prompt,
 }
 
 

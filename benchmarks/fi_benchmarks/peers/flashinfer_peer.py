@@ -127,11 +127,15 @@ def _holistic(inputs: AttentionInputs) -> Maker:
     return make
 
 
-def _cascade(inputs: PrefixInputs) -> Maker:
+def _cascade(inputs: PrefixInputs, backend: str | None = None) -> Maker:
+    """``backend``: of the wrappers of its levels, which it takes no argument for; None: as FlashInfer chooses."""
+
     def make() -> Call:
         shape, tree, device = inputs.shape, inputs.tree, inputs.q.device
         levels = [*tree.levels, (1, tree.suffix)]
         wrapper = _flashinfer().MultiLevelCascadeAttentionWrapper(len(levels), _workspace(device), "NHD")
+        for level in wrapper._batch_prefill_wrappers if backend else ():
+            level._backend = backend
         size = shape.page_size or 1
         counts = [-(-tokens // size) for _, tokens in levels]
         groups = [tree.count // members for members, _ in levels]
@@ -156,7 +160,9 @@ def _cascade(inputs: PrefixInputs) -> Maker:
 def _attention(problem: Problem) -> Mapping[str, Maker]:
     inputs: AttentionInputs = problem.inputs
     if isinstance(inputs, PrefixInputs):
-        found = {} if inputs.shape.kv_format != "bf16" else {"flashinfer-cascade": _cascade(inputs)}
+        found = {}
+        if inputs.shape.kv_format == "bf16":
+            found = {"flashinfer-cascade": _cascade(inputs), "flashinfer-cascade-fa2": _cascade(inputs, "fa2")}
         return found | ({"flashinfer-fa2-tc": _decode(inputs, True)} if inputs.is_decode else {})
     if inputs.shape.sinks or inputs.shape.rotates_or_reads_fp8_queries:
         return {}

@@ -1,5 +1,7 @@
 """An engine's layers and limits as specs, capacities and plans; what the plans compute, against a dense oracle."""
 
+from types import SimpleNamespace
+
 import fi_core as fi
 import pytest
 import torch
@@ -141,3 +143,19 @@ def test_shared_prefixes():
         assert shares_prefixes(spec, LIMITS, fi.Target("cpu")) and not shares_prefixes(spec, LIMITS, HOPPER)
     invariant = FORM.spec(torch.float32, 16, batch_invariant=True)
     assert not shares_prefixes(invariant, LIMITS, fi.Target("cpu"))
+
+
+def test_a_prefix_is_not_shared_by_a_backend_that_steps_without_one_would_not_use(monkeypatch):
+    spec, kernels = FORM.spec(torch.float32, 16), {True: "slow", False: "fast"}
+
+    class Registry:
+        operations = {"attention": SimpleNamespace(request=lambda target, **values: values["levels"])}
+
+        @staticmethod
+        def select(levels):
+            return SimpleNamespace(entry=SimpleNamespace(backend=kernels[levels]))
+
+    monkeypatch.setattr("fi_adapters.plans.registry", Registry)
+    assert not shares_prefixes(spec, LIMITS, fi.Target("cpu"))
+    kernels[True] = "fast"
+    assert shares_prefixes(spec, LIMITS, fi.Target("cpu"))

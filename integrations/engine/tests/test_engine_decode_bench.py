@@ -1,4 +1,4 @@
-"""Models of random weights, and the measurement of steady decode."""
+"""Models of random weights, and the measurements of steady decode and of the time to a prompt's first token."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 import torch
 from fi_core.errors import ArgumentError
 from fi_core.rope import RopeConfig
+from fi_engine import prompt_bench
 from fi_engine.cli import main
 from fi_engine.decode_bench import Workload, run_decode_bench, steady_speed
+from fi_engine.prompt_bench import Prompt, run_prompt_bench
 from fi_engine.random_model import SHAPES, random_model
 
 TINY = replace(
@@ -85,3 +87,48 @@ def test_wrong_workloads_are_named(numbers):
 def test_the_command_names_what_is_wrong(capsys):
     assert main(["bench-decode", "--random", "llama-3.1-8b", "--batch", "0", "--device", "cpu"]) == 1
     assert "num_requests: expected at least 1" in capsys.readouterr().err
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(("chunk", "steps"), [(None, 1), (40, 3), (100, 1)])
+def test_a_prompt_takes_its_steps_until_the_first_token(model, monkeypatch, chunk, steps):
+    taken, made = [], []
+    engine_of = prompt_bench.Engine
+
+    class Counted(engine_of):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+        def step(self):
+            taken.append(self.num_unfinished)
+            return super().step()
+
+    monkeypatch.setattr(prompt_bench, "Engine", Counted)
+    assert prompt_bench.seconds_to_first_token(model, Prompt(100, chunk), None) > 0
+    assert len(made) == 1 and len(taken) == 4 * steps == 4 * Prompt(100, chunk).num_steps
+
+
+def test_each_prompt_and_backend_has_a_line(model):
+    out = io.StringIO()
+    found = run_prompt_bench(model, [Prompt(30), Prompt(30, 16)], ["default", "reference"], out, quiet)
+    names = [
+        f"{backend}, 30 tokens {how}"
+        for how in ("in one step", "in 2 steps of 16")
+        for backend in ("default", "reference")
+    ]
+    assert [line.split(":")[0] for line in out.getvalue().splitlines()] == list(found) == names
+    assert all(milliseconds > 0 for milliseconds in found.values())
+
+
+@pytest.mark.parametrize(("numbers", "name"), [((0,), "length"), ((9, 0), "chunk")])
+def test_wrong_prompts_are_named(numbers, name):
+    with pytest.raises(ArgumentError, match=f"^{name}: "):
+        Prompt(*numbers)
+
+
+def test_the_prompt_command_names_what_is_wrong(capsys):
+    assert main(["bench-prompt", "--random", "llama-3.1-8b", "--length", "0", "--device", "cpu"]) == 1
+    assert "length: expected at least 1" in capsys.readouterr().err

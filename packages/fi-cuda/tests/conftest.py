@@ -12,7 +12,7 @@ from fi_cuda.source import CompileTarget, KernelSource
 # pytest's importlib mode leaves sys.path alone; the tests share helpers that lie beside them.
 sys.path.append(str(Path(__file__).parent))
 
-from repeated_launches import Repeated  # noqa: E402
+from repeated_launches import Repeated
 
 
 class Launches:
@@ -33,8 +33,8 @@ class Launches:
                 names += spec.tensor_maps
                 recorder.last[spec.stem] = ((grid_x, grid_y), dict(zip(names, values, strict=True)), spec)
 
-            def repeated(self, device, grid_x, maps):
-                return Repeated(self, device, grid_x, maps)
+            def repeated(self, device, grid_x):
+                return Repeated(self, device, grid_x)
 
         return Kernel()
 

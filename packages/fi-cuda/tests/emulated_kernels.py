@@ -130,8 +130,8 @@ class EmulatedKernel:
         if _library(spec).fi_emulate(packed, pointers, *shape, error, len(error)):
             raise EmulationError(f"{spec.stem}: {error.value.decode()}")
 
-    def repeated(self, device: torch.device, grid_x: int, maps: tuple[TensorMap, ...]) -> Repeated:
-        return Repeated(self, device, grid_x, maps)
+    def repeated(self, device: torch.device, grid_x: int) -> Repeated:
+        return Repeated(self, device, grid_x)
 
 
 def _tensor_map(

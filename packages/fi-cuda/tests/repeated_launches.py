@@ -6,13 +6,13 @@ class Repeated:
 
     num_packed = 0
 
-    def __init__(self, kernel, device, grid_x, maps):
-        self.given = kernel, device, grid_x, maps
+    def __init__(self, kernel, device, grid_x):
+        self.given = kernel, device, grid_x
 
     def pack(self, *values):
         self.values = values
         self.num_packed += 1
 
     def launch(self):
-        kernel, device, grid_x, maps = self.given
-        kernel.launch(device, grid_x, 1, *self.values, *maps)
+        kernel, device, grid_x = self.given
+        kernel.launch(device, grid_x, 1, *self.values)

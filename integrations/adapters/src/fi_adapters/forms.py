@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import fi_core as fi
 import torch
 from fi_core.plan import attention_values
-from fi_core.records import KVFormat, format_of
+from fi_core.records import KVFormat, QFormat, format_of
 from fi_core.registry import registry
 from fi_core.settings import settings
 
@@ -48,6 +48,7 @@ class LayerForm:
     kv_format: KVFormat
     features: frozenset[str] = frozenset()
     head_dim_vo: int | None = None
+    q_format: QFormat = "same"
 
     def spec(
         self,
@@ -68,6 +69,7 @@ class LayerForm:
             windows=tuple(dict.fromkeys(windows)),
             features=self.features,
             batch_invariant=batch_invariant,
+            q_format=self.q_format,
         )
 
 

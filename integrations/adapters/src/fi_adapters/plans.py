@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import fi_core as fi
 import torch
+from fi_core.plan import attention_values
+from fi_core.registry import registry
 
 from .forms import LayerForm, Limits, refusal
 
@@ -48,11 +50,20 @@ def update(pairs: Mapping[LayerForm, PlanPair], batch: fi.Batch, longest: int) -
 
 
 def shares_prefixes(spec: fi.AttentionSpec, limits: Limits, target: fi.Target) -> bool:
-    """Whether fi reads a prefix that requests share once, in every step of such layers."""
+    """Whether fi reads a prefix that requests share once, in every step of such layers, and by the backend that serves the steps
+    that share nothing: those take the same kernels then, and shall not lose by it. Raises UnsupportedError where nothing
+    serves such layers at all."""
     if spec.batch_invariant:
         return False  # who shares a prefix is the rest of the batch
-    lengths = (limits.capacity(decode).max_q_len for decode in (True, False))
-    return all(refusal(spec, length, target, levels=True) is None for length in lengths)
+    lengths = [limits.capacity(decode).max_q_len for decode in (True, False)]
+    if any(refusal(spec, length, target, levels=True) is not None for length in lengths):
+        return False
+    select, request = registry().select, registry().operations["attention"].request
+    chosen = [
+        [select(request(target, **attention_values(spec, length, levels))).entry.backend for length in lengths]
+        for levels in (False, True)
+    ]
+    return chosen[0] == chosen[1]
 
 
 def common_prefix(num_requests: int, num_tokens: int, device: torch.device) -> fi.SharedPrefixes:

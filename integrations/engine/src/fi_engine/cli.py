@@ -16,8 +16,9 @@ from .checkpoint import open_checkpoint
 from .decode_bench import Workload, run_decode_bench
 from .demo import run_demo
 from .engine import Engine
-from .model import load_model
+from .model import Model, load_model
 from .placement import device_of
+from .prompt_bench import Prompt, run_prompt_bench
 from .random_model import SHAPES, random_model
 from .tokenizer import Message
 
@@ -34,16 +35,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--num-tokens", type=int, default=64, help="tokens of each request, more than 16")
     decode = commands.add_parser("bench-decode", help="measure decode steps of many requests of mixed lengths")
-    which = decode.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="a .gguf file or a safetensors folder")
-    which.add_argument("--random", choices=sorted(SHAPES), help="a model of this shape with random weights")
+    prompt = commands.add_parser("bench-prompt", help="measure the time to the first token of a long prompt")
+    prompt.add_argument("--length", type=int, default=8192, help="tokens of the prompt")
+    prompt.add_argument("--chunks", type=int, nargs="*", default=[2048], help="tokens a step, beside all in one")
+    for command in (decode, prompt):
+        which = command.add_mutually_exclusive_group(required=True)
+        which.add_argument("--model", type=Path, help="a .gguf file or a safetensors folder")
+        which.add_argument("--random", choices=sorted(SHAPES), help="a model of this shape with random weights")
+        command.add_argument("--backends", default="default", help="comma-separated; default: what is preferred")
     decode.add_argument("--batch", type=int, default=64, help="requests at once")
     decode.add_argument("--lengths", type=int, nargs=2, default=(128, 2048), metavar=("SHORTEST", "LONGEST"))
     decode.add_argument("--num-steps", type=int, default=64)
-    decode.add_argument("--backends", default="default", help="comma-separated; default: what is preferred")
     for command in (chat, generate, demo, bench):
         command.add_argument("--model", type=Path, required=True, help="a .gguf file or a safetensors folder")
-    for command in (chat, generate, demo, bench, decode):
+    for command in (chat, generate, demo, bench, decode, prompt):
         command.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     for command in (chat, generate):
         command.add_argument("--max-tokens", type=int, default=256)
@@ -98,9 +103,8 @@ def _generate(options: argparse.Namespace) -> int:
     return int(any(output.error is not None for output in outputs))
 
 
-def _bench_decode(options: argparse.Namespace) -> None:
-    """Of a model of a file or of random weights, in bfloat16 on a GPU and float32 on a CPU."""
-    workload = Workload(options.batch, *options.lengths)
+def _measured_model(options: argparse.Namespace) -> Model:
+    """A model of a file or of random weights, in bfloat16 on a GPU and float32 on a CPU."""
     device = device_of(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if options.random is not None:
@@ -110,7 +114,18 @@ def _bench_decode(options: argparse.Namespace) -> None:
         checkpoint = open_checkpoint(options.model, _progress)
         model = load_model(checkpoint, device, dtype, checkpoint.config.max_position, _progress)
     _progress("")
-    run_decode_bench(model, workload, options.num_steps, options.backends.split(","), sys.stdout, _progress)
+    return model
+
+
+def _bench_decode(options: argparse.Namespace) -> None:
+    workload = Workload(options.batch, *options.lengths)
+    backends = options.backends.split(",")
+    run_decode_bench(_measured_model(options), workload, options.num_steps, backends, sys.stdout, _progress)
+
+
+def _bench_prompt(options: argparse.Namespace) -> None:
+    prompts = [Prompt(options.length, chunk) for chunk in (None, *options.chunks)]
+    run_prompt_bench(_measured_model(options), prompts, options.backends.split(","), sys.stdout, _progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_bench(options.model, options.device, options.num_tokens, sys.stdout, _progress)
         elif options.command == "bench-decode":
             _bench_decode(options)
+        elif options.command == "bench-prompt":
+            _bench_prompt(options)
         elif options.command == "chat":
             _chat(options)
         else:

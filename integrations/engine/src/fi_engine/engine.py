@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from fi_core.errors import ArgumentError, CapacityError, FiError
 from fi_sampling import Pipeline, SampleResult, SamplingParams, SamplingState, StopChecker
-from fi_scheduler.hookspecs import hookimpl, plugin_manager
+from fi_scheduler.hookspecs import plugin_manager
 from fi_scheduler.pages import PagePool
-from fi_scheduler.requests import PlannerConfig, StepEntry, StepPlan, StepStats
+from fi_scheduler.requests import PlannerConfig, StepEntry, StepPlan
 from fi_scheduler.steps import StepPlanner
 
 from .checkpoint import Progress, open_checkpoint
@@ -24,6 +24,7 @@ from .prefixes import MAX_DEPTH
 from .request import Chunk, RequestHandle, RequestOutput, TokenLogprobs
 from .runner import Runner, Sizes, StepInput
 from .slots import SlotHolders
+from .stats import EngineStats
 from .tokenizer import Message, TextCodec, TextStream
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -32,22 +33,6 @@ Prompt = str | Sequence[int] | Sequence[Message]
 _LogprobRows = tuple[list[float], list[list[int]], list[list[float]]]
 
 _LONGEST_DEFAULT = 8192
-
-
-@dataclass
-class EngineStats:
-    """Counts since the engine was made."""
-
-    num_steps: int = 0
-    num_decode_steps: int = 0
-    num_preemptions: int = 0
-    num_cached_tokens: int = 0
-
-    @hookimpl
-    def fi_on_batch(self, plan: StepPlan, stats: StepStats) -> None:
-        self.num_steps += 1
-        self.num_preemptions += stats.num_preempted
-        self.num_cached_tokens += stats.num_cached_tokens
 
 
 class Engine:
@@ -174,12 +159,14 @@ class Engine:
         self._num_submitted += len(handles)
         return handles
 
-    def fork(self, handle: RequestHandle, *, seed: int | None = None) -> RequestHandle:
+    def fork(self, handle: RequestHandle, *, seed: int | None = None, token: int | None = None) -> RequestHandle:
         """A second request that goes on from where ``handle`` stands, between steps. It begins with its tokens and text,
         and shares its pages: a page is copied when one of the two writes to it. ``seed``: what the fork draws with from
-        here on (None: a random one); where nothing is random both go the same way.
+        here on (None: a random one); where nothing is random both go the same way. ``token`` stands in the fork in the place
+        of the last token that was drawn (None: that token).
 
-        Raises ArgumentError for a finished request, or one of another engine.
+        Raises ArgumentError for a finished request, one of another engine, and a token that cannot stand there or would end
+        the fork.
         """
         self._check_own(handle)
         if handle.finished:
@@ -187,10 +174,20 @@ class Engine:
         params = replace(handle.params, seed=seed)
         params = replace(params, seed=self._tried(handle.prompt_ids, params, handle.sample))
         child = handle.fork(self._num_submitted, params)
-        self._planner.fork(str(handle.request_id), str(child.request_id))
+        if token is not None:
+            self._put_last(child, token)
+        self._planner.fork(str(handle.request_id), str(child.request_id), token)
         self._handles[child.request_id] = child
         self._num_submitted += 1
         return child
+
+    def _put_last(self, handle: RequestHandle, token: int) -> None:
+        """Replace the last token of a new fork."""
+        if not handle.token_ids or not 0 <= token < self.model.config.vocab_size:
+            raise ArgumentError("token", "one of the vocabulary, after a token was drawn", token)
+        handle.replace_last(token)
+        if handle.finished:
+            raise ArgumentError("token", "one that does not end the fork", token)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; raises ArgumentError."""
@@ -289,7 +286,8 @@ class Engine:
         holders, entries = self._holders, plan.entries
         slots = [holders.slot_of[int(entry.request_id)] for entry in entries]
         for slot, entry in zip(slots, entries, strict=True):
-            if holders.pages.get(slot) != entry.pages:
+            held = holders.pages.get(slot)
+            if held is not entry.pages and held != entry.pages:
                 holders.pages[slot] = entry.pages
                 self._runner.set_pages(slot, entry.pages)
         step = StepInput(

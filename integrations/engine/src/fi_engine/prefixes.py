@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 
 import fi_core as fi
 import torch
-from fi_core import Plan, UnsupportedError
+from fi_core import CapacityError, Plan, UnsupportedError
+from fi_core.plan import attention_request
+from fi_core.registry import registry
 from fi_scheduler.sharing import SharingCosts, SharingRates
 
 from .config import EngineConfig
@@ -15,8 +17,13 @@ from .config import EngineConfig
 MAX_DEPTH = 4
 """Most shared prefixes around one request."""
 
-RATES: Mapping[tuple[str, str], SharingRates] = {}
-"""By (start of the device's name, backend); made by benchmarks/fit_sharing.py on the device."""
+RATES: Mapping[tuple[str, str], SharingRates] = {
+    # From 16 cases of attention with levels and without, measured on an H200 (docs/shared_prefixes.md).
+    ("NVIDIA H200", "cuda"): SharingRates(4350.0, 9100.0, 3860.0, 390_000.0, 236.0, 1000.0, 7000.0),
+    # The same multiprocessors behind memory that streams 3036 GB/s instead: those of the H200, scaled where memory is the limit.
+    ("NVIDIA H100 80GB HBM3", "cuda"): SharingRates(2950.0, 9100.0, 2620.0, 390_000.0, 236.0, 1000.0, 7000.0),
+}
+"""By (start of the device's name, backend). ``benchmarks/fit_sharing.py`` measures them on a device."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class SharedPlans:
     @classmethod
     def beside(cls, decode: Plan, mixed: Plan, config: EngineConfig) -> SharedPlans:
         """The plans for an engine's ``config`` beside its ordinary ``decode`` and ``mixed`` plans. Another backend than theirs is
-        never taken: sharing must not cost a better kernel."""
+        never taken: sharing must not cost a better kernel. (Nor one of theirs that selection prefers less than another's.)"""
         if not config.shared_prefixes:
             return cls(None, None, None, 0, ("shared prefixes: off by config.shared_prefixes",))
         backend = decode.selection.entry.backend
@@ -43,18 +50,16 @@ class SharedPlans:
             return cls(None, None, None, 0, (f"shared prefixes: off, as no rates are known for {where}",))
         # Every shared prefix branches or ends a request: there are fewer of them than requests.
         max_nodes = decode.capacity.max_batch
-        made: list[Plan | None] = []
-        notes = [f"shared prefixes: chosen by {rates}"]
-        for name, plan in (("decode", decode), ("mixed", mixed)):
-            try:
-                made.append(_with_levels(plan, max_nodes))
-                notes.append(f"{name} steps: {plan.selection.entry.backend}, up to {max_nodes} prefixes")
-            except UnsupportedError as error:
-                made.append(None)
-                notes.append(f"{name} steps read no prefix once: {error}")
-        if made == [None, None]:
-            return cls(None, None, None, 0, tuple(notes))
-        return cls(made[0], made[1], SharingCosts.of(decode.spec, rates), max_nodes, tuple(notes))
+        of_decodes, about_decodes = _with_levels(decode, max_nodes)
+        of_others, about_others = _with_levels(mixed, max_nodes)
+        notes = (
+            f"shared prefixes: chosen by {rates}",
+            f"decode steps: {about_decodes}",
+            f"mixed steps: {about_others}",
+        )
+        if of_decodes is None and of_others is None:
+            return cls(None, None, None, 0, notes)
+        return cls(of_decodes, of_others, SharingCosts.of(decode.spec, rates), max_nodes, notes)
 
     def explain(self) -> list[str]:
         """Lines for a person."""
@@ -71,7 +76,16 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _with_levels(plan: Plan, max_nodes: int) -> Plan:
+def _with_levels(plan: Plan, max_nodes: int) -> tuple[Plan | None, str]:
+    """A plan like ``plan`` for batches with levels, and the kernel's name; or None and why there is none."""
+    request = attention_request(plan.spec, plan.capacity.max_q_len, plan.device, levels=True)
+    own = plan.selection.entry
     more = {"max_prefixes": max_nodes, "max_prefix_depth": MAX_DEPTH}
-    backend = plan.selection.entry.backend
-    return fi.plan(plan.spec, **{**asdict(plan.capacity), **more}, device=plan.device, backend=backend)
+    try:
+        preferred = registry().select(request).entry
+        if preferred.backend != own.backend:
+            return None, f"no prefix is read once, as that would be {preferred.full_name} in place of {own.full_name}"
+        made = fi.plan(plan.spec, **{**asdict(plan.capacity), **more}, device=plan.device)
+    except (UnsupportedError, CapacityError) as error:
+        return None, f"no prefix is read once: {error}"
+    return made, f"{preferred.full_name}, up to {max_nodes} prefixes"

@@ -125,6 +125,15 @@ class RequestHandle:
             logprobs=list(self.logprobs),
         )
 
+    def replace_last(self, token: int) -> None:
+        """Put ``token`` in the place of the last one and form the text anew."""
+        tokens = [*self.token_ids[:-1], token]
+        self.checker = self.checker.anew()
+        self.stream = None if self.stream is None else self.stream.anew()
+        self.token_ids, self.text, self.logprobs = [], "", self.logprobs[: len(tokens) - 1]
+        for each in tokens:
+            self.take(each)
+
     def take(self, token: int) -> str:
         """Add a drawn token; returns the text that may be shown now and sets ``finish_reason`` if it was the last."""
         self.token_ids.append(token)

@@ -102,6 +102,10 @@ class TextStream:
         other._ids, other._context, other._done = list(self._ids), self._context, self._done
         return other
 
+    def anew(self) -> TextStream:
+        """A stream of the same tokeniser that has seen nothing."""
+        return TextStream(self._codec)
+
     def push(self, token: int) -> str:
         """The text that ``token`` completes, perhaps none."""
         self._ids.append(token)

@@ -8,6 +8,7 @@ import fi_core as fi
 import torch
 from fi_adapters.forms import LayerForm, kv_format_of
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .metadata import FiMetadata
@@ -44,6 +45,8 @@ class FiImpl(AttentionImpl[FiMetadata]):
         self.writes_kv = kv_sharing_target_layer_name is None
         asked = {"soft_cap": self.soft_cap, "sinks": sinks, "alibi": self.slopes}
         self.features = frozenset(name for name, value in asked.items() if value is not None)
+        # vLLM quantises the queries by the layer's own scale before it calls ``forward``, where this says so.
+        self.supports_quant_query_input = rounds_queries(kv_cache_dtype)
         self.form: LayerForm | None = None
         self._read_sinks: Tensor | None = None
         self._arguments: fi.LayerArgs | None = None
@@ -53,7 +56,14 @@ class FiImpl(AttentionImpl[FiMetadata]):
     def form_of(self, dtype: torch.dtype) -> LayerForm:
         """The layer's form in a model of ``dtype``; the metadata's plans are found by it."""
         kv_format = kv_format_of(self.kv_cache_dtype, dtype)
-        self.form = LayerForm(self.num_heads, self.num_kv_heads, self.head_size, kv_format, self.features)
+        self.form = LayerForm(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            kv_format,
+            self.features,
+            q_format="fp8_e4m3" if self.supports_quant_query_input else "same",
+        )
         return self.form
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -77,9 +87,9 @@ class FiImpl(AttentionImpl[FiMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query [T, Hq, D]; key and value [T, Hkv, D], None where another layer wrote them; output [T, Hq, D], whose rows
-        past the batch's tokens are left alone. T may exceed the batch's tokens. In the profiling run, without metadata, the
-        output is 0."""
+        """query [T, Hq, D], FP8 where ``supports_quant_query_input``; key and value [T, Hkv, D], None where another layer wrote
+        them; output [T, Hq, D], whose rows past the batch's tokens are left alone. T may exceed the batch's tokens. In the
+        profiling run, without metadata, the output is 0."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fi-vllm: attention with a quantised output")
         if attn_metadata is None:
@@ -91,16 +101,17 @@ class FiImpl(AttentionImpl[FiMetadata]):
         plan = attn_metadata.plans[self.form or self.form_of(query.dtype)]
         if plan.batch is not attn_metadata.batch:  # another step was planned since, such as a draft model's
             plan.update(attn_metadata.batch)
-        fi.attention(query, cache, plan, self._layer_arguments(), out=output)
+        fi.attention(query, cache, plan, self._layer_arguments(layer), out=output)
         return output
 
-    def _layer_arguments(self) -> fi.LayerArgs:
+    def _layer_arguments(self, layer: Any) -> fi.LayerArgs:
         """Made anew where a model changed the scale, as those that vLLM runs from transformers do."""
         found = self._arguments
         if found is None or found.scale != self.scale:
             if self.sinks is not None and self._read_sinks is None:
                 self.process_weights_after_loading(self.sinks.dtype)
-            found = fi.LayerArgs(self.scale, self.soft_cap, self.window, self._read_sinks, self.slopes)
+            q_scale = layer._q_scale if self.supports_quant_query_input else None
+            found = fi.LayerArgs(self.scale, self.soft_cap, self.window, self._read_sinks, self.slopes, q_scale=q_scale)
             self._arguments = found
         return found
 
@@ -112,3 +123,9 @@ class FiImpl(AttentionImpl[FiMetadata]):
             self._cache = fi.KVCache(memory[:, 0], memory[:, 1], "NHD", kv_format, *scales)
             self._memory = memory
         return self._cache
+
+
+def rounds_queries(kv_cache_dtype: str) -> bool:
+    """Whether attention takes its queries in FP8: beside a cache in e4m3, where vLLM's option asks for it."""
+    asked = get_current_vllm_config().attention_config.use_prefill_query_quantization
+    return asked and kv_cache_dtype in ("fp8", "fp8_e4m3")

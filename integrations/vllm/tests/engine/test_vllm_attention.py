@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fi_vllm.backend import FiBackend
-from vllm.config import CUDAGraphMode
+from vllm.config import AttentionConfig, CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -20,7 +20,7 @@ class Layer(torch.nn.Module, AttentionLayerBase):
     def __init__(self, impl):
         super().__init__()
         self.impl, self.head_size_v = impl, DIM
-        self._k_scale, self._v_scale = torch.tensor(0.5), torch.tensor(2.0)
+        self._q_scale, self._k_scale, self._v_scale = torch.tensor(0.25), torch.tensor(0.5), torch.tensor(2.0)
 
     def get_attn_backend(self):
         return FiBackend
@@ -105,10 +105,10 @@ def oracle(q, memory, metadata, window=None, soft_cap=None, slopes=None, sinks=N
     return torch.stack(rows)
 
 
-def run(builder, name, metadata, memory, num_rows=None, key=True):
-    """(q, output poisoned before) of one layer; K and V of the new tokens are random."""
+def run(builder, name, metadata, memory, num_rows=None, key=True, rounded=lambda q: q):
+    """(q, K, output poisoned before) of one layer; K and V of the new tokens are random. ``rounded`` is applied to q."""
     num_rows = num_rows or metadata.num_actual_tokens
-    q = torch.randn(num_rows, HEADS, DIM)
+    q = rounded(torch.randn(num_rows, HEADS, DIM))
     k, v = (torch.randn(num_rows, KV_HEADS, DIM) if key else None for _ in range(2))
     layer = builder.vllm_config.compilation_config.static_forward_context[name]
     layer.impl.process_weights_after_loading(torch.float32)
@@ -175,6 +175,23 @@ def test_fp8_cache_as_bytes_with_the_layers_scales():
     stored = (k / 0.5).to(torch.float8_e4m3fn).float() * 0.5
     assert read[slots // BLOCK, 0, slots % BLOCK].equal(stored)
     torch.testing.assert_close(output.double(), oracle(q, read, metadata), rtol=1e-5, atol=1e-5)
+
+
+def test_queries_are_fp8_where_vllm_is_asked_for_it():
+    """As vLLM hands them to its own backends: divided by the layer's scale, in e4m3."""
+    assert not impl_of(cache_dtype="fp8").supports_quant_query_input
+    asked = VllmConfig(attention_config=AttentionConfig(use_prefill_query_quantization=True))
+    with set_current_vllm_config(asked):
+        assert (
+            not impl_of().supports_quant_query_input and not impl_of(cache_dtype="fp8_e5m2").supports_quant_query_input
+        )
+        impl = impl_of(cache_dtype="fp8_e4m3")
+    assert impl.supports_quant_query_input
+    builder, memory = make({"a": impl}), torch.zeros(BLOCKS, 2, BLOCK, KV_HEADS, DIM).byte()
+    metadata = step([6, 1], [6, 1])
+    q, _, output = run(builder, "a", metadata, memory, rounded=lambda q: (q / 0.25).to(torch.float8_e4m3fn))
+    read = memory.view(torch.float8_e4m3fn).float() * torch.tensor([0.5, 2.0])[:, None, None, None]
+    torch.testing.assert_close(output.double(), oracle(0.25 * q.double(), read, metadata), rtol=1e-5, atol=1e-5)
 
 
 def test_verification_of_drafted_tokens_is_a_step_of_decode():
@@ -291,10 +308,10 @@ def test_sinks_that_are_loaded_again_are_read_where_graphs_read_them():
     sinks = torch.zeros(HEADS, dtype=torch.bfloat16)
     impl = impl_of(sinks=sinks)
     impl.process_weights_after_loading(torch.bfloat16)
-    seen = impl._layer_arguments().sinks
+    seen = impl._layer_arguments(None).sinks
     sinks.fill_(2.0)
     impl.process_weights_after_loading(torch.bfloat16)
-    assert impl._layer_arguments().sinks is seen and seen.eq(2.0).all() and seen.dtype == torch.float32
+    assert impl._layer_arguments(None).sinks is seen and seen.eq(2.0).all() and seen.dtype == torch.float32
 
 
 def test_a_scale_that_the_model_changes_later():

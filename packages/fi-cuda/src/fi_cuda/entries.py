@@ -107,9 +107,6 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "rotary_dim": Between(0, multiple_of=16),  # steps of the product rotate as a whole
 }
 
-_NOT_PREFERRED = -110
-"""Below every backend's: conformance runs the kernel, and who names the backend gets it. So far it has only been compiled."""
-
 _MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of one warpgroup
 
 _LONG_QUERIES: Mapping[str, Rule] = {
@@ -279,7 +276,6 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
             Condition("a Hopper GPU", _on_hopper),
             Condition("K and V in q's dtype or in FP8", _same_or_fp8),
         ),
-        priority=_NOT_PREFERRED,
     ),
 ]
 """Kernels of attention, each for some lengths of queries."""

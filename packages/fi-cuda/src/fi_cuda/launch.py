@@ -95,6 +95,7 @@ class LaunchableKernel:
         self._code = ObjectCode.from_cubin(artifact.cubin, name=artifact.stem)
         self._function = driver.CUfunction(int(self._code.get_kernel(artifact.symbol).handle))
         self._pack_into = layout.packer.pack_into
+        self._num_maps = num_maps
         self._arguments = _ThreadArguments(layout.packer.size, num_maps)
         self._configs: dict[tuple[int, int, int, int], Any] = {}
 
@@ -115,7 +116,7 @@ class LaunchableKernel:
                 self._launch(device, grid_x, grid_y, values)
             return
         arguments = self._arguments
-        self._pack_into(arguments.packed, 0, *values)
+        self._pack(arguments, values)
         self._launch_packed(device_idx, grid_x, grid_y, arguments.address)
 
     def _launch_packed(self, device_idx: int, grid_x: int, grid_y: int, address: int) -> None:
@@ -128,9 +129,12 @@ class LaunchableKernel:
         if status:
             check(status, f"launch of {self.artifact.name} with grid ({grid_x}, {grid_y})")
 
-    def repeated(self, device: torch.device, grid_x: int, maps: tuple[TensorMap, ...]) -> RepeatedLaunch:
-        """This kernel for many launches of ``grid_x`` blocks with ``maps``, of which most have the same parameters."""
-        return RepeatedLaunch(self, device, grid_x, _Arguments(self.layout.packer.size, len(maps)))
+    def _pack(self, arguments: _Arguments, values: tuple[Any, ...]) -> None:
+        self._pack_into(arguments.packed, 0, *values)
+
+    def repeated(self, device: torch.device, grid_x: int) -> RepeatedLaunch:
+        """This kernel for many launches of ``grid_x`` blocks, most of them with equal values."""
+        return RepeatedLaunch(self, device, grid_x, _Arguments(self.layout.packer.size, self._num_maps))
 
     def _remember(self, key: tuple[int, int, int, int]) -> Any:
         shape = self.shape
@@ -164,20 +168,19 @@ class LaunchableKernel:
 
 
 class TensorMapKernel(LaunchableKernel):
-    """A kernel whose parameters are the struct and tensor maps."""
+    """A kernel whose parameters are the struct and tensor maps: values of a launch are the struct's, then one TensorMap a
+    name."""
 
     def __init__(self, artifact: Artifact, layout: ParamsLayout, shape: LaunchShape, names: tuple[str, ...]) -> None:
         super().__init__(artifact, layout, shape, len(names))
         self.names = names
-        self._num_maps = len(names)
 
-    def launch(self, device: torch.device, grid_x: int, grid_y: int, *values: Any) -> None:
-        """The same with the struct's values followed by one TensorMap a name."""
+    def _pack(self, arguments: _Arguments, values: tuple[Any, ...]) -> None:
         first = len(values) - self._num_maps
-        maps, arguments = values[first:], self._arguments
+        maps = values[first:]
         if maps != arguments.maps:  # most calls of a kernel are of one layer's cache again
             self._point_at(maps, arguments)
-        self._launch(device, grid_x, grid_y, values[:first])
+        self._pack_into(arguments.packed, 0, *values[:first])
 
     def _point_at(self, maps: tuple[Any, ...], arguments: _Arguments) -> None:
         given = dict(zip(self.names, maps, strict=False))
@@ -188,30 +191,25 @@ class TensorMapKernel(LaunchableKernel):
             arguments.pointers[1 + idx] = tensor_map.address
         arguments.maps = maps
 
-    def repeated(self, device: torch.device, grid_x: int, maps: tuple[TensorMap, ...]) -> RepeatedLaunch:
-        made = super().repeated(device, grid_x, maps)
-        self._point_at(maps, made.arguments)
-        return made
-
 
 class RepeatedLaunch:
-    """Launches of one kernel with parameters that stay packed, for one thread at a time; made by ``repeated``."""
+    """Launches of one kernel whose parameters stay packed, for one thread at a time; made by ``repeated``."""
 
     def __init__(self, kernel: LaunchableKernel, device: torch.device, grid_x: int, arguments: _Arguments) -> None:
         self._kernel = kernel
         self._device = device
         self._grid_x = grid_x
-        self.arguments = arguments
+        self._arguments = arguments
 
     def pack(self, *values: Any) -> None:
-        """The struct's field values, in order, of the launches from now on."""
-        self._kernel._pack_into(self.arguments.packed, 0, *values)
+        """The values of the launches from now on, as ``LaunchableKernel.launch`` takes them."""
+        self._kernel._pack(self._arguments, values)
 
     def launch(self) -> None:
         """On the device's current stream. Raises LaunchError."""
         device = self._device
         if device.index == torch._C._cuda_getDevice():
-            self._kernel._launch_packed(device.index, self._grid_x, 1, self.arguments.address)
+            self._kernel._launch_packed(device.index, self._grid_x, 1, self._arguments.address)
         else:
             with torch.cuda.device(device):
-                self._kernel._launch_packed(device.index, self._grid_x, 1, self.arguments.address)
+                self._kernel._launch_packed(device.index, self._grid_x, 1, self._arguments.address)

@@ -18,7 +18,7 @@ from .kernels.attention.order import order_spec
 from .kernels.attention.plan import plan_spec
 from .kernels.attention.prefill import prefill_spec
 from .kernels.attention.prefill_tuning import built_in_prefill_tuning, prefill_params
-from .kernels.attention.prefix import prefix_plan_spec, prefix_spec
+from .kernels.attention.prefix import built_in_prefix_tuning, prefix_plan_spec, prefix_spec
 from .kernels.attention.tuning import built_in_tuning, partition_params
 from .kernels.copy_pages import CopyPagesSpec
 from .kernels.gated_activation import SILU, GatedActivationSpec
@@ -224,7 +224,7 @@ def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
         (replace(eight, num_qo_heads=64), CallForm(boxes=True)),
         (replace(eight, kv_format="fp8_e4m3"), scaled),
     ):
-        tuning = built_in_prefill_tuning(spec)
+        tuning = built_in_prefix_tuning(spec)
         yield prefix_plan_spec(spec, tuning, _HOPPER_PROCESSORS)
         yield prefix_spec(spec, tuning, form)
 

@@ -32,6 +32,12 @@ class StopChecker:
         self._held = ""
         self.num_tokens = 0
 
+    def anew(self) -> StopChecker:
+        """A checker of the same request that has seen nothing."""
+        fresh = StopChecker(self._params)
+        fresh._stop_tokens = self._stop_tokens
+        return fresh
+
     def push(self, token: int, text: str) -> StopEvent:
         """Take one token and the text that it added (perhaps none); the event of the token that ends the request is the
         last."""

@@ -42,6 +42,7 @@ class HeldPages:
         page, source = self._pool.make_writable(request.pages[page_idx])
         assert source is not None
         request.pages[page_idx] = page
+        request.table = ()
         return source, page
 
     def remember(self, request: Request) -> None:
@@ -55,6 +56,7 @@ class HeldPages:
         self._pool.fork(kept.pages)
         self._pool.free(request.pages[:num_pages])
         request.pages[:num_pages] = kept.pages
+        request.table = ()
         request.has_moved = True
 
     def release(self, request: Request) -> None:
@@ -63,5 +65,5 @@ class HeldPages:
         self._cache.unlock(request.node)
         self._pool.free(request.pages)
         request.node = None
-        request.pages = []
+        request.pages, request.table = [], ()
         request.num_computed = 0

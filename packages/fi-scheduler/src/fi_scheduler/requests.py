@@ -75,6 +75,14 @@ class Request:
     held: list[Request] = field(default_factory=list)
     held_by: Request | None = None
     has_moved: bool = True
+    table: tuple[int, ...] = ()
+
+    def first_pages(self, num_pages: int) -> tuple[int, ...]:
+        """The first ``num_pages`` pages: the same object from step to step while they stay the same. Whoever changes one sets
+        ``table`` to ()."""
+        if len(self.table) != num_pages:
+            self.table = tuple(self.pages[:num_pages])
+        return self.table
 
     @property
     def num_generated(self) -> int:

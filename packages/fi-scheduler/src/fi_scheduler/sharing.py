@@ -18,14 +18,16 @@ from .requests import SharedLevel
 class SharingRates:
     """How fast a device attends, as far as sharing a prefix changes it; ``benchmarks/fit_sharing.py`` measures them.
 
-    Bytes a nanosecond (GB/s): ``read_rate`` of keys and values, ``reread_rate`` when a request reads what others of the same
-    batch read too (part of it comes from the L2), ``merge_rate`` of partial results. ``product_rate``: FLOPs a nanosecond
-    (TFLOP/s / 1000) of a tile with many query rows. Nanoseconds: ``node_ns`` for each shared prefix and ``batch_ns`` once,
-    for a batch that has any.
+    Bytes a nanosecond (GB/s) of keys and values: ``read_rate`` from memory; ``attend_rate`` of all that requests attend
+    to, wherever it comes from (what others of the batch read too comes from the L2 in part); ``own_rate`` of what requests
+    read for themselves in a batch that shares something. ``product_rate``: FLOPs a nanosecond of tiles with many query rows.
+    ``merge_rate``: bytes a nanosecond of partial results. Nanoseconds: ``node_ns`` for each shared prefix, ``batch_ns`` once, for
+    a batch that has any.
     """
 
     read_rate: float
-    reread_rate: float
+    attend_rate: float
+    own_rate: float
     product_rate: float
     merge_rate: float
     node_ns: float
@@ -53,16 +55,21 @@ class SharingRates:
 _DEEPEST = 32
 """Groups within groups that the choice looks at: it is recursive, and what lies deeper belongs to few requests."""
 
-ALWAYS = SharingRates(1.0, 1.0, 1e9, 1e9, 0.0, 0.0)
+ALWAYS = SharingRates(1.0, 1.0, 1.0, 1e9, 1e9, 0.0, 0.0)
 """Rates under which every shared page is worth a level: for tests."""
 
 
 @dataclass(frozen=True)
 class SharingCosts:
-    """The rates of a device in the units of one model's attention: nanoseconds of a call of one layer."""
+    """The rates of a device in the units of one model's attention: nanoseconds of a call of one layer.
+
+    Without levels a batch takes the longer of two times: memory's for the tokens that are stored, and the multiprocessors' for
+    those attended to. With levels its parts add up: the shared prefixes, each request's own tokens, partial results.
+    """
 
     token_ns: float
-    reread_ns: float
+    attend_ns: float
+    own_ns: float
     pair_ns: float
     row_ns: float
     node_ns: float
@@ -70,71 +77,85 @@ class SharingCosts:
 
     @classmethod
     def of(cls, spec: AttentionSpec, rates: SharingRates) -> SharingCosts:
-        """What reading a KV token (of all heads) costs, the first time and again; the products of a query token with a key; and
-        a query token's partial result, written, read and merged in float32."""
+        """A KV token of all heads read from memory, attended to, and attended to as a request's own; the products of a query
+        token with a key; and a query token's partial result, written, read and merged in float32."""
         dims = spec.head_dim + (spec.head_dim_vo or 0)
         token_bytes = spec.num_kv_heads * dims * spec.kv_dtype.itemsize
         partial_bytes = 2 * 4 * spec.num_qo_heads * ((spec.head_dim_vo or 0) + 1)
         return cls(
             token_ns=token_bytes / rates.read_rate,
-            reread_ns=token_bytes / rates.reread_rate,
+            attend_ns=token_bytes / rates.attend_rate,
+            own_ns=token_bytes / rates.own_rate,
             pair_ns=2 * dims * spec.num_qo_heads / rates.product_rate,
             row_ns=partial_bytes / rates.merge_rate,
             node_ns=rates.node_ns,
             batch_ns=rates.batch_ns,
         )
 
-    def alone(self, q_lens: Sequence[int], num_tokens: int) -> float:
-        """Time of ``num_tokens`` keys that each member reads for itself."""
-        first = max(self.token_ns, q_lens[0] * self.pair_ns)
-        others = sum(max(self.reread_ns, q_len * self.pair_ns) for q_len in q_lens[1:])
-        return num_tokens * (first + others)
+    def each(self, q_lens: Sequence[int], num_tokens: int) -> float:
+        """Time of ``num_tokens`` keys that each member of a batch with levels reads for itself."""
+        return num_tokens * sum(max(self.own_ns, q_len * self.pair_ns) for q_len in q_lens)
 
-    def together(self, q_lens: Sequence[int], num_tokens: int) -> float:
+    def once(self, q_lens: Sequence[int], num_tokens: int) -> float:
         """Time of the same keys read once for all members."""
         rows = sum(q_lens)
         return num_tokens * max(self.token_ns, rows * self.pair_ns) + rows * self.row_ns + self.node_ns
 
+    def without_levels(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_stored: int) -> float:
+        """Time of a batch that shares nothing; ``num_stored``: its KV tokens, those that requests have in common once."""
+        pairs = zip(q_lens, kv_lens, strict=True)
+        attended = sum(kv_len * max(self.attend_ns, q_len * self.pair_ns) for q_len, kv_len in pairs)
+        return max(num_stored * self.token_ns, attended)
+
+    def with_levels(self, q_lens: Sequence[int], kv_lens: Sequence[int], saved: float) -> float:
+        """Time of a batch with levels that save ``saved`` against each request reading everything for itself."""
+        pairs = zip(q_lens, kv_lens, strict=True)
+        own = sum(kv_len * max(self.own_ns, q_len * self.pair_ns) for q_len, kv_len in pairs)
+        return self.batch_ns + own - saved
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the model says of one group's next shared tokens: ``level``, nanoseconds ``alone`` and ``together``, and whether the
-    choice reads them once."""
+    """What the model says of one group's next shared tokens: ``level``, nanoseconds if ``each`` member reads them and if they are
+    read ``once``, and whether the best choice of levels does so."""
 
     level: SharedLevel
-    alone: float
-    together: float
+    each: float
+    once: float
     taken: bool
 
     def __str__(self) -> str:
         level = self.level
         members = level.member_end - level.member_begin
         what = f"{members} requests share tokens {level.kv_begin} to {level.kv_end}"
-        times = f"{self.together / 1e3:.1f} us once, {self.alone / 1e3:.1f} us apart"
-        return f"{what}: {times} -> {'read once' if self.taken else 'each for itself'}"
+        times = f"{self.once / 1e3:.1f} us once, {self.each / 1e3:.1f} us each for itself"
+        return f"{what}: {times}{' -> once' if self.taken else ''}"
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """The choice for a step: ``order`` of its requests, ``levels`` over it (parents first), ``saved_ns`` a layer, and what was
-    found of each group."""
+    """The choice for a step: ``order`` of its requests and ``levels`` over it (parents first; none if the best ones do not
+    pay). Nanoseconds a layer when it was made: ``without`` levels and with the best ones (``best``, whose ``verdicts`` these
+    are)."""
 
     order: tuple[str, ...]
     levels: tuple[SharedLevel, ...]
-    saved_ns: float
+    without: float
+    best: float
     verdicts: tuple[Verdict, ...]
 
     def explain(self) -> list[str]:
         """Lines for a person."""
-        head = f"{len(self.levels)} shared prefixes, {self.saved_ns / 1e3:.1f} us a layer saved"
-        return [head, *(f"  {verdict}" for verdict in self.verdicts)]
+        times = f"{self.best / 1e3:.1f} us a layer with the best choice of them, {self.without / 1e3:.1f} us without"
+        return [f"{len(self.levels)} shared prefixes are read once: {times}", *(f"  {item}" for item in self.verdicts)]
 
 
 class Sharer:
     """Follows the requests of the steps and chooses which of their shared prefixes are read once.
 
-    ``arrange`` is called with each step's requests. What did not change since the last step costs a look-up a request; the
-    choice is made anew when the forest or the numbers of new tokens differ.
+    ``arrange`` is called with each step's requests. What did not change since the last step costs a look-up a request; the best
+    levels are found anew when the forest or the numbers of new tokens differ, and whether they pay is asked at every step,
+    for requests grow.
     """
 
     def __init__(self, costs: SharingCosts, page_size: int, max_depth: int = 4) -> None:
@@ -143,12 +164,19 @@ class Sharer:
         self._costs = costs
         self._page_size = page_size
         self._max_depth = max_depth
+        self._order: tuple[str, ...] = ()
+        self._q_lens: tuple[int, ...] = ()
+        self._version = -1
+        self._verdicts: tuple[Verdict, ...] = ()
+        self._saved = 0.0
+        self._num_common = 0
         self._found: Sharing | None = None
-        self._key: tuple[int, tuple[int, ...]] | None = None
 
-    def arrange(self, pages: Mapping[str, Sequence[int] | None], q_lens: Mapping[str, int]) -> Sharing:
-        """The sharing of a step. ``q_lens``: new tokens of each of its requests; ``pages``: of each, the whole pages before its
-        new tokens, or None where they are as at the last call."""
+    def arrange(
+        self, pages: Mapping[str, Sequence[int] | None], q_lens: Mapping[str, int], kv_lens: Mapping[str, int]
+    ) -> Sharing:
+        """The sharing of a step. ``q_lens``: new tokens of each of its requests, ``kv_lens``: all of its tokens; ``pages``: the
+        whole pages before its new tokens, or None where they are as at the last call."""
         forest = self.forest
         for request_id in forest.request_ids - pages.keys():
             forest.remove(request_id)
@@ -157,24 +185,35 @@ class Sharer:
                 forest.put(request_id, held)
             elif request_id not in forest:
                 raise ArgumentError("pages", f"those of {request_id!r}, which the last step had not", None)
-        if self._key is None or self._key[0] != forest.version or self._found is None:
-            order = tuple(forest.order())
-        else:
-            order = self._found.order
-        key = forest.version, tuple(q_lens[request_id] for request_id in order)
-        if key != self._key or self._found is None:
-            self._found = self._choose(order, key[1])
-            self._key = key
-        return self._found
+        changed = forest.version != self._version
+        if changed:
+            self._order = tuple(forest.order())
+        lens = tuple(q_lens[request_id] for request_id in self._order)
+        if changed or lens != self._q_lens:
+            self._version, self._q_lens, self._found = forest.version, lens, None
+            self._choose()
+        return self._judged([kv_lens[request_id] for request_id in self._order])
 
-    def _choose(self, order: tuple[str, ...], q_lens: tuple[int, ...]) -> Sharing:
-        choice = _Choice(self._costs, self._page_size, q_lens)
-        spans = dict(_spans(self.forest.root))
-        saved = choice.best(self.forest.root, 0, 0, self._max_depth, spans)
-        worth = saved > self._costs.batch_ns
-        verdicts = tuple(choice.walk(self.forest.root, 0, 0, self._max_depth, spans, worth))
-        levels = tuple(verdict.level for verdict in verdicts if verdict.taken)
-        return Sharing(order, levels, saved - self._costs.batch_ns if worth else 0.0, verdicts)
+    def _choose(self) -> None:
+        """Find the best levels."""
+        choice = _Choice(self._costs, self._page_size, self._q_lens)
+        root, spans = self.forest.root, dict(_spans(self.forest.root))
+        self._saved = choice.best(root, 0, 0, self._max_depth, spans)
+        self._verdicts = tuple(choice.walk(root, 0, 0, self._max_depth, spans))
+        self._num_common = self._page_size * sum((group.size - 1) * len(group.pages) for group in spans if group.pages)
+
+    def _judged(self, kv_lens: Sequence[int]) -> Sharing:
+        """Whether the best levels pay for requests of these lengths."""
+        costs, lens, found = self._costs, self._q_lens, self._found
+        levels = tuple(verdict.level for verdict in self._verdicts if verdict.taken)
+        if not levels and found is not None:
+            return found
+        without = costs.without_levels(lens, kv_lens, sum(kv_lens) - self._num_common)
+        best = costs.with_levels(lens, kv_lens, self._saved) if levels else without
+        levels = levels if best < without else ()
+        if found is None or found.levels != levels:
+            found = self._found = Sharing(self._order, levels, without, best, self._verdicts)
+        return found
 
 
 def _spans(root: PrefixGroup) -> Iterator[tuple[PrefixGroup, int]]:
@@ -210,7 +249,7 @@ class _Choice:
             taken = float("-inf")
             if group.end > covered and depth > 0:
                 verdict = self._verdict(group, begin, covered, False)
-                taken = verdict.alone - verdict.together + self._below(group, group.end, depth - 1, spans)
+                taken = verdict.each - verdict.once + self._below(group, group.end, depth - 1, spans)
             known = self._known[key] = max(skipped, taken), taken > skipped
         return known[0]
 
@@ -219,20 +258,20 @@ class _Choice:
         return sum(self.best(child, spans[child], covered, depth, spans) for child in children)
 
     def walk(
-        self, group: PrefixGroup, begin: int, covered: int, depth: int, spans: Mapping[PrefixGroup, int], worth: bool
+        self, group: PrefixGroup, begin: int, covered: int, depth: int, spans: Mapping[PrefixGroup, int]
     ) -> Iterator[Verdict]:
-        """The verdicts of ``best``'s choice, parents first; without ``worth`` nothing is taken."""
-        taken = worth and self._known[begin, group.end, covered << 8 | depth][1]
+        """The verdicts of ``best``'s choice, parents first."""
+        taken = self._known[begin, group.end, covered << 8 | depth][1]
         if group.end > covered:
             yield self._verdict(group, begin, covered, taken)
         if taken:
             covered, depth = group.end, depth - 1
         for child in group.groups.values():
             if child in spans:
-                yield from self.walk(child, spans[child], covered, depth, spans, worth)
+                yield from self.walk(child, spans[child], covered, depth, spans)
 
     def _verdict(self, group: PrefixGroup, begin: int, covered: int, taken: bool) -> Verdict:
         end = begin + group.size
         level = SharedLevel(begin, end, covered * self._page_size, group.end * self._page_size)
         q_lens, num_tokens = self._q_lens[begin:end], level.kv_end - level.kv_begin
-        return Verdict(level, self._costs.alone(q_lens, num_tokens), self._costs.together(q_lens, num_tokens), taken)
+        return Verdict(level, self._costs.each(q_lens, num_tokens), self._costs.once(q_lens, num_tokens), taken)

@@ -117,16 +117,20 @@ class StepPlanner:
         self._add(new)
         self._hold(new)
 
-    def fork(self, request_id: str, new_request_id: str) -> None:
+    def fork(self, request_id: str, new_request_id: str, last_token: int | None = None) -> None:
         """Add a request that goes on from where ``request_id`` stands, sharing its pages until one of them writes.
 
-        Between steps only. The fork inherits everything but its arrival; where no place in the batch is left it waits.
+        Between steps only. The fork inherits everything but its arrival, and its last token if ``last_token`` is given (one
+        must have been generated, which no step has run yet); where no place in the batch is left it waits.
         """
         if self._in_flight is not None:
             raise StepOrderError("fork() while a step is in flight: commit it first")
         parent = self._find(request_id)
+        if last_token is not None and (parent.num_generated == 0 or parent.num_computed == len(parent.tokens)):
+            raise ArgumentError("last_token", "None before a token was generated", last_token)
+        tokens = list(parent.tokens) if last_token is None else [*parent.tokens[:-1], last_token]
         child = Request(
-            new_request_id, list(parent.tokens), parent.prompt_len, parent.max_new_tokens, parent.priority,
+            new_request_id, tokens, parent.prompt_len, parent.max_new_tokens, parent.priority,
             self._num_arrivals, parent.stop_tokens,
         )  # fmt: skip
         self._add([child])
@@ -227,7 +231,9 @@ class StepPlanner:
             known = not request.has_moved and name in sharer.forest
             pages[name] = None if known else entry.pages[: entry.start // self._pool.page_size]
             request.has_moved = False
-        self.sharing = sharer.arrange(pages, {name: entry.num_new_tokens for name, entry in entries.items()})
+        q_lens = {name: entry.num_new_tokens for name, entry in entries.items()}
+        kv_lens = {name: entry.start + entry.num_new_tokens for name, entry in entries.items()}
+        self.sharing = sharer.arrange(pages, q_lens, kv_lens)
         ordered = tuple(entries[name] for name in self.sharing.order)
         return StepPlan(self._num_steps, ordered, tuple(draft.copies), self.sharing.levels)
 
@@ -289,7 +295,7 @@ class StepPlanner:
         if count == 0 or not self._reserve(request, request.num_computed + count, draft):
             return
         start, end = request.num_computed, request.num_computed + count
-        pages = tuple(request.pages[: self._pool.pages_for(end)])
+        pages = request.first_pages(self._pool.pages_for(end))
         tokens = tuple(request.tokens[start:end])
         draft.entries[request.request_id] = StepEntry(
             request.request_id, start, tokens, pages, end == len(request.tokens)

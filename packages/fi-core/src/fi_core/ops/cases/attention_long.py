@@ -53,9 +53,28 @@ def _shapes() -> Iterator[Case]:
     yield _case("append_ragged", _APPEND, head_dim=128, heads=(8, 2), table="ragged", features={"lse"})
     yield _case("many_requests", ((19,) * 24, tuple(range(19, 43))), features={"lse"})
     yield _case("decodes_beside", ((40, *(1,) * 20), (300, *range(20))), heads=(8, 1), features={"lse"})
+    yield from _short_steps()
     yield _case("invariant", batch_invariant=True, features={"lse"})
     yield _case("invariant_append", _APPEND, batch_invariant=True)
     yield _case("second_update", before=True)
+
+
+def _short_steps() -> Iterator[Case]:
+    """Steps without a long query under plans that admit one."""
+    decodes: Any = ((1, 1, 0, 1, 1), (403, 77, 30, 0, 1))
+    for name, options in (
+        ("", {"features": {"lse"}}),
+        ("_d128", {"head_dim": 128, "heads": (8, 2), "dtype": _FP16, "features": {"sinks", "lse"}}),
+        ("_window", {"windows": (None, 60), "window": 60}),
+        ("_fp8", {"kv_format": "fp8_e4m3", "scale": "heads"}),
+        ("_slots", {"page_size": 1, "table_row": True}),
+        ("_ragged", {"table": "ragged", "causal": False}),
+        ("_invariant", {"batch_invariant": True}),
+        ("_second_update", {"before": True}),
+    ):
+        yield _case(f"only_decodes{name}", decodes, slack=40, **options)
+    yield _case("only_two_tokens", ((2, 1, 2), (203, 77, 2)), slack=40, features={"lse", "mask"}, mask="new")
+    yield _case("three_tokens", ((2, 3, 1), (203, 77, 2)), slack=40, features={"lse"})
 
 
 def _layouts() -> Iterator[Case]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
@@ -86,30 +87,25 @@ class PrefillState(ListState):
                 fill_order_on_host(batch.q_indptr, batch.kv_lens, self._order_specs[window], window, order)
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
+        if q.shape[0]:
+            super().run(q, kv, layer, out, lse)
+
+    def _values(self, shared: Call, q: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
         addressing = self._addresses
-        if q.shape[0] == 0:
-            return
-        call = self._remembered(kv, layer, lse is not None)
-        queries = tensor_map_of(q, self._query_box)
-        out_token, out_head, _ = out.stride()
-        call.launch(
-            self._device,
-            self._num_workers,
-            1,
-            *call.cache,
-            *call.workspace,
+        return (
+            *shared.cache,
+            *shared.workspace,
             out.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
+            address_of(lse),
             *addressing.addresses,
-            *call.layer_tensors,
-            *call.cache_strides,
-            out_token,
-            out_head,
+            *shared.layer_tensors,
+            *shared.cache_strides,
+            *out.stride()[:2],
             0 if lse is None else lse.stride(0),
             addressing.table_stride,
-            *call.numbers,
-            queries,
-            *call.maps,
+            *shared.numbers,
+            tensor_map_of(q, self._query_box),
+            *shared.maps,
         )
 
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
@@ -136,7 +132,7 @@ class PrefillState(ListState):
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
-            launch=kernel_for(spec, self._device).launch,
+            kernel=kernel_for(spec, self._device),
             workspace=tuple(map(address_of, (*lists[:2], *self._orders[layer.window][:2], *workspace))),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(

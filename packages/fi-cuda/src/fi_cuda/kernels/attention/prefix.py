@@ -19,7 +19,7 @@ from ...spec import KernelSpec, kernel_for
 from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm
 from .plan import ITEM_WIDTH
 from .prefill import PrefillSpec, prefill_fields
-from .prefill_tuning import WARPGROUP_ROWS, PrefillTuning, box_tokens
+from .prefill_tuning import WARPGROUP_ROWS, PrefillTuning, box_tokens, built_in_prefill_tuning, prefill_tuning_for
 
 MAX_PREFIXES = 4096
 """Nodes that a plan may be made for: one block compares each with those before it."""
@@ -41,6 +41,20 @@ class PrefixCosts(NamedTuple):
     node_item: int = 40
     step: int = 20
     group: int = 6
+
+
+def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuning:
+    """The prefill kernel's; FP8 K and V are copied row by row and made wider on the way, whatever prefill does with them."""
+    return prefill_tuning_for(_as_copied(spec), device)
+
+
+def built_in_prefix_tuning(spec: AttentionSpec) -> PrefillTuning:
+    """The same without overrides, for Hopper."""
+    return built_in_prefill_tuning(_as_copied(spec))
+
+
+def _as_copied(spec: AttentionSpec) -> AttentionSpec:
+    return replace(spec, kv_format=None, page_size=1) if spec.kv_is_fp8 else spec
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
 from .call import CallForm
 from .prefill_state import attention_prefill
-from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, box_tokens, prefill_tuning_for
-from .prefix import PrefixLayout, PrefixPlanner, prefix_plan_spec, prefix_spec
+from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, box_tokens
+from .prefix import PrefixLayout, PrefixPlanner, prefix_plan_spec, prefix_spec, prefix_tuning_for
 from .state import Addressing, Call, address_of, attention_decode, cache_strides_of, scale_of
 from .tuning import num_processors
 
@@ -33,7 +33,7 @@ class PrefixAttention:
 
     def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
         where = torch.device(device)
-        layout = PrefixLayout.of(spec, capacity, prefill_tuning_for(spec, where), num_processors(where))
+        layout = PrefixLayout.of(spec, capacity, prefix_tuning_for(spec, where), num_processors(where))
         return layout.num_bytes + _plain_kernel(capacity).workspace_bytes(spec, _plain(capacity), device)
 
     def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> PrefixState:
@@ -55,7 +55,7 @@ class PrefixState:
     def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
         self._spec, self._device = spec, device
         self._num_workers = num_processors(device)
-        self._tuning = tuning = prefill_tuning_for(spec, device)
+        self._tuning = tuning = prefix_tuning_for(spec, device)
         self._layout = layout = PrefixLayout.of(spec, capacity, tuning, self._num_workers)
         self._buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         for region in (layout.header, layout.barrier):
@@ -109,7 +109,7 @@ class PrefixState:
         call = self._remembered(kv, layer, lse is not None)
         queries = tensor_map_of(q, self._query_box)
         out_token, out_head, _ = out.stride()
-        call.launch(
+        call.kernel.launch(
             self._device,
             self._num_workers,
             1,
@@ -160,7 +160,7 @@ class PrefixState:
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
-            launch=kernel_for(prefix_spec(self._spec, self._tuning, form), self._device).launch,
+            kernel=kernel_for(prefix_spec(self._spec, self._tuning, form), self._device),
             workspace=tuple(region.of(self._buffer).data_ptr() for region in (*lists, *written)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),

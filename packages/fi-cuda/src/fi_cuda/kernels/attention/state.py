@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from torch import Tensor
 
-from ...launch import RepeatedLaunch
+from ...launch import LaunchableKernel, RepeatedLaunch
 from ...params import TensorMap
 from ...spec import kernel_for
 from .boxes import maps_of, tokens_of_box
@@ -36,12 +36,12 @@ class DecodeAttention:
 
 
 class Call(NamedTuple):
-    """What calls with the same cache and layer share: the launch, and the values that no call changes, between which go
+    """What calls with the same cache and layer share: the kernel, and the values that no call changes, between which go
     those of q, out, lse and the batch. In the order that each kernel's layout has."""
 
     kv: weakref.ref[KVCache]
     layer: ResolvedLayer  # kept, so that its id names it
-    launch: Callable[..., None]
+    kernel: LaunchableKernel
     workspace: tuple[int, ...]
     cache: tuple[int, int]
     layer_tensors: tuple[int, ...]
@@ -51,8 +51,8 @@ class Call(NamedTuple):
 
 
 @dataclass(slots=True)
-class DecodeCall:
-    """The same of a decode call, whose parameters stay packed: ``own`` says for which q, out, lse and batch."""
+class PackedCall:
+    """A call whose parameters stay packed: ``own`` says for which q, out, lse and batch."""
 
     kv: weakref.ref[KVCache]
     shared: Call
@@ -110,7 +110,7 @@ class ListState:
         self._batch: Batch | None = None
         self._addressing: Addressing | None = None
         self._num_addressings = 0
-        self._calls: dict[tuple[int, int, bool], Any] = {}
+        self._calls: dict[tuple[int, int, bool], PackedCall] = {}
         self._planner = "not yet updated"
 
     @property
@@ -152,18 +152,34 @@ class ListState:
     def _order_on_host(self, batch: Batch, staging: Tensor) -> None:
         """Fill what a kernel has besides the work lists."""
 
-    def _remembered(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Any:
+    def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
+        call = self._remembered(kv, layer, lse is not None)
+        own = (
+            *(self._num_addressings, q.data_ptr(), q.shape, q.stride(), out.data_ptr(), out.stride()),
+            *(() if lse is None else (lse.data_ptr(), lse.stride(0))),
+        )
+        if own != call.own:  # with equal tensors the parameters are packed already
+            call.launch.pack(*self._values(call.shared, q, out, lse))
+            call.own = own
+        call.launch.launch()
+
+    def _values(self, shared: Call, q: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
+        """What the call's kernel is launched with."""
+        raise AssertionError(f"{type(self).__name__} does not define _values")
+
+    def _remembered(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> PackedCall:
         """What calls with this cache and layer share: found, or made by ``_prepare``."""
         key = (id(kv), id(layer), not with_lse)
         call = self._calls.get(key)
         if call is None or call.kv() is not kv:
-            call = self._prepare(kv, layer, with_lse)
+            shared = self._prepare(kv, layer, with_lse)
+            call = PackedCall(shared.kv, shared, shared.kernel.repeated(self._device, self._num_workers))
             if len(self._calls) >= _MAX_CALLS:
                 self._calls.clear()
             self._calls[key] = call
         return call
 
-    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Any:
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         raise AssertionError(f"{type(self).__name__} does not define _prepare")
 
     @property
@@ -201,20 +217,9 @@ class DecodeState(ListState):
             f"slots for partial results: {layout.num_slots}, of {tuning.rows} rows each",
         )
 
-    def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
-        call = self._remembered(kv, layer, lse is not None)
-        own = (
-            *(self._num_addressings, q.data_ptr(), q.stride(), out.data_ptr(), out.stride()),
-            *(() if lse is None else (lse.data_ptr(), lse.stride(0))),
-        )
-        if own != call.own:  # with equal tensors the parameters are packed already
-            self._pack(call, q, out, lse)
-            call.own = own
-        call.launch.launch()
-
-    def _pack(self, call: DecodeCall, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
-        addressing, shared = self._addresses, call.shared
-        call.launch.pack(
+    def _values(self, shared: Call, q: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
+        addressing = self._addresses
+        return (
             *shared.workspace,
             q.data_ptr(),
             *shared.cache,
@@ -228,9 +233,10 @@ class DecodeState(ListState):
             0 if lse is None else lse.stride(0),
             addressing.table_stride,
             *shared.numbers,
+            *shared.maps,
         )
 
-    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> DecodeCall:
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         """Find the kernel for calls with this cache and layer, and remember it with what they share."""
         lists, layout, rope = self._lists[layer.window], self._layout, layer.rope
         workspace = (layout.partials, layout.partial_rows)
@@ -248,11 +254,10 @@ class DecodeState(ListState):
             mask_columns=addressing.mask_columns,
             boxes=maps is not None,
         )
-        kernel = kernel_for(decode_spec(self._spec, self._tuning, form), self._device)
-        shared = Call(
+        return Call(
             kv=weakref.ref(kv),
             layer=layer,
-            launch=kernel.launch,
+            kernel=kernel_for(decode_spec(self._spec, self._tuning, form), self._device),
             workspace=(*map(address_of, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(
@@ -271,7 +276,6 @@ class DecodeState(ListState):
             ),
             maps=maps or (),
         )
-        return DecodeCall(shared.kv, shared, kernel.repeated(self._device, self._num_workers, shared.maps))
 
     def _maps_of(self, kv: KVCache) -> tuple[TensorMap, ...] | None:
         """Tensor maps of K and V, if the copy engine can bring them."""
