@@ -35,39 +35,33 @@ Tuning = Mapping[str, Any]
 
 ROUNDS = 12
 ORDER: Tuning = {"keys_ahead": False}
-PIECES: Tuning = {**ORDER, "pieces": 16}
-DEEPER: Tuning = {**ORDER, "key_stages": 3, "query_stages": 1}
-GATHER: Tuning = {**ORDER, "consumers": 3, "key_stages": 2, "ping_pong": False, "overlap": False, "parts": 2}
-FOUR: Tuning = {**ORDER, "consumers": 4, "tokens": 96}
+AHEAD: Tuning = {"keys_ahead": True}
+WHOLE: Tuning = {"pieces": 1}
+DEEPER: Tuning = {"key_stages": 3, "query_stages": 1}
 
 PREFILL = "prefill B{} S{} h32/8 d{} causal=1{}"
 APPEND = "append B{} q{} kv{} h32/8 d128 page16"
 CASES: dict[str, dict[str, Tuning]] = {
-    PREFILL.format(4, 4096, 128, " page1"): {"gather": GATHER, "gather, keys ahead": {**GATHER, "keys_ahead": True}},
-    PREFILL.format(4, 4096, 128, " page16"): {"order": ORDER, "three stages of keys": DEEPER},
-    APPEND.format(4, 128, 32768): {"order": ORDER, "pieces": PIECES},
-    APPEND.format(1, 2048, 32768): {"pieces": PIECES},
-    APPEND.format(1, 512, 32768): {"pieces": PIECES},
-    APPEND.format(16, 128, 4096): {"pieces": PIECES},
-    PREFILL.format(1, 16384, 64, ""): {
-        "order": ORDER,
-        "2 polynomials": {**ORDER, "polynomials": 2},
-        "four": FOUR,
-        "four, 1 polynomial": {**FOUR, "polynomials": 1},
-        "four, 2 polynomials": {**FOUR, "polynomials": 2},
-        "four, 3 polynomials": {**FOUR, "polynomials": 3},
-        "four, 2 polynomials, 3 parts": {**FOUR, "polynomials": 2, "parts": 3},
-    },
-    PREFILL.format(4, 4096, 128, ""): {"order": ORDER, "2 polynomials": {**ORDER, "polynomials": 2}},
-    "mixed chunked 512+255 decode 4k": {"order": ORDER, "pieces": PIECES},
-    "mixed mixed 1x4096 prefill+ 127x decode 2k": {"pieces": PIECES},
-    PREFILL.format(32, 512, 128, " page1"): {"gather": GATHER},
-    PREFILL.format(32, 512, 128, " page16"): {"order": ORDER},
+    APPEND.format(4, 128, 32768): {"whole tiles": WHOLE, "keys ahead": AHEAD},
+    APPEND.format(1, 2048, 32768): {"whole tiles": WHOLE},
+    APPEND.format(1, 512, 32768): {"whole tiles": WHOLE},
+    APPEND.format(16, 128, 4096): {"whole tiles": WHOLE},
+    "mixed chunked 512+255 decode 4k": {"whole tiles": WHOLE, "keys ahead": AHEAD},
+    "mixed mixed 1x4096 prefill+ 127x decode 2k": {"whole tiles": WHOLE},
+    PREFILL.format(4, 4096, 128, " page1"): {"keys ahead": AHEAD},
+    PREFILL.format(4, 4096, 128, " page16"): {"keys ahead": AHEAD, "three stages of keys": DEEPER},
+    PREFILL.format(4, 4096, 128, ""): {"order": ORDER, "three stages of keys": DEEPER},
+    PREFILL.format(32, 512, 128, " page1"): {},
+    PREFILL.format(32, 512, 128, " page16"): {"keys ahead": AHEAD},
     PREFILL.format(32, 512, 128, ""): {"order": ORDER},
-    PREFILL.format(16, 1024, 128, " page1"): {"gather": GATHER},
-    PREFILL.format(1, 16384, 128, " page1"): {"gather": GATHER},
-    PREFILL.format(1, 16384, 128, " page16"): {"order": ORDER},
+    PREFILL.format(16, 1024, 128, " page1"): {},
+    PREFILL.format(16, 1024, 128, " page16"): {},
+    PREFILL.format(16, 1024, 128, ""): {},
+    PREFILL.format(1, 16384, 128, " page1"): {},
+    PREFILL.format(1, 16384, 128, " page16"): {"keys ahead": AHEAD},
     PREFILL.format(1, 16384, 128, ""): {"order": ORDER},
+    PREFILL.format(1, 16384, 64, ""): {"order": ORDER},
+    PREFILL.format(1, 16384, 256, ""): {},
 }
 """Cases and what is tried on each; the most doubtful first."""
 
