@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class Workload:
     kind: str
     num_samples: int
     num_prompts: int = NUM_PROMPTS
+
+    def __str__(self) -> str:
+        return f"{self.num_prompts} {self.kind} prompts, n={self.num_samples}"
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(1)
@@ -79,7 +82,8 @@ def measure(model: Model, workload: Workload, num_steps: int, shared: bool, rate
     pages = distinct // PAGE + count + batch * (new // PAGE + 3)
     config = EngineConfig(batch, step_tokens, longest, PAGE, pages, shared_prefixes=shared, sharing_rates=rates)
     engine = Engine(model, None, config)
-    params = SamplingParams(seed=3, n=workload.num_samples, max_tokens=new, ignore_eos=True)
+    # Nearly greedy, so that draws are the same unless rounding tips one: logits of random weights lie close together.
+    params = SamplingParams(temperature=0.01, seed=3, n=workload.num_samples, max_tokens=new, ignore_eos=True)
     handles = [handle for prompt in prompts for handle in engine.submit_samples(prompt, params)]
     while not all(handle.token_ids for handle in handles):
         engine.step()
@@ -109,12 +113,13 @@ def compare(model: Model, workload: Workload, num_steps: int, rates: SharingRate
         torch.cuda.empty_cache()
     apart, once = found[False], found[True]
     equal = statistics.mean(a == b for a, b in zip(apart.tokens, once.tokens, strict=True))
-    row = {**asdict(workload), "equal_samples": equal, "levels": once.levels}
+    row = {"case": str(workload), "prompts": workload.kind, "num_prompts": workload.num_prompts}
+    row |= {"num_samples": workload.num_samples, "equal_samples": equal, "levels": once.levels}
     for name, measured in (("apart", apart), ("once", once)):
         row |= {f"{name}_ms": measured.ms, f"{name}_p10": measured.p10, f"{name}_p90": measured.p90}
     row["saved"] = 1 - once.ms / apart.ms
     print(
-        f"{workload.kind:>8} n={workload.num_samples:<2} {apart.ms:8.2f} ms apart, {once.ms:8.2f} ms once: "
+        f"{workload} {apart.ms:8.2f} ms apart, {once.ms:8.2f} ms once: "
         f"{row['saved']:6.1%} less, {once.levels} levels, {equal:.0%} of the samples begin alike",
         flush=True,
     )
@@ -128,7 +133,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    common = [row for row in rows if row["kind"] == "common"]
+    common = [row for row in rows if row["prompts"] == "common"]
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for name, label in (("apart", "each for itself"), ("once", "shared prefixes read once")):
         axes.plot(
@@ -149,6 +154,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="n = 1 and 4, 16 separate prompts, few steps")
     parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--rates", type=Path, help="rates that fit_sharing.py wrote (default: those of the engine)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="numbers of samples")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--fit", action="store_true", help="measure the rates of FI_BACKEND first")
     parser.add_argument("--out", type=Path, help="where the rows go, as JSON")
     parser.add_argument("--plot", type=Path, help="where the plot goes (needs matplotlib)")
@@ -160,14 +167,16 @@ def main() -> None:
         rates = measured_rates(settings().backend)
         print(rates)
     model = random_model(config, device, torch.bfloat16, 16384, lambda line: None)
-    numbers, num_steps = ((1, 4), 10) if options.short else ((1, 2, 4, 8, 16, 32), 20)
+    numbers, num_steps = ([1, 4], 10) if options.short else (options.samples, options.steps)
     workloads = [Workload("common", count) for count in numbers]
-    workloads.append(Workload("separate", 4, 16 if options.short else NUM_PROMPTS))
-    rows = [compare(model, workload, num_steps, rates) for workload in workloads]
-    if options.out is not None:
-        shared = circumstances(device, {}, options.commit)
-        named = [{"op": "engine", "model": options.model, **row, **shared} for row in rows]
-        options.out.write_text("[\n" + ",\n".join(map(json.dumps, named)) + "\n]\n")
+    workloads.insert(len(workloads) - 1, Workload("separate", 4, 16 if options.short else NUM_PROMPTS))
+    rows, shared = [], circumstances(device, {}, options.commit)
+    for workload in workloads:
+        rows.append(
+            {"op": "engine_sharing", "model": options.model, **compare(model, workload, num_steps, rates), **shared}
+        )
+        if options.out is not None:
+            options.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     if options.plot is not None:
         plot(rows, options.plot)
 

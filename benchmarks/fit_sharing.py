@@ -39,6 +39,12 @@ class Case:
     def num_requests(self) -> int:
         return self.num_groups * self.size
 
+    @property
+    def read_again(self) -> tuple[int, int]:
+        """Tokens that requests have in common, and how many times more than once they are read."""
+        shared = self.num_groups * self.prefix if self.size > 1 else 0
+        return shared, shared * (self.size - 1)
+
 
 class Bench:
     """Inputs over one cache that every case takes its pages from."""
@@ -120,8 +126,10 @@ POINTS = {
     "nodes": Case(64, 2, PAGE, 64),
     "nodes, one": Case(1, 128, PAGE, 64),
     "small": Case(1, 8, PAGE, 512),
+    "pairs": Case(32, 2, 2048),
 }
-"""Cases in pairs that differ in one thing; "small" is as good as all fixed cost."""
+"""Cases in pairs that differ in one thing; "small" is as good as all fixed cost, and the prefixes of "pairs" are more than the
+L2 holds."""
 
 TOKEN_BYTES = SPEC.num_kv_heads * 2 * SPEC.head_dim * 2
 PARTIAL_BYTES = 2 * 4 * SPEC.num_qo_heads * (SPEC.head_dim + 1)
@@ -137,14 +145,20 @@ def fit(times: Mapping[str, tuple[float, float]]) -> SharingRates:
     row_ns = max(more("rows", "few", True) / (256 - 64) - 64 * own_ns, 1.0)
     node_ns = max(times["nodes"][1] - times["nodes, one"][1], 0.0) / 63
     fixed = times["small"][1] - times["small"][0]
+    read_rate = 64 * (8192 - 1024) * TOKEN_BYTES / more("apart", "short", False)
+    # Of 64 x (2048 + 256) tokens half the prefixes' are read again; what memory has no time for is found in the L2.
+    pairs = POINTS["pairs"]
+    read = (times["pairs"][0] - times["small"][0]) * read_rate / TOKEN_BYTES
+    found = pairs.num_requests * (pairs.prefix + pairs.own) - read
     return SharingRates(
-        read_rate=64 * (8192 - 1024) * TOKEN_BYTES / more("apart", "short", False),
+        read_rate=read_rate,
         attend_rate=64 * (8192 - 2048) * TOKEN_BYTES / more("alike", "short", False),
         own_rate=TOKEN_BYTES / own_ns,
         product_rate=4 * SPEC.head_dim * SPEC.num_qo_heads * 256 * (32768 - 8192) / more("wide", "short", True),
         merge_rate=PARTIAL_BYTES / row_ns,
         node_ns=node_ns,
         batch_ns=max(fixed - 8 * row_ns - node_ns, 0.0),
+        reuse_bytes=max(found, 0.0) * TOKEN_BYTES,
     )
 
 
@@ -163,7 +177,7 @@ def judge(bench: Bench, rates: SharingRates) -> None:
     for case, (without, shared) in zip(cases, bench.times(cases), strict=True):
         ones, lens = [1] * case.num_requests, [case.prefix + case.own] * case.num_requests
         one = costs.each([1] * case.size, case.prefix) - costs.once([1] * case.size, case.prefix)
-        plain = costs.without_levels(ones, lens, sum(lens) - case.num_groups * (case.size - 1) * case.prefix)
+        plain = costs.without_levels(ones, lens, *case.read_again)
         levels = costs.with_levels(ones, lens, case.num_groups * one)
         taken, gain = one > 0 and levels < plain, (without - shared) / without
         lost, missed = (max(lost, -gain), missed) if taken else (lost, max(missed, gain))

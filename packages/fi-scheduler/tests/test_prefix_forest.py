@@ -124,14 +124,14 @@ def test_the_choice_takes_the_least_time(
     held: dict[str, Pages], q_lens: list[int], rest: list[int], numbers: tuple[float, ...], depth: int
 ) -> None:
     pair_ns, row_ns, node_ns, batch_ns = numbers
-    costs = SharingCosts(1.0, 0.5, 1.25, pair_ns / 16, row_ns, node_ns, batch_ns)
+    costs = SharingCosts(1.0, 0.5, 1.25, pair_ns / 16, row_ns, node_ns, batch_ns, 10.0)
     news = dict(zip(held, q_lens, strict=False))
     kept = {name: PAGE * len(held[name]) + more + news[name] for name, more in zip(held, rest, strict=False)}
     found = Sharer(costs, PAGE, depth).arrange(held, news, kept)
     lens = [news[name] for name in found.order], [kept[name] for name in found.order]
     starts = {held[name][:length] for name in held for length in range(1, len(held[name]) + 1)}
-    stored = sum(lens[1]) - PAGE * sum(sum(held[name][: len(start)] == start for name in held) - 1 for start in starts)
-    without = costs.without_levels(*lens, stored)
+    times = [sum(held[name][: len(start)] == start for name in held) for start in starts]
+    without = costs.without_levels(*lens, PAGE * sum(n > 1 for n in times), PAGE * sum(n - 1 for n in times))
     assert found.without == pytest.approx(without)
     best = best_by_trial(held, found.order, costs, lens, depth)
     if found.levels:
@@ -159,7 +159,7 @@ def test_nothing_is_chosen_anew_while_nothing_changes() -> None:
 
 def test_levels_are_given_up_when_own_tokens_outweigh_them_and_taken_again() -> None:
     """What requests read for themselves is slower beside levels, so long ones do not pay for a short prefix."""
-    sharer = Sharer(SharingCosts(1.0, 1.0, 1.2, 0.0, 0.0, 0.0, 2.0), PAGE)
+    sharer = Sharer(SharingCosts(1.0, 1.0, 1.2, 0.0, 0.0, 0.0, 2.0, 1e9), PAGE)
     held: dict[str, Pages | None] = dict.fromkeys("abcd", (1, 2, 3, 4, 5))
     for own, taken in ((4, True), (100, False), (5, True)):
         found = sharer.arrange(held, ones(held), dict.fromkeys(held, 20 + own))
@@ -175,7 +175,7 @@ def test_a_chain_of_many_groups_is_no_recursion_without_end() -> None:
 
 
 def test_the_choice_explains_itself() -> None:
-    rates = SharingRates(3000.0, 6000.0, 2800.0, 400_000.0, 300.0, 500.0, 1000.0)
+    rates = SharingRates(3000.0, 6000.0, 2800.0, 400_000.0, 300.0, 500.0, 1000.0, 1e8)
     costs = SharingCosts.of(AttentionSpec(32, 8, 128), rates)
     assert costs.token_ns == pytest.approx(4096 / 3000) and costs.pair_ns == pytest.approx(16384 / 400_000)
     held = {**{f"long {index}": (*range(64), 100 + index) for index in range(8)}, "short": (0, 500), "other": (900,)}
@@ -186,6 +186,13 @@ def test_the_choice_explains_itself() -> None:
     assert "8 requests share tokens 0 to 1024" in inner and inner.endswith("-> once")
 
 
+def test_prefixes_that_the_l2_cannot_hold_are_read_from_memory_again() -> None:
+    costs = SharingCosts(1.0, 0.4, 1.1, 0.0, 0.0, 0.0, 0.0, 1000.0)
+    assert costs.without_levels([1, 1], [500, 500], 400, 400) == 600
+    assert costs.without_levels([1, 1], [5000, 5000], 4000, 4000) == 10000 - 4000 / 4
+    assert costs.without_levels([1] * 9, [400] * 9, 390, 8 * 390) == 0.4 * 3600
+
+
 def test_rates_go_through_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     path.write_text(ALWAYS.to_json())
@@ -194,4 +201,4 @@ def test_rates_go_through_a_file(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="numbers for"):
         SharingRates.from_file(path)
     with pytest.raises(ArgumentError, match=r"rates\.read_rate"):
-        SharingRates(0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+        SharingRates(0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0)

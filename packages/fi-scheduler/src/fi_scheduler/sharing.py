@@ -22,7 +22,7 @@ class SharingRates:
     to, wherever it comes from (what others of the batch read too comes from the L2 in part); ``own_rate`` of what requests
     read for themselves in a batch that shares something. ``product_rate``: FLOPs a nanosecond of tiles with many query rows.
     ``merge_rate``: bytes a nanosecond of partial results. Nanoseconds: ``node_ns`` for each shared prefix, ``batch_ns`` once, for
-    a batch that has any.
+    a batch that has any. ``reuse_bytes``: of prefixes of so many bytes in all, requests find in the L2 what others have read.
     """
 
     read_rate: float
@@ -32,6 +32,7 @@ class SharingRates:
     merge_rate: float
     node_ns: float
     batch_ns: float
+    reuse_bytes: float
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -55,7 +56,7 @@ class SharingRates:
 _DEEPEST = 32
 """Groups within groups that the choice looks at: it is recursive, and what lies deeper belongs to few requests."""
 
-ALWAYS = SharingRates(1.0, 1.0, 1.0, 1e9, 1e9, 0.0, 0.0)
+ALWAYS = SharingRates(1.0, 1.0, 1.0, 1e9, 1e9, 0.0, 0.0, 1e15)
 """Rates under which every shared page is worth a level: for tests."""
 
 
@@ -63,8 +64,9 @@ ALWAYS = SharingRates(1.0, 1.0, 1.0, 1e9, 1e9, 0.0, 0.0)
 class SharingCosts:
     """The rates of a device in the units of one model's attention: nanoseconds of a call of one layer.
 
-    Without levels a batch takes the longer of two times: memory's for the tokens that are stored, and the multiprocessors' for
-    those attended to. With levels its parts add up: the shared prefixes, each request's own tokens, partial results.
+    Without levels a batch takes the longer of two times: memory's for the tokens that are stored (and, where those that requests
+    share are more than ``reuse_tokens``, for some that are read again), and the multiprocessors' for all that are attended to.
+    With levels its parts add up: the shared prefixes, each request's own tokens, partial results.
     """
 
     token_ns: float
@@ -74,6 +76,7 @@ class SharingCosts:
     row_ns: float
     node_ns: float
     batch_ns: float
+    reuse_tokens: float
 
     @classmethod
     def of(cls, spec: AttentionSpec, rates: SharingRates) -> SharingCosts:
@@ -90,6 +93,7 @@ class SharingCosts:
             row_ns=partial_bytes / rates.merge_rate,
             node_ns=rates.node_ns,
             batch_ns=rates.batch_ns,
+            reuse_tokens=rates.reuse_bytes / token_bytes,
         )
 
     def each(self, q_lens: Sequence[int], num_tokens: int) -> float:
@@ -101,11 +105,13 @@ class SharingCosts:
         rows = sum(q_lens)
         return num_tokens * max(self.token_ns, rows * self.pair_ns) + rows * self.row_ns + self.node_ns
 
-    def without_levels(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_stored: int) -> float:
-        """Time of a batch that shares nothing; ``num_stored``: its KV tokens, those that requests have in common once."""
+    def without_levels(self, q_lens: Sequence[int], kv_lens: Sequence[int], num_shared: int, num_again: int) -> float:
+        """Time of a batch whose requests each read for themselves; ``num_shared``: tokens that several requests have in common,
+        ``num_again``: how many times more than once they are read, in all."""
         pairs = zip(q_lens, kv_lens, strict=True)
         attended = sum(kv_len * max(self.attend_ns, q_len * self.pair_ns) for q_len, kv_len in pairs)
-        return max(num_stored * self.token_ns, attended)
+        found = num_again if num_shared <= self.reuse_tokens else num_again * self.reuse_tokens / num_shared
+        return max((sum(kv_lens) - found) * self.token_ns, attended)
 
     def with_levels(self, q_lens: Sequence[int], kv_lens: Sequence[int], saved: float) -> float:
         """Time of a batch with levels that save ``saved`` against each request reading everything for itself."""
@@ -169,7 +175,7 @@ class Sharer:
         self._version = -1
         self._verdicts: tuple[Verdict, ...] = ()
         self._saved = 0.0
-        self._num_common = 0
+        self._num_shared = self._num_again = 0
         self._found: Sharing | None = None
 
     def arrange(
@@ -200,7 +206,8 @@ class Sharer:
         root, spans = self.forest.root, dict(_spans(self.forest.root))
         self._saved = choice.best(root, 0, 0, self._max_depth, spans)
         self._verdicts = tuple(choice.walk(root, 0, 0, self._max_depth, spans))
-        self._num_common = self._page_size * sum((group.size - 1) * len(group.pages) for group in spans if group.pages)
+        self._num_shared = self._page_size * sum(len(group.pages) for group in spans)
+        self._num_again = self._page_size * sum((group.size - 1) * len(group.pages) for group in spans)
 
     def _judged(self, kv_lens: Sequence[int]) -> Sharing:
         """Whether the best levels pay for requests of these lengths."""
@@ -208,7 +215,7 @@ class Sharer:
         levels = tuple(verdict.level for verdict in self._verdicts if verdict.taken)
         if not levels and found is not None:
             return found
-        without = costs.without_levels(lens, kv_lens, sum(kv_lens) - self._num_common)
+        without = costs.without_levels(lens, kv_lens, self._num_shared, self._num_again)
         best = costs.with_levels(lens, kv_lens, self._saved) if levels else without
         levels = levels if best < without else ()
         if found is None or found.levels != levels:
