@@ -54,7 +54,7 @@ def built_in_prefix_tuning(spec: AttentionSpec) -> PrefillTuning:
 
 
 def _as_copied(spec: AttentionSpec) -> AttentionSpec:
-    return replace(spec, kv_format=None, page_size=1) if spec.kv_is_fp8 else spec
+    return replace(spec, page_size=1) if spec.kv_is_fp8 else spec
 
 
 @dataclass(frozen=True)

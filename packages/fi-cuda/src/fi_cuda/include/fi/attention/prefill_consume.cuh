@@ -42,7 +42,7 @@ class PrefillConsumer {
     }
   }
 
- private:
+ protected:
   __device__ __forceinline__ void attend(const AttentionItem& item) {
     const Rows rows(params_, item, warpgroup_);
     const Steps steps(item, params_.window);
@@ -51,12 +51,11 @@ class PrefillConsumer {
       return;
     }
     state_.begin(score_of(item));
-    if (steps.num_steps == 0) release(shared_.query_ring, query_place());
-    else visit(item, rows, steps);
-    store_.finish(item, state_);
-  }
-
-  __device__ __forceinline__ void visit(const AttentionItem& item, const Rows& rows, const Steps& steps) {
+    if (steps.num_steps == 0) {
+      release(shared_.query_ring, query_place());
+      store_.finish(item, state_);
+      return;
+    }
     if constexpr (Config::kRotaryDim > 0) rotate_queries(params_, item, rows, queries(), kOwnBarrier + warpgroup_);
     // Keys of the first step that no row sees are left out.
     first_step<kEdge>(item, rows, steps, rows.by_any.high - steps.last);
@@ -68,6 +67,7 @@ class PrefillConsumer {
 #pragma unroll 1
       for (int step = 1; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
     }
+    store_.finish(item, state_);
   }
 
   // Whether some row does not see all keys of a step.

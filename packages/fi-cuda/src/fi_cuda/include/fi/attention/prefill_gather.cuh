@@ -86,10 +86,12 @@ class GatherCopies {
                                        Ring<kStages>& ring, const RingCursor<kStages>& cursor, int step, int place) {
     ring.acquire(cursor);
     const int thread = thread_anew(), unit = thread % kUnits;
-    asm volatile("" : "+l"(page_stride), "+l"(token_stride));  // kept from step to step they would take registers too
+    int64 page_bytes = page_stride * sizeof(Factor), token_bytes = token_stride * sizeof(Factor);
+    asm volatile("" : "+l"(page_bytes), "+l"(token_bytes));  // kept from step to step they would take registers too
     const unsigned position = position_of(step, thread) + (kSameToken ? 0 : unit * kRowsAtOnce);
     const int token = position % kPageSize;  // of the row that is looked up here; else of all of the thread's rows
-    if constexpr (kSameToken) from += token * token_stride;
+    const unsigned char* first = reinterpret_cast<const unsigned char*>(from);
+    if constexpr (kSameToken) first += token * token_bytes;
     const int offset = swizzled<kBoxRowBytes>(row_of(thread) * kBoxRowBytes + unit * 16);
     unsigned char* even = stage + offset;
     unsigned char* odd = stage + (offset ^ 64);  // four rows further on the pattern has its other half
@@ -97,13 +99,13 @@ class GatherCopies {
     for (int round = 0; round < kRounds; ++round) {
       const int page = __shfl_sync(0xffffffffu, place, round, kUnits);
       const bool readable = page != kNone;
-      const Factor* row = from + static_cast<unsigned>(readable ? page : 0) * page_stride;
-      if constexpr (!kSameToken) row += static_cast<unsigned>(__shfl_sync(0xffffffffu, token, round, kUnits)) * token_stride;
+      const unsigned char* row = first + static_cast<unsigned>(readable ? page : 0) * page_bytes;
+      if constexpr (!kSameToken) row += static_cast<unsigned>(__shfl_sync(0xffffffffu, token, round, kUnits)) * token_bytes;
       unsigned char* to = (round % 2 == 0 ? even : odd) + round * kRowsAtOnce * kBoxRowBytes;
 #pragma unroll
       for (int column = 0; column * Tile::kBoxElements < kDim; ++column) {
         if (column * Tile::kBoxElements + unit * kUnitElements < kDim) {
-          ptx::cp_async_16(to + column * Tile::kKeyColumnBytes, row + column * Tile::kBoxElements, readable);
+          ptx::cp_async_16(to + column * Tile::kKeyColumnBytes, row + column * kBoxRowBytes, readable);
         }
       }
     }

@@ -149,7 +149,7 @@ class PrefillStore {
     return (static_cast<int64>(slot) * Config::kConsumers + warpgroup_) * 64 + row_of(row);
   }
   __device__ __forceinline__ float2* partial_of(int slot, int row) const {
-    return reinterpret_cast<float2*>(params_.partials) + slot_row(slot, row) * (Config::kHeadDimVo / 2) + thread_anew() % 4;
+    return reinterpret_cast<float2*>(params_.partials) + slot_row(slot, row) * (Config::kHeadDimVo / 2) + lane_ % 4;
   }
 
   // Normalised rows and their log-sum-exps in base 2 to the item's slot; a row without keys has -inf and zeros.
@@ -167,7 +167,7 @@ class PrefillStore {
         const int idx = tile * 4 + row * 2;
         __stcg(to + tile * 4, none ? float2{} : float2{output[idx] * factor, output[idx + 1] * factor});
       }
-      if (thread_anew() % 4 == 0) __stcg(static_cast<float*>(params_.partial_rows) + slot_row(item.slot, row), result.lse * kLog2E);
+      if (lane_ % 4 == 0) __stcg(static_cast<float*>(params_.partial_rows) + slot_row(item.slot, row), result.lse * kLog2E);
     }
   }
 

@@ -86,10 +86,10 @@ struct PrefillShared : PrefillLanding<Config> {
   int taken[2];  // what producers of several warps tell one another
   Ring<Tile::kLandingStages> landing_ring;
 
-  // Copies says how many arrivals fill a stage of keys, of values, and of what lands.
+  // Copies says how many arrivals fill a stage of keys, of values, and of what lands; the caller, of queries.
   template <class Copies>
-  __device__ __forceinline__ void init() {
-    query_ring.init(kRecordLanes, kReleases);
+  __device__ __forceinline__ void init(int num_query_arrivals) {
+    query_ring.init(num_query_arrivals, kReleases);
     key_ring.init(Copies::kKeyArrivals, kReleases);
     value_ring.init(Copies::kValueArrivals, kReleases);
     if constexpr (Tile::kLanded) landing_ring.init(Copies::kLandingArrivals, kWarpgroupThreads / kWarpThreads);

@@ -8,8 +8,8 @@
 
 namespace fi {
 
-// Copies: BoxCopies, GatherCopies or RowCopies, as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token
-// at a time (map: token, head, element); rows past a tile's tokens hold what was there before and reach no result.
+// Copies: as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token at a time
+// (map: token, head, element); rows past a tile's tokens hold what was there before and reach no result.
 template <class Config, class Params, class Copies>
 class PrefixLoader {
   using Tile = PrefillTile<Config>;
@@ -19,7 +19,8 @@ class PrefixLoader {
 
  public:
   __device__ __forceinline__ PrefixLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
-      : params_(params), queries_(queries), copies_(copies), shared_(shared), is_first_(warp_idx() == 0) {}
+      : params_(params), queries_(queries), copies_(copies), shared_(shared),
+        lane_(static_cast<int>(threadIdx.x) % kWarpThreads), is_first_(warp_idx() == 0) {}
 
   // The next tile of the list, again and again; heads of a row stand side by side.
   __device__ __forceinline__ void run() {
@@ -27,7 +28,7 @@ class PrefixLoader {
     const int num_heads = params_.num_kv_heads;
     const int total = static_cast<const PrefixHeader*>(params_.header)->num_rows * num_heads;
     const auto row_of = [&](int tile) {
-      return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane() % kColumns] : 0;
+      return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
     int tile = static_cast<int>(blockIdx.x);
     int mine = row_of(tile);
@@ -35,7 +36,7 @@ class PrefixLoader {
     while (tile < total) {
       const int next = next_tile(total);
       const int its_row = row_of(next);
-      load_item(lane() % kColumns == kHeadColumn ? tile % num_heads : mine);
+      load_item(lane_ % kColumns == kHeadColumn ? tile % num_heads : mine);
       tile = next;
       mine = its_row;
     }
@@ -43,19 +44,17 @@ class PrefixLoader {
   }
 
  private:
-  static __device__ __forceinline__ int lane() { return thread_anew() % kWarpThreads; }
-
   // Every block that took a tile is told once that there is none, so `total` are taken in all, and the last one resets.
   __device__ __forceinline__ int next_tile(int total) {
     int taken = 0;
-    if (is_first_ && lane() == 0) {
+    if (is_first_ && lane_ == 0) {
       int* counter = &static_cast<PrefixHeader*>(params_.header)->taken;
       taken = atomicAdd(counter, 1);
       if (taken == total - 1) *counter = 0;
     }
     if constexpr (Copies::kWarps > 1) {
       turn_ ^= 1;  // the place before is still read
-      if (is_first_ && lane() == 0) shared_.taken[turn_] = taken;
+      if (is_first_ && lane_ == 0) shared_.taken[turn_] = taken;
       ptx::named_barrier_sync(kProducerBarrier, Copies::kWarps * kWarpThreads);
       taken = shared_.taken[turn_];
     } else {
@@ -89,14 +88,13 @@ class PrefixLoader {
   __device__ __forceinline__ void load_queries(int value) {
     shared_.query_ring.acquire(query_);
     const AttentionItem& item = shared_.items[item_.stage];
-    if (lane() < kColumns) reinterpret_cast<int*>(&shared_.items[item_.stage])[lane()] = value;
-    if (0 < lane() && lane() < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
+    if (lane_ < kColumns) reinterpret_cast<int*>(&shared_.items[item_.stage])[lane_] = value;
     __syncwarp();
     const int count = min(item.q_len - item.q_tile * Tile::kTileTokens, Tile::kTileTokens);
-    if (lane() == 0) shared_.query_ring.expect(query_, count * Tile::kKeyColumns * Tile::kGroup * kBoxRowBytes);
+    if (lane_ == 0) shared_.query_ring.expect(query_, count * Tile::kKeyColumns * Tile::kGroup * kBoxRowBytes);
     __syncwarp();  // bytes are expected before they come
 #pragma unroll 1
-    for (int idx = lane(); idx < count; idx += kWarpThreads) {
+    for (int idx = lane_; idx < count; idx += kWarpThreads) {
       int token = item.q_begin + item.q_tile * Tile::kTileTokens + idx;
       if (item.kind == kNodeItem) token = static_cast<const int*>(params_.tokens)[token];
       unsigned char* to = shared_.queries[query_.stage][idx / Tile::kGroupTokens] +
@@ -113,14 +111,17 @@ class PrefixLoader {
 
   __device__ __forceinline__ void end_list() {
     shared_.query_ring.acquire(query_);
-    if (lane() == 0) shared_.items[item_.stage].request = kNoRequest;
-    if (lane() < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
+    if (lane_ == 0) {
+      shared_.items[item_.stage].request = kNoRequest;
+      ptx::arrive(&shared_.query_ring.full[query_.stage]);
+    }
   }
 
   const Params& params_;
   const ptx::TensorMap& queries_;
   Copies copies_;
   Shared& shared_;
+  const int lane_;
   const bool is_first_;
   int turn_ = 0;
   RingCursor<Config::kQueryStages> query_ = RingCursor<Config::kQueryStages>::producer();

@@ -43,7 +43,7 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
     return;
   }
   if (threadIdx.x == 0) {
-    shared.template init<Copies>();
+    shared.template init<Copies>(Shared::kRecordLanes);
     ptx::prefetch_tensor_map(&queries);
     (ptx::prefetch_tensor_map(&maps), ...);
   }

@@ -26,7 +26,7 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes && !PrefillTile<Config>::kLanded);
   using Copies = decltype(copies_of<Config>(params, maps...));
   if (threadIdx.x == 0) {
-    shared.template init<Copies>();
+    shared.template init<Copies>(1);
     ptx::prefetch_tensor_map(&queries);
     (ptx::prefetch_tensor_map(&maps), ...);
   }
