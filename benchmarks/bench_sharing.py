@@ -142,6 +142,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="samples a request (64 requests, 8192 common tokens)", ylabel="inter-token latency, ms")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xticks([row["num_samples"] for row in common], [str(row["num_samples"]) for row in common])
     axes.grid(alpha=0.3)
     axes.legend()
@@ -159,8 +161,14 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="measure the rates of FI_BACKEND first")
     parser.add_argument("--out", type=Path, help="where the rows go, as JSON")
     parser.add_argument("--plot", type=Path, help="where the plot goes (needs matplotlib)")
+    parser.add_argument("--rows", type=Path, help="plot the rows of this file, and measure nothing")
     parser.add_argument("--commit", help="the commit that is measured (default: git is asked)")
     options = parser.parse_args()
+    if options.rows is not None:
+        if options.plot is None:
+            parser.error("--rows needs --plot")
+        plot(json.loads(options.rows.read_text()), options.plot)
+        return
     config, device = SHAPES[options.model], torch.device("cuda", torch.cuda.current_device())
     rates = None if options.rates is None else SharingRates.from_file(options.rates)
     if options.fit:

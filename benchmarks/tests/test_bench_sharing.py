@@ -1,8 +1,10 @@
 """The benchmarks of shared prefixes, as far as they need no GPU: rates from times, and workloads."""
 
+from pathlib import Path
+
 import fit_sharing
 import pytest
-from bench_sharing import Workload
+from bench_sharing import Workload, main
 from fi_scheduler.sharing import SharingCosts, SharingRates
 from fit_sharing import POINTS, SPEC, Case, fit
 
@@ -27,6 +29,13 @@ def test_rates_are_found_again():
     assert found.reuse_bytes == pytest.approx(rates.reuse_bytes, rel=0.15)
     # What a call without levels pays for memory is not told from its fixed cost.
     assert found.batch_ns == pytest.approx(rates.batch_ns, abs=2500)
+
+
+def test_stored_rows_can_be_plotted(tmp_path, monkeypatch):
+    rows = Path(__file__).parents[1] / "results" / "h200" / "sharing.json"
+    monkeypatch.setattr("sys.argv", ["bench_sharing", "--rows", str(rows), "--plot", str(tmp_path / "plot.png")])
+    main()
+    assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_a_case_counts_its_requests():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from fi_core.errors import ArgumentError
 from fi_engine import Engine
 from fi_engine.runner import StepInput
@@ -71,6 +72,16 @@ def test_samples_are_what_they_are_alone(tiny_loaded: Any, config: dict[str, Any
     assert [sample.index for sample in output.outputs] == [0, 1, 2, 3]
     assert [sample.token_ids for sample in other.outputs] == _alone(tiny_loaded, PROMPT[:9], DRAWN)
     assert output.token_ids == expected[0] and output.finish_reason == "length" and output.error is None
+
+
+def test_the_best_of_some_samples_is_found_by_its_logprobs(tiny_loaded: Any, tiny: Any) -> None:
+    (output,) = _engine(tiny_loaded).generate([PROMPT], replace(DRAWN, logprobs=0))
+    for sample in output.outputs:
+        logits = tiny[1]([*PROMPT, *sample.token_ids[:-1]])[len(PROMPT) - 1 :]
+        chosen = logits.double().log_softmax(dim=-1).gather(1, torch.tensor([sample.token_ids]).T)
+        assert sample.cumulative_logprob == pytest.approx(float(chosen.sum()), abs=1e-3)
+    (output,) = _engine(tiny_loaded).generate([PROMPT], DRAWN)
+    assert output.outputs[0].cumulative_logprob is None
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

@@ -126,3 +126,14 @@ def test_checked_mode_names_lengths_and_rows_beyond_the_table(monkeypatch):
         monkeypatch.undo()
         settings.cache_clear()
         checks.reset()
+
+
+def test_it_compiles():
+    torch._dynamo.reset()
+    batch = batch_of([[1, 2, 3], [1, 2], [4]])
+    levels = torch.compile(
+        lambda: fi.find_shared_prefixes(batch, PAGE, min_saved_tokens=1), fullgraph=True, backend="aot_eager"
+    )()
+    expected = fi.find_shared_prefixes(batch, PAGE, min_saved_tokens=1)
+    assert torch.equal(levels.nodes, expected.nodes) and torch.equal(levels.order, expected.order)
+    assert expected.nodes[0].tolist() == [0, 2, 0, 2 * PAGE]

@@ -97,7 +97,6 @@ def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size, 
         ({"key_stages": 20}, "key_stages"),
         ({"landing_stages": 1}, "landing_stages"),
         ({"landing_stages": 2}, "landing_stages"),  # K and V are multiplied as they are stored
-        ({"polynomial_every": 3}, "polynomial_every"),
     ],
 )
 def test_wrong_tunings_are_named(given, message, monkeypatch):
@@ -194,9 +193,6 @@ KERNELS = {
         replace(ALL_FP8, page_size=1), built_in_prefill_tuning(replace(ALL_FP8, page_size=1)), CallForm()
     ),
     "rotated": prefill_spec(replace(SPEC, rope=FusedRope(64)), TUNING, CallForm(boxes=True)),
-    "polynomials": prefill_spec(
-        replace(SPEC, features=frozenset({"soft_cap"})), replace(TUNING, polynomial_every=2), CallForm(boxes=True)
-    ),
     "signed": prefill_spec(SPEC, TUNING, CallForm(signed_scale=True, mask_columns="kv", boxes=True)),
 }
 

@@ -6,18 +6,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+from emulated_kernels import emulate
+from fi_core.conformance import compare
 from fi_core.contract import Target
-from fi_core.errors import CapacityError
+from fi_core.errors import ArgumentError, CapacityError
+from fi_core.hookspecs import hookimpl
 from fi_core.ops import OPERATIONS
 from fi_core.ops.cases.prefixes import Forest
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
+from fi_core.registry import registry
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import layout, plan, prefill_state, prefill_tuning, prefix, prefix_state, state, tuning
 from fi_cuda.kernels.attention.call import CallForm
-from fi_cuda.kernels.attention.prefill_tuning import built_in_prefill_tuning
-from fi_cuda.kernels.attention.prefix import BoxPrefixSpec, PrefixSpec, prefix_plan_spec, prefix_spec
+from fi_cuda.kernels.attention.prefix import (
+    BoxPrefixSpec,
+    PrefixSpec,
+    built_in_prefix_tuning,
+    prefix_plan_spec,
+    prefix_spec,
+    prefix_tuning_for,
+)
 from fi_cuda.kernels.attention.prefix_state import attention_prefix
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
+from test_cuda_emulated import kernel_modules
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -59,16 +70,18 @@ def test_what_is_served(changes, served):
 
 # Agreement with the kernel
 
-TUNING = built_in_prefill_tuning(SPEC)
+TUNING = built_in_prefix_tuning(SPEC)
 KERNELS = {
     "boxes": prefix_spec(SPEC, TUNING, CallForm(boxes=True, lse=True)),
-    "rows": prefix_spec(replace(SPEC, page_size=5), built_in_prefill_tuning(replace(SPEC, page_size=5)), CallForm()),
+    "rows": prefix_spec(replace(SPEC, page_size=5), built_in_prefix_tuning(replace(SPEC, page_size=5)), CallForm()),
     "features": prefix_spec(
         AttentionSpec(14, 2, 96, features=frozenset({"soft_cap", "sinks"})),
-        replace(TUNING, consumers=2),
+        replace(TUNING, tiles=replace(TUNING.tiles, consumers=2)),
         CallForm(boxes=True, table_row=True),
     ),
-    "plan": prefix_plan_spec(SPEC, TUNING, 132),
+    "slices": prefix_spec(SPEC, replace(TUNING, slices=3), CallForm(boxes=True)),
+    "plan": prefix_plan_spec(SPEC, Capacity(9, 9, 1, 99, 9), TUNING, 132),
+    "plan of many": prefix_plan_spec(SPEC, Capacity(5000, 5000, 1, 99, 9), TUNING, 132),
 }
 
 
@@ -78,12 +91,57 @@ def test_the_kernel_agrees_on_fields_and_shared_memory(name, compile_with_offset
     fits = (
         "static_assert(sizeof(fi::NodeWork) == 48 && sizeof(fi::RequestWork) == 32 && sizeof(fi::PartSegment) == 16);"
     )
-    if name != "plan":
+    if not name.startswith("plan"):
         fits = f"static_assert((sizeof(fi::PrefillShared<Config>) + 2047) / 1024 >= {made.shared_bytes // 1024});"
     resources = compile_with_offsets(made, fits).resources
     # A producer that gathers rows keeps one register, of an item, in memory; this spec is not shipped.
     allowed = 8 if name == "rows" else 0
     assert max(resources.spill_store_bytes, resources.spill_load_bytes) <= allowed
+
+
+# Tuning
+
+
+class Override:
+    def __init__(self, given):
+        self.given = given
+
+    @hookimpl
+    def fi_tuning(self, op):
+        return self.given if op == "attention_prefix" else None
+
+
+def overridden(given, spec=SPEC):
+    plugin = Override(given)
+    registry().manager.register(plugin)
+    try:
+        return prefix_tuning_for(spec, torch.device("cpu"))
+    finally:
+        registry().manager.unregister(plugin)
+
+
+def test_tunings_are_overridden_and_wrong_ones_named(monkeypatch):
+    monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
+    assert overridden(None) == TUNING
+    assert overridden({"slices": 3, "item_cost": 9}) == replace(TUNING, slices=3, item_cost=9)
+    for given, match in (({"rows": 8}, "rows"), ({"slices": 2}, "slices"), ({"step_cost": 0}, "step_cost")):
+        with pytest.raises(ArgumentError, match=match):
+            overridden(given)
+    with pytest.raises(ArgumentError, match="slices"):  # whose warpgroups take turns
+        overridden({"slices": 2}, replace(SPEC, page_size=5))
+
+
+@pytest.mark.parametrize("name", ["prefix_inside_a_page", "prefix_groups_of_one"])
+def test_slices_in_the_emulation(name, monkeypatch):
+    attention = next(operation for operation in OPERATIONS if operation.name == "attention")
+    emulate(monkeypatch, kernel_modules(), 0)
+    monkeypatch.setattr(
+        prefix_state, "prefix_tuning_for", lambda spec, device: replace(built_in_prefix_tuning(spec), slices=3)
+    )
+    trial = next(case for case in attention.cases() if case.name == name).build(torch.device("cpu"), 0)
+    found = trial.run(attention_prefix)
+    for output, wanted in trial.expected().items():
+        assert compare(found[output], wanted, trial.tolerance[output]).passed, output
 
 
 # Calls
@@ -114,7 +172,7 @@ def test_an_update_passes_each_value_under_its_name(launches):
     made.update(batch)
     grid, values, _ = launches.last["attention_prefix_plan"]
     found, buffer = made._layout, made.workspace[0]
-    regions = ("rows", "header", "tokens", "segments", "place_tokens", "place_members", "node_work", "request_work")
+    regions = ("rows", "header", "tokens", "segments", "scratch")
     tensors = {
         **{"q_indptr": batch.q_indptr, "kv_lens": batch.kv_lens},
         **{"nodes": batch.levels.nodes, "order": batch.levels.order},

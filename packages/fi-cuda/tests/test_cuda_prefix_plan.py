@@ -1,37 +1,34 @@
-"""The list of attention with shared prefixes, its planning kernel compiled for the host: it covers every visible key of every
+"""The list of attention with shared prefixes, its planning kernel in the emulation: it covers every visible key of every
 token once and merges just the parts that its items leave."""
 
 from __future__ import annotations
 
-import ctypes
 import random
-import subprocess
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from emulated_kernels import EmulatedKernel
 from fi_core.ops.cases.prefixes import Forest, forests
 from fi_core.prefixes import SharedPrefixes
 from fi_core.records import AttentionSpec, Batch, Capacity
-from fi_cuda.compile import INCLUDE_FOLDER
-from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens, built_in_prefill_tuning
+from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens
 from fi_cuda.kernels.attention.prefix import (
-    PrefixCosts,
     PrefixLayout,
     PrefixPlanner,
-    PrefixPlanSpec,
+    PrefixTuning,
+    built_in_prefix_tuning,
     prefix_plan_spec,
 )
-from fi_scheduler import build_native
 
 pytestmark = pytest.mark.timeout(120)
 
 SPEC = AttentionSpec(8, 2, 64)
 WORKERS = 12
+TUNING = built_in_prefix_tuning(SPEC)
 REQUEST, NODE = 0, 1
 
 
@@ -47,55 +44,17 @@ class Planned(NamedTuple):
     layout: PrefixLayout
 
 
-class HostPlans:
-    """The planning kernel compiled for a block of one thread, once for each spec."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.functions: dict[PrefixPlanSpec, ctypes._NamedFuncPointer] = {}
-
-    def function(self, spec: PrefixPlanSpec):
-        found = self.functions.get(spec)
-        if found is None:
-            folder = self.folder / str(len(self.functions))
-            folder.mkdir()
-            config = "\n".join(spec.config_lines()).replace(f"kNumThreads = {spec.num_threads}", "kNumThreads = 1")
-            lines = ["struct Config {", config, "};", *spec.layout.declaration()]
-            (folder / "generated.h").write_text("\n".join(lines))
-            source, library = Path(__file__).parent / "prefix_plan_on_host.cpp", folder / "plan.so"
-            flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
-            command = [build_native.find_compiler(), *flags, f"-I{INCLUDE_FOLDER}", f"-I{folder}", source]
-            subprocess.run([*command, "-o", library], check=True)
-            found = self.functions[spec] = ctypes.CDLL(str(library)).plan
-        return found
-
-    def plan(self, spec: AttentionSpec, capacity: Capacity, batch: Batch, costs: PrefixCosts | None = None) -> Planned:
-        tuning = built_in_prefill_tuning(spec)
-        made = PrefixLayout.of(spec, capacity, tuning, WORKERS)
-        buffer = torch.full((made.num_bytes,), 0xA5, dtype=torch.uint8)
-        plan_spec = prefix_plan_spec(spec, tuning, WORKERS, costs)
-        planner = PrefixPlanner(plan_spec, capacity, made, buffer)
-        function = self.function(plan_spec)
-
-        class Kernel:
-            def launch(self, device, grid_x, grid_y, *values):
-                assert (grid_x, grid_y) == (1, 1)
-                packed = ctypes.create_string_buffer(plan_spec.layout.packer.size)
-                plan_spec.layout.packer.pack_into(packed, 0, *values)
-                function(packed)
-
-        planner.__dict__["_kernel"] = Kernel()
-        planner(batch)
-        num_rows, num_merged, taken, _ = made.header.of(buffer).tolist()
-        assert taken == 0 and num_rows <= made.max_rows and num_merged <= capacity.max_q_tokens
-        rows, segments = made.rows.of(buffer)[:num_rows], made.segments.of(buffer)[:num_merged]
-        return Planned(rows.tolist(), made.tokens.of(buffer).tolist(), segments.tolist(), made)
-
-
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> HostPlans:
-    assert build_native.find_compiler() is not None, "these tests need a C++ compiler"
-    return HostPlans(tmp_path_factory.mktemp("prefix"))
+def plan(spec: AttentionSpec, capacity: Capacity, batch: Batch, tuning: PrefixTuning) -> Planned:
+    """Run the planning kernel in the emulation."""
+    made = PrefixLayout.of(spec, capacity, tuning, WORKERS)
+    buffer = torch.full((made.num_bytes,), 0xA5, dtype=torch.uint8)
+    planner = PrefixPlanner(prefix_plan_spec(spec, capacity, tuning, WORKERS), capacity, made, buffer)
+    planner.__dict__["_kernel"] = EmulatedKernel(planner.spec)
+    planner(batch)
+    num_rows, num_merged, taken, _ = made.header.of(buffer).tolist()
+    assert taken == 0 and num_rows <= made.max_rows and num_merged <= capacity.max_q_tokens
+    rows, segments = made.rows.of(buffer)[:num_rows], made.segments.of(buffer)[:num_merged]
+    return Planned(rows.tolist(), made.tokens.of(buffer).tolist(), segments.tolist(), made)
 
 
 def capacity_of(q_lens, kv_lens, forest: Forest, **more) -> Capacity:
@@ -114,21 +73,22 @@ def batch_of(q_lens, kv_lens, forest: Forest) -> Batch:
     return Batch(q_indptr, torch.tensor(kv_lens, dtype=torch.int32), table, levels=forest.levels(torch.device("cpu")))
 
 
-def check(plans: HostPlans, spec: AttentionSpec, q_lens, kv_lens, forest: Forest, costs=None, **more) -> Planned:
+def check(spec: AttentionSpec, q_lens, kv_lens, forest: Forest, changes=None, **more) -> Planned:
     """Every key that a token sees is in one of its items, and what items leave is merged or the output, once."""
     batch = batch_of(q_lens, kv_lens, forest)
-    planned = plans.plan(spec, capacity_of(q_lens, kv_lens, forest, **more), batch, costs)
+    tuning = replace(built_in_prefix_tuning(spec), **(changes or {}))
+    planned = plan(spec, capacity_of(q_lens, kv_lens, forest, **more), batch, tuning)
     starts, tokens = batch.q_indptr.tolist(), sum(q_lens)
     request_of = np.repeat(np.arange(len(q_lens)), q_lens)
     position = [kv_lens[r] - q_lens[r] + token - starts[r] for token, r in enumerate(request_of)]
     seen = [np.zeros(kv_lens[r], dtype=int) for r in request_of]
     left, direct = Counter(), Counter()
-    tuning = built_in_prefill_tuning(spec)
-    tile = tuning.consumers * (WARPGROUP_ROWS // spec.group_size)
-    align = box_tokens(spec.page_size, tuning.tokens) or 1
+    tile = tuning.tiles.consumers * (WARPGROUP_ROWS // spec.group_size)
+    align = box_tokens(spec.page_size, tuning.tiles.tokens) or 1
     parts = Counter()
     for row in planned.rows:
-        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_ = row
+        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_, slices = row
+        assert slices == 1 or (kind == REQUEST and q_len <= tile // 3 and slices == 3 and slot >= 0)
         assert 0 <= kv_begin <= kv_end <= kv_len and (kv_begin % align == 0 or kv_begin == kv_end)
         assert q_tile * tile < q_len
         for place in range(q_tile * tile, min((q_tile + 1) * tile, q_len)):
@@ -144,10 +104,11 @@ def check(plans: HostPlans, spec: AttentionSpec, q_lens, kv_lens, forest: Forest
                 direct[token] += 1
                 continue
             for head in range(spec.num_kv_heads):
-                for group in range(spec.group_size):
-                    part = slot + (head * q_len + place) * spec.group_size + group
+                for group in range(spec.group_size * slices):
+                    piece_head = group // spec.group_size * spec.num_kv_heads + head
+                    part = slot + (piece_head * q_len + place) * spec.group_size + group % spec.group_size
                     parts[part] += 1
-                    left[token, head, group, part] += 1
+                    left[token, head, group % spec.group_size, part] += 1
     for token in range(tokens):
         visible = position[token] + 1 if spec.causal else kv_lens[request_of[token]]
         wanted = (np.arange(len(seen[token])) < visible).astype(int)
@@ -185,16 +146,16 @@ def members_of(forest: Forest, request: int, kv_first: int) -> set[int]:
 @pytest.mark.parametrize(
     "case", [case for case in forests() if case[4].get("kv_format") is None], ids=lambda case: case[0]
 )
-def test_lists_of_the_conformance_cases(case, plans):
+def test_lists_of_the_conformance_cases(case):
     _, forest, q_lens, kv_lens, options = case
     heads = options.get("heads", (4, 2))
     spec = AttentionSpec(*heads, options.get("head_dim", 64), page_size=options.get("page_size", 16),
                          causal=options.get("causal", True))  # fmt: skip
-    check(plans, spec, q_lens, kv_lens, forest)
+    check(spec, q_lens, kv_lens, forest)
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_lists_of_random_batches(seed, plans):
+def test_lists_of_random_batches(seed):
     chance = random.Random(seed)
     count = chance.choice([1, 2, 5, 30, 90])
     forest = random_forest(chance, count)
@@ -210,8 +171,11 @@ def test_lists_of_random_batches(seed, plans):
     kv_lens = [0 if not q_len and chance.random() < 0.5 and not first else kv_len
                for q_len, kv_len, first in zip(q_lens, kv_lens, shared, strict=True)]  # fmt: skip
     spec = chance.choice([SPEC, replace(SPEC, causal=False), replace(SPEC, page_size=5), AttentionSpec(7, 1, 128)])
-    costs = chance.choice([None, PrefixCosts(1, 1, 20, 0), PrefixCosts(200, 400, 20, 6)])
-    check(plans, spec, q_lens, kv_lens, forest, costs)
+    cheap = {"item_cost": 1, "node_item_cost": 1, "group_cost": 0}
+    changes = chance.choice([{}, cheap, {"item_cost": 200, "node_item_cost": 400}])
+    if chance.random() < 0.5 and not built_in_prefix_tuning(spec).tiles.overlap:
+        changes = {**changes, "slices": 3}
+    check(spec, q_lens, kv_lens, forest, changes)
 
 
 def random_forest(chance: random.Random, count: int) -> Forest:
@@ -239,23 +203,31 @@ def random_forest(chance: random.Random, count: int) -> Forest:
     return Forest(tuple(nodes), tuple(order) if chance.random() < 0.7 else None)
 
 
-def test_a_batch_that_shares_nothing_is_neither_cut_nor_merged(plans):
-    many = check(plans, SPEC, [1] * 40, [100] * 40, Forest(()))
+def test_a_batch_that_shares_nothing_is_neither_cut_nor_merged():
+    many = check(SPEC, [1] * 40, [100] * 40, Forest(()))
     assert len(many.rows) == 40 and not many.segments and all(row[6] == -1 for row in many.rows)
+    shared = check(SPEC, [1] * 40, [100] * 39 + [1], Forest(()), {"slices": 3})
+    assert len(shared.rows) == 40 and all(segments[0][2] == 3 for segments in shared.segments)
 
 
-def test_long_requests_read_their_keys_alone(plans):
-    planned = check(plans, SPEC, [200, 150, 1, 1], [600, 550, 401, 410], Forest(((0, 4, 0, 400),)))
+def test_tables_of_many_requests_lie_in_global_memory():
+    q_lens, kv_lens, forest = [1, 2, 1, 1], [90, 95, 120, 40], Forest(((0, 3, 0, 64), (1, 3, 64, 80)), (2, 0, 1, 3))
+    few = check(SPEC, q_lens, kv_lens, forest)
+    assert check(SPEC, q_lens, kv_lens, forest, max_batch=5000).rows == few.rows
+
+
+def test_long_requests_read_their_keys_alone():
+    planned = check(SPEC, [200, 150, 1, 1], [600, 550, 401, 410], Forest(((0, 4, 0, 400),)))
     assert {row[9] for row in planned.rows if row[3] == NODE} == {2}
     assert {row[0] for row in planned.rows if row[3] == REQUEST and row[4] == 0} == {0, 1}
 
 
-def test_prefixes_are_cut_for_all_workers_and_suffixes_only_if_they_take_long(plans):
-    planned = check(plans, SPEC, [1] * 64, [8192 + 256] * 64, Forest(((0, 64, 0, 8192),)))
+def test_prefixes_are_cut_for_all_workers_and_suffixes_only_if_they_take_long():
+    planned = check(SPEC, [1] * 64, [8192 + 256] * 64, Forest(((0, 64, 0, 8192),)))
     nodes = [row for row in planned.rows if row[3] == NODE]
     # Two tiles of 2 heads, of 48 and of 16 tokens; what is left of 12 workers takes the suffixes meanwhile.
     assert len(nodes) * SPEC.num_kv_heads >= WORKERS // 2 and len(planned.rows) - len(nodes) == 64
-    long = check(plans, SPEC, [1] * 4, [20000, 100, 100, 100], Forest(((0, 4, 0, 50),)))
+    long = check(SPEC, [1] * 4, [20000, 100, 100, 100], Forest(((0, 4, 0, 50),)))
     assert len([row for row in long.rows if row[3] == REQUEST and row[0] == 0]) >= WORKERS // 2
 
 
@@ -268,10 +240,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_batches_beyond_the_limits_have_no_work(name, plans):
+def test_batches_beyond_the_limits_have_no_work(name):
     q_lens, kv_lens, limits = HOSTILE[name]
     forest = Forest(((0, 2, 0, 4),))
-    planned = plans.plan(SPEC, capacity_of(q_lens, kv_lens, forest, **limits), batch_of(q_lens, kv_lens, forest))
+    planned = plan(SPEC, capacity_of(q_lens, kv_lens, forest, **limits), batch_of(q_lens, kv_lens, forest), TUNING)
     assert not planned.rows and not planned.segments
 
 
@@ -285,16 +257,16 @@ BAD_NODES = {
 
 
 @pytest.mark.parametrize("name", BAD_NODES)
-def test_nodes_that_are_none_leave_their_members_alone(name, plans):
+def test_nodes_that_are_none_leave_their_members_alone(name):
     given = Forest(BAD_NODES[name])
     batch = batch_of([1] * 4, [100] * 4, given)
-    planned = plans.plan(SPEC, replace(capacity_of([1] * 4, [100] * 4, Forest(())), max_prefixes=4), batch)
+    planned = plan(SPEC, replace(capacity_of([1] * 4, [100] * 4, Forest(())), max_prefixes=4), batch, TUNING)
     used = [row for row in planned.rows if row[3] == NODE]
     assert len(used) == (name == "a gap") and len(planned.rows) >= 4
 
 
-def test_an_order_that_is_none_writes_nothing_outside(plans):
+def test_an_order_that_is_none_writes_nothing_outside():
     batch = batch_of([1] * 4, [100] * 4, Forest(((0, 4, 0, 40),)))
     for order in ([0, 0, 0, 0], [9, 1, 2, 3], [-1, 1, 2, 3]):
         levels = SharedPrefixes(batch.levels.nodes, torch.tensor(order, dtype=torch.int32))
-        plans.plan(SPEC, capacity_of([1] * 4, [100] * 4, Forest(((0, 4, 0, 40),))), replace(batch, levels=levels))
+        plan(SPEC, capacity_of([1] * 4, [100] * 4, Forest(((0, 4, 0, 40),))), replace(batch, levels=levels), TUNING)

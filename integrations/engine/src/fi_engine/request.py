@@ -46,6 +46,11 @@ class SampleOutput:
     logprobs: tuple[TokenLogprobs, ...]
     error: FiError | None
 
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The sum of the tokens' log-probabilities, by which the best of some samples is found; None if none were asked for."""
+        return sum(each.chosen for each in self.logprobs) if self.logprobs else None
+
 
 @dataclass(frozen=True)
 class RequestOutput:

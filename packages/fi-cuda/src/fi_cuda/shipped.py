@@ -225,7 +225,7 @@ def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
         (replace(eight, kv_format="fp8_e4m3"), scaled),
     ):
         tuning = built_in_prefix_tuning(spec)
-        yield prefix_plan_spec(spec, tuning, _HOPPER_PROCESSORS)
+        yield prefix_plan_spec(spec, replace(_DECODE, max_prefixes=256), tuning, _HOPPER_PROCESSORS)
         yield prefix_spec(spec, tuning, form)
 
 

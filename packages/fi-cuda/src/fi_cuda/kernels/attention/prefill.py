@@ -49,7 +49,6 @@ class PrefillSpec(KernelSpec):
     keys_ahead: bool
     in_pieces: bool
     parts: int
-    polynomial_every: int
     causal: bool
     windowed: bool
     soft_cap: bool
@@ -166,6 +165,5 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         parts=tuning.parts,
         keys_ahead=tuning.keys_ahead,
         in_pieces=tuning.pieces > 1,
-        polynomial_every=tuning.polynomial_every if "soft_cap" in spec.features else 0,
         signed_scale=form.signed_scale,
     )

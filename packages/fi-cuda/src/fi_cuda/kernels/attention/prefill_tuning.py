@@ -29,6 +29,7 @@ _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
 _NARROW_HEAD_DIM = 128
+_SHORT_HEAD_DIM = 64
 _MAX_TOKENS = 256
 
 
@@ -42,8 +43,7 @@ class PrefillTuning:
     TileKind, in any common unit.
 
     ``landing_stages``: of the ring for K and V that are not multiplied as they are stored; FP8 queries need it, and 0 has FP8
-    K and V beside other queries copied row by row. ``polynomial_every``: one of so many scores has the tangent of its soft cap
-    from a polynomial, none with 0."""
+    K and V beside other queries copied row by row."""
 
     consumers: int
     tokens: int
@@ -59,7 +59,6 @@ class PrefillTuning:
     item_cost: int
     step_cost: int
     landing_stages: int = 0
-    polynomial_every: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -71,7 +70,6 @@ class PrefillTuning:
             ("keys_ahead", (False, True)),
             ("pieces", tuple(range(1, MAX_PIECES + 1))),
             ("landing_stages", (0, 2, 3, 4)),  # one is filled while another is read
-            ("polynomial_every", (0, 1, 2, 4)),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
@@ -179,6 +177,8 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     for smaller in (replace(tuning, query_stages=1), fewer, *(() if spec.q_is_fp8 else (row_by_row,))):
         if prefill_shared_bytes(tuning, HeadBytes.of(spec)) > limit:
             tuning = smaller
+    if fp8 and widest <= _SHORT_HEAD_DIM:  # whose output leaves room for the scores of a second step
+        tuning = replace(tuning, overlap=True, parts=1)
     return tuning
 
 

@@ -3,23 +3,29 @@ planner."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from fi_core.errors import CapacityError
+from fi_core.contract import target_of
+from fi_core.errors import ArgumentError, CapacityError
 from fi_core.records import AttentionSpec, Batch, Capacity
+from fi_core.registry import registry
 from fi_scheduler.regions import Region, RegionBuilder
 from torch import Tensor
 
 from ...launch import LaunchableKernel
 from ...params import ParamsLayout
-from ...spec import KernelSpec, kernel_for
+from ...spec import KernelSpec, join_constants, kernel_for
 from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm
 from .plan import ITEM_WIDTH
 from .prefill import PrefillSpec, prefill_fields
 from .prefill_tuning import WARPGROUP_ROWS, PrefillTuning, box_tokens, built_in_prefill_tuning, prefill_tuning_for
+
+TUNED_OP = "attention_prefix"
+"""What ``fi_tuning`` is asked for."""
 
 MAX_PREFIXES = 4096
 """Nodes that a plan may be made for: one block compares each with those before it."""
@@ -28,38 +34,64 @@ MAX_DEPTH = 31
 
 _NODE_WIDTH, _REQUEST_WIDTH, _SEGMENT_WIDTH, _HEADER_WIDTH = 12, 8, 4, 4
 _PLAN_THREADS = 512
+_TABLE_SIZES = ((64, 256), (256, 256), (1024, 1024))
+"""(nodes, requests) that tables in shared memory hold; for more they lie in global memory."""
 _INT32_MAX = 2**31 - 1
 _PIECES_OF_WORKER = 3
 """Further pieces of nodes and of requests' own keys, for each worker: more are not made."""
 
 
-class PrefixCosts(NamedTuple):
-    """What planning counts with, in hundreds of clocks of a multiprocessor that works alone: a tile of a request's own keys,
-    a tile of a node (whose rows pass through memory as parts), a step of one warpgroup's rows, those of a further one."""
+@dataclass(frozen=True)
+class PrefixTuning:
+    """``tiles`` as of prefill; ``slices``: warpgroups that share the keys of a step where one has all rows of a request's tile
+    (1, or all of them where steps neither overlap nor take turns). What planning counts with, in hundreds of clocks of a
+    multiprocessor: a tile of a request's own keys, a tile of a node (whose rows pass through memory as parts), a step of one
+    warpgroup's rows, those of a further one, a step whose keys are shared."""
 
-    item: int = 15
-    node_item: int = 40
-    step: int = 20
-    group: int = 6
+    tiles: PrefillTuning
+    slices: int = 1
+    item_cost: int = 15
+    node_item_cost: int = 40
+    step_cost: int = 20
+    group_cost: int = 6
+    slice_cost: int = 10
+
+    def __post_init__(self) -> None:
+        allowed = (1,) if self.tiles.overlap or self.tiles.ping_pong else (1, self.tiles.consumers)
+        if self.slices not in allowed:
+            raise ArgumentError("tuning.slices", f"one of {allowed}", self.slices)
+        for name in ("item_cost", "node_item_cost", "step_cost", "group_cost", "slice_cost"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < (name != "group_cost"):
+                raise ArgumentError(f"tuning.{name}", "an int above 0", getattr(self, name))
 
 
-def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuning:
-    """The prefill kernel's; FP8 K and V are copied row by row and made wider on the way, whatever prefill does with them."""
-    return prefill_tuning_for(_as_copied(spec), device)
+def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefixTuning:
+    """The parameters for a plan: the prefill kernel's tiles, and what ``fi_tuning`` returns for "attention_prefix". Raises
+    ArgumentError for unknown names or values."""
+    built_in = PrefixTuning(prefill_tuning_for(_as_copied(spec), device))
+    given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
+    names = [item.name for item in fields(PrefixTuning)][1:]
+    unknown = set(given or ()) - set(names)
+    if unknown:
+        raise ArgumentError("fi_tuning", f"names among {names}", sorted(unknown))
+    return replace(built_in, **given) if given else built_in
 
 
-def built_in_prefix_tuning(spec: AttentionSpec) -> PrefillTuning:
+def built_in_prefix_tuning(spec: AttentionSpec) -> PrefixTuning:
     """The same without overrides, for Hopper."""
-    return built_in_prefill_tuning(_as_copied(spec))
+    return PrefixTuning(built_in_prefill_tuning(_as_copied(spec)))
 
 
 def _as_copied(spec: AttentionSpec) -> AttentionSpec:
+    """FP8 K and V are copied row by row and made wider on the way, whatever prefill does with them."""
     return replace(spec, page_size=1) if spec.kv_is_fp8 else spec
 
 
 @dataclass(frozen=True)
 class PrefixSpec(PrefillSpec):
-    """A prefill kernel whose tiles are nodes' and requests' (``levels``)."""
+    """A prefill kernel whose tiles are nodes' and requests' (``levels``); ``slices`` as in PrefixTuning."""
+
+    slices: int = 1
 
     stem: ClassVar = "attention_prefix"
     cooperative: ClassVar = True  # rows are merged once every block has left its parts
@@ -89,6 +121,11 @@ class PrefixSpec(PrefillSpec):
         )
     )
 
+    def config_lines(self) -> list[str]:
+        """As ever, the slices beside the other numbers, so that the text stays short."""
+        slices = f"static constexpr int kSlices = {self.slices};"
+        return join_constants([slices, *(line for line in super().config_lines() if line != slices)])
+
 
 @dataclass(frozen=True)
 class BoxPrefixSpec(PrefixSpec):
@@ -97,17 +134,26 @@ class BoxPrefixSpec(PrefixSpec):
     tensor_maps: ClassVar = ("queries", "keys", "values")
 
 
-def prefix_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> PrefixSpec:
+def prefix_spec(spec: AttentionSpec, tuning: PrefixTuning, form: CallForm) -> PrefixSpec:
     """The kernel of a call."""
-    fields = prefill_fields(spec, replace(tuning, keys_ahead=True, pieces=1), form)  # as its loader works
-    return (BoxPrefixSpec if form.boxes else PrefixSpec)(**fields, levels=True)
+    kind = BoxPrefixSpec if form.boxes else PrefixSpec
+    tiles = replace(tuning.tiles, keys_ahead=True, pieces=1)  # as its loader works
+    return kind(**prefill_fields(spec, tiles, form), levels=True, slices=tuning.slices)
+
+
+def table_bytes(num_nodes: int, num_requests: int) -> int:
+    """Bytes of the tables of ``fi/attention/prefix_plan.cuh``."""
+    return 4 * (_NODE_WIDTH * num_nodes + _REQUEST_WIDTH * num_requests + 2 * (num_requests + 1))
 
 
 @dataclass(frozen=True)
 class PrefixPlanSpec(KernelSpec):
-    """The planning kernel: tokens of a q tile and of a warpgroup, warpgroups, keys a step, what a piece's first key is a
-    multiple of, all KV heads, workers, costs as in PrefixCosts."""
+    """The planning kernel: nodes and requests that its tables in shared memory hold (0: they lie in global memory), tokens of
+    a q tile and of a warpgroup, warpgroups, keys a step, what a piece's first key is a multiple of, all KV heads, workers,
+    slices and costs as in PrefixTuning."""
 
+    shared_nodes: int
+    shared_requests: int
     tile_tokens: int
     group_tokens: int
     consumers: int
@@ -121,6 +167,8 @@ class PrefixPlanSpec(KernelSpec):
     node_item_cost: int
     step_cost: int
     group_cost: int
+    slices: int
+    slice_cost: int
 
     stem: ClassVar = "attention_prefix_plan"
     overlapping: ClassVar = True
@@ -134,10 +182,7 @@ class PrefixPlanSpec(KernelSpec):
             ("header", "output"),
             ("tokens", "output"),
             ("segments", "output"),
-            ("place_tokens", "output"),
-            ("place_members", "output"),
-            ("node_work", "output"),
-            ("request_work", "output"),
+            ("scratch", "output"),
             ("max_rows", "int32"),
             ("max_parts", "int32"),
             ("max_node_rows", "int32"),
@@ -156,30 +201,37 @@ class PrefixPlanSpec(KernelSpec):
         return _PLAN_THREADS
 
     @property
+    def shared_bytes(self) -> int:
+        return table_bytes(self.shared_nodes, self.shared_requests) if self.shared_requests else 0
+
+    @property
     def blocks_per_multiprocessor(self) -> int:
         return 1
 
 
-def prefix_plan_spec(
-    spec: AttentionSpec, tuning: PrefillTuning, workers: int, costs: PrefixCosts | None = None
-) -> PrefixPlanSpec:
-    """The kernel that plans batches of ``spec`` for ``workers`` blocks."""
-    item, node_item, step, group = costs or PrefixCosts()
-    group_tokens = WARPGROUP_ROWS // spec.group_size
+def prefix_plan_spec(spec: AttentionSpec, capacity: Capacity, tuning: PrefixTuning, workers: int) -> PrefixPlanSpec:
+    """The kernel that plans batches of ``spec`` within ``capacity`` for ``workers`` blocks."""
+    tiles, group_tokens = tuning.tiles, WARPGROUP_ROWS // spec.group_size
+    sizes = (capacity.max_prefixes, capacity.max_batch)
+    held = next((size for size in _TABLE_SIZES if all(map(int.__le__, sizes, size))), (0, 0))
     return PrefixPlanSpec(
-        tile_tokens=tuning.consumers * group_tokens,
+        shared_nodes=held[0],
+        shared_requests=held[1],
+        tile_tokens=tiles.consumers * group_tokens,
         group_tokens=group_tokens,
-        consumers=tuning.consumers,
+        consumers=tiles.consumers,
         group_size=spec.group_size,
-        tokens=tuning.tokens,
-        align=box_tokens(spec.page_size, tuning.tokens) or 1,
+        tokens=tiles.tokens,
+        align=box_tokens(spec.page_size, tiles.tokens) or 1,
         causal=spec.causal,
         heads=spec.num_kv_heads,
         workers=workers,
-        item_cost=item,
-        node_item_cost=node_item,
-        step_cost=step,
-        group_cost=group,
+        item_cost=tuning.item_cost,
+        node_item_cost=tuning.node_item_cost,
+        step_cost=tuning.step_cost,
+        group_cost=tuning.group_cost,
+        slices=tuning.slices,
+        slice_cost=tuning.slice_cost,
     )
 
 
@@ -201,30 +253,27 @@ class PrefixLayout:
     barrier: Region
     tokens: Region
     segments: Region
-    place_tokens: Region
-    place_members: Region
-    node_work: Region
-    request_work: Region
+    scratch: Region
     partials: Region
     partial_rows: Region
     num_bytes: int
 
     @classmethod
-    def of(cls, spec: AttentionSpec, capacity: Capacity, tuning: PrefillTuning, workers: int) -> PrefixLayout:
+    def of(cls, spec: AttentionSpec, capacity: Capacity, tuning: PrefixTuning, workers: int) -> PrefixLayout:
         """Raises CapacityError for more nodes or tokens than planning counts."""
         depth = min(capacity.max_prefixes, capacity.max_prefix_depth)
         for name, limit in (("max_prefixes", MAX_PREFIXES), ("max_prefix_depth", MAX_DEPTH)):
             actual = depth if name == "max_prefix_depth" else capacity.max_prefixes
             if actual > limit:
                 raise CapacityError(name, f"at most {limit}", actual)
-        heads, tile = spec.num_qo_heads, tuning.consumers * (WARPGROUP_ROWS // spec.group_size)
+        heads, tile = spec.num_qo_heads, tuning.tiles.consumers * (WARPGROUP_ROWS // spec.group_size)
         sharing = min(capacity.max_q_tokens, capacity.max_batch * min(tile, capacity.max_q_len))
         # A tile of each request that has a part of one, and further ones.
         tiles = min(capacity.max_batch, capacity.max_q_tokens) + capacity.max_q_tokens // tile
         pieces = -(-_PIECES_OF_WORKER * workers // spec.num_kv_heads)
         max_node_rows = capacity.max_prefixes + depth * -(-sharing // tile) + pieces
         max_node_tokens = depth * sharing + pieces * tile
-        own_tokens = sharing + pieces * min(tile, capacity.max_q_len)
+        own_tokens = (sharing + pieces * min(tile, capacity.max_q_len)) * tuning.slices
         max_parts = (max_node_tokens + own_tokens) * heads
         if max_parts > _INT32_MAX:
             raise CapacityError("max_q_tokens", "parts whose number 32 bits hold", max_parts)
@@ -242,10 +291,7 @@ class PrefixLayout:
             barrier=build.add((1,), ints),
             tokens=build.add((capacity.max_q_tokens,), ints),
             segments=build.add((capacity.max_q_tokens, depth + 1, _SEGMENT_WIDTH), ints),
-            place_tokens=build.add((capacity.max_batch + 1,), ints),
-            place_members=build.add((capacity.max_batch + 1,), ints),
-            node_work=build.add((capacity.max_prefixes, _NODE_WIDTH), ints),
-            request_work=build.add((capacity.max_batch, _REQUEST_WIDTH), ints),
+            scratch=build.add((table_bytes(capacity.max_prefixes, capacity.max_batch),), torch.uint8),
             partials=build.add((max_parts, spec.head_dim_vo or 0), torch.float32),
             partial_rows=build.add((max_parts,), torch.float32),
             num_bytes=build.end,
@@ -272,8 +318,7 @@ class PrefixPlanner:
     @cached_property
     def _outputs(self) -> tuple[int, ...]:
         layout = self.layout
-        work = (layout.place_tokens, layout.place_members, layout.node_work, layout.request_work)
-        regions = (layout.rows, layout.header, layout.tokens, layout.segments, *work)
+        regions = (layout.rows, layout.header, layout.tokens, layout.segments, layout.scratch)
         return tuple(region.of(self.buffer).data_ptr() for region in regions)
 
     @cached_property

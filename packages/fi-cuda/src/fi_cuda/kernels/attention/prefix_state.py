@@ -60,13 +60,15 @@ class PrefixState:
         self._buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         for region in (layout.header, layout.barrier):
             region.of(self._buffer).zero_()
-        self._planner = PrefixPlanner(prefix_plan_spec(spec, tuning, self._num_workers), capacity, layout, self._buffer)
+        self._planner = PrefixPlanner(
+            prefix_plan_spec(spec, capacity, tuning, self._num_workers), capacity, layout, self._buffer
+        )
         self._planner.load()  # compiling and loading would not be legal in a capture
         self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
         self._levels: SharedPrefixes | None = None
         self._addressing: Addressing | None = None
         self._calls: dict[tuple[int, int, bool], Call] = {}
-        self._box_tokens = box_tokens(spec.page_size, tuning.tokens) if spec.kv_dtype == spec.dtype else None
+        self._box_tokens = box_tokens(spec.page_size, tuning.tiles.tokens) if spec.kv_dtype == spec.dtype else None
         self._query_box = Box((1, spec.group_size, BOX_ROW_BYTES // spec.dtype.itemsize))
 
     @property
@@ -74,7 +76,7 @@ class PrefixState:
         return (self._buffer, *self._unshared.workspace)
 
     def describe(self) -> Sequence[str]:
-        layout, tuning = self._layout, self._tuning
+        layout, tuning = self._layout, self._tuning.tiles
         rows = tuning.consumers * (WARPGROUP_ROWS // self._spec.group_size * self._spec.group_size)
         return (
             f"with levels, tiles: {rows} rows x {tuning.tokens} KV tokens, taken by {self._num_workers} blocks; at most"

@@ -159,22 +159,35 @@ class LandedCopies {
     }
   }
 
-  // Rows of kDim bytes at `position` to rows of 16 bits an element; those that are not readable become zeros.
+  // Rows of kDim bytes at `position` to rows of 16 bits an element; those that are not readable become zeros. A thread has the same
+  // 8 bytes of every so many rows, a multiple of the swizzle's 8.
   template <int kDim>
   __device__ __forceinline__ void widen(const unsigned char* from, unsigned char* to, int position) const {
-    constexpr int kRowUnits = kDim / kUnitBytes;
+    constexpr int kLanes = kDim <= 64 ? 8 : kDim <= 128 ? 16 : 32;  // of a row
+    constexpr int kRowsAtOnce = kWarpgroupThreads / kLanes, kRounds = kTokens / kRowsAtOnce, kBatch = 4;
+    constexpr int kStride = kRowsAtOnce * kBoxRowBytes;
+    // Four rows are half of the swizzle's pattern: every other round has the other half of a row's 128 bytes.
+    constexpr int kPeriod = kRowsAtOnce % 8 == 0 ? 1 : 2;
+    static_assert(kRounds % kBatch == 0 && kBatch % kPeriod == 0 && kRowsAtOnce % 4 == 0 && kDim <= kLanes * 8);
+    const int thread = static_cast<int>(threadIdx.x), row = thread / kLanes, column = thread % kLanes * 8;
+    if (column >= kDim) return;
+    const int source = swizzled<kBoxRowBytes>(row * kBoxRowBytes + column % kBoxRowBytes);
+    const int target = swizzled<kBoxRowBytes>(row * kBoxRowBytes + 2 * column % kBoxRowBytes);
+    from += column / kBoxRowBytes * Tile::kKeyColumnBytes;
+    to += 2 * column / kBoxRowBytes * Tile::kKeyColumnBytes;
+    const bool whole = position >= lowest_ && position + kTokens <= kv_end_;
 #pragma unroll 1
-    for (int unit = static_cast<int>(threadIdx.x); unit < kTokens * kRowUnits; unit += kWarpgroupThreads) {
-      const int row = unit / kRowUnits, column = unit % kRowUnits * kUnitBytes;
-      uint4 bytes = *reinterpret_cast<const uint4*>(from + column / kBoxRowBytes * Tile::kKeyColumnBytes +
-                                                    swizzled<kBoxRowBytes>(row * kBoxRowBytes + column % kBoxRowBytes));
-      if (!is_readable(position + row)) bytes = uint4{};
-      const uint4 parts[2] = {widened<Factor, Stored>(uint2{bytes.x, bytes.y}), widened<Factor, Stored>(uint2{bytes.z, bytes.w})};
-      unsigned char* stage = to + 2 * column / kBoxRowBytes * Tile::kKeyColumnBytes;
-      const int place = row * kBoxRowBytes + 2 * column % kBoxRowBytes, second = column / 64 % 2;
-      // Lanes of a row's two boxes write in different banks.
-      *reinterpret_cast<uint4*>(stage + swizzled<kBoxRowBytes>(place + second * kUnitBytes)) = second ? parts[1] : parts[0];
-      *reinterpret_cast<uint4*>(stage + swizzled<kBoxRowBytes>(place + (1 - second) * kUnitBytes)) = second ? parts[0] : parts[1];
+    for (int first = 0; first < kRounds; first += kBatch) {
+      uint2 bytes[kBatch];  // all are under way before the first is used
+#pragma unroll
+      for (int idx = 0; idx < kBatch; ++idx) {
+        bytes[idx] = *reinterpret_cast<const uint2*>(from + (source ^ (idx % kPeriod * 64)) + (first + idx) * kStride);
+        if (!whole && !is_readable(position + row + (first + idx) * kRowsAtOnce)) bytes[idx] = uint2{};
+      }
+#pragma unroll
+      for (int idx = 0; idx < kBatch; ++idx) {
+        *reinterpret_cast<uint4*>(to + (target ^ (idx % kPeriod * 64)) + (first + idx) * kStride) = widened<Factor, Stored>(bytes[idx]);
+      }
     }
   }
 

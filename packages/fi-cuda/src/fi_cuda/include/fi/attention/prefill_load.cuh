@@ -58,6 +58,7 @@ class PrefillLoader {
       const int slots = __shfl_sync(0xffffffffu, value, kSlotsColumn);
       if (column == kSlotColumn || (column >= kFirstPieceColumn && column < kSlotsColumn)) value += head * slots;
       if (column == kMergeColumn && slots > 0) value += head;
+      if (column == kSlotsColumn) value = 0;
     }
     return value;
   }

@@ -34,7 +34,7 @@ __device__ __forceinline__ void rotate_queries(const Params& params, const Atten
     const Rotation<kPairs> rotation =
         rotation_at<kPairs>(position, static_cast<const float*>(params.inv_freq), pair, params.rope_factor);
     const int first = kInHalves ? pair : 2 * pair, second = kInHalves ? pair + Config::kRotaryDim / 2 : first + kPairs;
-#pragma unroll 1
+#pragma unroll 4
     for (int head = 0; head < Tile::kGroup; ++head) {
       const int row = token * Tile::kGroup + head;
       Words a = *word(row, first), b = *word(row, second);

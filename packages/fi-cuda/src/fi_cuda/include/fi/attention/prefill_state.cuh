@@ -25,20 +25,12 @@ struct PrefillScore {
   float inner[kUnits];  // what raw products are multiplied by before the cap, or where that is not above 0
   float slope[2];
 
-  // kSmall: no raw product exceeds the cap.
-  template <bool kSmall>
-  __device__ __forceinline__ float of(float raw, float offset, int column, int row) const {
+  __device__ __forceinline__ float operator()(float raw, float offset, int column, int row) const {
     float score = raw;
-    if constexpr (Config::kSoftCap || Config::kSignedScale) score = raw * inner[row % kUnits];
-    if constexpr (Config::kSoftCap) score = kSmall ? tanh_of_small(score) : ptx::tanh_approx(score);
+    if constexpr (Config::kSoftCap) score = ptx::tanh_approx(raw * inner[row % kUnits]);
+    else if constexpr (Config::kSignedScale) score = raw * inner[row % kUnits];
     if constexpr (Config::kAlibi) score = score + fmaf(slope[row], static_cast<float>(column), offset);
     return score;
-  }
-
-  // tanh x for |x| <= 1 within a relative 8.2e-5: a fit of tanh x / x in x^2 with the least maximum.
-  static __device__ __forceinline__ float tanh_of_small(float x) {
-    const float square = x * x;
-    return x * fmaf(fmaf(fmaf(-0.026630413f, square, 0.118898861f), square, -0.330654979f), square, 0.999918640f);
   }
 };
 
@@ -114,11 +106,9 @@ class PrefillState {
           offset[row] = score_.slope[row] * static_cast<float>(distance);
         }
       }
-      if constexpr (Config::kPolynomialEvery > 0) {
-        if (are_small(scores)) make_scores<true>(scores, offset);
-        else make_scores<false>(scores, offset);
-      } else {
-        make_scores<false>(scores, offset);
+#pragma unroll
+      for (int idx = 0; idx < kWidth / 2; ++idx) {
+        scores[idx] = score_(scores[idx], offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
       }
     }
     if (masked) hide(params, item, first_token, position, scores);
@@ -168,32 +158,6 @@ class PrefillState {
   }
 
  private:
-  // Whether none of the scores that may have their tangent from a polynomial exceeds the cap, in the whole warp.
-  template <int kCount>
-  __device__ __forceinline__ bool are_small(const float (&scores)[kCount]) const {
-    float largest[2] = {};
-#pragma unroll
-    for (int idx = 0; idx < kCount; idx += Config::kPolynomialEvery) {
-      largest[Rows::row(idx)] = fmaxf(largest[Rows::row(idx)], fabsf(scores[idx]));
-    }
-    bool small = true;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) small = small && largest[row] * fabsf(score_.inner[row % PrefillScore<Config>::kUnits]) <= 1.0f;
-    return __all_sync(0xffffffffu, small);
-  }
-
-  template <bool kSmall, int kCount>
-  __device__ __forceinline__ void make_scores(float (&scores)[kCount], const float (&offset)[2]) const {
-#pragma unroll
-    for (int idx = 0; idx < kCount; ++idx) {
-      const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
-      // The special unit has exponentials to do.
-      const bool polynomial = kSmall && idx % (Config::kPolynomialEvery + !kSmall) == 0;
-      scores[idx] = polynomial ? score_.template of<true>(scores[idx], offset[row], column, row)
-                               : score_.template of<false>(scores[idx], offset[row], column, row);
-    }
-  }
-
   // The tokens of the thread's rows and its first column. What only few steps need is computed there: kept from step to step it
   // would take registers from the scores.
   struct ThreadPlace {

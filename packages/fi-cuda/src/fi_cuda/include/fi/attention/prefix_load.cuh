@@ -30,28 +30,39 @@ class PrefixLoader {
     const auto row_of = [&](int tile) {
       return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
+    const auto with_head = [&](int tile, int row) { return lane_ % kColumns == kHeadColumn ? tile % num_heads : row; };
     int tile = static_cast<int>(blockIdx.x);
-    int mine = row_of(tile);
+    if (tile < total) {
+      int mine = row_of(tile);
+      int next = told(asked(), total);
+      int its_row = row_of(next);
+      auto place = first_place(with_head(tile, mine));
 #pragma unroll 1
-    while (tile < total) {
-      const int next = next_tile(total);
-      const int its_row = row_of(next);
-      load_item(lane_ % kColumns == kHeadColumn ? tile % num_heads : mine);
-      tile = next;
-      mine = its_row;
+      while (true) {
+        // Asked for while this tile is loaded: the answer takes as long as a step's keys.
+        const int answer = next < total ? asked() : 0;
+        place = load_item(with_head(tile, mine), with_head(next, its_row), next < total, place);
+        if (next >= total) break;
+        tile = next;
+        mine = its_row;
+        next = told(answer, total);
+        its_row = row_of(next);
+      }
     }
     if (is_first_) end_list();
   }
 
  private:
-  // Every block that took a tile is told once that there is none, so `total` are taken in all, and the last one resets.
-  __device__ __forceinline__ int next_tile(int total) {
-    int taken = 0;
-    if (is_first_ && lane_ == 0) {
-      int* counter = &static_cast<PrefixHeader*>(params_.header)->taken;
-      taken = atomicAdd(counter, 1);
-      if (taken == total - 1) *counter = 0;
-    }
+  // Asks for a further tile; the first lane of the first warp knows the answer.
+  __device__ __forceinline__ int asked() const {
+    if (!is_first_ || lane_ != 0) return 0;
+    return atomicAdd(&static_cast<PrefixHeader*>(params_.header)->taken, 1);
+  }
+
+  // What was asked for, to all. Every block that took a tile is told once that there is none, so `total` are taken in all, and the
+  // last one resets.
+  __device__ __forceinline__ int told(int taken, int total) {
+    if (is_first_ && lane_ == 0 && taken == total - 1) static_cast<PrefixHeader*>(params_.header)->taken = 0;
     if constexpr (Copies::kWarps > 1) {
       turn_ ^= 1;  // the place before is still read
       if (is_first_ && lane_ == 0) shared_.taken[turn_] = taken;
@@ -63,16 +74,32 @@ class PrefixLoader {
     return static_cast<int>(gridDim.x) + taken;
   }
 
-  __device__ __forceinline__ void load_item(int value) {
+  // What the copies need of an item's row.
+  __device__ __forceinline__ AttentionItem copied(int value) const {
+    AttentionItem item = {};
+    item.request = __shfl_sync(0xffffffffu, value, 0);
+    item.kv_head = __shfl_sync(0xffffffffu, value, kHeadColumn);
+    item.kv_begin = __shfl_sync(0xffffffffu, value, 4);
+    item.kv_end = __shfl_sync(0xffffffffu, value, 5);
+    return item;
+  }
+
+  // Where an item's first step is copied from.
+  __device__ __forceinline__ typename Copies::Place first_place(int value) const {
+    const AttentionItem item = copied(value);
+    Copies ahead = copies_;
+    ahead.enter(item, ItemSteps<Config>(item, params_.window));
+    return ahead.place_of(0);
+  }
+
+  // Loads an item whose first step is copied from `place`; returns the next one's, looked up before this one's last values are
+  // waited for.
+  __device__ __forceinline__ typename Copies::Place load_item(int value, int next_value, bool has_next, typename Copies::Place place) {
     if (is_first_) load_queries(value);
-    AttentionItem item;
-#pragma unroll
-    for (int column = 0; column < kColumns; ++column) {
-      reinterpret_cast<int*>(&item)[column] = __shfl_sync(0xffffffffu, value, column);
-    }
+    const AttentionItem item = copied(value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
-    auto place = copies_.place_of(0), before = place;
+    auto before = place;
 #pragma unroll 1
     for (int step = 0; step < steps.num_steps; ++step) {
       const auto next = copies_.place_of(min(step + 1, steps.num_steps - 1));
@@ -81,7 +108,9 @@ class PrefixLoader {
       before = place;
       place = next;
     }
+    if (has_next) place = first_place(next_value);
     if (steps.num_steps > 0) copies_.load_values(shared_, steps.num_steps - 1, before);
+    return place;
   }
 
   // The item is read from where it is put: a producer's thread has few registers.

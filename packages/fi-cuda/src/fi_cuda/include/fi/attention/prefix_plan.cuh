@@ -32,6 +32,20 @@ struct alignas(16) RequestWork {
   int reserved;
 };
 
+// What a planning block keeps of nodes and requests, and what stands before each place of the order: in one stretch of memory.
+struct PrefixTables {
+  NodeWork* nodes;
+  RequestWork* requests;
+  int *place_tokens, *place_members;
+
+  __device__ __forceinline__ PrefixTables(void* memory, int num_nodes, int num_requests) {
+    nodes = static_cast<NodeWork*>(memory);
+    requests = reinterpret_cast<RequestWork*>(nodes + num_nodes);
+    place_tokens = reinterpret_cast<int*>(requests + num_requests);
+    place_members = place_tokens + num_requests + 1;
+  }
+};
+
 // What the steps of a planning block share.
 struct PrefixSums {
   unsigned long long node_cost, own_cost, best;

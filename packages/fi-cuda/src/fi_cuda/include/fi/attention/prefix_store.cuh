@@ -22,17 +22,24 @@ class PrefixStore : public PrefillStore<Config, Params> {
     const PartialRow rows[2] = {state.softmax.row(0), state.softmax.row(1)};
     const float scale = Base::value_scale(item);
     if (item.slot < 0) Base::store(item, rows, state.output, scale);
-    else leave_parts(item, rows, state.output, scale);
+    else leave_parts(item, rows, state.output, scale, item.slot, Base::warpgroup_ * Tile::kGroupTokens);
+  }
+
+  // The warpgroup's slice of an item: parts of the rows that all of them share.
+  __device__ __forceinline__ void finish_slice(const AttentionItem& item, State& state) const {
+    const PartialRow rows[2] = {state.softmax.row(0), state.softmax.row(1)};
+    const int slice_rows = Base::params_.num_kv_heads * item.q_len * Tile::kGroup;
+    leave_parts(item, rows, state.output, Base::value_scale(item), item.slot + Base::warpgroup_ * slice_rows, 0);
   }
 
  private:
   // Normalised rows and their log-sum-exps in base 2; a row without keys has -inf and zeros.
   __device__ __forceinline__ void leave_parts(const AttentionItem& item, const PartialRow (&rows)[2],
-                                              const float (&output)[kOutputs], float scale) const {
+                                              const float (&output)[kOutputs], float scale, int slot, int first_token) const {
     // Rows of a tile stand side by side, as its tokens do.
-    const int before = item.q_tile * Tile::kTileTokens + Base::warpgroup_ * Tile::kGroupTokens;
+    const int before = item.q_tile * Tile::kTileTokens + first_token;
     const int num_rows = min((item.q_len - before) * Tile::kGroup, Tile::kGroupRows);
-    const int64 first = item.slot + (static_cast<int64>(item.kv_head) * item.q_len + before) * Tile::kGroup;
+    const int64 first = slot + (static_cast<int64>(item.kv_head) * item.q_len + before) * Tile::kGroup;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       if (Base::row_of(row) >= num_rows) continue;
@@ -69,12 +76,18 @@ class PrefixMerger {
   __device__ __forceinline__ void run() const {
     const int num_merged = static_cast<const PrefixHeader*>(params_.header)->num_merged;
     if (num_merged == 0) return;
-    wait_for_blocks();
     const int num_heads = params_.num_kv_heads * Config::kGroupSize, num_rows = num_merged * num_heads;
     const int num_warps = static_cast<int>(gridDim.x) * (kThreads / kWarpThreads);
     int row = (thread_ / kWarpThreads) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+    PartSegment mine = segment_of(row / num_heads, row < num_rows);  // not the blocks' affair
+    wait_for_blocks();
 #pragma unroll 1
-    for (; row < num_rows; row += num_warps) merge(row / num_heads, row % num_heads);
+    for (; row < num_rows; row += num_warps) {
+      const int next = row + num_warps;
+      const PartSegment its = segment_of(next / num_heads, next < num_rows);
+      merge(mine, row % num_heads);
+      mine = its;
+    }
   }
 
  private:
@@ -91,13 +104,20 @@ class PrefixMerger {
     ptx::named_barrier_sync(kMergeBarrier, kThreads);
   }
 
-  __device__ __forceinline__ void merge(int idx, int head) const {
-    const int kv_head = head / Config::kGroupSize, in_group = head % Config::kGroupSize, most = params_.max_segments;
-    const PartSegment* segments = static_cast<const PartSegment*>(params_.segments) + static_cast<int64>(idx) * most;
+  // The lane's segment of a merged token; one of no pieces past the capacity.
+  __device__ __forceinline__ PartSegment segment_of(int idx, bool exists) const {
     PartSegment mine = {};
-    if (lane_ < most) *reinterpret_cast<int4*>(&mine) = __ldg(reinterpret_cast<const int4*>(segments + lane_));
+    if (exists && lane_ < params_.max_segments) {
+      const int64 place = static_cast<int64>(idx) * params_.max_segments + lane_;
+      *reinterpret_cast<int4*>(&mine) = __ldg(static_cast<const int4*>(params_.segments) + place);
+    }
+    return mine;
+  }
+
+  __device__ __forceinline__ void merge(const PartSegment& mine, int head) const {
+    const int kv_head = head / Config::kGroupSize, in_group = head % Config::kGroupSize;
     // Past the last segment nothing is read.
-    const unsigned used = __ballot_sync(0xffffffffu, lane_ < most && mine.num_pieces > 0);
+    const unsigned used = __ballot_sync(0xffffffffu, mine.num_pieces > 0);
     const int num_segments = __ffs(~used) == 0 ? kWarpThreads : __ffs(~used) - 1;
     PartialRow total = empty_row();
     float values[kUnitsOfLane][4] = {};

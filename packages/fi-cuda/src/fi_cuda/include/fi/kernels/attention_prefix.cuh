@@ -5,12 +5,11 @@
 // those of attention_prefill.cuh. Rows with several parts are merged when every block has done its tiles; the launch is
 // cooperative. Sources: Juravsky et al., "Hydragen", 2024 (rows of all members against shared keys); Ye et al., "Cascade
 // Inference", 2024 (levels, merged by their log-sum-exps); "stream-K" (Osama et al., 2023).
-// Config: as attention_prefill.cuh, with kLevels. Params: those of fi_cuda.kernels.attention.prefix.
+// Config: as attention_prefill.cuh, with kLevels, and kSlices: warpgroups that share the keys of a step where one has all rows, 1 for none. Params: those of fi_cuda.kernels.attention.prefix.
 #pragma once
 
-#include "fi/attention/prefill_consume.cuh"
+#include "fi/attention/prefix_consume.cuh"
 #include "fi/attention/prefix_load.cuh"
-#include "fi/attention/prefix_store.cuh"
 #include "fi/ptx/dependent_launch.cuh"
 
 namespace fi {
@@ -20,7 +19,6 @@ template <class Config, class Params, class... Maps>
 __device__ __forceinline__ void attention_prefix(const Params& params, const ptx::TensorMap& queries, const Maps&... maps) {
   using Shared = PrefillShared<Config>;
   using Roles = WarpgroupRoles<Config::kConsumers, Config::kProducerRegisters, Config::kConsumerRegisters>;
-  using Store = PrefixStore<Config, Params>;
   extern __shared__ __align__(128) unsigned char unaligned[];
   Shared& shared = *reinterpret_cast<Shared*>(unaligned + (-ptx::shared_address(unaligned) & 1023u));
   static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes && !PrefillTile<Config>::kLanded);
@@ -40,7 +38,7 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
         }
       },
       [&](int warpgroup) {
-        PrefillConsumer<Config, Params, Store>(params, shared, warpgroup).run();
+        PrefixConsumer<Config, Params>(params, shared, warpgroup).run();
         PrefixMerger<Config, Params>(params, static_cast<int>(threadIdx.x) - kWarpgroupThreads).run();
       });
 }

@@ -7,9 +7,10 @@
 // keys are cut where one tile would take more than a quarter of the step. So long pieces come first and the short rest fills up.
 // A batch beyond the limits, or with negative lengths, has no tiles, and nothing is written past buffers of the same capacity.
 // Config: kNumThreads, kTileTokens, kGroupTokens, kConsumers, kGroupSize, kTokens (keys a step), kAlign (a piece's first key is a
-// multiple), kCausal, kHeads (KV heads), kWorkers, kItemCost, kNodeItemCost, kStepCost, kGroupCost (of a further warpgroup's rows).
-// Params: q_indptr, kv_lens, nodes int [num_nodes, 4], order int [num_requests] or null; place_tokens and place_members int
-// [num_requests + 1], node_work, request_work (scratch); rows int [., 16], header, tokens int [max_q_tokens], segments
+// multiple), kCausal, kHeads (KV heads), kWorkers, kItemCost, kNodeItemCost, kStepCost, kGroupCost (of a further warpgroup's rows),
+// kSlices (warpgroups that share a step's keys where one has all rows of a request's tile) and kSliceCost (of such a step).
+// kSharedNodes and kSharedRequests (that tables in shared memory hold; 0: they lie in `scratch`).
+// Params: q_indptr, kv_lens, nodes int [num_nodes, 4], order int [num_requests] or null; scratch (see PrefixTables); rows int [., 16], header, tokens int [max_q_tokens], segments
 // [., max_segments]; limits; num_requests, num_nodes.
 #pragma once
 
@@ -27,12 +28,12 @@ class PrefixPlanner {
   static constexpr int kLeastOwnSteps = 2;
 
  public:
-  __device__ __forceinline__ PrefixPlanner(const Params& params, PrefixSums& sums)
+  __device__ __forceinline__ PrefixPlanner(const Params& params, PrefixSums& sums, const PrefixTables& tables)
       : params_(params), sums_(sums), thread_(static_cast<int>(threadIdx.x)),
         q_indptr_(static_cast<const int*>(params.q_indptr)), kv_lens_(static_cast<const int*>(params.kv_lens)),
         order_(static_cast<const int*>(params.order)), given_(static_cast<const PrefixNode*>(params.nodes)),
-        tokens_before_(static_cast<int*>(params.place_tokens)), members_before_(static_cast<int*>(params.place_members)),
-        nodes_(static_cast<NodeWork*>(params.node_work)), requests_(static_cast<RequestWork*>(params.request_work)) {}
+        tokens_before_(tables.place_tokens), members_before_(tables.place_members), nodes_(tables.nodes),
+        requests_(tables.requests) {}
 
   __device__ __forceinline__ void run() {
     PrefixHeader* header = static_cast<PrefixHeader*>(params_.header);
@@ -156,7 +157,8 @@ class PrefixPlanner {
       }
       const int steps = steps_from<Config>(work.own_first, kv_lens_[request]);
       longest = max(longest, steps);
-      cost += tiles_of(length, Config::kTileTokens) * static_cast<int64>(Config::kItemCost) + steps * step_cost_of_all<Config>(length);
+      const int64 step_cost = slices_of(length, steps) > 1 ? Config::kSliceCost : step_cost_of_all<Config>(length);
+      cost += tiles_of(length, Config::kTileTokens) * static_cast<int64>(Config::kItemCost) + steps * step_cost;
     }
     if (cost > 0) atomicAdd(&sums_.own_cost, cost);
     atomicMax(&sums_.longest_own, longest);
@@ -205,6 +207,14 @@ class PrefixPlanner {
     __syncthreads();
   }
 
+  // Warpgroups that share the keys of a request's own steps.
+  static __device__ __forceinline__ int slices_of(int num_tokens, int steps) {
+    return Config::kSlices > 1 && num_tokens <= Config::kGroupTokens && steps > 0 ? Config::kSlices : 1;
+  }
+  __device__ __forceinline__ int slices_of(int request) const {
+    return slices_of(q_len(request), steps_from<Config>(requests_[request].own_first, kv_lens_[request]));
+  }
+
   __device__ __forceinline__ int own_pieces(int request, int chunk) const {
     return max((steps_from<Config>(requests_[request].own_first, kv_lens_[request]) + chunk - 1) / chunk, 1);
   }
@@ -225,10 +235,10 @@ class PrefixPlanner {
     if (thread_ == 0) sums_.node_parts = total[0];
     int chunk = sums_.own_chunk;
     const auto rows_of = [&](int request, int(&own)[3]) {
-      const int length = q_len(request), pieces = own_pieces(request, chunk);
+      const int length = q_len(request), pieces = own_pieces(request, chunk), slices = slices_of(request);
       own[0] = tiles_of(length, Config::kTileTokens) * pieces;
-      if (pieces == 1 && requests_[request].node < 0) return;
-      own[1] = length * pieces * kQueryHeads;
+      if (pieces * slices == 1 && requests_[request].node < 0) return;
+      own[1] = length * pieces * slices * kQueryHeads;
       own[2] = length;
     };
     bool fits = false;
@@ -251,12 +261,12 @@ class PrefixPlanner {
   }
 
   __device__ __forceinline__ void write_row(int place, int request, int q_tile, int kind, int kv_begin, int kv_end, int slot,
-                                            int kv_first, int q_begin, int num_tokens, int kv_len) const {
+                                            int kv_first, int q_begin, int num_tokens, int kv_len, int slices) const {
     int4* row = static_cast<int4*>(params_.rows) + static_cast<int64>(place) * 4;
     row[0] = {request, 0, q_tile, kind};
     row[1] = {kv_begin, kv_end, slot, kv_first};
     row[2] = {q_begin, num_tokens, kv_len, -1};
-    row[3] = {0, 0, 0, 0};
+    row[3] = {0, 0, 0, slices};
   }
 
   // Tiles of one piece side by side: they read the same keys.
@@ -271,7 +281,7 @@ class PrefixPlanner {
       const int piece = inside / tiles, begin = work.kv_first / Config::kAlign * Config::kAlign + piece * chunk;
       write_row(place, work.request, inside % tiles, kNodeItem, begin, min(begin + chunk, work.kv_end),
                 work.first_part + piece * work.num_tokens * kQueryHeads, work.kv_first, work.t_begin, work.num_tokens,
-                work.kv_end + work.num_tokens);
+                work.kv_end + work.num_tokens, 1);
     }
   }
 
@@ -288,9 +298,10 @@ class PrefixPlanner {
       const bool whole = work.pieces == 1;
       const int piece_begin = min(begin + piece * chunk * (whole ? 0 : Config::kTokens), max(stop, begin));
       const int piece_end = whole ? stop : min(piece_begin + chunk * Config::kTokens, stop);
-      const int slot = work.first_part < 0 ? -1 : work.first_part + piece * length * kQueryHeads;
+      const int slices = slices_of(request);
+      const int slot = work.first_part < 0 ? -1 : work.first_part + piece * slices * length * kQueryHeads;
       write_row(place, request, q_tile, kRequestItem, piece_begin, max(piece_end, piece_begin), slot, work.own_first,
-                q_indptr_[request], length, kv_len);
+                q_indptr_[request], length, kv_len, slices);
     }
   }
 
@@ -302,7 +313,7 @@ class PrefixPlanner {
       const int length = q_len(request), inside = place - work.first_merged, token = q_indptr_[request] + inside;
       PartSegment* segment = static_cast<PartSegment*>(params_.segments) + static_cast<int64>(place) * params_.max_segments;
       PartSegment* const end = segment + params_.max_segments;
-      *segment++ = {work.first_part + inside * Config::kGroupSize, length * Config::kGroupSize, work.pieces, token};
+      *segment++ = {work.first_part + inside * Config::kGroupSize, length * Config::kGroupSize, work.pieces * slices_of(request), token};
       const int position = kv_lens_[request] - length + inside;
       for (int idx = work.node; idx >= 0; idx = nodes_[idx].parent) {
         const NodeWork& node = nodes_[idx];
@@ -326,10 +337,15 @@ class PrefixPlanner {
 
 template <class Config, class Params>
 __device__ __forceinline__ void attention_prefix_plan(const Params& params) {
+  extern __shared__ __align__(16) unsigned char shared_tables[];
   __shared__ PrefixSums sums;
+  constexpr bool kShared = Config::kSharedRequests > 0;
+  const PrefixTables tables =
+      kShared ? PrefixTables(shared_tables, Config::kSharedNodes, Config::kSharedRequests)
+              : PrefixTables(params.scratch, params.num_nodes, params.num_requests);
   ptx::allow_next_kernel();  // which waits for the end of this one
   ptx::wait_for_previous_kernel();
-  PrefixPlanner<Config, Params>(params, sums).run();
+  PrefixPlanner<Config, Params>(params, sums, tables).run();
 }
 
 }  // namespace fi
