@@ -11,12 +11,14 @@ from fi_core.contract import EXACT, Cost, Tolerance
 from fi_core.ops import filter_logits, sample, top_k
 from fi_core.reference.sampling.draw import filter_logits as reference_filter
 from fi_core.reference.sampling.draw import sample as reference_sample
-from fi_core.sampling import DrawKeys, FilterParams
+from fi_core.reference.sampling.penalties import penalize_logits as reference_penalties
+from fi_core.sampling import NO_PENALTIES, DrawKeys, FilterParams, PenaltyParams
 from torch import Tensor
 
 from .ceilings import copies, reads
 from .numerics import Accuracy, checker
 from .problem import Case, Outputs, Problem, generator_on
+from .sampling_penalties import penalties_of
 
 BATCHES, VOCABULARIES = (1, 16, 64, 256, 512), (128256, 32000)
 TOP_K, TOP_P, MIN_P = 50, 0.9, 0.1
@@ -28,13 +30,14 @@ _PROBS = Tolerance(5e-3, 1e-4)
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """``task``, float32 logits [B, V], their softmax, and the filters and keys of each row."""
+    """``task``, float32 logits [B, V], their softmax, and the filters, keys and penalties of each row."""
 
     task: str
     logits: Tensor
     probs: Tensor
     filters: FilterParams
     keys: DrawKeys
+    penalties: PenaltyParams = NO_PENALTIES
 
 
 def _filters(task: str, num_rows: int, device: torch.device) -> FilterParams:
@@ -45,6 +48,7 @@ def _filters(task: str, num_rows: int, device: torch.device) -> FilterParams:
         top_k=column(TOP_K, torch.int32) if "topk" in task else None,
         top_p=column(TOP_P, torch.float32) if "topp" in task else None,
         min_p=column(MIN_P, torch.float32) if "minp" in task else None,
+        typical_p=column(TOP_P, torch.float32) if "typicalp" in task else None,
         order="joint" if "joint" in task else "sequential",
     )
 
@@ -54,15 +58,17 @@ def _inputs(device: torch.device, task: str, num_rows: int, vocab_size: int) -> 
     logits = torch.randn(shape, device=device, generator=generator_on(device)) * 3
     seeds = torch.arange(num_rows, device=device)
     keys = DrawKeys(seeds, torch.zeros_like(seeds, dtype=torch.int32), torch.full_like(seeds, 100))
-    return SamplingInputs(task, logits, logits.softmax(-1), _filters(task, num_rows, device), keys)
+    penalties = penalties_of(num_rows, vocab_size, device) if "penalised" in task else NO_PENALTIES
+    return SamplingInputs(task, logits, logits.softmax(-1), _filters(task, num_rows, device), keys, penalties)
 
 
 def _draw_check(inputs: SamplingInputs) -> Callable[[Outputs], Accuracy]:
     """Tokens as the reference draws them ("tokens"), or drawn from what the filters keep ("drawn", other generators)."""
-    kept = torch.empty_like(inputs.logits)
-    reference_filter(inputs.logits, inputs.filters, "probs", kept)
+    logits, kept = torch.empty_like(inputs.logits), torch.empty_like(inputs.logits)
+    reference_penalties(inputs.logits, inputs.penalties, logits)
+    reference_filter(logits, inputs.filters, "probs", kept)
     expected = torch.empty_like(inputs.keys.seed)
-    reference_sample(inputs.logits, inputs.filters, inputs.keys, None, expected)
+    reference_sample(logits, inputs.filters, inputs.keys, None, expected)
 
     def check(outputs: Outputs) -> Accuracy:
         ((name, tokens),) = outputs.items()
@@ -84,11 +90,16 @@ def _sample(device: torch.device, task: str, num_rows: int, vocab_size: int) -> 
     out = torch.empty_like(inputs.keys.seed)
     request: dict[str, Hashable] = {"dtype": torch.float32, "vocab_size": vocab_size}
     request |= {"filters": inputs.filters.active, "order": inputs.filters.order}
-    request |= {"penalties": frozenset[str](), "slots": False}
+    request |= {"penalties": inputs.penalties.active, "slots": False}
+
+    def call() -> Outputs:
+        penalties = inputs.penalties
+        return {"tokens": sample.sample(inputs.logits, inputs.filters, inputs.keys, penalties=penalties, out=out)}
+
     return Problem(
         request,
         inputs,
-        {"": lambda: lambda: {"tokens": sample.sample(inputs.logits, inputs.filters, inputs.keys, out=out)}},
+        {"": lambda: call},
         _draw_check(inputs),
         sample.cost(num_rows, vocab_size, torch.float32),
         reads(inputs.logits),
@@ -140,6 +151,10 @@ TASKS: dict[str, tuple[str, Callable[..., Problem]]] = {
     "topk50 topp.9": ("sample", _sample),
     "topk50 topp.9 joint": ("sample", _sample),
     "minp.1": ("sample", _sample),
+    "typicalp.9": ("sample", _sample),
+    "plain penalised": ("sample", _sample),
+    "topk50 topp.9 penalised": ("sample", _sample),
+    "topp.9 penalised": ("sample", _sample),
     "topp.9 renorm": ("filter_logits", partial(_filter, kind="probs")),
     "topk50 renorm": ("filter_logits", partial(_filter, kind="probs")),
     "topk50 mask": ("filter_logits", partial(_filter, kind="logits")),

@@ -30,7 +30,7 @@ from .kernels.sampling.forms import searches
 from .kernels.sampling.geometry import geometry_for
 from .kernels.sampling.penalize_logits import PenalizeLogitsSpec
 from .kernels.sampling.record_tokens import RecordTokensSpec
-from .kernels.sampling.sample import ColumnSampleSpec, SampleSpec
+from .kernels.sampling.sample import ColumnSampleSpec, SampleSpec, column_form
 from .kernels.sampling.top_k import TopKSpec
 from .kernels.sampling.verify import VerifySpec
 from .spec import KernelSpec
@@ -148,10 +148,14 @@ def _sampling_specs() -> Iterator[KernelSpec]:
         for filters in (frozenset[str](), frozenset({"top_p"})):
             form = geometry_for(128256, num_rows, search=searches(filters))
             yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
-        for filters in (usual, frozenset[str]()):
-            form = geometry_for(128256, num_rows, search=searches(filters))
-            for penalties in (False, True):
-                yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, penalties)
+        for filters, penalties in (
+            (usual, True),
+            (usual, False),
+            (frozenset[str](), True),
+            (every | {"typical_p"}, True),
+        ):
+            form, typical = column_form(128256, num_rows, filters, penalties), "typical_p" in filters
+            yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, typical, penalties)
         form = geometry_for(128256, num_rows)
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
         for probs in (False, True):
@@ -207,6 +211,7 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
         yield from _prefill_specs(spec, CallForm())
     yield from _prefill_specs(replace(eight, page_size=1), CallForm(), boxes=False)
     yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), CallForm(k_scales=True, v_scales=True))
+    yield from _prefill_specs(replace(eight, rope=FusedRope(128)), CallForm())
     all_fp8 = replace(eight, kv_format="fp8_e4m3", q_format="fp8_e4m3")
     scaled = CallForm(q_scales=True, k_scales=True, v_scales=True)
     for spec in (all_fp8, replace(all_fp8, page_size=None, table="ragged", causal=False)):

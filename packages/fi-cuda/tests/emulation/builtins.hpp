@@ -61,10 +61,18 @@ inline float __uint_as_float(unsigned bits) { return emulated::value_of<float>(b
 inline int __float_as_int(float value) { return static_cast<int>(emulated::bits_of(value)); }
 inline unsigned __float_as_uint(float value) { return static_cast<unsigned>(emulated::bits_of(value)); }
 inline double __longlong_as_double(long long bits) { return emulated::value_of<double>(static_cast<unsigned long long>(bits)); }
+inline double __hiloint2double(int high, int low) {
+  return __longlong_as_double(static_cast<long long>(static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32 |
+                                                     static_cast<unsigned>(low)));
+}
 inline long long __double_as_longlong(double value) { return static_cast<long long>(emulated::bits_of(value)); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 inline int __clzll(long long value) { return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value)); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline unsigned __dp4a(unsigned first, unsigned second, unsigned sum) {
+  for (int shift = 0; shift < 32; shift += 8) sum += (first >> shift & 0xff) * (second >> shift & 0xff);
+  return sum;
+}
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline unsigned __brev(unsigned value) {
@@ -102,12 +110,12 @@ inline long long __mul64hi(long long first, long long second) {
 
 // Arithmetic with a rounding
 template <class Compute>
-inline float rounded(int mode, Compute compute) {
+inline auto rounded(int mode, Compute compute) {
   const int before = std::fegetround();
   std::fesetround(mode);
-  const volatile float result = compute();
+  const volatile auto result = compute();
   std::fesetround(before);
-  return result;
+  return +result;
 }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -132,6 +140,9 @@ inline float __fmul_ru(float a, float b) {
   return rounded(FE_UPWARD, [&] { const volatile float x = a, y = b; return x * y; });
 }
 inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dadd_rd(double a, double b) {
+  return rounded(FE_DOWNWARD, [&] { const volatile double x = a, y = b; return x + y; });
+}
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }

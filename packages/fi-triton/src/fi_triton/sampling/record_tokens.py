@@ -37,7 +37,7 @@ def record_kernel(
         added = tl.full((), 0, tl.int32)
         for step in range(num_tokens):
             token = tl.load(tokens_ptr + row * tokens_stride + step)
-            if (token >= 0) & (token < seen_words.to(tl.int64) * 32):
+            if (token >= 0) & (token < tl.cast(seen_words, tl.int64) * 32):  # a constant where it is 1
                 in_use = tl.minimum(held, capacity)
                 found = tl.full((), -1, tl.int32)
                 for start in range(0, in_use, BLOCK):

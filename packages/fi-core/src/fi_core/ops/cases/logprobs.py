@@ -35,7 +35,7 @@ class LogprobsCase:
 def _logprobs_cases() -> Iterator[LogprobsCase]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         yield LogprobsCase(f"plain_{name_of(dtype)}", 5, dtype=dtype)
-    for top_n, vocab_size in ((0, 1), (1, 1), (2, 2), (0, 31), (20, 256), (511, 511), (5, 4096)):
+    for top_n, vocab_size in ((0, 1), (1, 1), (2, 2), (0, 31), (20, 256), (511, 511), (5, 4096), (600, 2000)):
         yield LogprobsCase(f"n{top_n}_v{vocab_size}", top_n, vocab_size, num_rows=3, make=tied)
     for make in (flat, masked, single, huge, unusable):
         yield LogprobsCase(f"{make.__name__}_n5", 5, make=make, vocab_size=130)

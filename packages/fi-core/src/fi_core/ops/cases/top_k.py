@@ -32,7 +32,18 @@ class TopKCase:
 def _top_k_cases() -> Iterator[TopKCase]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         yield TopKCase(f"plain_{name_of(dtype)}", 8, dtype=dtype)
-    for k, vocab_size in ((1, 1), (1, 2), (2, 2), (3, 31), (64, 256), (100, 511), (511, 511), (50, 4096)):
+    for k, vocab_size in (
+        (1, 1),
+        (1, 2),
+        (2, 2),
+        (3, 31),
+        (64, 256),
+        (100, 511),
+        (511, 511),
+        (50, 4096),
+        (600, 2000),
+        (2048, 2500),
+    ):
         yield TopKCase(f"k{k}_v{vocab_size}", k, vocab_size, num_rows=3, make=tied)
     for make in (flat, tied, masked, hostile):
         yield TopKCase(f"{make.__name__}_k20", 20, make=make, vocab_size=130)

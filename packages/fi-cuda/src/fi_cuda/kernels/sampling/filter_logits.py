@@ -16,6 +16,7 @@ from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import FilteringSpec, address, searches
 from .geometry import Geometry, geometry_for, start_delay
+from .tuning import SamplingTuning, sampling_tuning_for
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class FilterLogitsSpec(FilteringSpec):
         )
     )
 
+    def config_lines(self) -> list[str]:
+        return [*super().config_lines(), "static constexpr bool kTypicalP = false;"]
+
 
 @lru_cache(maxsize=1024)
 def _bound(
@@ -53,16 +57,19 @@ def _bound(
     geometry: Geometry,
     filters: frozenset[str],
     probs: bool,
+    tuning: SamplingTuning,
 ) -> LaunchableKernel:
-    return kernel_for(FilterLogitsSpec.of(dtype, vectors[0], geometry, filters, vectors[1], probs), device)
+    spec = FilterLogitsSpec.of(dtype, vectors[0], geometry, filters, vectors[1], probs, tuning=tuning)
+    return kernel_for(spec, device)
 
 
 def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
     """The ``FilterLogits`` protocol of fi-core, a cluster a row; ``out`` may be the logits."""
     device, (num_rows, vocab_size) = logits.device, logits.shape
-    chosen = geometry_for(vocab_size, num_rows, search=searches(filters.active))
+    tuning = sampling_tuning_for(device)
+    chosen = geometry_for(vocab_size, num_rows, search=searches(filters.active), tuning=tuning)
     vectors = (vector_bytes(logits, multiple_of=vocab_size), vector_bytes(out, multiple_of=vocab_size))
-    kernel = _bound(device, logits.dtype, vectors, chosen, filters.active, kind == "probs")
+    kernel = _bound(device, logits.dtype, vectors, chosen, filters.active, kind == "probs", tuning)
     kernel.launch(
         device,
         num_rows * chosen.cluster_size,

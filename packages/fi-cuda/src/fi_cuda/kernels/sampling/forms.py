@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ...spec import KernelSpec
 from .geometry import Geometry
+from .tuning import BUILT_IN, SamplingTuning
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
-_RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 8
+_RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 9
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class ClusterRowSpec(KernelSpec):
         return True
 
     @property
+    def bracket(self) -> bool:
+        """Whether it looks for the end of a kept mass (``BracketSearch``), which takes a histogram for each thread."""
+        return False
+
+    @property
     def needs_smallest(self) -> bool:
         """Whether the kernel reads a row's smallest element."""
         return self.search
@@ -53,14 +59,17 @@ class ClusterRowSpec(KernelSpec):
     def shared_bytes(self) -> int:
         warps, blocks = self.block_threads // 32, self.cluster_blocks
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 32
-        searched = max(256 * _RANK_BINS, 8 * _LIST_PER_BLOCK * blocks) + 16 * max(_RANK_BINS * blocks, 512)
-        searched += 8 * (_RANK_BINS + _LOCAL_TOKENS) + (16 + 16) * blocks + 64
+        listed = max(256 * _RANK_BINS, 8 * _LIST_PER_BLOCK * blocks) + 8 * _LOCAL_TOKENS
+        searched = max(listed, _RANK_BINS * self.block_threads if self.bracket else 0)
+        searched += 16 * max(_RANK_BINS * blocks, 512) + 8 * _RANK_BINS + (16 + 16) * blocks + 128
+        searched += 32 * blocks + 8 * warps if self.bracket else 48
         return 4 * warps * self.warp_tokens + exchanged + (searched if self.search else 0)
 
     def config_lines(self) -> list[str]:
         derived = (
             f"static constexpr int kSharedBytes = {self.shared_bytes};",
             f"static constexpr bool kSearch = {str(self.search).lower()};",
+            f"static constexpr bool kBracket = {str(self.bracket).lower()};",
             f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
         )
         return [*super().config_lines(), *derived]
@@ -68,26 +77,40 @@ class ClusterRowSpec(KernelSpec):
 
 @dataclass(frozen=True)
 class FilteringSpec(ClusterRowSpec):
-    """Also which filters some row uses."""
+    """Also which filters some row uses, and of ``SamplingTuning`` what the kernel knows."""
 
     top_k: bool
     top_p: bool
     min_p: bool
+    brackets: bool
+    double_sums: bool
 
     @property
     def search(self) -> bool:
         return self.top_k or self.top_p
 
+    @property
+    def bracket(self) -> bool:
+        return self.brackets and self.top_p
+
     @classmethod
-    def of(cls, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], *more: Any) -> Self:
+    def of(
+        cls,
+        dtype: torch.dtype,
+        vector: int,
+        geometry: Geometry,
+        filters: frozenset[str],
+        *more: Any,
+        tuning: SamplingTuning = BUILT_IN,
+    ) -> Self:
         """The spec for a row's form and active filters."""
         used = ("top_k" in filters, "top_p" in filters, "min_p" in filters)
-        return cls(dtype, vector, *geometry, *used, *more)
+        return cls(dtype, vector, *geometry, *used, tuning.bracket, tuning.double_sums, *more)
 
 
 def searches(filters: frozenset[str]) -> bool:
     """Whether a kernel with these filters looks for the last token that they keep; min_p alone is a limit."""
-    return bool(filters & {"top_k", "top_p"})
+    return bool(filters & {"top_k", "top_p", "typical_p"})
 
 
 def address(tensor: Tensor | None) -> int:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .tuning import BUILT_IN, SamplingTuning
+
 _GRANULE = 8
 """A warp's part of a row is a multiple of it, so that parts begin at multiples of 16 bytes in any dtype."""
+
+_ROUND = 128
+"""Likewise, so that a warp's loops, four tokens a thread, have no partial rounds."""
 
 _MAX_CLUSTER = 16
 _FEW_ROWS, _SOME_ROWS = 8, 32
 _TWO_BLOCKS_BYTES = 80 * 1024
 """Slices of rows up to which two blocks fit on a multiprocessor, whatever else the kernels keep."""
+
+_TWO_BRACKETS_BYTES = 79 * 1024
+_EXCHANGED_BYTES = 1024
+"""The same of kernels with ``SamplingTuning.bracket``, less what they exchange with each block of the cluster."""
 
 _ONE_BLOCK_BYTES = 160 * 1024
 _THREE_BLOCKS_BYTES = 72 * 1024
@@ -36,14 +45,16 @@ class Geometry(NamedTuple):
         return 4 * self.num_threads // 32 * self.warp_tokens
 
 
-def geometry(vocab_size: int, cluster_size: int, num_threads: int, resident_blocks: int = 1) -> Geometry:
-    """The least parts that hold ``vocab_size`` tokens."""
+def geometry(vocab_size: int, cluster_size: int, num_threads: int, granule: int = _GRANULE) -> Geometry:
+    """The least parts that hold ``vocab_size`` tokens, one block a multiprocessor."""
     warps = cluster_size * num_threads // 32
     tokens = -(-vocab_size // warps)
-    return Geometry(cluster_size, num_threads, -(-tokens // _GRANULE) * _GRANULE, resident_blocks)
+    return Geometry(cluster_size, num_threads, -(-tokens // granule) * granule, 1)
 
 
-def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, search: bool = True) -> Geometry:
+def geometry_for(
+    vocab_size: int, num_rows: int, rows_held: int = 1, search: bool = True, tuning: SamplingTuning = BUILT_IN
+) -> Geometry:
     """What measured best on an H100 (docs/kernels/sampling.md) for ``num_rows`` clusters that hold ``rows_held`` rows each;
     ``search``: of a kernel that looks for the last token that a filter keeps.
 
@@ -51,19 +62,22 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, search: boo
     one, so that one row is read while another is searched.
     """
     threads = 128 if vocab_size <= 1024 else 256 if vocab_size <= 4096 else 512
+    granule = _ROUND if tuning.whole_rounds else _GRANULE
     if vocab_size <= 4096:
-        return geometry(vocab_size, 1, threads)
+        return geometry(vocab_size, 1, threads, granule)
     many = num_rows > _SOME_ROWS
     cluster_size = 1 if many else _MAX_CLUSTER if num_rows <= _FEW_ROWS else _MAX_CLUSTER // 2
     if not many:
         while cluster_size > 1 and vocab_size <= cluster_size * 2048:
             cluster_size //= 2
-    limit = _TWO_BLOCKS_BYTES if many else _ONE_BLOCK_BYTES
-    while cluster_size < _MAX_CLUSTER and rows_held * geometry(vocab_size, cluster_size, threads).slice_bytes > limit:
+    while True:
+        two_blocks = _TWO_BRACKETS_BYTES - _EXCHANGED_BYTES * cluster_size if tuning.bracket else _TWO_BLOCKS_BYTES
+        found = geometry(vocab_size, cluster_size, threads, granule)
+        held = rows_held * found.slice_bytes
+        if cluster_size == _MAX_CLUSTER or held <= (two_blocks if many else _ONE_BLOCK_BYTES):
+            break
         cluster_size *= 2
-    found = geometry(vocab_size, cluster_size, threads)
-    held = rows_held * found.slice_bytes
-    resident = 1 if not many or held > _TWO_BLOCKS_BYTES else 2 if search or held > _THREE_BLOCKS_BYTES else 3
+    resident = 1 if not many or held > two_blocks else 2 if search or held > _THREE_BLOCKS_BYTES else 3
     return found._replace(resident_blocks=resident)
 
 

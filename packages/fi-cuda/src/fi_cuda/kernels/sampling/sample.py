@@ -16,6 +16,7 @@ from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import PENALTY_FIELDS, FilteringSpec, address, penalty_values, searches
 from .geometry import Geometry, geometry_for, start_delay
+from .tuning import BUILT_IN, SamplingTuning, sampling_tuning_for
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,28 @@ class SampleSpec(FilteringSpec):
     )
 
     def config_lines(self) -> list[str]:
-        return [*super().config_lines(), "static constexpr bool kColumns = false, kPenalties = false;"]
+        return [
+            *super().config_lines(),
+            "static constexpr bool kColumns = false, kPenalties = false, kTypicalP = false;",
+        ]
 
 
 @dataclass(frozen=True)
 class ColumnSampleSpec(FilteringSpec):
     """Of rows whose parameters lie in columns; ``penalties``: which change the rows on their way in."""
 
+    typical_p: bool
     penalties: bool
 
     stem: ClassVar = "sample"
     overlapping: ClassVar = True
-    layout: ClassVar = ParamsLayout((*SampleSpec.layout.fields, ("slots", "pointer"), *PENALTY_FIELDS))
+    layout: ClassVar = ParamsLayout(
+        (*SampleSpec.layout.fields, ("typical_p", "pointer"), ("slots", "pointer"), *PENALTY_FIELDS)
+    )
+
+    @property
+    def search(self) -> bool:
+        return super().search or self.typical_p
 
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), "static constexpr bool kColumns = true;"]
@@ -65,16 +76,28 @@ class ColumnSampleSpec(FilteringSpec):
 
 @lru_cache(maxsize=1024)
 def _bound(
-    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str]
+    device: torch.device,
+    dtype: torch.dtype,
+    vector: int,
+    geometry: Geometry,
+    filters: frozenset[str],
+    tuning: SamplingTuning,
 ) -> LaunchableKernel:
-    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters), device)
+    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters, tuning=tuning), device)
 
 
 @lru_cache(maxsize=1024)
 def _bound_to_columns(
-    device: torch.device, dtype: torch.dtype, vector: int, geometry: Geometry, filters: frozenset[str], penalties: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    vector: int,
+    geometry: Geometry,
+    filters: frozenset[str],
+    tuning: SamplingTuning,
+    penalties: bool,
 ) -> LaunchableKernel:
-    return kernel_for(ColumnSampleSpec.of(dtype, vector, geometry, filters, penalties), device)
+    spec = ColumnSampleSpec.of(dtype, vector, geometry, filters, "typical_p" in filters, penalties, tuning=tuning)
+    return kernel_for(spec, device)
 
 
 def _values(
@@ -111,9 +134,20 @@ def sample(
 ) -> None:
     """The ``Sample`` protocol of fi-core, a cluster an output; its entry admits neither penalties nor slots."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
-    kernel = _bound(device, logits.dtype, vector_bytes(logits, multiple_of=vocab_size), form, filters.active)
+    tuning = sampling_tuning_for(device)
+    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active), tuning=tuning)
+    vector = vector_bytes(logits, multiple_of=vocab_size)
+    kernel = _bound(device, logits.dtype, vector, form, filters.active, tuning)
     kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens, form))
+
+
+def column_form(
+    vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool, tuning: SamplingTuning = BUILT_IN
+) -> Geometry:
+    """The form of a row's cluster, with as many registers as typical_p and penalties need."""
+    form = geometry_for(vocab_size, num_outputs, search=searches(filters), tuning=tuning)
+    most = 1 if "typical_p" in filters else 2 if penalties else form.resident_blocks
+    return form._replace(resident_blocks=min(form.resident_blocks, most))
 
 
 def sample_columns(
@@ -127,14 +161,16 @@ def sample_columns(
 ) -> None:
     """The ``Sample`` protocol of fi-core with all of its parts, a cluster an output."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
+    tuning = sampling_tuning_for(device)
+    form = column_form(vocab_size, num_outputs, filters.active, bool(penalties.active), tuning)
     vector = vector_bytes(logits, multiple_of=vocab_size)
-    kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, bool(penalties.active))
+    kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, tuning, bool(penalties.active))
     kernel.launch(
         device,
         num_outputs * form.cluster_size,
         1,
         *_values(logits, filters, keys, rows, tokens, form),
+        address(filters.typical_p),
         address(slots),
         *penalty_values(penalties),
     )

@@ -85,15 +85,19 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   RankPrefix prefix = every_token();
   Answer total;
   if constexpr (Config::kTopK || Config::kTopP) {
-    prefix = kept_prefix(row, filters, Config::kProbs ? Wish::kTotal : Wish::kNothing, total);
+    constexpr Wish kWish = Config::kProbs ? Wish::kTotal : Wish::kNothing;
+    bool known = false;
+    if constexpr (Config::kTopP && Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total);
+    if (!known) prefix = kept_prefix(row, filters, kWish, total);
   }
   const auto kept_weight = [&](int token, float logit) {
-    const float weight = weight_of(row.largest - logit);
-    return prefix.has(logit, token) && weight >= filters.min_p ? weight : 0.0f;
+    const float weight = row.weight(logit);
+    const bool heavy = (Config::kDoubleSums && !Config::kMinP) || weight >= filters.min_p;
+    return prefix.has(logit, token) && heavy ? weight : 0.0f;
   };
   if constexpr (Config::kProbs) {
     if (!total.known()) {
-      row.sum_over_warps([&](int place, float logit) { return mass_limbs(kept_weight(row.first_token + place, logit)); });
+      row.sum_masses_over_warps([&](int place, float logit) { return kept_weight(row.first_token + place, logit); });
       uint64 before;
       total.amount = row.sum_over_blocks(before);
     }

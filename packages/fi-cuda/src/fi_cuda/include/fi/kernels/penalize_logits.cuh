@@ -16,14 +16,17 @@ template <class Params>
 struct PenaltyStage {
   static constexpr bool kMasks = true;
   const Params& params;
-  int64 index, slot;
+  int index;
+  int64 slot;
   PenaltyRow<Params> row;
 
-  __device__ __forceinline__ PenaltyStage(const Params& params, int64 index) : params(params), index(index) {
+  __device__ __forceinline__ PenaltyStage(const Params& params, int index, PenaltyScalars* scalars)
+      : params(params), index(index) {
+    row.scalars = scalars;
     slot = params.slots == nullptr ? index : static_cast<const int64*>(params.slots)[index];
   }
   __device__ __forceinline__ void begun() { row.find(params, index, slot); }
-  __device__ __forceinline__ unsigned word(int token) const { return slot < 0 ? 0xffffffffu : row.word(token); }
+  __device__ __forceinline__ unsigned word(int token) const { return slot < 0 ? 0xffffffffu : row.word(params, index, token); }
 };
 
 // Repetition, frequency and presence of one token by dense counts.
@@ -58,19 +61,20 @@ __device__ __forceinline__ void penalize_logits(const Params& params) {
   const int64 index = blockIdx.x / Config::kParts;
   const int first_token = static_cast<int>(blockIdx.x % Config::kParts) * kTokens;
   ptx::wait_for_previous_kernel();
-  PenaltyStage<Params> stage(params, index);
+  __shared__ PenaltyScalars scalars;
+  PenaltyStage<Params> stage(params, static_cast<int>(index), &scalars);
   const T* logits = static_cast<const T*>(params.logits) + index * params.logits_stride;
   load_slice<Config>(logits, first_token, params.vocab_size, slice, stage);
   ptx::allow_next_kernel();
   const PenaltyRow<Params>& at = stage.row;
-  bool fits = true;
   const bool changed = stage.slot >= 0;
   if (changed) {
     const int num_tokens = min(params.vocab_size - first_token, kTokens);
-    fits = PenaltyPatch<Config::kNumThreads, Params>{params, at, slice, first_token, num_tokens}.apply();
+    PenaltyPatch<Config::kNumThreads, Params>{params, at, slice, first_token, num_tokens}.apply();
   } else {
     __syncthreads();
   }
+  const bool fits = !changed || scalars.fits(params.capacity);
   T* out = static_cast<T*>(params.out) + index * params.out_stride;
   for_each_four<Config, 1>(slice, [&](int place, float4 four) {
     const int token = first_token + place;

@@ -4,17 +4,18 @@
 // A cluster holds a row in its blocks' shared memory (fi/sampling/row.cuh). The row's largest logit, which the masses need, is
 // exchanged first. Rows with a small top_k are then decided by the first block (short_list.cuh); others find the last token
 // that their filters keep (find_prefix.cuh), sum up the kept masses, and draw in index order.
-// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTopK, kTopP, kMinP: which filters some row uses;
-// kColumns: parameters lie in columns from which slots may pick; with it kPenalties: penalties change the rows on their way in
-// (fi/sampling/penalties.cuh, which has their Params).
+// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTopK, kTopP, kMinP, kTypicalP: which filters some row
+// uses; kColumns: parameters lie in columns from which slots may pick; with it kPenalties: penalties change the rows on their way
+// in (fi/sampling/penalties.cuh, which has their Params).
 // Params: logits [rows, vocab_size]; rows (int32, or int64 if wide_rows; null: in order); temperature, top_p, min_p float32
 // and top_k int32 [outputs], temperature or null; seed, sample, position [outputs]; tokens int64 [outputs]. With kColumns also
-// slots (int64 [outputs]: an output's place in all columns but position, below 0: none; null: in order).
+// typical_p float32 and slots (int64 [outputs]: an output's place in all columns but position, below 0: none; null: in order).
 #pragma once
 
 #include "fi/ptx/dependent_launch.cuh"
 #include "fi/sampling/penalties.cuh"
 #include "fi/sampling/short_list.cuh"
+#include "fi/sampling/typical_set.cuh"
 
 namespace fi {
 
@@ -24,6 +25,7 @@ struct SampleStage {
   static constexpr bool kMasks = Config::kPenalties;
 
   const Params& params;
+  ClusterShared<Config>& shared;
   int output;
   int64 slot;
   RowFilters filters;
@@ -31,7 +33,8 @@ struct SampleStage {
   int sample;
   typename Choose<Config::kPenalties, PenaltyRow<Params>, NoPenalties>::Type penalties;
 
-  __device__ __forceinline__ SampleStage(const Params& params, int output) : params(params), output(output), slot(output) {
+  __device__ __forceinline__ SampleStage(const Params& params, ClusterShared<Config>& shared, int output)
+      : params(params), shared(shared), output(output), slot(output) {
     if constexpr (Config::kColumns) {
       if (params.slots != nullptr) slot = static_cast<const int64*>(params.slots)[output];
     } else {
@@ -41,8 +44,15 @@ struct SampleStage {
 
   // Addresses that a slot decides wait for it, behind the loads of the row.
   __device__ __forceinline__ void begun() {
-    if constexpr (Config::kColumns) load(slot > 0 ? slot : 0);
-    if constexpr (Config::kPenalties) penalties.find(params, output, slot);
+    if constexpr (Config::kColumns) {
+      load(slot > 0 ? slot : 0);
+      make_random();
+    }
+    if constexpr (Config::kPenalties) {
+      __shared__ PenaltyScalars scalars;
+      penalties.scalars = &scalars;
+      penalties.find(params, output, slot);
+    }
   }
 
   template <class Place>
@@ -53,7 +63,14 @@ struct SampleStage {
     sample = static_cast<const int*>(params.sample)[place];
   }
 
-  __device__ __forceinline__ unsigned word(int token) const { return penalties.word(token); }
+  __device__ __forceinline__ void make_random() {
+    if (threadIdx.x == 0) shared.random = random_bits(seed, position, sample, Purpose::kDraw);
+  }
+
+  __device__ __forceinline__ unsigned word(int token) const {
+    if constexpr (Config::kPenalties) return penalties.word(params, output, token);
+    return 0xffffffffu;
+  }
 };
 
 template <class Config, class Params>
@@ -94,71 +111,109 @@ struct SampleKernel {
     }
   }
 
-  // The first token in index order whose inclusive cumulative mass exceeds the random target; mass(place, logit) is 0 for
+  // The first token in index order whose inclusive cumulative mass exceeds the random target; weight(place, logit) is 0 for
   // tokens that are not kept. Where it is known which block has it, the others have no work.
-  template <class Mass>
-  __device__ __forceinline__ void draw(Mass mass, Answer end) {
+  template <class Weight>
+  __device__ __forceinline__ void draw(Weight weight, Answer end) {
     if (end.known() && static_cast<int>(end.block) != row.rank) return;
-    row.sum_over_warps(mass);
+    row.sum_masses_over_warps(weight);
     uint64 target = end.amount;
     if (!end.known()) {
       uint64 before;
       const uint64 total = row.sum_over_blocks(before);
+      if (Config::kTypicalP && total == 0) return write_first_of_largest();  // joint filters may leave nothing
       target = static_cast<uint64>(scale_bits(row.shared.random, static_cast<int64>(total)));
       if (target < before || target >= before + row.shared.block_amount[row.rank]) return;
       target -= before;
     }
-    row.locate(mass, target, [&](int place) { write(row.first_token + place); });
+    row.locate([&](int place, float logit) { return mass_limbs(weight(place, logit)); }, target,
+               [&](int place) { write(row.first_token + place); });
+  }
+
+  // Of the typical tokens that the other filters keep too.
+  template <class Weight>
+  __device__ __forceinline__ void draw_typical(const RowFilters& filters, Weight kept_weight) {
+    const TypicalSet kept = TypicalSearch<Config>{row}.find(
+        [&](int place, float logit) {
+          return filters.joint ? weight_of(row.largest - logit) : kept_weight(place, logit);
+        },
+        [&](uint64 total) { return RowFilters::share_of(filters.typical_p, total); });
+    draw(
+        [&](int place, float logit) {
+          const bool has = kept.has(row.largest - logit, row.first_token + place);
+          return has ? kept_weight(place, logit) : 0.0f;
+        },
+        Answer{});
   }
 
   __device__ __forceinline__ void run() {
     // What is loaded here is first used when the logits have come.
-    SampleStage<Config, Params> stage(params, output);
+    SampleStage<Config, Params> stage(params, row.shared, output);
     const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + source() * params.logits_stride;
     Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice, stage);
     ptx::allow_next_kernel();
     RowFilters filters = stage.filters;
     normalise(filters, params.vocab_size);
-    const bool listed = Config::kTopK && ShortList<Config>::serves(filters);
+    if (Config::kColumns && stage.slot < 0) filters.valid = false;
+    const bool typical = Config::kTypicalP && filters.typical_p < 1.0f;
+    const bool listed = Config::kTopK && ShortList<Config>::serves(filters) && !typical;
     float temperature = filters.temperature;
     if constexpr (Config::kPenalties) {
-      extremes = penalise(stage.penalties, temperature);
+      extremes = penalise(stage.penalties, extremes, temperature);
       temperature = 1.0f;
     }
     row.share(extremes, params.vocab_size, temperature, listed);
-    if (threadIdx.x == 0) row.shared.random = random_bits(stage.seed, stage.position, stage.sample, Purpose::kDraw);
-    if (!row.usable() || !filters.valid || (Config::kColumns && stage.slot < 0)) {
+    if (!Config::kColumns) stage.make_random();
+    if (!row.usable() || !filters.valid) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
     if (filters.greedy) return write_first_of_largest();
-    if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP) {
-      return draw([&](int, float logit) { return mass_limbs(weight_of(row.largest - logit)); }, Answer{});
+    if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP && !Config::kTypicalP) {
+      return draw([&](int, float logit) { return row.weight(logit); }, Answer{});
     }
     if constexpr (Config::kTopK) {
       if (listed && drawn_from_list(filters)) return;
     }
     RankPrefix prefix = every_token();
     Answer end;
-    if constexpr (Config::kTopK || Config::kTopP) prefix = kept_prefix(row, filters, Wish::kDraw, end);
-    draw(
-        [&](int place, float logit) {
-          const float weight = weight_of(row.largest - logit);
-          return mass_limbs(prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? weight : 0.0f);
-        },
-        end);
+    const Wish wish = typical ? Wish::kNothing : Wish::kDraw;
+    bool known = false;
+    if constexpr (Config::kTopP && Config::kBracket) {
+      known = kept_by_bracket(row, filters, wish, prefix, end);
+      if (known && !typical && filters.min_p <= 0.0f) return draw_kept(prefix, end);
+    }
+    if constexpr (Config::kTopK || Config::kTopP) {
+      if (!known) prefix = kept_prefix(row, filters, wish, end);
+    }
+    const auto kept_weight = [&](int place, float logit) {
+      const float weight = row.weight(logit);
+      return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? weight : 0.0f;
+    };
+    if constexpr (Config::kTypicalP) {
+      if (typical) return draw_typical(filters, kept_weight);
+    }
+    draw(kept_weight, end);
+  }
+
+  // By all blocks, after a bracket's answer; only the one that it names has work.
+  __device__ __forceinline__ void draw_kept(RankPrefix prefix, Answer end) {
+    if (static_cast<int>(end.block) != row.rank) return;
+    const auto mass = [&](int place, float logit) {
+      return mass_limbs(prefix.has(logit, row.first_token + place) ? row.weight(logit) : 0.0f);
+    };
+    row.locate(mass, end.amount, [&](int place) { write(row.first_token + place); });
   }
 
   // Penalties and temperature; returns the thread's new extremes.
   template <class Penalties>
-  __device__ __forceinline__ Extremes penalise(const Penalties& penalties, float temperature) {
+  __device__ __forceinline__ Extremes penalise(const Penalties& penalties, Extremes loaded, float temperature) {
     float* slice = row.shared.slice;
     const int left = params.vocab_size - row.first_token;
     const int num_tokens = max(0, min(left, RowShape<Config>::kBlockTokens));
     const PenaltyPatch<kThreads, Params> patch{params, penalties, slice, row.first_token, num_tokens};
-    const bool fits = patch.apply();
-    const Extremes extremes = settle_slice<Config>(slice, num_tokens, temperature);
-    return fits ? extremes : Extremes{no_logit(), 0.0f};
+    if (!patch.apply()) loaded.largest = no_logit();
+    return settle_slice<Config>(slice, loaded, temperature);
   }
 
   // False, in all blocks, if the list cannot decide the row.
@@ -166,8 +221,14 @@ struct SampleKernel {
     ShortList<Config> list{row};
     const int count = list.collect(filters.top_k, false);
     if (count < 0) return false;
+    uint64 row_mass = 0;
+    if (Config::kTopP && filters.joint && filters.has_top_p()) {
+      row.sum_masses_over_warps([&](int, float logit) { return row.weight(logit); });
+      uint64 before;
+      row_mass = row.sum_over_blocks(before);
+    }
     if (row.rank == 0) {
-      const int token = list.draw(count, filters, row.shared.random);
+      const int token = list.draw(count, filters, row_mass, row.shared.random);
       if (token >= 0) write(token);
     }
     return true;

@@ -49,18 +49,33 @@ struct BoundaryShare {
   int unused;
 };
 
+// Masses of a block's tokens: of all, of those above a bracket of logits, and of those in it, and how many these are.
+struct alignas(16) BracketShare {
+  uint64 total, above, listed, count;
+};
+
 // What finding the last token that a filter keeps needs.
 template <class Config>
 struct alignas(16) SearchShared {
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kPartWords = kBlocks * kRankBins > 512 ? kBlocks * kRankBins : 512;
+  static constexpr int kCounts = Config::kBracket ? kRankBins * Config::kNumThreads : 16;
 
-  // A histogram with a column for each lane, so that lanes never collide: amounts as their lower 16 bits and the rest, whose
-  // sums fit 32 bits. In the first block also the list of tokens at the boundary, (logit, token), a part for each block; before
-  // either, the block's groups on their way to the others.
+  // Of PrefixSearch a histogram with a column for each lane, so that lanes never collide: amounts as their lower 16 bits and the
+  // rest, whose sums fit 32 bits; in the first block then the list of tokens at the boundary, (logit, token), a part for each
+  // block; and this block's tokens in the bin that the first level chose, if they fit. Of BracketSearch a histogram with a column
+  // for each thread, then in the first block the list of tokens in the bracket. Before either, the block's groups on their way
+  // to the others.
   union {
-    unsigned columns[2][kRankBins][32];
-    uint2 list[kBlocks * kListPerBlock];
+    struct {
+      union {
+        unsigned columns[2][kRankBins][32];
+        uint2 list[kBlocks * kListPerBlock];
+      };
+      uint2 local[kLocalTokens];
+    };
+    unsigned char counts[kCounts];
+    uint2 candidates[kCounts / 8];
     uint4 own_groups[kMaxGroups / 4];
   };
   // Every block's histogram, [block][bin], twice, because a second may come before the first is read. Before that the largest
@@ -73,9 +88,10 @@ struct alignas(16) SearchShared {
     };
   };
   alignas(16) uint64 own_bins[kRankBins];
-  // This block's tokens, (logit, token), in the bin that the first level chose, if they fit.
-  uint2 local[kLocalTokens];
   BoundaryShare shares[kBlocks];
+  BracketShare sums[Config::kBracket ? kBlocks : 1];
+  uint64 warp_listed[Config::kBracket ? RowShape<Config>::kWarps : 1];
+  float2 bracket;          // logits from which and up to which it lasts
   uint4 found;             // RankPrefix and Answer
   uint64 above[kBlocks];   // mass of each block's tokens before the boundary
   unsigned kept[2][kBlocks];  // and of the kept ones at it, lower 16 bits and the rest
@@ -83,6 +99,7 @@ struct alignas(16) SearchShared {
   int boundary_bin;
   int local_count;  // tokens of this block in the chosen bin
   int list_count;   // tokens that this block put on the list
+  RankPrefix own_found;
   int num_ranked;
 };
 
@@ -143,7 +160,7 @@ struct ClusterRow {
 
   Shared& shared;
   Mailbox<kBlocks> mailbox;
-  int rank, first_token;
+  int rank, first_token, vocab_size;
   float largest, smallest;  // of the whole row
 
   __device__ __forceinline__ explicit ClusterRow(Shared& memory)
@@ -151,6 +168,7 @@ struct ClusterRow {
         mailbox{memory.mail},
         rank(cluster_rank<kBlocks>()),
         first_token(rank * Shape::kBlockTokens),
+        vocab_size(0),
         largest(0.0f),
         smallest(0.0f) {
     mailbox.open();
@@ -190,13 +208,20 @@ struct ClusterRow {
       }
     }
     mailbox.receive(kind, kBlocks * (8 + (with_groups ? 16 * kFours : 0)));
-    const uint2 theirs = shared.extremes[lane % kBlocks];
+    read_extremes();
+  }
+
+  // Those shared last: read again, they need no registers in between.
+  __device__ __forceinline__ void read_extremes() {
+    const uint2 theirs = shared.extremes[threadIdx.x % kBlocks];
     largest = largest_of_warp(__uint_as_float(theirs.x));
     smallest = smallest_of_warp(__uint_as_float(theirs.y));
   }
 
   // After load_slice: divides by `temperature` and shares the extremes.
-  __device__ __forceinline__ void share(Extremes mine, int vocab_size, float temperature, bool with_groups) {
+  __device__ __forceinline__ void share(Extremes mine, int num_tokens, float temperature, bool with_groups) {
+    vocab_size = num_tokens;
+    __syncwarp();  // narrow loads leave a lane's logits to others
     if (temperature != 1.0f) mine = divide_slice<Config>(shared.slice, vocab_size - first_token, temperature);
     mailbox.opened();
     share_extremes(mine, with_groups);
@@ -223,6 +248,38 @@ struct ClusterRow {
     sum = sum_over_warp(sum);
     if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
     __syncthreads();
+  }
+
+  // The same of the masses of weight(place, logit): numbers of at least 0, unless limbs are summed up, which take NaN for 0.
+  template <class Weight>
+  __device__ __forceinline__ void sum_masses_over_warps(Weight weight) {
+    if constexpr (!Config::kDoubleSums) {
+      sum_over_warps([&](int place, float logit) { return mass_limbs(weight(place, logit)); });
+    } else {
+      MassSum masses;
+      for_each_four<Config>(shared.slice, [&](int place, float4 four) {
+        const float logits[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) masses.add(weight(place + e, logits[e]));
+      });
+      const uint64 sum = sum_over_warp(masses.mass());
+      if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
+      __syncthreads();
+    }
+  }
+
+  // Returns when every block has called it: what they received before may be sent again.
+  __device__ __forceinline__ void meet() {
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      mailbox.send_to_all(kShares, reinterpret_cast<uint2*>(&shared.search.shares[rank]), make_uint2(0, 0));
+    }
+    mailbox.receive(kShares, kBlocks * 8);
+  }
+
+  // What sum_masses_over_warps may take for the weight of any logit of the slice.
+  __device__ __forceinline__ float weight(float logit) const {
+    return Config::kDoubleSums ? weight_or_none(largest - logit) : weight_of(largest - logit);
   }
 
   // The prefix sums of what sum_over_warps found, a warp's in each of the first kWarps lanes of every warp.

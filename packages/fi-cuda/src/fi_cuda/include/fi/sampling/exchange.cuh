@@ -10,7 +10,7 @@ namespace fi {
 
 // What is sent, each kind on a barrier of its own. A kind is sent again only after every block has received it, because what
 // its senders did in between needed something of every receiver.
-enum Message : int { kExtremes, kExtremesAgain, kParts, kPartsAgain, kShares, kList, kFound, kAmounts, kNumMessages };
+enum Message : int { kExtremes, kExtremesAgain, kParts, kPartsAgain, kShares, kList, kFound, kAmounts, kSums, kNumMessages };
 
 template <int kBlocks>
 struct Mailbox {

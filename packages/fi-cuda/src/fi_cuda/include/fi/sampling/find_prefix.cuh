@@ -336,6 +336,11 @@ struct PrefixSearch {
     row.mailbox.send_to_all(kFound, &search.found, message(found, end));
   }
 
+  __device__ __forceinline__ RankPrefix all_considered() {
+    row.meet();  // another search may follow at once
+    return considered;
+  }
+
   // The prefix; `target_of(total)` (1 or more) says what it is to reach, from the amount of all considered tokens. Every
   // considered token if all of them do not reach it.
   template <class TargetOf>
@@ -353,7 +358,7 @@ struct PrefixSearch {
       add_slice(scale);
       share_bins(scale);
       scale.outer = boundary_bin(scale, target_of, wanted);
-      if (scale.outer < 0) return considered;
+      if (scale.outer < 0) return all_considered();
       gather_chosen(scale);
     } else if (threadIdx.x == 0) {
       row.shared.search.local_count = kLocalTokens + 1;
@@ -365,7 +370,7 @@ struct PrefixSearch {
       share_bins(scale);
       const uint64 left = wanted;
       const int bin = boundary_bin(scale, [&](uint64 total) { return has_target ? left : target_of(total); }, wanted);
-      if (bin < 0) return considered;
+      if (bin < 0) return all_considered();
       if (wish != Wish::kNothing && scale.shift < 0 && row.rank == 0) sum_above(scale.outer, bin);
       bool fits;
       const BoundaryShare boundary = collect(scale, bin, fits);

@@ -10,36 +10,55 @@
 
 namespace fi {
 
-// Which rows of the columns an output uses; its parameters lie at `place`, or nowhere if it is below 0.
+// What a block reads of a row's columns once, in shared memory.
+struct PenaltyScalars {
+  int bias_begin, bias_end, num_entries;
+  float repetition, frequency, presence;
+
+  // Whether all that is to be counted is in the history.
+  __device__ __forceinline__ bool fits(int capacity) const {
+    return (frequency == 0.0f && presence == 0.0f) || num_entries <= capacity;
+  }
+};
+
+// An output's rows of the columns.
 template <class Params>
 struct PenaltyRow {
-  int64 place, history;
-  const unsigned *allowed, *step_allowed, *seen;
+  int place, history;
+  PenaltyScalars* scalars;
 
-  __device__ __forceinline__ void find(const Params& params, int64 output, int64 slot) {
-    place = slot > 0 ? slot : 0;
+  // `slot` may still be under way; so is what one thread reads here, behind the row's loads.
+  __device__ __forceinline__ void find(const Params& params, int output, int64 slot) {
+    place = slot > 0 ? static_cast<int>(slot) : 0;
     history = params.history_rows == nullptr ? place : static_cast<const int*>(params.history_rows)[output];
-    allowed = row_of(params.allowed, place, params.allowed_stride);
-    step_allowed = row_of(params.step_allowed, output, params.step_allowed_stride);
-    seen = row_of(params.seen, history, params.seen_stride);
+    if (threadIdx.x != 0) return;
+    const int* indptr = static_cast<const int*>(params.bias_indptr);
+    scalars->bias_begin = indptr == nullptr ? 0 : indptr[place];
+    scalars->bias_end = indptr == nullptr ? 0 : indptr[place + 1];
+    scalars->repetition = value_of(params.repetition, 1.0f);
+    scalars->frequency = value_of(params.frequency, 0.0f);
+    scalars->presence = value_of(params.presence, 0.0f);
+    scalars->num_entries = params.seen == nullptr ? 0 : static_cast<const int*>(params.num_entries)[history];
   }
 
-  __device__ __forceinline__ static const unsigned* row_of(const void* column, int64 row, int64 stride) {
-    return column == nullptr ? nullptr : static_cast<const unsigned*>(column) + row * stride;
+  __device__ __forceinline__ float value_of(const void* column, float none) const {
+    return column == nullptr ? none : static_cast<const float*>(column)[place];
   }
 
   // Bits of the tokens that are allowed, of the 32 around `token`.
-  __device__ __forceinline__ unsigned word(int token) const {
+  __device__ __forceinline__ unsigned word(const Params& params, int output, int token) const {
     unsigned bits = 0xffffffffu;
-    if (allowed != nullptr) bits = __ldg(allowed + token / 32);
-    if (step_allowed != nullptr) bits &= __ldg(step_allowed + token / 32);
+    if (params.allowed != nullptr) bits = word_of(params.allowed, place * params.allowed_stride, token);
+    if (params.step_allowed != nullptr) bits &= word_of(params.step_allowed, output * params.step_allowed_stride, token);
     return bits;
+  }
+
+  __device__ __forceinline__ static unsigned word_of(const void* masks, int64 row, int token) {
+    return __ldg(static_cast<const unsigned*>(masks) + row + token / 32);
   }
 };
 
-struct NoPenalties {
-  __device__ __forceinline__ unsigned word(int) const { return 0xffffffffu; }
-};
+struct NoPenalties {};
 
 // A block's part of a row: `num_tokens` from `first_token` (a multiple of 32) on.
 template <int kThreads, class Params>
@@ -60,97 +79,102 @@ struct PenaltyPatch {
     }
   }
 
-  __device__ __forceinline__ void add_bias() const {
-    const int* indptr = static_cast<const int*>(params.bias_indptr) + at.place;
+  // Whether what it stores is NaN, which makes the row unusable.
+  __device__ __forceinline__ bool store(int place, float value) const {
+    slice[place] = value;
+    return value != value;
+  }
+
+  __device__ __forceinline__ bool add_bias() const {
+    bool spoilt = false;
     const int* tokens = static_cast<const int*>(params.bias_tokens);
     const int* until = static_cast<const int*>(params.bias_until);
     const int made = until == nullptr ? 0 : static_cast<const int*>(params.num_output)[at.history];
-    for_each(indptr[0], indptr[1], [&](int entry) { return __ldg(tokens + entry); }, [&](int place, int entry) {
+    for_each(at.scalars->bias_begin, at.scalars->bias_end, [&](int entry) { return __ldg(tokens + entry); }, [&](int place, int entry) {
       float value = static_cast<const float*>(params.bias_values)[entry];
       if (until != nullptr && made < until[entry]) value = minus_infinity();
-      slice[place] += value;
+      spoilt |= store(place, slice[place] + value);
     });
+    return spoilt;
   }
 
-  // A warp takes up to 32 words at a time, and all its lanes the tokens of one of them.
-  __device__ __forceinline__ void repeat(float factor) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int num_words = (num_tokens + 31) / 32;
-    constexpr int kWarps = kThreads / 32;
-    // Shares of the warps as equal as whole words allow.
-    const int each = (num_words + kWarps - 1) / kWarps;
-    const int end = min(num_words, (warp + 1) * each);
+  // A lane takes a word at a time, and its tokens one by one: few of a word's 32 tokens were seen.
+  __device__ __forceinline__ bool repeat(float factor) const {
+    bool spoilt = false;
+    const unsigned* seen = static_cast<const unsigned*>(params.seen) + at.history * params.seen_stride + first_token / 32;
 #pragma unroll 1
-    for (int first = warp * each; first < end; first += 32) {
-      const unsigned mine = first + lane < end ? __ldg(at.seen + first_token / 32 + first + lane) : 0;
-      unsigned nonzero = __ballot_sync(0xffffffffu, mine != 0);
-#pragma unroll 2
-      while (nonzero != 0) {
-        const int source = __ffs(static_cast<int>(nonzero)) - 1;
-        nonzero &= nonzero - 1;
-        const unsigned bits = __shfl_sync(0xffffffffu, mine, source);
-        const int place = (first + source) * 32 + lane;
-        if ((bits >> lane & 1) != 0 && place < num_tokens) {
-          const float value = slice[place];
-          slice[place] = value > 0.0f ? __fdiv_rn(value, factor) : value * factor;
-        }
+    for (int word = static_cast<int>(threadIdx.x); word * 32 < num_tokens; word += kThreads) {
+      unsigned bits = __ldg(seen + word);
+#pragma unroll 1
+      while (bits != 0) {
+        const int place = word * 32 + __ffs(static_cast<int>(bits)) - 1;
+        bits &= bits - 1;
+        if (place >= num_tokens) break;
+        const float value = slice[place];
+        spoilt |= store(place, value > 0.0f ? __fdiv_rn(value, factor) : value * factor);
       }
     }
+    return spoilt;
   }
 
-  __device__ __forceinline__ void subtract_counts(int num_entries, float frequency, float presence) const {
+  __device__ __forceinline__ bool subtract_counts() const {
+    bool spoilt = false;
     const int2* entries = reinterpret_cast<const int2*>(static_cast<const int*>(params.entries) + at.history * params.entry_stride);
-    for_each(0, num_entries, [&](int entry) { return entries[entry].x; }, [&](int place, int entry) {
+    const float frequency = at.scalars->frequency, presence = at.scalars->presence;
+    for_each(0, at.scalars->num_entries, [&](int entry) { return entries[entry].x; }, [&](int place, int entry) {
       // Rounded after each step, as the reference does.
       const float count = static_cast<float>(entries[entry].y);
-      slice[place] = __fsub_rn(__fsub_rn(slice[place], __fmul_rn(frequency, count)), presence);
+      spoilt |= store(place, __fsub_rn(__fsub_rn(slice[place], __fmul_rn(frequency, count)), presence));
     });
+    return spoilt;
   }
 
-  // All parts after the bitmasks; false if a history that is needed did not fit. All threads; the slice is complete before, and after.
+  // All parts after the bitmasks; false, in all threads or in one, if the row cannot be drawn from: a history that is needed did
+  // not fit, or a value is NaN. All threads; the slice is complete before, and after.
   __device__ __forceinline__ bool apply() const {
+    bool spoilt = false;
     __syncthreads();
-    if (params.bias_indptr != nullptr) {
-      add_bias();
+    const PenaltyScalars& scalars = *at.scalars;
+    if (scalars.bias_begin < scalars.bias_end) {
+      spoilt |= add_bias();
       __syncthreads();
     }
-    if (params.seen == nullptr) return true;
-    if (params.repetition != nullptr) {
-      const float factor = static_cast<const float*>(params.repetition)[at.place];
-      if (factor != 1.0f) repeat(factor);
+    if (params.seen != nullptr && scalars.repetition != 1.0f) {
+      spoilt |= repeat(scalars.repetition);
       __syncthreads();
     }
-    const float frequency = params.frequency == nullptr ? 0.0f : static_cast<const float*>(params.frequency)[at.place];
-    const float presence = params.presence == nullptr ? 0.0f : static_cast<const float*>(params.presence)[at.place];
-    if (frequency == 0.0f && presence == 0.0f) return true;
-    const int num_entries = static_cast<const int*>(params.num_entries)[at.history];
-    if (num_entries > params.capacity) return false;
-    subtract_counts(num_entries, frequency, presence);
+    if (params.seen == nullptr || (scalars.frequency == 0.0f && scalars.presence == 0.0f)) return !spoilt;
+    if (!scalars.fits(params.capacity)) return false;
+    spoilt |= subtract_counts();
     __syncthreads();
-    return true;
+    return !spoilt;
   }
 };
 
-// This thread's part of a patched slice, `num_tokens` of whose places are in the vocabulary, rounded to the logits' type and
-// divided by `temperature`. Returns its extremes.
+// This thread's part of a patched slice, rounded to the logits' type and divided by `temperature`; returns its extremes, of which
+// the largest is NaN only if that of `loaded`, from before the patches, is. Places past the vocabulary hold NaN, which both ignore.
 template <class Config>
-__device__ __forceinline__ Extremes settle_slice(float* slice, int num_tokens, float temperature) {
+__device__ __forceinline__ Extremes settle_slice(float* slice, Extremes loaded, float temperature) {
   using T = typename Config::Dtype;
   Extremes found = {minus_infinity(), -minus_infinity()};
   const bool divide = temperature != 1.0f;
-  for_each_four<Config, 1>(slice, [&](int place, float4 four) {
+  for_each_four<Config, 2>(slice, [&](int place, float4 four) {
     Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
+    if (sizeof(T) < 4 || divide) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if constexpr (sizeof(T) < 4) part.data[e] = to_float(from_float<T>(part.data[e]));
+        if (divide) part.data[e] = __fdiv_rn(part.data[e], temperature);
+      }
+      if (place != kNoPlace) store_pack(slice + place, part);
+    }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if constexpr (sizeof(T) < 4) part.data[e] = to_float(from_float<T>(part.data[e]));
-      if (divide) part.data[e] = __fdiv_rn(part.data[e], temperature);
-      if (place + e < num_tokens) {
-        found.largest = ptx::max_or_nan(found.largest, part.data[e]);
-        if (Config::kSmallest) found.smallest = fminf(found.smallest, part.data[e]);
-      }
+      found.largest = fmaxf(found.largest, part.data[e]);
+      if (Config::kSmallest) found.smallest = fminf(found.smallest, part.data[e]);
     }
-    if ((sizeof(T) < 4 || divide) && place != kNoPlace) store_pack(slice + place, part);
   });
+  if (loaded.largest != loaded.largest) found.largest = loaded.largest;
   return found;
 }
 

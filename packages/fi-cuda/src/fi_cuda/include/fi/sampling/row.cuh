@@ -20,24 +20,29 @@ constexpr int kNoPlace = 0x3fffffff;
 
 __device__ __forceinline__ float no_logit() { return __int_as_float(0x7fffffff); }
 
-// Calls visit(place, four logits as float4) for each place, a multiple of 4, of this thread's part of the slice. All lanes of a
-// warp call it together; one without a place has kNoPlace and no_logit.
-template <class Config, int kUnroll = 2, class Visit>
-__device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
+// The place, a multiple of 4, of this thread's part of the slice whose turn is round `round`; kNoPlace if it has none.
+template <class Config>
+__device__ __forceinline__ int place_of_round(int round) {
   using Shape = RowShape<Config>;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int offset = (round * 32 + lane) * 4;
+  return Shape::kWarpTokens % 128 == 0 || offset < Shape::kWarpTokens ? warp * Shape::kWarpTokens + offset : kNoPlace;
+}
+
+// The four logits there; at kNoPlace no_logit.
+__device__ __forceinline__ float4 four_at(const float* slice, int place) {
+  const float none = no_logit();
+  return place == kNoPlace ? make_float4(none, none, none, none) : *reinterpret_cast<const float4*>(slice + place);
+}
+
+// Calls visit(place, four logits as float4) for each place of this thread's part of the slice. All lanes of a warp call it
+// together, with kNoPlace too.
+template <class Config, int kUnroll = 2, class Visit>
+__device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
 #pragma unroll kUnroll
-  for (int round = 0; round < Shape::kRounds; ++round) {
-    const int offset = (round * 32 + lane) * 4;
-    int place = warp * Shape::kWarpTokens + offset;
-    const float none = no_logit();
-    float4 four = make_float4(none, none, none, none);
-    if (Shape::kWarpTokens % 128 == 0 || offset < Shape::kWarpTokens) {
-      four = *reinterpret_cast<const float4*>(slice + place);
-    } else {
-      place = kNoPlace;
-    }
-    visit(place, four);
+  for (int round = 0; round < RowShape<Config>::kRounds; ++round) {
+    const int place = place_of_round<Config>(round);
+    visit(place, four_at(slice, place));
   }
 }
 
@@ -74,7 +79,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   constexpr int kPerRound = 32 * kCount;
   constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;
   // Beside other blocks less in flight is enough, and leaves registers.
-  constexpr int kMost = Config::kResidentBlocks > 2 && Stage::kMasks ? 2 : Config::kResidentBlocks > 1 ? 4 : 8;
+  constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kMasks && sizeof(T) < 4 ? 2 : 4;
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   Extremes found = {minus_infinity(), -minus_infinity()};

@@ -36,6 +36,25 @@ __device__ __forceinline__ uint64 join_limbs(uint2 limbs) { return limbs.x + (st
 
 __device__ __forceinline__ uint64 mass_of(float weight) { return join_limbs(mass_limbs(weight)); }
 
+// The same for any shortfall, -inf's included, and for a NaN, which has no mass either.
+__device__ __forceinline__ float weight_or_none(float shortfall) { return weight_of(fminf(shortfall, 64.0f)); }
+
+// The exact sum of masses of up to 2^19 weights. A double from 2^20 to 2^21 is a multiple of 2^-32, so adding a weight, rounded
+// down, truncates it as its mass is defined. One addition a weight, where limbs take four instructions and two additions.
+struct MassSum {
+  double sum = 1048576.0;
+
+  // By hand, as conversions run at an eighth of the rate; what a zero or subnormal becomes is below 2^-120.
+  __device__ __forceinline__ static double widen(float weight) {
+    const unsigned bits = __float_as_uint(weight);
+    return __hiloint2double(static_cast<int>((bits >> 3) + 0x38000000u), static_cast<int>(bits << 29));
+  }
+  __device__ __forceinline__ void add(float weight) { sum = __dadd_rd(sum, widen(weight)); }
+  __device__ __forceinline__ uint64 mass() const {
+    return static_cast<uint64>(__double_as_longlong(sum)) - 0x4130000000000000ull;
+  }
+};
+
 // The mass as a float, exactly: weights have 24 bits.
 __device__ __forceinline__ float float_mass_of(float weight) {
   const float mass = weight * 4294967296.0f;
