@@ -214,7 +214,7 @@ class DecodeState(ListState):
             f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
             f"K and V: {loader}",
             f"planner: {self._planner}",
-            f"slots for partial results: {layout.bounds.num_slots}, of {tuning.rows} rows each",
+            f"slots for partial results: {layout.num_slots}, of {tuning.rows} rows each",
         )
 
     def _values(self, shared: Call, q: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
