@@ -14,7 +14,7 @@ from fi_core.records import Capacity
 from fi_scheduler.partition import PartitionParams
 from torch import Tensor
 
-from ...launch import LaunchableKernel
+from ...launch import LaunchableKernel, RepeatedLaunch
 from ...params import ParamsLayout
 from ...spec import KernelSpec, kernel_for
 from .plan import ITEM_WIDTH
@@ -161,6 +161,10 @@ class OrderPlanner:
         return kernel_for(self.spec, self.order.items.device)
 
     @cached_property
+    def _launch(self) -> RepeatedLaunch:
+        return self._kernel.repeated(self.order.items.device, 1)
+
+    @cached_property
     def _limits(self) -> tuple[int, ...]:
         capacity = self.capacity
         limits = (capacity.max_q_tokens, capacity.max_q_len, capacity.max_kv_len)
@@ -170,20 +174,12 @@ class OrderPlanner:
     def __call__(self, q_indptr: Tensor, kv_lens: Tensor) -> None:
         """Order int32 ``q_indptr`` [B + 1] and ``kv_lens`` [B] on the list's device; legal in CUDA-graph capture once
         loaded. A batch beyond the capacity, or with negative lengths, gets no tiles."""
-        items, header, tile_prefix = self.order
-        self._kernel.launch(
-            kv_lens.device,
-            1,
-            1,
-            q_indptr.data_ptr(),
-            kv_lens.data_ptr(),
-            tile_prefix.data_ptr(),
-            items.data_ptr(),
-            header.data_ptr(),
-            *self._limits,
-            kv_lens.shape[0],
-            self.window or 0,
-        )
+        launch, given = self._launch, (q_indptr.data_ptr(), kv_lens.data_ptr(), kv_lens.shape[0])
+        if launch.packed_for != given:
+            items, header, tile_prefix = (tensor.data_ptr() for tensor in self.order)
+            launch.pack(*given[:2], tile_prefix, items, header, *self._limits, given[2], self.window or 0)
+            launch.packed_for = given
+        launch.launch()
 
 
 def fill_order_on_host(
