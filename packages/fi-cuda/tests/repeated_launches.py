@@ -5,6 +5,7 @@ class Repeated:
     """Launches of ``kernel`` with the values packed last; ``num_packed`` counts how often they were given."""
 
     num_packed = 0
+    packed_for = None
 
     def __init__(self, kernel, device, grid_x):
         self.given = kernel, device, grid_x

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(120)
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(8, 2, 64)
 CAPACITY = Capacity(max_batch=5, max_q_tokens=300, max_q_len=200, max_kv_len=500)
-TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, 1, 2)
+TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, True, 1, 1, 2)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size, 
     ("given", "message"),
     [
         ({"rows": 8}, "rows"),
-        ({"consumers": 4}, "consumers"),
+        ({"consumers": 5}, "consumers"),
         ({"tokens": 100}, "tokens"),
         ({"tokens": 96, "edge_tokens": 64}, "edge_tokens"),
         ({"value_stages": 0}, "value_stages"),
@@ -225,10 +225,10 @@ def test_an_update_from_the_cpu_fills_the_list(launches):
     fill_on_host(batch.q_indptr, batch.kv_lens, found.params[None], wanted)
     num_items = int(wanted.worker_indptr[-1])
     assert num_items >= 2 * 5 and torch.equal(lists.items[:num_items], wanted.items[:num_items])
-    assert found.partials.shape == (14, 192, 64)
+    assert found.partials.shape == (21, 192, 64)
     assert found.num_bytes == attention_prefill.workspace_bytes(SPEC, CAPACITY, "cpu") == made.workspace[0].numel()
     assert (found.arrivals.of(made.workspace[0]) == 0).all()
-    assert made._orders[None].header.tolist() == [5, 0, 0, 0]  # too few tiles for 7 processors
+    assert made._orders[None].header.tolist() == [5, 1, 0, 0]  # shares would take as long, and their pieces are merged
 
 
 def test_many_tiles_are_ordered_by_their_steps(launches):
@@ -245,7 +245,9 @@ def test_many_tiles_are_ordered_by_their_steps(launches):
         assert {(row[0], row[2]) for row in rows} == tiles
         # Tiles of a warpgroup's 16 tokens or fewer may stand earlier than their steps say.
         tokens = made._tuning.tokens
-        steps = [-(-(row[5] - row[4]) // tokens) for row in rows if row[9] - 48 * row[2] > 16]
+        spec = made._order_specs[window]
+        left = [(row[9] - 48 * row[2], -(-(row[5] - row[4]) // tokens)) for row in rows]
+        steps = [spec.full_steps(steps, num_tokens) for num_tokens, steps in left if num_tokens > 16]
         assert steps == sorted(steps, reverse=True)
         q_indptr = batch.q_indptr.tolist()
         for request, _, tile, _, begin, stop, slot, _, q_begin, q_len, kv_len, merge, *rest in rows:

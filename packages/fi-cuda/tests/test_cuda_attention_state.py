@@ -279,6 +279,17 @@ def test_what_a_call_remembers_follows_cache_layer_and_batch(launches):
     assert not run(first)[2].table_row
 
 
+def test_planners_take_up_other_lengths(launches):
+    (planner,) = attention_decode.plan(SPEC, CAPACITY, "cpu")._planners
+    first, second = dense_batch([1], [300]), dense_batch([1, 1], [300, 20])
+    for batch in (first, first, second, first):
+        planner(batch.q_indptr, batch.kv_lens)
+        values = launches.last["attention_plan"][1]
+        found = tuple(values[name] for name in ("q_indptr", "kv_lens", "num_requests"))
+        assert found == (batch.q_indptr.data_ptr(), batch.kv_lens.data_ptr(), len(batch.kv_lens))
+    assert planner._launch.num_packed == 3
+
+
 def test_parameters_are_packed_again_when_a_tensor_changes(launches):
     spec = replace(SPEC, features=frozenset({"lse"}))
     made = attention_decode.plan(spec, CAPACITY, "cpu")

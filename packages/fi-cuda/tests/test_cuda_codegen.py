@@ -18,7 +18,7 @@ MAX_REGISTERS = {
     "attention_plan": 80,
     "attention_decode": 255,
     "attention_prefill": 168,
-    "attention_order": 48,
+    "attention_order": 56,
     "attention_prefix": 168,
     "attention_prefix_plan": 96,
     "sample": 128,

@@ -193,13 +193,15 @@ class TensorMapKernel(LaunchableKernel):
 
 
 class RepeatedLaunch:
-    """Launches of one kernel whose parameters stay packed, for one thread at a time; made by ``repeated``."""
+    """Launches of one kernel whose parameters stay packed, for one thread at a time; made by ``repeated``. ``packed_for`` is
+    the caller's: what the values follow from, so that equal ones need not be packed again."""
 
     def __init__(self, kernel: LaunchableKernel, device: torch.device, grid_x: int, arguments: _Arguments) -> None:
         self._kernel = kernel
         self._device = device
         self._grid_x = grid_x
         self._arguments = arguments
+        self.packed_for: tuple[object, ...] | None = None
 
     def pack(self, *values: Any) -> None:
         """The values of the launches from now on, as ``LaunchableKernel.launch`` takes them."""

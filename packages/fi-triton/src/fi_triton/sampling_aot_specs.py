@@ -74,8 +74,8 @@ def _logprobs(dtype: str) -> AotSpec:
 
 
 def _penalize(dtype: str) -> AotSpec:
-    pointers = ("slots", "allowed", "step_allowed", "bias_indptr", "bias_tokens", "bias_until", "output", "seen")
-    pointers = (*pointers, "num_entries", "num_output", "rows")
+    pointers = ["slots", "allowed", "step_allowed", "bias_indptr", "bias_tokens", "bias_until", "output", "seen"]
+    pointers += ["num_entries", "num_output", "rows"]
     arguments = {"logits_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **{f"{name}_ptr": "*i32" for name in pointers}}
     arguments |= {f"{name}_ptr": "*fp32" for name in ("bias_values", "repetition", "frequency", "presence")}
     arguments["slots_ptr"] = "*i64"

@@ -10,7 +10,7 @@ from fi_scheduler.partition import RECORD_WIDTH, PartitionBounds, PartitionParam
 from fi_scheduler.regions import Region, RegionBuilder
 from torch import Tensor
 
-from .order import HEADER_WIDTH, OrderList
+from .order import HEADER_WIDTH, OrderList, order_rows, order_slots
 from .plan import ITEM_WIDTH, START_WIDTH, DeviceWorkList, scratch_bytes
 from .prefill_tuning import PrefillTuning, prefill_params, prefill_tuning_for
 from .tuning import DecodeTuning, num_processors, partition_params, tuning_for
@@ -68,6 +68,7 @@ class Layout:
     tuning: DecodeTuning | PrefillTuning
     params: dict[int | None, PartitionParams]
     bounds: PartitionBounds
+    num_slots: int
     lists: dict[int | None, ListRegions]
     orders: dict[int | None, OrderRegions]
     host_bytes: int
@@ -88,7 +89,7 @@ class Layout:
         }
         head_dim_vo = spec.head_dim_vo or 0
         slots = Slots(tuning.rows, head_dim_vo, row_shape=(head_dim_vo // 4, 2))
-        return cls._arranged(tuning, params, capacity, slots, ordered=False)
+        return cls._arranged(tuning, params, capacity, slots)
 
     @classmethod
     def of_prefill(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
@@ -99,7 +100,7 @@ class Layout:
             window: prefill_params(spec, capacity, tuning, window, processors) for window in dict.fromkeys(spec.windows)
         }
         slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers)
-        return cls._arranged(tuning, params, capacity, slots, ordered=True)
+        return cls._arranged(tuning, params, capacity, slots)
 
     @classmethod
     def _arranged(
@@ -108,11 +109,12 @@ class Layout:
         params: dict[int | None, PartitionParams],
         capacity: Capacity,
         slots: Slots,
-        ordered: bool,
     ) -> Layout:
         some = next(iter(params.values()))
         bounds = PartitionBounds.from_capacity(some, capacity)  # a window changes no bound
         max_merges = max(bounds.max_merges, 1)
+        ordered = tuning if isinstance(tuning, PrefillTuning) else None
+        num_pieces = order_slots(some, ordered) if ordered else 0
         build = RegionBuilder()
         lists = {
             window: ListRegions(
@@ -124,25 +126,30 @@ class Layout:
             )
             for window in params
         }
-        orders = {
-            window: OrderRegions(
-                items=build.add((bounds.max_tiles // some.num_kv_heads, ITEM_WIDTH), torch.int32),
-                header=build.add((HEADER_WIDTH,), torch.int32),
-                tile_prefix=build.add((capacity.max_batch + 1,), torch.int32),
-            )
-            for window in (params if ordered else ())
-        }
+        orders = (
+            {
+                window: OrderRegions(
+                    items=build.add((order_rows(some, ordered, bounds.max_tiles), ITEM_WIDTH), torch.int32),
+                    header=build.add((HEADER_WIDTH,), torch.int32),
+                    tile_prefix=build.add((capacity.max_batch + 1,), torch.int32),
+                )
+                for window in params
+            }
+            if ordered
+            else {}
+        )
         host_bytes = build.end
         return cls(
             tuning=tuning,
             params=params,
             bounds=bounds,
+            num_slots=max(bounds.num_slots, num_pieces),
             lists=lists,
             orders=orders,
             host_bytes=host_bytes,
             scratch=build.add((scratch_bytes(capacity.max_batch),), torch.uint8),
-            arrivals=build.add((max_merges * slots.counters,), torch.int32),
-            partials=build.add((bounds.num_slots, slots.rows, slots.head_dim_vo), torch.float32),
-            partial_rows=build.add((bounds.num_slots, slots.rows, *slots.row_shape), torch.float32),
+            arrivals=build.add((max(max_merges, num_pieces // 2) * slots.counters,), torch.int32),
+            partials=build.add((max(bounds.num_slots, num_pieces), slots.rows, slots.head_dim_vo), torch.float32),
+            partial_rows=build.add((max(bounds.num_slots, num_pieces), slots.rows, *slots.row_shape), torch.float32),
             num_bytes=build.end,
         )

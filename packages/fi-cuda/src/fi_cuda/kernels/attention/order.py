@@ -14,23 +14,29 @@ from fi_core.records import Capacity
 from fi_scheduler.partition import PartitionParams
 from torch import Tensor
 
-from ...launch import LaunchableKernel
+from ...launch import LaunchableKernel, RepeatedLaunch
 from ...params import ParamsLayout
 from ...spec import KernelSpec, kernel_for
 from .plan import ITEM_WIDTH
+from .prefill_tuning import PrefillTuning
 
 HEADER_WIDTH = 4
 """int32 columns of a list's head: rows, whether the list is used, tiles taken, 0."""
 
+_SLOTS_A_WORKER = 3
+
 _BINS = 256
 _THREADS = 512
 _MOST_OVER_SHARES = (11, 10)
+_LEAST_GAIN = (29, 30)
+_PIECE_STEPS = 4
+"""What a piece's way through memory costs, in steps: its rows are written in float32 and read again."""
 _INT32_MAX = 2**31 - 1
 _SPREAD = 2654435761
 
 
 class OrderList(NamedTuple):
-    """Where a list lies, int32: ``items`` [max_pairs, ITEM_WIDTH], ``header`` [HEADER_WIDTH], and ``tile_prefix``
+    """Where a list lies, int32: ``items`` [rows of order_rows, ITEM_WIDTH], ``header`` [HEADER_WIDTH], and ``tile_prefix``
     [max_batch + 1], which only the kernel uses."""
 
     items: Tensor
@@ -40,9 +46,10 @@ class OrderList(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionOrderSpec(KernelSpec):
-    """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, workers, all KV heads, costs as in
-    TileKind; ``shift``: tiles whose steps differ in lower bits only count as equally long; ``short_q_len``: batches in which
-    no request has more new tokens have an empty list."""
+    """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, workers, all KV heads, ``pieces`` of a
+    tile at most and ``slots`` for all of them, costs as in TileKind, that of a piece beyond an item's; ``shift``: tiles whose
+    steps differ in lower bits only count as equally long; ``short_q_len``: batches in which no request has more new tokens
+    have an empty list."""
 
     tile_tokens: int
     group_tokens: int
@@ -53,8 +60,11 @@ class AttentionOrderSpec(KernelSpec):
     shift: int
     workers: int
     heads: int
+    pieces: int
+    slots: int
     item_cost: int
     step_cost: int
+    piece_cost: int
 
     stem: ClassVar = "attention_order"
     overlapping: ClassVar = True
@@ -86,19 +96,28 @@ class AttentionOrderSpec(KernelSpec):
         """The place of a tile's length in the order: 0 is the longest."""
         return _BINS - 1 - min(steps >> self.shift, _BINS - 1)
 
+    def full_steps(self, steps: int, num_tokens: int) -> int:
+        """Steps of a full tile that take as long as ``steps`` of one with ``num_tokens`` tokens: warpgroups without rows stand
+        aside, but the others wait for a step's products twice."""
+        all_groups = self.tile_tokens // self.group_tokens
+        groups = min(-(-num_tokens // self.group_tokens), all_groups)
+        return -(-steps * (groups + 2) // (all_groups + 2))
+
     def cost_of_bin(self, place: int) -> int:
         """The cost of a tile of a bin at most."""
         return self.item_cost + self.step_cost * (((_BINS - place) << self.shift) - 1)
 
 
-def order_spec(params: PartitionParams, capacity: Capacity, consumers: int, short_q_len: int = 0) -> AttentionOrderSpec:
-    """The spec for one kind of tiles of whole tokens, equally many for each of ``consumers`` warpgroups; ``short_q_len`` as in
+def order_spec(
+    params: PartitionParams, capacity: Capacity, tuning: PrefillTuning, short_q_len: int = 0
+) -> AttentionOrderSpec:
+    """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups; ``short_q_len`` as in
     AttentionOrderSpec."""
     (kind,) = params.kinds
     most_steps = -(-capacity.max_kv_len // kind.kv_tokens) + 1
     return AttentionOrderSpec(
         tile_tokens=kind.q_rows // params.group_size,
-        group_tokens=kind.q_rows // params.group_size // consumers,
+        group_tokens=kind.q_rows // params.group_size // tuning.consumers,
         tokens=kind.kv_tokens,
         short_q_len=short_q_len,
         causal=params.causal,
@@ -106,9 +125,22 @@ def order_spec(params: PartitionParams, capacity: Capacity, consumers: int, shor
         shift=max(0, most_steps.bit_length() - (_BINS - 1).bit_length()),
         workers=params.num_workers,
         heads=params.num_kv_heads,
+        pieces=tuning.pieces,
+        slots=order_slots(params, tuning),
         item_cost=kind.item_cost,
         step_cost=kind.step_cost,
+        piece_cost=_PIECE_STEPS * kind.step_cost,
     )
+
+
+def order_slots(params: PartitionParams, tuning: PrefillTuning) -> int:
+    """Pieces of tiles that a list has at most, each with a slot of its own."""
+    return _SLOTS_A_WORKER * params.num_workers if tuning.pieces > 1 else 0
+
+
+def order_rows(params: PartitionParams, tuning: PrefillTuning, max_tiles: int) -> int:
+    """Rows of the longest list for ``max_tiles`` tiles of all heads."""
+    return (max_tiles + order_slots(params, tuning)) // params.num_kv_heads
 
 
 @dataclass(frozen=True)
@@ -129,28 +161,25 @@ class OrderPlanner:
         return kernel_for(self.spec, self.order.items.device)
 
     @cached_property
+    def _launch(self) -> RepeatedLaunch:
+        return self._kernel.repeated(self.order.items.device, 1)
+
+    @cached_property
     def _limits(self) -> tuple[int, ...]:
         capacity = self.capacity
         limits = (capacity.max_q_tokens, capacity.max_q_len, capacity.max_kv_len)
-        return self.order.items.shape[0], *(min(limit, _INT32_MAX) for limit in limits)
+        max_pairs = self.order.items.shape[0] - self.spec.slots // self.spec.heads
+        return max_pairs, *(min(limit, _INT32_MAX) for limit in limits)
 
     def __call__(self, q_indptr: Tensor, kv_lens: Tensor) -> None:
         """Order int32 ``q_indptr`` [B + 1] and ``kv_lens`` [B] on the list's device; legal in CUDA-graph capture once
         loaded. A batch beyond the capacity, or with negative lengths, gets no tiles."""
-        items, header, tile_prefix = self.order
-        self._kernel.launch(
-            kv_lens.device,
-            1,
-            1,
-            q_indptr.data_ptr(),
-            kv_lens.data_ptr(),
-            tile_prefix.data_ptr(),
-            items.data_ptr(),
-            header.data_ptr(),
-            *self._limits,
-            kv_lens.shape[0],
-            self.window or 0,
-        )
+        launch, given = self._launch, (q_indptr.data_ptr(), kv_lens.data_ptr(), kv_lens.shape[0])
+        if launch.packed_for != given:
+            items, header, tile_prefix = (tensor.data_ptr() for tensor in self.order)
+            launch.pack(*given[:2], tile_prefix, items, header, *self._limits, given[2], self.window or 0)
+            launch.packed_for = given
+        launch.launch()
 
 
 def fill_order_on_host(
@@ -160,14 +189,51 @@ def fill_order_on_host(
     is_long = bool((q_indptr.diff() > spec.short_q_len).any())
     found = _tiles(q_indptr.tolist(), kv_lens.tolist(), spec, window) if is_long else ()
     tiles = sorted(found, key=lambda tile: tile[0])
-    shares = sum(spec.cost_of_bin(place) for place, _ in tiles) * spec.heads
-    firsts = range(0, len(tiles) * spec.heads, spec.workers)
-    rounds = sum(spec.cost_of_bin(tiles[first // spec.heads][0]) for first in firsts) * spec.workers
+    used, num_whole, pieces = arrangement([place for place, _ in tiles], spec)
+    rows = [row for _, row in tiles[:num_whole]]
+    numbered = enumerate(tiles[num_whole:])
+    for _, equal in itertools.groupby(numbered, key=lambda tile: tile[1][0]):
+        kept = [(idx, row) for idx, (_, row) in equal]
+        rows += [_piece_of(row, idx, piece, pieces, spec) for piece in range(pieces) for idx, row in kept]
+    order.header.numpy()[:] = (len(rows), used, 0, 0)
+    if used and rows:
+        order.items[: len(rows)].numpy()[:] = np.array(rows, dtype=np.int32)
+
+
+def arrangement(bins: list[int], spec: AttentionOrderSpec) -> tuple[bool, int, int]:
+    """Whether the list of tiles with these bins, in order, is used, how many of them stay whole, and the pieces of each of
+    the others; as in ``fi/kernels/attention_order.cuh``."""
+    costs, workers, heads = [spec.cost_of_bin(place) for place in bins], spec.workers, spec.heads
+    piece_cost = spec.item_cost + spec.piece_cost
+    num_rounds = len(bins) * heads // workers
+    rounds = sum(costs[idx * workers // heads] for idx in range(num_rounds))
+    num_whole = num_rounds * workers // heads
+    num_left = (len(bins) - num_whole) * heads
+    totals = {1: rounds + (costs[num_whole] if num_left else 0)}
+    for pieces in range(2, spec.pieces + 1):
+        if num_left * pieces <= spec.slots:
+            firsts = (num_whole + first // (heads * pieces) for first in range(0, num_left * pieces, workers))
+            lengths = (-(-(costs[place] - spec.item_cost) // pieces) for place in firsts)
+            totals[pieces] = rounds + sum(length + piece_cost for length in lengths)
+    best = min(totals, key=lambda pieces: (totals[pieces], pieces))
+    gain, of = _LEAST_GAIN
+    if totals[best] * of > totals[1] * gain:
+        best = 1
+    shares = sum(costs) * heads + (2 * piece_cost * workers if spec.pieces > 1 else 0)
     most, over = _MOST_OVER_SHARES
-    used = rounds * over <= shares * most
-    order.header.numpy()[:] = (len(tiles), used, 0, 0)
-    if used and tiles:
-        order.items[: len(tiles)].numpy()[:] = np.array([row for _, row in tiles], dtype=np.int32)
+    used = totals[best] * workers * over <= shares * most
+    return used, len(bins) if best == 1 else num_whole, best
+
+
+def _piece_of(row: tuple[int, ...], idx: int, piece: int, pieces: int, spec: AttentionOrderSpec) -> tuple[int, ...]:
+    """The row of a piece of tile ``idx`` in pieces, whose row were it whole is ``row``."""
+    request, head, q_tile, kind, start, stop = row[:6]
+    num_steps = -(-(stop - start) // spec.tokens)
+    stride = -(-num_steps // pieces) * spec.tokens
+    begin = min(start + piece * stride, stop)
+    slot = idx * spec.heads * pieces
+    tile = (request, head, q_tile, kind, begin, min(begin + stride, stop))
+    return (*tile, slot + piece, 0, *row[8:11], idx * spec.heads, slot, slot + 1, slot + pieces, pieces)
 
 
 def _tiles(
@@ -185,8 +251,10 @@ def _tiles(
             start = 0
             if window is not None:
                 start = min(max(offset + begin - window + 1, 0), stop) // spec.tokens * spec.tokens
-            place = spec.bin_of(-(-(stop - start) // spec.tokens))
+            steps = -(-(stop - start) // spec.tokens)
+            place = spec.bin_of(spec.full_steps(steps, q_len - begin))
             if q_len - begin <= spec.group_tokens:
+                place = spec.bin_of(steps)
                 spread = (request * _SPREAD) % 2**32 >> 16
                 place = first_bin + spread % (place - first_bin + 1)
             row = (request, 0, q_tile, 0, start, stop, -1, 0, q_begin, q_len, kv_len, -1, 0, 0, 0, 0)

@@ -27,7 +27,7 @@ from fi_scheduler.partition import (
 from torch import Tensor
 
 from ...compile import INCLUDE_FOLDER
-from ...launch import LaunchableKernel
+from ...launch import LaunchableKernel, RepeatedLaunch
 from ...params import ParamsLayout
 from ...source import KernelSource
 from ...spec import KernelSpec, kernel_for
@@ -214,6 +214,10 @@ class DevicePlanner:
         return kernel_for(self._spec, self.lists.items.device)
 
     @cached_property
+    def _launch(self) -> RepeatedLaunch:
+        return self._kernel.repeated(self.lists.items.device, self._spec.num_blocks)
+
+    @cached_property
     def _outputs(self) -> tuple[int, ...]:
         capacity = self.capacity
         limits = (capacity.max_q_tokens, capacity.max_q_len, capacity.max_kv_len)
@@ -223,16 +227,11 @@ class DevicePlanner:
     def __call__(self, q_indptr: Tensor, kv_lens: Tensor) -> None:
         """Plan int32 ``q_indptr`` [B + 1] and ``kv_lens`` [B] on the lists' device; legal in CUDA-graph capture once
         loaded. A batch beyond the capacity, or with negative lengths, gets no work."""
-        self._kernel.launch(
-            kv_lens.device,
-            self._spec.num_blocks,
-            1,
-            q_indptr.data_ptr(),
-            kv_lens.data_ptr(),
-            *self._outputs,
-            kv_lens.shape[0],
-            self.params.window or 0,
-        )
+        launch, given = self._launch, (q_indptr.data_ptr(), kv_lens.data_ptr(), kv_lens.shape[0])
+        if launch.packed_for != given:
+            launch.pack(*given[:2], *self._outputs, given[2], self.params.window or 0)
+            launch.packed_for = given
+        launch.launch()
 
 
 def sharing(q_indptr: Tensor, kv_lens: Tensor, params: PartitionParams) -> PartitionParams:

@@ -24,8 +24,8 @@ _REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
 class PrefillSpec(KernelSpec):
     """What is compiled into a prefill kernel: element types, head shape, addressing and RoPE as for decode, tile (``consumers``
     warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
-    of a copy), rings, and the features of the call. ``after_decode``: it is launched behind the decode kernel, which serves
-    batches of short queries."""
+    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), and the features of the call. ``after_decode``: it is
+    launched behind the decode kernel, which serves batches of short queries."""
 
     dtype: torch.dtype
     query: torch.dtype
@@ -46,6 +46,8 @@ class PrefillSpec(KernelSpec):
     landing_stages: int
     ping_pong: bool
     overlap: bool
+    keys_ahead: bool
+    in_pieces: bool
     parts: int
     causal: bool
     windowed: bool
@@ -107,7 +109,9 @@ class PrefillSpec(KernelSpec):
     def shared_bytes(self) -> int:
         rings = (self.key_stages, self.value_stages, self.query_stages)
         landing = self.landing_stages
-        tuning = PrefillTuning(self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, 1, 1, landing)
+        tuning = PrefillTuning(
+            self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, True, 1, 1, 1, landing
+        )
         return prefill_shared_bytes(tuning, HeadBytes(self.head_dim, self.head_dim_vo, self.query.itemsize))
 
     @property
@@ -159,5 +163,7 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
         parts=tuning.parts,
+        keys_ahead=tuning.keys_ahead,
+        in_pieces=tuning.pieces > 1,
         signed_scale=form.signed_scale,
     )

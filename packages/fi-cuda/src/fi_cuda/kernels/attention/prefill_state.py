@@ -44,7 +44,7 @@ class PrefillState(ListState):
         params = self._layout.params
         self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
         self._order_specs = {
-            window: order_spec(params[window], capacity, self._tuning.consumers, short_q_len) for window in self._orders
+            window: order_spec(params[window], capacity, self._tuning, short_q_len) for window in self._orders
         }
         for order in self._orders.values():
             order.header.zero_()
@@ -75,7 +75,7 @@ class PrefillState(ListState):
             f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
             f"K and V: {loader}",
             f"planner: {self._planner}",
-            f"slots for partial results: {layout.bounds.num_slots}, of {tuning.slot_rows} rows each",
+            f"slots for partial results: {layout.num_slots}, of {tuning.slot_rows} rows each",
         )
 
     def _order_on_host(self, batch: Batch, staging: Tensor) -> None:

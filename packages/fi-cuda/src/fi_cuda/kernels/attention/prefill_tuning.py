@@ -23,6 +23,7 @@ MAX_GROUP = 64
 """Query heads of a KV head: a token's lie in one warpgroup's rows."""
 
 BOX_ROW_BYTES = 128
+MAX_PIECES = 16
 _PATTERN_TOKENS = 8
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
@@ -37,7 +38,9 @@ class PrefillTuning:
     """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
     item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
     starting products; ``overlap``: a step's scores are started before the values of the step before, else ``parts`` of a step's
-    weights are each computed beside the values of the part before; costs as in TileKind, in any common unit.
+    weights are each computed beside the values of the part before; ``keys_ahead``: a step's keys are copied before the values of
+    the step before, else after them; ``pieces``: of a tile that is left after whole rounds of tiles, at most; costs as in
+    TileKind, in any common unit.
 
     ``landing_stages``: of the ring for K and V that are not multiplied as they are stored; FP8 queries need it, and 0 has FP8
     K and V beside other queries copied row by row."""
@@ -51,6 +54,8 @@ class PrefillTuning:
     ping_pong: bool
     overlap: bool
     parts: int
+    keys_ahead: bool
+    pieces: int
     item_cost: int
     step_cost: int
     landing_stages: int = 0
@@ -62,6 +67,8 @@ class PrefillTuning:
             ("edge_tokens", tuple(size for size in range(16, self.tokens + 1, 16) if self.tokens % size == 0)),
             ("ping_pong", (False, True)),
             ("overlap", (False, True)),
+            ("keys_ahead", (False, True)),
+            ("pieces", tuple(range(1, MAX_PIECES + 1))),
             ("landing_stages", (0, 2, 3, 4)),  # one is filled while another is read
         ):
             if getattr(self, name) not in allowed:
@@ -145,7 +152,9 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     widest = max(spec.head_dim, head_dim_vo)
     tokens, edge_tokens = (128, 32) if head_dim_vo <= _NARROW_HEAD_DIM else (64, 32)
     boxes = box_tokens(spec.page_size, tokens) is not None
-    three = widest <= _NARROW_HEAD_DIM and boxes  # producers that copy rows themselves need too many registers
+    as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
+    # Producers that make FP8 wider row by row need too many registers.
+    three = widest <= _NARROW_HEAD_DIM and (boxes or as_stored)
     fp8 = three and spec.q_is_fp8
     tuning = PrefillTuning(
         consumers=3 if three else 2,
@@ -157,6 +166,8 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         ping_pong=not three,
         overlap=not three,
         parts=2 if three else 1,
+        keys_ahead=not three or spec.page_size is None,
+        pieces=MAX_PIECES,
         item_cost=2,
         step_cost=2,
         landing_stages=2 if spec.q_is_fp8 or (boxes and spec.kv_dtype != spec.q_dtype) else 0,

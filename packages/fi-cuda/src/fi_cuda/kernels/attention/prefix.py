@@ -84,7 +84,7 @@ def built_in_prefix_tuning(spec: AttentionSpec) -> PrefixTuning:
 
 def _as_copied(spec: AttentionSpec) -> AttentionSpec:
     """FP8 K and V are copied row by row and made wider on the way, whatever prefill does with them."""
-    return replace(spec, kv_format=None, page_size=1) if spec.kv_is_fp8 else spec
+    return replace(spec, page_size=1) if spec.kv_is_fp8 else spec
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class BoxPrefixSpec(PrefixSpec):
 def prefix_spec(spec: AttentionSpec, tuning: PrefixTuning, form: CallForm) -> PrefixSpec:
     """The kernel of a call."""
     kind = BoxPrefixSpec if form.boxes else PrefixSpec
-    return kind(**prefill_fields(spec, tuning.tiles, form), levels=True, slices=tuning.slices)
+    tiles = replace(tuning.tiles, keys_ahead=True, pieces=1)  # as its loader works
+    return kind(**prefill_fields(spec, tiles, form), levels=True, slices=tuning.slices)
 
 
 def table_bytes(num_nodes: int, num_requests: int) -> int:

@@ -52,12 +52,11 @@ class Call(NamedTuple):
 
 @dataclass(slots=True)
 class PackedCall:
-    """A call whose parameters stay packed: ``own`` says for which q, out, lse and batch."""
+    """A call whose parameters stay packed for the q, out, lse and batch that it had last."""
 
     kv: weakref.ref[KVCache]
     shared: Call
     launch: RepeatedLaunch
-    own: tuple[object, ...] = ()
 
 
 class Addressing(NamedTuple):
@@ -154,14 +153,15 @@ class ListState:
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
         call = self._remembered(kv, layer, lse is not None)
-        own = (
+        given = (
             *(self._num_addressings, q.data_ptr(), q.shape, q.stride(), out.data_ptr(), out.stride()),
             *(() if lse is None else (lse.data_ptr(), lse.stride(0))),
         )
-        if own != call.own:  # with equal tensors the parameters are packed already
-            call.launch.pack(*self._values(call.shared, q, out, lse))
-            call.own = own
-        call.launch.launch()
+        launch = call.launch
+        if launch.packed_for != given:
+            launch.pack(*self._values(call.shared, q, out, lse))
+            launch.packed_for = given
+        launch.launch()
 
     def _values(self, shared: Call, q: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:
         """What the call's kernel is launched with."""
@@ -214,7 +214,7 @@ class DecodeState(ListState):
             f"work: {params.num_workers} workers, {split}, {len(layout.lists)} work lists",
             f"K and V: {loader}",
             f"planner: {self._planner}",
-            f"slots for partial results: {layout.bounds.num_slots}, of {tuning.rows} rows each",
+            f"slots for partial results: {layout.num_slots}, of {tuning.rows} rows each",
         )
 
     def _values(self, shared: Call, q: Tensor, out: Tensor, lse: Tensor | None) -> tuple[Any, ...]:

@@ -2,20 +2,21 @@
 #pragma once
 
 #include "fi/attention/order.cuh"
-#include "fi/attention/prefill_landed.cuh"
+#include "fi/attention/prefill_copies.cuh"
 #include "fi/ptx/named_barrier.cuh"
 #include "fi/ptx/tma.cuh"
 
 namespace fi {
 
-// Copies: BoxCopies, RowCopies or LandedCopies. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
+// Copies: what copies_of gives. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
 // (map: token, head, element).
 template <class Config, class Params, class Copies>
 class PrefillLoader {
   using Tile = PrefillTile<Config>;
   using Shared = PrefillShared<Config>;
-  static constexpr int kColumns = sizeof(AttentionItem) / sizeof(int);
-  static constexpr int kHeadColumn = 1;  // of an item's row
+  static constexpr int kColumns = Shared::kRecordLanes;
+  // Of an item's row.
+  static constexpr int kHeadColumn = 1, kSlotColumn = 6, kMergeColumn = 11, kFirstPieceColumn = 12, kSlotsColumn = 15;
 
  public:
   __device__ __forceinline__ PrefillLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
@@ -33,7 +34,7 @@ class PrefillLoader {
   __device__ __forceinline__ void take_tiles() {
     const int* rows = static_cast<const int*>(params_.order_items);
     const int num_heads = params_.num_kv_heads;
-    const int total = static_cast<const OrderHeader*>(params_.order)->num_pairs * num_heads;
+    const int total = static_cast<const OrderHeader*>(params_.order)->num_rows * num_heads;
     const auto row_of = [&](int tile) {
       return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
@@ -43,10 +44,23 @@ class PrefillLoader {
     while (tile < total) {
       const int next = next_tile(total);
       const int its_row = row_of(next);
-      load_item(lane_ % kColumns == kHeadColumn ? tile % num_heads : mine);
+      load_item(of_head(mine, tile % num_heads));
       tile = next;
       mine = its_row;
     }
+  }
+
+  // A row of the order for one of its heads. It has the slots of head 0, where the tile is in pieces.
+  __device__ __forceinline__ int of_head(int value, int head) const {
+    const int column = lane_ % kColumns;
+    if (column == kHeadColumn) value = head;
+    if constexpr (Config::kInPieces) {
+      const int slots = __shfl_sync(0xffffffffu, value, kSlotsColumn);
+      if (column == kSlotColumn || (column >= kFirstPieceColumn && column < kSlotsColumn)) value += head * slots;
+      if (column == kMergeColumn && slots > 0) value += head;
+      if (column == kSlotsColumn) value = 0;
+    }
+    return value;
   }
 
   // Every block that took a tile is told once that there is none, so `total` are taken in all, and the last one resets.
@@ -91,11 +105,24 @@ class PrefillLoader {
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
     if constexpr (Tile::kLanded) copies_.load(shared_, steps.num_steps);
-    else load_steps(steps.num_steps);
+    else if constexpr (Config::kKeysAhead) load_keys_ahead(steps.num_steps);
+    else load_in_order(steps.num_steps);
   }
 
-  // Keys of a step, then the values of the step before.
-  __device__ __forceinline__ void load_steps(int num_steps) {
+  // A step's keys, then its values: the order in which whole steps need stages and set them free ...
+  __device__ __forceinline__ void load_in_order(int num_steps) {
+    auto place = copies_.place_of(0);
+#pragma unroll 1
+    for (int step = 0; step < num_steps; ++step) {
+      const auto next = copies_.place_of(min(step + 1, num_steps - 1));
+      copies_.load_keys(shared_, step, place);
+      copies_.load_values(shared_, step, place);
+      place = next;
+    }
+  }
+
+  // ... or before them those of the next step, as overlapped steps need them.
+  __device__ __forceinline__ void load_keys_ahead(int num_steps) {
     auto place = copies_.place_of(0), before = place;
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
@@ -111,7 +138,7 @@ class PrefillLoader {
   __device__ __forceinline__ void load_queries(const AttentionItem& item, int value) {
     shared_.query_ring.acquire(query_);
     if (lane_ < kColumns) reinterpret_cast<int*>(&shared_.items[item_.stage])[lane_] = value;
-    __syncwarp();
+    if (0 < lane_ && lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
     if (lane_ == 0) {
       constexpr int kBytes = Config::kConsumers * Tile::kKeyColumns * Tile::kGroupRows * kBoxRowBytes;
       unsigned long long* full = shared_.query_ring.expect(query_, kBytes);
@@ -131,10 +158,8 @@ class PrefillLoader {
 
   __device__ __forceinline__ void end_list() {
     shared_.query_ring.acquire(query_);
-    if (lane_ == 0) {
-      shared_.items[item_.stage].request = kNoRequest;
-      ptx::arrive(&shared_.query_ring.full[query_.stage]);
-    }
+    if (lane_ == 0) shared_.items[item_.stage].request = kNoRequest;
+    if (lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
   }
 
   const Params& params_;

@@ -9,6 +9,14 @@
 
 namespace fi {
 
+// The thread's number within its warpgroup, computed where it is called: what the compiler keeps of it from step to step takes
+// registers from scores, and producers have none to spare.
+__device__ __forceinline__ int thread_anew() {
+  unsigned thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return static_cast<int>(thread % kWarpgroupThreads);
+}
+
 // Rows in boxes of 128 bytes, as TMA's widest swizzle lays them out; the last box of a row may be partly empty.
 constexpr int kBoxRowBytes = 128;
 
@@ -63,6 +71,8 @@ struct PrefillShared : PrefillLanding<Config> {
   // More than queries, as an item is still read when its queries are released; twice as many, so that an item's place says in
   // which phase its queries' stage is.
   static constexpr int kItems = 2 * Config::kQueryStages;
+  // A lane writes a column of an item; each arrives with the item's queries, so that every write is ordered before the reads.
+  static constexpr int kRecordLanes = sizeof(AttentionItem) / sizeof(int);
   static constexpr int kReleases = Config::kConsumers * (kWarpgroupThreads / kWarpThreads);
 
   unsigned char queries[Config::kQueryStages][Config::kConsumers][Tile::kQueryBytes];
@@ -76,10 +86,10 @@ struct PrefillShared : PrefillLanding<Config> {
   int taken[2];  // what producers of several warps tell one another
   Ring<Tile::kLandingStages> landing_ring;
 
-  // Copies says how many arrivals fill a stage of keys, of values, and of what lands.
+  // Copies says how many arrivals fill a stage of keys, of values, and of what lands; the caller, of queries.
   template <class Copies>
-  __device__ __forceinline__ void init() {
-    query_ring.init(1, kReleases);
+  __device__ __forceinline__ void init(int num_query_arrivals) {
+    query_ring.init(num_query_arrivals, kReleases);
     key_ring.init(Copies::kKeyArrivals, kReleases);
     value_ring.init(Copies::kValueArrivals, kReleases);
     if constexpr (Tile::kLanded) landing_ring.init(Copies::kLandingArrivals, kWarpgroupThreads / kWarpThreads);

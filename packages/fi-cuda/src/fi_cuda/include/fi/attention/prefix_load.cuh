@@ -1,15 +1,14 @@
 // The producer of attention with shared prefixes: takes tiles from the list and brings their queries, keys and values.
 #pragma once
 
-#include "fi/attention/prefill_boxes.cuh"
-#include "fi/attention/prefill_rows.cuh"
+#include "fi/attention/prefill_copies.cuh"
 #include "fi/attention/prefix_list.cuh"
 #include "fi/ptx/named_barrier.cuh"
 #include "fi/ptx/tma.cuh"
 
 namespace fi {
 
-// Copies: BoxCopies or RowCopies, as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token at a time
+// Copies: as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token at a time
 // (map: token, head, element); rows past a tile's tokens hold what was there before and reach no result.
 template <class Config, class Params, class Copies>
 class PrefixLoader {

@@ -2,13 +2,18 @@
 // longest tile left are all busy until the end if tiles are many; where they are too few, the list says so and the shares of
 // attention_plan.cuh are used instead.
 //
-// One block. Pairs of a request and a q tile are sorted by the KV steps they visit, most first: a stable counting sort in which
+// What is left after whole rounds of a tile a block may be taken in pieces, of which all blocks get about as many. The first
+// pieces of tiles that are equally long stand before the second ones: blocks that read the same keys for other queries do so at
+// about the same time, out of L2, which shares do not ("stream-K" with whole tiles first: Osama et al., 2023, section 5.2).
+//
+// One block. Pairs of a request and a q tile are sorted by the KV steps they visit (fewer count where warpgroups have no rows), most first: a stable counting sort in which
 // every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. Tiles of one warpgroup's rows or
 // fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
 // A batch that exceeds the limits, or with negative lengths, has no tiles; nor has one in which no request has more than kShortQLen
 // new tokens, which another kernel serves: its list is used, and empty.
 // Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kShortQLen, kCausal,
-// kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kItemCost, kStepCost.
+// kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots
+// (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item).
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
 // [., 16] (fi/attention/item.cuh, without head), header int [4] (fi/attention/order.cuh); max_pairs, max_q_tokens, max_q_len,
 // max_kv_len; num_requests, window.
@@ -33,6 +38,15 @@ __device__ __forceinline__ int bin_of(int steps) {
   return kOrderBins - 1 - min(steps >> Config::kShift, kOrderBins - 1);  // most steps first
 }
 
+// Steps of a full tile that take as long as `num_steps` of one with `num_tokens` tokens: its warpgroups without rows stand aside,
+// but the others wait for a step's products twice.
+template <class Config>
+__device__ __forceinline__ int full_steps(int num_steps, int num_tokens) {
+  constexpr int kGroups = Config::kTileTokens / Config::kGroupTokens;
+  const int groups = min((num_tokens + Config::kGroupTokens - 1) / Config::kGroupTokens, kGroups);
+  return (num_steps * (groups + 2) + kGroups + 1) / (kGroups + 2);
+}
+
 // `first_bin`: that of the longest tile, or before it.
 template <class Config, class Params>
 __device__ __forceinline__ OrderedTile tile_at(const Params& params, int first_bin, int pair) {
@@ -55,8 +69,12 @@ __device__ __forceinline__ OrderedTile tile_at(const Params& params, int first_b
   if constexpr (Config::kWindowed) {
     tile.kv_begin = min(max(offset + begin - params.window + 1, 0), tile.kv_stop) / Config::kTokens * Config::kTokens;
   }
-  tile.bin = bin_of<Config>((tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens);
-  if (tile.q_len - begin <= Config::kGroupTokens) {
+  const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
+  const int left = tile.q_len - begin;
+  if (left > Config::kGroupTokens) {
+    tile.bin = bin_of<Config>(full_steps<Config>(num_steps, left));
+  } else {
+    tile.bin = bin_of<Config>(num_steps);
     const unsigned spread = static_cast<unsigned>(tile.request) * 2654435761u >> 16;
     tile.bin = first_bin + static_cast<int>(spread % static_cast<unsigned>(tile.bin - first_bin + 1));
   }
@@ -121,31 +139,100 @@ __device__ __forceinline__ int64 cost_of_bin(int bin) {
   return Config::kItemCost + static_cast<int64>(Config::kStepCost) * (((kOrderBins - bin) << Config::kShift) - 1);
 }
 
-// Whether blocks that take the longest tile left end at about the same time: rounds of one tile a block, each as long as its
-// first tile, must take at most a tenth longer than equal shares. `begins`: pairs before each bin.
+// What becomes of the tiles: the first `num_whole` pairs stay whole, the others have `pieces` each.
+struct Arrangement {
+  int is_used, num_whole, pieces;
+};
+
+// The bin of the pair at a place of the order; `begins`: pairs before each bin.
+__device__ __forceinline__ int bin_at(const int* begins, int place) {
+  int low = 0, high = kOrderBins;  // the last bin that begins at or before the place
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (begins[middle] <= place) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+// The arrangement of the shortest time, by a model in which a round of one tile a block takes as long as its first tile; unused
+// where that is a tenth longer than equal shares (if tiles may be in pieces: of two pieces each). More pieces have to save a thirtieth.
 template <class Config>
-__device__ __forceinline__ bool are_many(const int* begins, int num_pairs) {
-  __shared__ unsigned long long sums[2];
+__device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs) {
+  constexpr int kWorkers = Config::kWorkers, kHeads = Config::kHeads, kPiece = Config::kItemCost + Config::kPieceCost;
+  __shared__ unsigned long long sums[2];  // of all tiles of a head; of whole rounds
+  __shared__ Arrangement found;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < 2) sums[thread] = 0;
   __syncthreads();
   if (thread < kOrderBins) {
     atomicAdd(&sums[0], static_cast<unsigned long long>((begins[thread + 1] - begins[thread]) * cost_of_bin<Config>(thread)));
   }
-  const int64 num_tiles = static_cast<int64>(num_pairs) * Config::kHeads;
-  for (int64 first = static_cast<int64>(thread) * Config::kWorkers; first < num_tiles;
-       first += static_cast<int64>(Config::kNumThreads) * Config::kWorkers) {
-    const int pair = static_cast<int>(first / Config::kHeads);
-    int low = 0, high = kOrderBins;  // the last bin that begins at or before the pair
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (begins[middle] <= pair) low = middle;
-      else high = middle;
-    }
-    atomicAdd(&sums[1], static_cast<unsigned long long>(cost_of_bin<Config>(low)));
+  const int num_rounds = static_cast<int>(static_cast<int64>(num_pairs) * kHeads / kWorkers);
+  for (int round = thread; round < num_rounds; round += Config::kNumThreads) {
+    const int bin = bin_at(begins, static_cast<int>(static_cast<int64>(round) * kWorkers / kHeads));
+    atomicAdd(&sums[1], static_cast<unsigned long long>(cost_of_bin<Config>(bin)));
   }
   __syncthreads();
-  return sums[1] * Config::kWorkers * 10 <= sums[0] * Config::kHeads * 11;
+  if (thread < 32) {
+    const int num_whole = static_cast<int>(static_cast<int64>(num_rounds) * kWorkers / kHeads);
+    const int num_left = (num_pairs - num_whole) * kHeads, pieces = thread + 1;  // fewer left than workers and heads together
+    const bool allowed = pieces == 1 || (pieces <= Config::kPieces && num_left * pieces <= Config::kSlots);
+    int64 rest = 0;
+    if (pieces == 1) {
+      if (num_left > 0) rest = cost_of_bin<Config>(bin_at(begins, num_whole));
+    } else if (allowed) {
+      for (int first = 0; first < num_left * pieces; first += kWorkers) {
+        const int64 cost = cost_of_bin<Config>(bin_at(begins, num_whole + first / (kHeads * pieces)));
+        rest += (cost - Config::kItemCost + pieces - 1) / pieces + kPiece;
+      }
+    }
+    int64 total = allowed ? static_cast<int64>(sums[1]) + rest : int64{1} << 62;
+    const int64 whole = __shfl_sync(0xffffffffu, total, 0);
+    int best = pieces;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      const int64 other = __shfl_xor_sync(0xffffffffu, total, distance);
+      const int its = __shfl_xor_sync(0xffffffffu, best, distance);
+      if (other < total || (other == total && its < best)) {
+        total = other;
+        best = its;
+      }
+    }
+    if (total * 30 > whole * 29) {
+      total = whole;
+      best = 1;
+    }
+    const int64 shares = static_cast<int64>(sums[0]) * kHeads + (Config::kPieces > 1 ? int64{2} * kPiece * kWorkers : 0);
+    if (thread == 0) found = {total * kWorkers * 10 <= shares * 11, best == 1 ? num_pairs : num_whole, best};
+  }
+  __syncthreads();
+  return found;
+}
+
+// The rows of a pair, whose place in the order is `place`, of head 0. Of tiles that are equally long and in pieces all first
+// pieces come first.
+template <class Config, class Params>
+__device__ __forceinline__ void write_rows(const Params& params, const OrderedTile& tile, const Arrangement& arrangement,
+                                           const int* begins, int place) {
+  int4* items = static_cast<int4*>(params.items);
+  const int in_pieces = place - arrangement.num_whole;
+  const bool is_whole = in_pieces < 0;
+  const int pieces = is_whole ? 1 : arrangement.pieces;
+  const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
+  const int stride = (num_steps + pieces - 1) / pieces * Config::kTokens;
+  const int first_equal = max(begins[tile.bin], arrangement.num_whole), num_equal = begins[tile.bin + 1] - first_equal;
+  const int first_row = is_whole ? place : place + (first_equal - arrangement.num_whole) * (pieces - 1);
+  const int first_slot = in_pieces * Config::kHeads * pieces;
+  for (int piece = 0; piece < pieces; ++piece) {
+    const int begin = min(tile.kv_begin + piece * stride, tile.kv_stop);
+    const int end = is_whole ? tile.kv_stop : min(begin + stride, tile.kv_stop);
+    int4* row = items + (first_row + static_cast<int64>(piece) * num_equal) * 4;
+    row[0] = {tile.request, 0, tile.q_tile, 0};
+    row[1] = {begin, end, is_whole ? -1 : first_slot + piece, 0};
+    row[2] = {tile.q_begin, tile.q_len, tile.kv_len, is_whole ? -1 : in_pieces * Config::kHeads};
+    row[3] = is_whole ? int4{} : int4{first_slot, first_slot + 1, first_slot + pieces, pieces};
+  }
 }
 
 template <class Config, class Params>
@@ -155,7 +242,7 @@ __device__ __forceinline__ void attention_order(const Params& params) {
   __shared__ int counts[kWarps][kOrderBins];
   __shared__ int begins[kOrderBins + 1];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  for (int idx = thread; idx < kWarps * kOrderBins; idx += Config::kNumThreads) counts[0][idx] = 0;
+  for (int idx = thread; idx < kWarps * kOrderBins; idx += Config::kNumThreads) counts[idx / kOrderBins][idx % kOrderBins] = 0;
   ptx::allow_next_kernel();  // which waits for the end of this one
   ptx::wait_for_previous_kernel();
   const OrderedPairs pairs = count_pairs<Config>(params);
@@ -189,10 +276,12 @@ __device__ __forceinline__ void attention_order(const Params& params) {
       place += count;
     }
   }
-  const bool many = are_many<Config>(begins, num_pairs);
-  if (thread == 0) *static_cast<OrderHeader*>(params.header) = {num_pairs, many, 0, 0};
-  if (!many) return;
-  int4* items = static_cast<int4*>(params.items);
+  const Arrangement arrangement = arrange<Config>(begins, num_pairs);
+  if (thread == 0) {
+    const int num_rows = arrangement.num_whole + (num_pairs - arrangement.num_whole) * arrangement.pieces;
+    *static_cast<OrderHeader*>(params.header) = {num_rows, arrangement.is_used, 0, 0};
+  }
+  if (!arrangement.is_used) return;
   for (int base = first; base < end; base += 32) {
     const int pair = base + lane;
     const unsigned active = __ballot_sync(0xffffffffu, pair < end);
@@ -203,11 +292,7 @@ __device__ __forceinline__ void attention_order(const Params& params) {
     __syncwarp(active);
     if ((equal >> lane) == 1u) counts[warp][tile.bin] = place + 1;  // the last of the equal ones
     __syncwarp(active);
-    int4* row = items + static_cast<int64>(place) * 4;
-    row[0] = {tile.request, 0, tile.q_tile, 0};
-    row[1] = {tile.kv_begin, tile.kv_stop, -1, 0};
-    row[2] = {tile.q_begin, tile.q_len, tile.kv_len, -1};
-    row[3] = {0, 0, 0, 0};
+    write_rows<Config>(params, tile, arrangement, begins, place);
   }
 }
 

@@ -5,10 +5,11 @@
 // 2024, section 3 (roles, overlap within and between warpgroups); "stream-K" (Osama et al., 2023) for equal shares.
 // Config: Dtype (out), Query (Q), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0:
 // ragged), kTable, kTableRow, kConsumers (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
-// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kParts (of a step's weights),
-// kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kRotaryDim, kRopePairs,
-// kQScales, kKScales, kVScales, kLse, kSignedScale (the softmax scale may be 0 or less), kProducerRegisters, kConsumerRegisters,
-// kSharedBytes, kAfterDecode (it follows the decode kernel, which serves batches of short queries). Params: those of
+// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kKeysAhead (keys are copied before the
+// values of the step before), kInPieces (of tiles, in the order), kParts (of a step's weights), kCausal, kWindowed, kSoftCap, kAlibi,
+// kSinks, kMask, kRotaryDim, kRopePairs, kQScales, kKScales, kVScales, kLse, kSignedScale (the softmax scale may be 0 or less),
+// kProducerRegisters, kConsumerRegisters, kSharedBytes, kAfterDecode (it follows the decode kernel, which serves batches of short
+// queries). Params: those of
 // fi_cuda.kernels.attention.prefill.
 #pragma once
 
@@ -18,30 +19,13 @@
 
 namespace fi {
 
-template <class Config, class Params, bool kHasMaps>
-struct CopiesOf {
-  using Type = RowCopies<Config, Params>;
-};
-template <class Config, class Params>
-struct CopiesOf<Config, Params, true> {
-  using Type = BoxCopies<Config, Params>;
-};
-
-// How the kernel's parameters allow keys and values to be copied.
-template <class Config, class Params, class... Maps>
-__device__ __forceinline__ auto copies_of(const Params& params, const Maps&... maps) {
-  using Direct = typename CopiesOf<Config, Params, sizeof...(Maps) != 0>::Type;
-  if constexpr (PrefillTile<Config>::kLanded) return LandedCopies<Config, Params, Direct>(Direct(params, maps...));
-  else return Direct(params, maps...);
-}
-
 // Whether the decode kernel, which is the one before in the stream, serves this batch. It has waited for all kernels before it, the
 // planner's among them, so that the head of the list may be read without waiting for its end.
 template <class Config, class Params>
 __device__ __forceinline__ bool is_left_to_decode(const Params& params) {
   if constexpr (!Config::kAfterDecode) return false;
   const OrderHeader* order = static_cast<const OrderHeader*>(params.order);
-  return order->is_used && order->num_pairs == 0;
+  return order->is_used && order->num_rows == 0;
 }
 
 // `maps`: none, or those of K and V.
@@ -59,7 +43,7 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
     return;
   }
   if (threadIdx.x == 0) {
-    shared.template init<Copies>();
+    shared.template init<Copies>(Shared::kRecordLanes);
     ptx::prefetch_tensor_map(&queries);
     (ptx::prefetch_tensor_map(&maps), ...);
   }

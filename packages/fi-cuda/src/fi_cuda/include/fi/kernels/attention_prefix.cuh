@@ -14,16 +14,6 @@
 
 namespace fi {
 
-template <class Config, class Params>
-__device__ __forceinline__ RowCopies<Config, Params> prefix_copies_of(const Params& params) {
-  return RowCopies<Config, Params>(params);
-}
-template <class Config, class Params>
-__device__ __forceinline__ BoxCopies<Config, Params> prefix_copies_of(const Params& params, const ptx::TensorMap& keys,
-                                                                      const ptx::TensorMap& values) {
-  return BoxCopies<Config, Params>(params, keys, values);
-}
-
 // `maps`: none, or those of K and V.
 template <class Config, class Params, class... Maps>
 __device__ __forceinline__ void attention_prefix(const Params& params, const ptx::TensorMap& queries, const Maps&... maps) {
@@ -32,9 +22,9 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   extern __shared__ __align__(128) unsigned char unaligned[];
   Shared& shared = *reinterpret_cast<Shared*>(unaligned + (-ptx::shared_address(unaligned) & 1023u));
   static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes && !PrefillTile<Config>::kLanded);
-  using Copies = decltype(prefix_copies_of<Config>(params, maps...));
+  using Copies = decltype(copies_of<Config>(params, maps...));
   if (threadIdx.x == 0) {
-    shared.template init<Copies>();
+    shared.template init<Copies>(1);
     ptx::prefetch_tensor_map(&queries);
     (ptx::prefetch_tensor_map(&maps), ...);
   }
@@ -44,7 +34,7 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   Roles::run(
       [&] {
         if (warp_idx() < Copies::kWarps) {
-          PrefixLoader<Config, Params, Copies>(params, queries, prefix_copies_of<Config>(params, maps...), shared).run();
+          PrefixLoader<Config, Params, Copies>(params, queries, copies_of<Config>(params, maps...), shared).run();
         }
       },
       [&](int warpgroup) {
