@@ -96,13 +96,18 @@ def _spread_entries() -> AotSpec:
     return AotSpec("spread_entries", kernel, arguments, {"BLOCK": 1024})
 
 
-def _record_tokens() -> AotSpec:
+def _record_tokens(one_token: bool = False) -> AotSpec:
+    """``one_token``: a vocabulary of 1 and a token a row, sizes that Triton turns into constants."""
     names = ("seen", "entries", "num_entries", "num_output")
     arguments = {"tokens_ptr": "*i64", "slots_ptr": "*i64", **{f"{name}_ptr": "*i32" for name in names}}
-    arguments |= {**_integers("entries_stride", "capacity"), "seen_stride": "i32", "seen_words": "i32"}
-    arguments["num_tokens"] = arguments["tokens_stride"] = "i32"
+    arguments |= {**_integers("entries_stride", "capacity"), "tokens_stride": "i32"}
+    constants: dict[str, Any] = {"BLOCK": 1024}
+    if one_token:
+        constants |= dict.fromkeys(("seen_stride", "seen_words", "num_tokens"), 1)
+    else:
+        arguments |= dict.fromkeys(("seen_stride", "seen_words", "num_tokens"), "i32")
     kernel = "fi_triton.sampling.record_tokens:record_kernel"
-    return AotSpec("record_tokens", kernel, arguments, {"BLOCK": 1024})
+    return AotSpec("record_tokens_one" if one_token else "record_tokens", kernel, arguments, constants)
 
 
 def _verify_chain(has_draft_probs: bool) -> AotSpec:
@@ -148,6 +153,7 @@ def _specs() -> Iterator[AotSpec]:
     yield _top_k("fp32", 1, one_token=True)
     yield _spread_entries()
     yield _record_tokens()
+    yield _record_tokens(one_token=True)
     yield _verify_chain(False)
     yield _verify_chain(True)
     yield _verify_tree()
