@@ -7,7 +7,12 @@ import pytest
 import torch
 from fi_core.reference.sampling.draw import filter_logits as reference_filter
 from fi_core.reference.sampling.draw import sample as reference_sample
-from fi_core.sampling import DrawKeys, FilterParams
+from fi_core.reference.sampling.ranking import logprobs as reference_logprobs
+from fi_core.reference.sampling.ranking import top_k as reference_top_k
+from fi_core.sampling import DrawKeys, FilterParams, LogprobsOut
+from fi_cuda.kernels.sampling import filter_logits as filter_module
+from fi_cuda.kernels.sampling import sample as sample_module
+from fi_cuda.kernels.sampling.tuning import BUILT_IN, SamplingTuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
@@ -28,6 +33,12 @@ FILTERS: dict[str, dict[str, float]] = {
 }
 
 
+@pytest.fixture(params=[BUILT_IN, SamplingTuning(bracket=True)], ids=["built_in", "bracket"])
+def tuning(request, monkeypatch):
+    for module in (sample_module, filter_module):
+        monkeypatch.setattr(module, "sampling_tuning_for", lambda device: request.param)
+
+
 def rows_of(kind: str, num_rows: int, vocab_size: int) -> torch.Tensor:
     generator = torch.Generator(device="cuda").manual_seed(3)
     normal = torch.randn((num_rows, vocab_size), device="cuda", generator=generator)
@@ -39,6 +50,8 @@ def rows_of(kind: str, num_rows: int, vocab_size: int) -> torch.Tensor:
         "tied": lambda: (1.5 * normal).round(),
         "rounded": lambda: (3 * normal).bfloat16().float(),
         "few": lambda: torch.where(normal > 3.1, 3 * normal, -torch.inf),
+        # Much of the mass in few tokens, the rest spread: hard to estimate.
+        "peak": lambda: torch.where(torch.arange(vocab_size, device="cuda") % 50000 == 7, 12.0, normal),
         "one_group": lambda: torch.where(torch.arange(vocab_size, device="cuda") < 200, 20 + normal, normal),
     }
     return made[kind]()
@@ -54,15 +67,16 @@ def parameters(values: dict[str, float], num_rows: int, order: str = "sequential
 
 
 def drawn(logits: torch.Tensor, filters: FilterParams, keys: DrawKeys) -> torch.Tensor:
-    from fi_cuda.kernels.sampling.sample import sample
-
     tokens = torch.full_like(keys.seed, -77)
-    sample(logits, filters, keys, None, tokens)
+    sample_module.sample(logits, filters, keys, None, tokens)
     return tokens
 
 
 @pytest.mark.parametrize("num_rows", [3, 20, 70])
-@pytest.mark.parametrize("kind", ["normal", "narrow", "uniform", "equal", "tied", "rounded", "few", "one_group"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "narrow", "uniform", "equal", "tied", "rounded", "few", "peak", "one_group"]
+)
+@pytest.mark.usefixtures("tuning")
 def test_draws_are_those_of_the_reference(kind, num_rows):
     logits = rows_of(kind, num_rows, VOCAB)
     for name, values in FILTERS.items():
@@ -75,15 +89,14 @@ def test_draws_are_those_of_the_reference(kind, num_rows):
 
 
 @pytest.mark.parametrize("kind", ["normal", "narrow", "equal", "tied"])
+@pytest.mark.usefixtures("tuning")
 def test_probabilities_are_those_of_the_reference(kind):
-    from fi_cuda.kernels.sampling.filter_logits import filter_logits
-
     logits = rows_of(kind, 5, VOCAB)
     for name in ("top_p", "top_k", "all"):
         filters, _ = parameters(FILTERS[name], 5)
         out = torch.full_like(logits, -7.0)
         expected = torch.empty_like(logits, dtype=torch.float64)
-        filter_logits(logits, filters, "probs", out)
+        filter_module.filter_logits(logits, filters, "probs", out)
         reference_filter(logits, filters, "probs", expected)
         assert torch.allclose(out.sum(dim=1), torch.ones(5, device="cuda"), atol=1e-4), name
         # A token at the limit may go either way.
@@ -91,6 +104,7 @@ def test_probabilities_are_those_of_the_reference(kind):
         assert float((out - expected).abs().max()) < 1e-4, name
 
 
+@pytest.mark.usefixtures("tuning")
 def test_a_row_draws_the_same_alone_and_in_any_batch():
     logits = rows_of("normal", 70, VOCAB)
     for values in FILTERS.values():
@@ -101,3 +115,27 @@ def test_a_row_draws_the_same_alone_and_in_any_batch():
             one, _ = parameters(values, 1)
             key = DrawKeys(keys.seed[row : row + 1], keys.sample[row : row + 1], keys.position[row : row + 1])
             assert drawn(logits[row : row + 1], one, key).item() == tokens[row].item()
+
+
+@pytest.mark.parametrize("k", [513, 1000, 2048])
+@pytest.mark.parametrize("kind", ["normal", "narrow", "tied", "few"])
+def test_many_tokens_are_ranked_like_the_reference(kind, k):
+    from fi_cuda.kernels.sampling.top_k import large_top_k, logprobs_of_many
+
+    def outputs(num_rows):
+        values = torch.full((num_rows, k), -7.0, device="cuda")
+        return LogprobsOut(torch.full((num_rows,), -7.0, device="cuda"), values, torch.full_like(values, -7).long())
+
+    for num_rows in (3, 40):
+        logits = rows_of(kind, num_rows, VOCAB)
+        found, expected = outputs(num_rows), outputs(num_rows)
+        large_top_k(logits, found.values, found.indices)
+        reference_top_k(logits, expected.values, expected.indices)
+        assert torch.equal(found.indices, expected.indices) and torch.equal(found.values, expected.values)
+        tokens = torch.arange(num_rows, device="cuda") * 1001
+        found, expected = outputs(num_rows), outputs(num_rows)
+        logprobs_of_many(logits, tokens, found)
+        reference_logprobs(logits, tokens, expected)
+        assert torch.equal(found.indices, expected.indices)
+        assert torch.allclose(found.values, expected.values, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(found.chosen, expected.chosen, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ HOPPER_SHARED_BYTES = 228 * 1024
 MOST_OF_A_BLOCK = 227 * 1024
 RESERVED_BYTES = 1024
 
-TUNINGS = (BUILT_IN, SamplingTuning(bracket=True, double_sums=True, whole_rounds=True))
+TUNINGS = (BUILT_IN, SamplingTuning(bracket=True), SamplingTuning(whole_rounds=False))
 VOCABULARIES = (1, 2, 97, 1024, 1025, 4096, 4097, 32000, 50257, 128256, 151936, 201088, 262144, 2**19 - 1, 2**19)
 
 

@@ -17,11 +17,12 @@ from fi_cuda.kernels.sampling.tuning import BUILT_IN, SamplingTuning
 
 pytestmark = pytest.mark.timeout(300)
 
+NONE = SamplingTuning(bracket=False, double_sums=False, whole_rounds=False)
 ALL = SamplingTuning(bracket=True, double_sums=True, whole_rounds=True)
-TUNINGS = {"built_in": BUILT_IN, "all": ALL}
+TUNINGS = {"none": NONE, "built_in": BUILT_IN, "all": ALL}
 COLUMNS = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32, "temperature": torch.float32}
 ONE_BLOCK, TWO_BLOCKS = (1, 128), (2, 256)
-VOCAB = 1000
+VOCAB = 1010
 
 
 def rows_of(kind, vocab_size=VOCAB, num_rows=3):
@@ -47,10 +48,11 @@ def on_host(monkeypatch):
     modules = (sample_module, filter_module, top_k_module)
 
     def prepare(form, tuning):
-        granule = 128 if tuning.whole_rounds else 8
         for module in modules:
             module._bound.cache_clear()
-            monkeypatch.setattr(module, "geometry_for", lambda vocab, *_, **__: geometry(vocab, *form, granule))
+            monkeypatch.setattr(
+                module, "geometry_for", lambda vocab, *_, **__: geometry(vocab, *form, tuning.whole_rounds)
+            )
         for module in modules[:2]:
             monkeypatch.setattr(module, "sampling_tuning_for", lambda device: tuning)
         emulate(monkeypatch, modules, seed=3)

@@ -49,7 +49,7 @@ def test_a_hook_chooses_what_is_compiled(override, recorder, monkeypatch):
     for module in (sample_module, filter_module):
         module._bound.cache_clear()
         monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
-    logits, column = torch.zeros((2, 5000)), torch.full((2,), 0.9)
+    logits, column = torch.zeros((2, 32000)), torch.full((2,), 0.9)
     filter_module.filter_logits(logits, FilterParams(top_p=column), "probs", torch.empty_like(logits))
     filter_module._bound.cache_clear()
     (spec,) = recorder.specs

@@ -9,8 +9,8 @@ from .tuning import BUILT_IN, SamplingTuning
 _GRANULE = 8
 """A warp's part of a row is a multiple of it, so that parts begin at multiples of 16 bytes in any dtype."""
 
-_ROUND = 128
-"""Likewise, so that a warp's loops, four tokens a thread, have no partial rounds."""
+_ROUND, _MOST_FILLING = 128, 0.03
+"""Likewise, so that a warp's loops, four tokens a thread, have no partial rounds, and what share it may grow for that."""
 
 _MAX_CLUSTER = 16
 _FEW_ROWS, _SOME_ROWS = 8, 32
@@ -45,11 +45,13 @@ class Geometry(NamedTuple):
         return 4 * self.num_threads // 32 * self.warp_tokens
 
 
-def geometry(vocab_size: int, cluster_size: int, num_threads: int, granule: int = _GRANULE) -> Geometry:
-    """The least parts that hold ``vocab_size`` tokens, one block a multiprocessor."""
+def geometry(vocab_size: int, cluster_size: int, num_threads: int, whole_rounds: bool = False) -> Geometry:
+    """The least parts that hold ``vocab_size`` tokens, one block a multiprocessor; ``whole_rounds``: see SamplingTuning."""
     warps = cluster_size * num_threads // 32
     tokens = -(-vocab_size // warps)
-    return Geometry(cluster_size, num_threads, -(-tokens // granule) * granule, 1)
+    rounded, whole = (-(-tokens // granule) * granule for granule in (_GRANULE, _ROUND))
+    fits = whole_rounds and whole <= (1 + _MOST_FILLING) * tokens
+    return Geometry(cluster_size, num_threads, whole if fits else rounded, 1)
 
 
 def geometry_for(
@@ -62,9 +64,9 @@ def geometry_for(
     one, so that one row is read while another is searched.
     """
     threads = 128 if vocab_size <= 1024 else 256 if vocab_size <= 4096 else 512
-    granule = _ROUND if tuning.whole_rounds else _GRANULE
+    whole = tuning.whole_rounds
     if vocab_size <= 4096:
-        return geometry(vocab_size, 1, threads, granule)
+        return geometry(vocab_size, 1, threads, whole)
     many = num_rows > _SOME_ROWS
     cluster_size = 1 if many else _MAX_CLUSTER if num_rows <= _FEW_ROWS else _MAX_CLUSTER // 2
     if not many:
@@ -72,7 +74,7 @@ def geometry_for(
             cluster_size //= 2
     while True:
         two_blocks = _TWO_BRACKETS_BYTES - _EXCHANGED_BYTES * cluster_size if tuning.bracket else _TWO_BLOCKS_BYTES
-        found = geometry(vocab_size, cluster_size, threads, granule)
+        found = geometry(vocab_size, cluster_size, threads, whole)
         held = rows_held * found.slice_bytes
         if cluster_size == _MAX_CLUSTER or held <= (two_blocks if many else _ONE_BLOCK_BYTES):
             break

@@ -20,15 +20,15 @@ TUNED_OP = "sampling"
 class SamplingTuning:
     """Results are the same whatever is chosen (docs/kernels/sampling.md).
 
-    ``bracket``: top_p finds the last token that it keeps by an estimate and one exact pass around it
-    (fi/sampling/bracket_search.cuh) instead of two levels of histograms, and decides on the short list of a small top_k where it
-    is joint; ``double_sums``: masses are added up in double instead of two limbs; ``whole_rounds``: a warp's part of a row is a
-    multiple of 128 tokens.
+    ``bracket``: where top_p stands alone it finds the last token that it keeps by an estimate and one exact pass around it
+    (fi/sampling/bracket_search.cuh) instead of two levels of histograms; ``double_sums``: masses are added up in double instead
+    of two limbs, and a joint top_p beside a small top_k is decided on the short list, with one such sum; ``whole_rounds``: a
+    warp's part of a row is a multiple of 128 tokens where that makes it little larger.
     """
 
     bracket: bool = False
-    double_sums: bool = False
-    whole_rounds: bool = False
+    double_sums: bool = True
+    whole_rounds: bool = True
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -37,7 +37,7 @@ class SamplingTuning:
 
 
 BUILT_IN = SamplingTuning()
-"""What has run on a GPU."""
+"""What has run on a GPU as it stands."""
 
 
 def sampling_tuning_for(device: torch.device) -> SamplingTuning:

@@ -4,6 +4,7 @@
 
 namespace fi::ptx {
 
+inline unsigned rank_in_cluster_again() { return emulated::self->block->rank; }
 inline unsigned rank_in_cluster() { return emulated::self->block->rank; }
 inline unsigned num_blocks_in_cluster() { return static_cast<unsigned>(emulated::self->block->cluster->blocks.size()); }
 inline unsigned address_in_cluster(const void* pointer, unsigned rank) {

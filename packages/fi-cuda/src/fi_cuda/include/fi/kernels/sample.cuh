@@ -116,6 +116,7 @@ struct SampleKernel {
   template <class Weight>
   __device__ __forceinline__ void draw(Weight weight, Answer end) {
     if (end.known() && static_cast<int>(end.block) != row.rank) return;
+    row.read_rank();
     row.sum_masses_over_warps(weight);
     uint64 target = end.amount;
     if (!end.known()) {
@@ -221,14 +222,14 @@ struct SampleKernel {
     ShortList<Config> list{row};
     const int count = list.collect(filters.top_k, false);
     if (count < 0) return false;
-    uint64 row_mass = 0;
     if (Config::kTopP && filters.joint && filters.has_top_p()) {
       row.sum_masses_over_warps([&](int, float logit) { return row.weight(logit); });
       uint64 before;
-      row_mass = row.sum_over_blocks(before);
+      const uint64 row_mass = row.sum_over_blocks(before);
+      if (threadIdx.x == 0) row.shared.search.boundary_wanted = row_mass;
     }
     if (row.rank == 0) {
-      const int token = list.draw(count, filters, row_mass, row.shared.random);
+      const int token = list.draw(count, filters, row.shared.random);
       if (token >= 0) write(token);
     }
     return true;

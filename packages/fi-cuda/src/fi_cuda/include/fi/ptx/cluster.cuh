@@ -12,6 +12,13 @@ __device__ __forceinline__ unsigned rank_in_cluster() {
   return rank;
 }
 
+// The same, read where it stands: for a value that would occupy a register for long.
+__device__ __forceinline__ unsigned rank_in_cluster_again() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
 __device__ __forceinline__ unsigned num_blocks_in_cluster() {
   unsigned count;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));

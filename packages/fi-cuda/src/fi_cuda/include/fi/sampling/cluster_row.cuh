@@ -211,6 +211,12 @@ struct ClusterRow {
     read_extremes();
   }
 
+  // The block's place read again: from here on, and not before, it needs registers.
+  __device__ __forceinline__ void read_rank() {
+    if constexpr (kBlocks > 1) rank = static_cast<int>(ptx::rank_in_cluster_again());
+    first_token = rank * Shape::kBlockTokens;
+  }
+
   // Those shared last: read again, they need no registers in between.
   __device__ __forceinline__ void read_extremes() {
     const uint2 theirs = shared.extremes[threadIdx.x % kBlocks];

@@ -22,7 +22,7 @@ struct ShortList {
 
   __device__ __forceinline__ static bool serves(const RowFilters& filters) {
     return filters.top_k > 0 && filters.top_k <= kMaxK && !filters.greedy &&
-           (Config::kBracket || !(filters.joint && filters.has_top_p()));
+           (Config::kDoubleSums || !(filters.joint && filters.has_top_p()));
   }
 
   // Collects the tokens; returns their number, or -1 if they do not fit, or with `all` if some of the first k have no mass.
@@ -102,9 +102,9 @@ struct ShortList {
     return listed == count && count <= kMaxRanked ? count : -1;
   }
 
-  // By the first block, after collect: filters and draw; `row_mass`, of the whole row, is read for a joint top_p. Returns the token
-  // in one thread, and -1 in the others.
-  __device__ __forceinline__ int draw(int count, const RowFilters& filters, uint64 row_mass, RandomBits bits) {
+  // By the first block, after collect: filters and draw; for a joint top_p the first thread has left the row's mass in
+  // boundary_wanted. Returns the token in one thread, and -1 in the others.
+  __device__ __forceinline__ int draw(int count, const RowFilters& filters, RandomBits bits) {
     RankedToken* tokens = gather_list(row, [&](float logit) { return mass_at(row.largest - logit); });
     constexpr int kSweeps = kMaxRanked / kComparedTokens;
     constexpr int kParts = kComparers<kThreads>;
@@ -123,7 +123,7 @@ struct ShortList {
       if (leads && rank[sweep] < filters.top_k) total += own[sweep].amount;
     }
     const uint64 considered = row.sum_over_block(total);
-    const uint64 wanted = filters.has_top_p() ? filters.mass_target(filters.joint ? row_mass : considered) : ~0ull;
+    const uint64 wanted = filters.has_top_p() ? filters.mass_target(filters.joint ? row.shared.search.boundary_wanted : considered) : ~0ull;
     total = 0;
 #pragma unroll
     for (int sweep = 0; sweep < kSweeps; ++sweep) {
