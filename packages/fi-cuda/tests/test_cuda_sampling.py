@@ -20,7 +20,7 @@ VOCAB = 128256
 MOST_BOUNDARY_ROWS = 0.01
 """Share of draws that a rounding of the exponential may tip."""
 
-COLUMNS = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32, "temperature": torch.float32}
+COLUMNS = {"top_k": torch.int32} | dict.fromkeys(("top_p", "min_p", "typical_p", "temperature"), torch.float32)
 FILTERS: dict[str, dict[str, float]] = {
     "plain": {},
     "greedy": {"temperature": 0.0},

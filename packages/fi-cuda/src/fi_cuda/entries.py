@@ -194,9 +194,7 @@ _SAMPLING_OPERATIONS = {"sample_columns": "sample", "sample_typical": "sample", 
 """Of kernels that are not named like it."""
 _UNSEEN = -90
 """Priority of kernels that have not run on a GPU: other backends' are preferred, and conformance runs these too."""
-_SAMPLING_PRIORITIES = dict.fromkeys(
-    ("sample_columns", "sample_typical", "penalize_logits", "logprobs_of_many"), _UNSEEN
-)
+_SAMPLING_PRIORITIES = {"logprobs_of_many": _UNSEEN}
 
 _SAMPLING_MODULES = {
     "sample_columns": "sample",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -96,8 +96,10 @@ def _bound_to_columns(
     tuning: SamplingTuning,
     penalties: bool,
 ) -> LaunchableKernel:
-    spec = ColumnSampleSpec.of(dtype, vector, geometry, filters, "typical_p" in filters, penalties, tuning=tuning)
-    return kernel_for(spec, device)
+    typical = "typical_p" in filters
+    if typical:  # its search begins where another's messages end, which a bracket's do elsewhere
+        tuning = replace(tuning, bracket=False)
+    return kernel_for(ColumnSampleSpec.of(dtype, vector, geometry, filters, typical, penalties, tuning=tuning), device)
 
 
 def _values(
