@@ -25,7 +25,7 @@ struct alignas(8) RankPrefix {
   int last;
 
   __device__ __forceinline__ bool has(float logit, int token) const {
-    return logit > value || (logit == value && token <= last);
+    return (logit > value) | ((logit == value) & (token <= last));  // three predicates, no branch
   }
 };
 
