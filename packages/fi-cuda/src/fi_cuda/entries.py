@@ -193,8 +193,9 @@ _LARGE_TOP_K = {"large_top_k": "top_k", "logprobs_of_many": "logprobs"}
 _SAMPLING_OPERATIONS = {"sample_columns": "sample", "sample_typical": "sample", **_LARGE_TOP_K}
 """Of kernels that are not named like it."""
 _UNSEEN = -90
-"""Priority of kernels that have not run on a GPU: other backends' are preferred, and conformance runs these too."""
-_SAMPLING_PRIORITIES = {"logprobs_of_many": _UNSEEN}
+"""Priority of kernels that have not run on a GPU in their present form: other backends' are preferred, and conformance runs
+these too."""
+_SAMPLING_PRIORITIES = dict.fromkeys(("sample_columns", "sample_typical", "logprobs_of_many"), _UNSEEN)
 
 _SAMPLING_MODULES = {
     "sample_columns": "sample",
