@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) probe(float* out, int* flag
   cluster_arrive();
   cluster_wait();
   arrive_in_cluster(bar, num_blocks_in_cluster() - 1);
-  out[0] += load_from_cluster(address_in_cluster(bar, rank_in_cluster() ^ 1));
+  out[0] += load_from_cluster(address_in_cluster(bar, rank_in_cluster() ^ rank_in_cluster_again() ^ 1));
   fence_acq_rel_gpu();
   fence_acq_rel_cluster();
   if (load_acquire(flags) == 3) store_release(flags + 1, 4);
