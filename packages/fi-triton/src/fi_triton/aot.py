@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
+import os
 import pkgutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -145,9 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--arch", type=int, nargs="+", default=list(DEFAULT_ARCHS), help="compute capabilities, 90 for 9.0"
     )
     parser.add_argument("--only", default="", help="part of a spec's name")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
     options = parser.parse_args(arguments)
     specs = [spec for spec in all_specs() if options.only in spec.name]
-    results = [compile_spec(spec, arch) for spec in specs for arch in options.arch if arch >= spec.min_arch]
+    wanted = [(spec, arch) for spec in specs for arch in options.arch if arch >= spec.min_arch]
+    if options.jobs > 1 and len(wanted) > 1:
+        # A process of its own for each: the compiler must not be forked after it has started threads.
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            results = list(pool.map(compile_spec, *zip(*wanted, strict=True)))
+    else:
+        results = [compile_spec(spec, arch) for spec, arch in wanted]
     print(report(results))
     if not specs:
         print(f"no spec has {options.only!r} in its name")
