@@ -108,8 +108,8 @@ def with_tunings(case: Case, tunings: Mapping[str, Tuning]) -> Case:
 
 def compile_share(share: int, shares: int) -> None:
     """Compile every ``shares``-th kernel: a call of each on a small batch."""
-    todo = [(case, tuning) for case, tunings in CASES.items() for tuning in ({}, *tunings.values())]
-    for name, tuning in todo[share::shares]:
+    wanted = [(case, tuning) for case, tunings in CASES.items() for tuning in ({}, *tunings.values())]
+    for name, tuning in wanted[share::shares]:
         shape = choose([], [name])[0].build.keywords["shape"]  # type: ignore[attr-defined]
         with tuned(tuning):
             ours(make_inputs(normal_device("cuda"), shape, [100], [100]), 100)()()

@@ -37,7 +37,7 @@ class SamplingTuning:
 
 
 BUILT_IN = SamplingTuning()
-"""What has run on a GPU as it stands."""
+"""What is chosen where no plugin says otherwise."""
 
 
 def sampling_tuning_for(device: torch.device) -> SamplingTuning:
