@@ -72,4 +72,3 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, search: boo
         cluster_size *= 2
     resident = 1 if not many or held > two_blocks else 2 if search or held > _THREE_BLOCKS_BYTES else 3
     return found._replace(resident_blocks=resident)
-
