@@ -40,7 +40,10 @@ def penalties_of(seed, capacity=64):
     return PenaltyParams(
         allowed=masks[0] | masks[1],
         bias_indptr=torch.arange(NUM_ROWS + 1, dtype=torch.int32) * 20,
-        bias_tokens=torch.rand((NUM_ROWS, VOCAB), generator=generator).topk(20, dim=1).indices.to(torch.int32).flatten(),
+        bias_tokens=torch.rand((NUM_ROWS, VOCAB), generator=generator)
+        .topk(20, dim=1)
+        .indices.to(torch.int32)
+        .flatten(),
         bias_values=3 * torch.randn(NUM_ROWS * 20, generator=generator),
         repetition=column + 0.7,
         frequency=column - 0.3,
@@ -59,14 +62,18 @@ def check_draws(monkeypatch, logits, values, order, penalties=NO_PENALTIES, slot
         assert found.tolist() == expected.tolist(), (values, order, seed)
 
 
-@pytest.mark.parametrize("values", TYPICAL, ids=lambda values: "+".join(f"{name}{value}" for name, value in values.items()))
+@pytest.mark.parametrize(
+    "values", TYPICAL, ids=lambda values: "+".join(f"{name}{value}" for name, value in values.items())
+)
 def test_typical_draws_are_those_of_the_reference(form, values, monkeypatch):
     for kind in KINDS:
         for order in ("sequential", "joint"):
             check_draws(monkeypatch, rows_of(kind), values, order)
 
 
-@pytest.mark.parametrize("values", [{}, {"temperature": 0.7}, {"top_k": 50, "top_p": 0.9}], ids=["plain", "temperature", "top_k_top_p"])
+@pytest.mark.parametrize(
+    "values", [{}, {"temperature": 0.7}, {"top_k": 50, "top_p": 0.9}], ids=["plain", "temperature", "top_k_top_p"]
+)
 def test_penalised_draws_are_those_of_the_reference(form, values, monkeypatch):
     slots = torch.tensor([2, -1, 0])
     for seed, kind in enumerate(KINDS):

@@ -123,6 +123,8 @@ class Planted:
 
     def source(self):
         return KernelSource(self.stem, f"fi_{self.stem}", self.text, (INCLUDE_FOLDER,))
+
+
 UNWRITTEN = """struct Params { const void* x; void* y; };
 extern "C" __global__ void fi_unwritten(const Params params) {
   __shared__ int kept[64];
