@@ -21,7 +21,7 @@ class GatherCopies {
   static constexpr int kRowsAtOnce = kWarpThreads / kUnits;
   static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(Factor));
   static constexpr int kTokens = Config::kTokens;
-  static constexpr bool kOneCursor = !Config::kKeysAhead && Config::kKeyStages == Config::kValueStages;
+  static constexpr bool kOneCursor = Config::kCopyOrder != kKeysAhead && Config::kKeyStages == Config::kValueStages;
   static constexpr bool kSameToken = kRowsAtOnce % kPageSize == 0;  // of its page, in all of a thread's rows
   static constexpr int kNone = -1;  // in the place of a page: a row that is not readable, which becomes zeros
 
