@@ -130,14 +130,20 @@ def equal_requests(count, q_len, kv_len):
 # A third of the tiles has 32 tokens and takes less time: 11, 11 and 10 rows of the others and 6, 5 and 5 of these are a round.
 def test_tiles_of_a_request_are_in_work_at_the_same_time():
     rounds = [11, 6, 11, 5, 10, 5]
-    tiles = [tile for half, count in zip(itertools.cycle(((0, 1), (2,))), rounds, strict=False) for tile in [half] * count]
+    tiles = [
+        tile for half, count in zip(itertools.cycle(((0, 1), (2,))), rounds, strict=False) for tile in [half] * count
+    ]
     pieces, whole = equal_requests(4, 128, 2**15), equal_requests(16, 128, 2**12)
     assert [row[2] in (0, 1) for row in pieces] == [tile == (0, 1) for tile in tiles]
     assert [row[2] in (0, 1) for row in whole] == [tile == (0, 1) for tile in tiles]
     assert {row[6] for row in whole} == {-1}
     numbers = [row[6] - row[12] for row in pieces]
-    assert [number for number, row in zip(numbers, pieces, strict=True) if row[2] < 2] == [0] * 8 + [1] * 8 + [2] * 8 + [3] * 8
-    assert [number for number, row in zip(numbers, pieces, strict=True) if row[2] == 2] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert [number for number, row in zip(numbers, pieces, strict=True) if row[2] < 2] == [0] * 8 + [1] * 8 + [
+        2
+    ] * 8 + [3] * 8
+    assert [number for number, row in zip(numbers, pieces, strict=True) if row[2] == 2] == [0] * 4 + [1] * 4 + [
+        2
+    ] * 4 + [3] * 4
     spec = Lists(SPECS["causal"], 16).spec
     many = [spec.bin_of(-(-row[5] // 128)) for row in equal_requests(1, 8160, 8160)]  # whole tiles of 48 tokens
     assert many == sorted(many) and len(set(many)) > 4

@@ -40,10 +40,10 @@ class PrefillTuning:
     """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
     item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
     starting products; ``overlap``: a step's scores are started before the values of the step before, else ``parts`` of a step's
-    weights are each computed beside the values of the part before; ``copy_order`` of a step's values: after
-    its keys ("in order"), after those of the next step ("keys ahead"), or by a warp of their own ("apart"; what does not come in boxes
-    is copied in order then); ``pieces``: of a tile that is left after whole rounds of tiles, at most; costs as in
-    TileKind, in any common unit.
+    weights are each computed beside the values of the part before; ``copy_order``: a step's values are copied after its keys ("in
+    order"), after those of the next step ("keys ahead"), or by a warp of their own ("apart", boxes only: what else there is comes
+    in order then); ``pieces``: of a tile that is left after whole rounds of tiles, at most; costs as in TileKind, in any common
+    unit.
 
     ``landing_stages``: of the ring for K and V that are not multiplied as they are stored; FP8 queries need it, and 0 has FP8
     K and V beside other queries copied row by row."""
