@@ -29,8 +29,6 @@ _BINS = 256
 _THREADS = 512
 _MOST_OVER_SHARES = (11, 10)
 _LEAST_GAIN = (29, 30)
-_MIXED_BINS = 4
-_LEAST_OF_LONGEST = (3, 4)
 _PIECE_STEPS = 4
 """What a piece's way through memory costs, in steps: its rows are written in float32 and read again."""
 _INT32_MAX = 2**31 - 1
@@ -104,11 +102,6 @@ class AttentionOrderSpec(KernelSpec):
         all_groups = self.tile_tokens // self.group_tokens
         groups = min(-(-num_tokens // self.group_tokens), all_groups)
         return -(-steps * (groups + 2) // (all_groups + 2))
-
-    @property
-    def group_rows(self) -> int:
-        """Long tiles of which a quarter of the blocks has one each."""
-        return max(self.workers // (4 * self.heads), 1)
 
     def cost_of_bin(self, place: int) -> int:
         """The cost of a tile of a bin at most."""
@@ -194,42 +187,26 @@ def fill_order_on_host(
 ) -> None:
     """Fill ``order`` in host memory as the kernel would from these CPU lengths, which are within the capacity."""
     is_long = bool((q_indptr.diff() > spec.short_q_len).any())
-    starts = _starts(q_indptr.tolist(), kv_lens.tolist(), spec)
-    found = _tiles(q_indptr.tolist(), kv_lens.tolist(), spec, window, starts) if is_long else ()
+    found = _tiles(q_indptr.tolist(), kv_lens.tolist(), spec, window) if is_long else ()
     tiles = sorted(found, key=lambda tile: tile[0])
-    bins = [place for place, _ in tiles]
-    used, num_whole, pieces = (True, len(tiles), 1) if starts else arrangement(bins, spec)
-    whole_rounds = _rounds(num_whole, spec) if not starts and _are_mixed(bins, spec) else 1
-    rows = _in_rounds([(place, [row]) for place, row in tiles[:num_whole]], whole_rounds)
-    left = [
-        (place, [_piece_of(row, idx, piece, pieces, spec) for piece in range(pieces)])
-        for idx, (place, row) in enumerate(tiles[num_whole:])
-    ]
-    rows += _in_rounds(left, _rounds(len(left) * pieces, spec))
+    used, num_whole, pieces = arrangement([place for place, _ in tiles], spec)
+    rows = [row for _, row in tiles[:num_whole]]
+    rows += _in_rounds(tiles[num_whole:], pieces, spec)
     order.header.numpy()[:] = (len(rows), used, 0, 0)
     if used and rows:
         order.items[: len(rows)].numpy()[:] = np.array(rows, dtype=np.int32)
 
 
-def _rounds(num_rows: int, spec: AttentionOrderSpec) -> int:
-    """Rounds of a tile a block in which rows of all heads are taken."""
-    return -(-num_rows * spec.heads // spec.workers)
-
-
-def _are_mixed(bins: list[int], spec: AttentionOrderSpec) -> bool:
-    """Whether whole tiles come in rounds that each have tiles of every bin."""
-    if not 1 < len(set(bins)) <= _MIXED_BINS:
-        return False
-    least, of = _LEAST_OF_LONGEST
-    return spec.cost_of_bin(bins[-1]) * of >= spec.cost_of_bin(bins[0]) * least
-
-
-def _in_rounds(tiles: list[tuple[int, list[tuple[int, ...]]]], rounds: int) -> list[tuple[int, ...]]:
-    """All rows of tiles with these bins, in order: in every round as many of a bin as in any other, longer ones first, and
-    of equally long tiles all first pieces first."""
+def _in_rounds(
+    tiles: list[tuple[int, tuple[int, ...]]], pieces: int, spec: AttentionOrderSpec
+) -> list[tuple[int, ...]]:
+    """The pieces of tiles with these bins, in order: in every round of a piece a block as many of a bin as in any other, longer
+    ones first, and of equally long tiles all first pieces first."""
+    rounds = -(-len(tiles) * pieces * spec.heads // spec.workers)
     placed = []
-    for place, equal in itertools.groupby(tiles, key=lambda tile: tile[0]):
-        rows = [row for pieces in zip(*(rows for _, rows in equal), strict=True) for row in pieces]
+    for place, equal in itertools.groupby(enumerate(tiles), key=lambda tile: tile[1][0]):
+        kept = [(idx, row) for idx, (_, row) in equal]
+        rows = [_piece_of(row, idx, piece, pieces, spec) for piece in range(pieces) for idx, row in kept]
         placed += [(idx * rounds // len(rows), place, idx, row) for idx, row in enumerate(rows)]
     return [row for *_, row in sorted(placed)]
 
@@ -270,41 +247,8 @@ def _piece_of(row: tuple[int, ...], idx: int, piece: int, pieces: int, spec: Att
     return (*tile, slot + piece, 0, *row[8:11], idx * spec.heads, slot, slot + 1, slot + pieces, pieces)
 
 
-class _Starts(NamedTuple):
-    """Of a batch whose time is that of its short tiles: the steps that a block takes, about, and groups of long tiles."""
-
-    spec: AttentionOrderSpec
-    steps: int
-    num_groups: int
-
-    def bin_of(self, request: int, q_tile: int, num_steps: int, is_short: bool) -> int:
-        """The time at which a tile starts, as a bin."""
-        latest = max(self.steps - num_steps, 0)
-        if is_short:
-            start = ((request * _SPREAD) % 2**32 >> 16) * latest >> 16
-        else:
-            group = (q_tile // self.spec.group_rows + request) % self.num_groups
-            start = group * min(num_steps, latest // max(self.num_groups - 1, 1))
-        return start * _BINS // self.steps
-
-
-def _starts(q_indptr: list[int], kv_lens: list[int], spec: AttentionOrderSpec) -> _Starts | None:
-    """None unless tiles of short requests have most of the steps."""
-    sums, rows, longest = {False: 0, True: 0}, 0, 0
-    for kv_len, (begin, end) in zip(kv_lens, itertools.pairwise(q_indptr), strict=True):
-        tiles, num_steps = -(-(end - begin) // spec.tile_tokens), -(-kv_len // spec.tokens)
-        is_short = end - begin <= spec.group_tokens
-        sums[is_short] += tiles * num_steps
-        rows += 0 if is_short else tiles
-        longest = max(longest, num_steps if tiles else 0)
-    steps = sum(sums.values()) * spec.heads // spec.workers
-    if not rows or sums[True] < 2 * sums[False] or steps < max(4 * longest, 1):
-        return None
-    return _Starts(spec, min(steps, 2**30), -(-rows // spec.group_rows))
-
-
 def _tiles(
-    q_indptr: list[int], kv_lens: list[int], spec: AttentionOrderSpec, window: int | None, starts: _Starts | None
+    q_indptr: list[int], kv_lens: list[int], spec: AttentionOrderSpec, window: int | None
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """(bin, row) of every tile of a KV head, in the order of the requests."""
     lengths = zip(kv_lens, itertools.pairwise(q_indptr), strict=True)
@@ -320,9 +264,7 @@ def _tiles(
                 start = min(max(offset + begin - window + 1, 0), stop) // spec.tokens * spec.tokens
             steps = -(-(stop - start) // spec.tokens)
             place = spec.bin_of(spec.full_steps(steps, q_len - begin))
-            if starts:
-                place = starts.bin_of(request, q_tile, steps, q_len <= spec.group_tokens)
-            elif q_len - begin <= spec.group_tokens:
+            if q_len - begin <= spec.group_tokens:
                 place = spec.bin_of(steps)
                 spread = (request * _SPREAD) % 2**32 >> 16
                 place = first_bin + spread % (place - first_bin + 1)

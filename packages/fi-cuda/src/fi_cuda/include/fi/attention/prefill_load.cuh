@@ -108,6 +108,7 @@ class PrefillLoader {
     else if constexpr (Config::kCopyOrder == kApart) load_apart(steps.num_steps);
     else if constexpr (Config::kCopyOrder == kKeysAhead) load_keys_ahead(steps.num_steps);
     else load_in_order(steps.num_steps);
+    if constexpr (kGathered<Config>) copies_.leave();
   }
 
   // Keys by one warp and values by another, each as its stages are set free ...

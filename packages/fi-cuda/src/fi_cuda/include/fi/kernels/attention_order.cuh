@@ -27,7 +27,6 @@
 namespace fi {
 
 constexpr int kOrderBins = 256;
-constexpr int kMixedBins = 4;  // of whole tiles that come in rounds, at most
 
 // A request's tile: its steps of keys are [kv_begin, kv_stop).
 struct OrderedTile {
@@ -48,36 +47,9 @@ __device__ __forceinline__ int full_steps(int num_steps, int num_tokens) {
   return (num_steps * (groups + 2) + kGroups + 1) / (kGroups + 2);
 }
 
-// What is known of all pairs. `steps`: 0, or, of a batch whose time is that of its short tiles, about as many as a block takes: bins
-// are then times at which tiles start.
-struct OrderedPairs {
-  int count, first_bin;  // the bin of the longest tile, or one before it
-  int steps, num_groups;
-};
-
-// Long tiles of which a quarter of the blocks has one each.
-template <class Config>
-__device__ __forceinline__ int group_rows() {
-  return max(Config::kWorkers / (4 * Config::kHeads), 1);
-}
-
-// Where most tiles wait for memory, those that do not are taken in groups, one after the other, because blocks that multiply leave
-// memory to the others, which cannot use all of it if they are few. A tile starts early enough to end with the others.
-template <class Config>
-__device__ __forceinline__ int start_bin(const OrderedPairs& pairs, const OrderedTile& tile, int num_steps, bool is_short) {
-  const int latest = max(pairs.steps - num_steps, 0);
-  int64 start;
-  if (is_short) {
-    start = static_cast<int64>(static_cast<unsigned>(tile.request) * 2654435761u >> 16) * latest >> 16;
-  } else {
-    const int group = (tile.q_tile / group_rows<Config>() + tile.request) % pairs.num_groups;
-    start = static_cast<int64>(group) * min(num_steps, latest / max(pairs.num_groups - 1, 1));
-  }
-  return static_cast<int>(start * kOrderBins / pairs.steps);
-}
-
+// `first_bin`: that of the longest tile, or before it.
 template <class Config, class Params>
-__device__ __forceinline__ OrderedTile tile_at(const Params& params, const OrderedPairs& pairs, int pair) {
+__device__ __forceinline__ OrderedTile tile_at(const Params& params, int first_bin, int pair) {
   const int* prefix = static_cast<const int*>(params.tile_prefix);
   int low = 0, high = params.num_requests;  // the last request with prefix <= pair, which has tiles
   while (high - low > 1) {
@@ -99,17 +71,19 @@ __device__ __forceinline__ OrderedTile tile_at(const Params& params, const Order
   }
   const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
   const int left = tile.q_len - begin;
-  if (pairs.steps > 0) {
-    tile.bin = start_bin<Config>(pairs, tile, num_steps, tile.q_len <= Config::kGroupTokens);
-  } else if (left > Config::kGroupTokens) {
+  if (left > Config::kGroupTokens) {
     tile.bin = bin_of<Config>(full_steps<Config>(num_steps, left));
   } else {
     tile.bin = bin_of<Config>(num_steps);
     const unsigned spread = static_cast<unsigned>(tile.request) * 2654435761u >> 16;
-    tile.bin = pairs.first_bin + static_cast<int>(spread % static_cast<unsigned>(tile.bin - pairs.first_bin + 1));
+    tile.bin = first_bin + static_cast<int>(spread % static_cast<unsigned>(tile.bin - first_bin + 1));
   }
   return tile;
 }
+
+struct OrderedPairs {
+  int count, first_bin;
+};
 
 // Fills tile_prefix; counts the pairs, none unless the batch is within the limits.
 template <class Config, class Params>
@@ -118,9 +92,6 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   __shared__ int warp_sums[kThreads / 32];
   __shared__ int longest;
   __shared__ bool some_long;
-  __shared__ unsigned long long short_steps;  // of a head's tiles
-  __shared__ unsigned long long long_steps;
-  __shared__ int long_rows;
   const int* q_indptr = static_cast<const int*>(params.q_indptr);
   const int* kv_lens = static_cast<const int*>(params.kv_lens);
   int* prefix = static_cast<int*>(params.tile_prefix);
@@ -128,8 +99,6 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   if (thread == 0) {
     longest = 0;
     some_long = false;
-    short_steps = long_steps = 0;
-    long_rows = 0;
   }
   __syncthreads();
   int before = 0;
@@ -143,13 +112,7 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
                         0 <= kv_len && kv_len <= params.max_kv_len;
       if (fits) tiles = (end - begin + Config::kTileTokens - 1) / Config::kTileTokens;
       within &= fits;
-      if (tiles > 0) {
-        atomicMax(&longest, kv_len);
-        const int num_steps = (kv_len + Config::kTokens - 1) / Config::kTokens;
-        const bool is_short = end - begin <= Config::kGroupTokens;
-        atomicAdd(is_short ? &short_steps : &long_steps, static_cast<unsigned long long>(num_steps) * tiles);
-        if (!is_short) atomicAdd(&long_rows, tiles);
-      }
+      if (tiles > 0) atomicMax(&longest, kv_len);
       if (end - begin > Config::kShortQLen) some_long = true;
     }
     const int inclusive = inclusive_sum_over_lanes<32>(tiles);
@@ -167,13 +130,7 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   __syncthreads();
   const int most_steps = (longest + Config::kTokens - 1) / Config::kTokens;
   const bool has_tiles = within && before <= params.max_pairs && some_long;
-  OrderedPairs pairs = {has_tiles ? before : 0, bin_of<Config>(most_steps), 0, 0};
-  const int64 steps = static_cast<int64>(short_steps + long_steps) * Config::kHeads / Config::kWorkers;
-  if (long_rows > 0 && short_steps >= 2 * long_steps && steps >= 4 * most_steps) {
-    pairs.steps = static_cast<int>(min(steps, int64{1} << 30));
-    pairs.num_groups = (long_rows + group_rows<Config>() - 1) / group_rows<Config>();
-  }
-  return pairs;
+  return {has_tiles ? before : 0, bin_of<Config>(most_steps)};
 }
 
 // What a tile of a bin costs at most.
@@ -182,10 +139,9 @@ __device__ __forceinline__ int64 cost_of_bin(int bin) {
   return Config::kItemCost + static_cast<int64>(Config::kStepCost) * (((kOrderBins - bin) << Config::kShift) - 1);
 }
 
-// What becomes of the tiles: the first `num_whole` pairs stay whole, the others have `pieces` each. The rows of either come in
-// so many rounds (1: in the order of their length).
+// What becomes of the tiles: the first `num_whole` pairs stay whole, the others have `pieces` each, taken in `rounds` of all blocks.
 struct Arrangement {
-  int is_used, num_whole, pieces, whole_rounds, piece_rounds;
+  int is_used, num_whole, pieces, rounds;
 };
 
 // The bin of the pair at a place of the order; `begins`: pairs before each bin.
@@ -212,7 +168,6 @@ __device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs)
   if (thread < kOrderBins) {
     atomicAdd(&sums[0], static_cast<unsigned long long>((begins[thread + 1] - begins[thread]) * cost_of_bin<Config>(thread)));
   }
-  const int num_bins = __syncthreads_count(thread < kOrderBins && begins[thread] < begins[thread + 1]);
   const int num_rounds = static_cast<int>(static_cast<int64>(num_pairs) * kHeads / kWorkers);
   for (int round = thread; round < num_rounds; round += Config::kNumThreads) {
     const int bin = bin_at(begins, static_cast<int>(static_cast<int64>(round) * kWorkers / kHeads));
@@ -250,36 +205,23 @@ __device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs)
     }
     const int64 shares = static_cast<int64>(sums[0]) * kHeads + (Config::kPieces > 1 ? int64{2} * kPiece * kWorkers : 0);
     if (thread == 0) {
-      found = {total * kWorkers * 10 <= shares * 11, best == 1 ? num_pairs : num_whole, best, 1, 1};
-      const auto rounds_of = [](int64 num_rows) { return static_cast<int>((num_rows * kHeads + kWorkers - 1) / kWorkers); };
-      if (1 < num_bins && num_bins <= kMixedBins) {
-        const int64 longest = cost_of_bin<Config>(bin_at(begins, 0)), shortest = cost_of_bin<Config>(bin_at(begins, num_pairs - 1));
-        if (shortest * 4 >= longest * 3) found.whole_rounds = rounds_of(found.num_whole);
-      }
-      if (best > 1) found.piece_rounds = rounds_of(static_cast<int64>(num_pairs - num_whole) * best);
+      const int rounds = ((num_pairs - num_whole) * kHeads * best + kWorkers - 1) / kWorkers;
+      found = {total * kWorkers * 10 <= shares * 11, best == 1 ? num_pairs : num_whole, best, rounds};
     }
   }
   __syncthreads();
   return found;
 }
 
-// Pairs [first, end) of the order, of `pieces` rows each.
-struct Stretch {
-  int first, end, pieces, rounds;
-};
-
-// The place in the stretch of row `idx` of those whose bin it is. In every round come as many rows of a bin as in any other, longer
-// ones first: tiles of one request, of which the last may take less time for having fewer rows, then read the same keys at about
-// the same time, and blocks are as evenly loaded as in the order of length.
-__device__ __forceinline__ int64 place_in(const int* begins, const Stretch& stretch, int bin, int64 idx) {
-  const auto rows_of = [&](int other) {
-    return static_cast<int64>(min(begins[other + 1], stretch.end) - max(begins[other], stretch.first)) * stretch.pieces;
-  };
-  if (stretch.rounds == 1) return static_cast<int64>(max(begins[bin] - stretch.first, 0)) * stretch.pieces + idx;
-  const auto within = [&](int64 rounds, int64 num_rows) { return (rounds * num_rows + stretch.rounds - 1) / stretch.rounds; };
-  const int64 round = idx * stretch.rounds / rows_of(bin);
-  int64 place = idx - within(round, rows_of(bin));
-  for (int pair = stretch.first; pair < stretch.end;) {
+// The place among the rows of tiles in pieces of row `idx` of those whose bin it is. In every round come as many rows of a bin as in
+// any other, longer ones first: tiles of one request, of which the last takes less time if it has fewer rows, then read the same keys
+// at about the same time, and blocks have as even loads as in the order of length.
+__device__ __forceinline__ int place_in_rounds(const int* begins, const Arrangement& arrangement, int bin, int idx) {
+  const auto rows_of = [&](int other) { return (begins[other + 1] - max(begins[other], arrangement.num_whole)) * arrangement.pieces; };
+  const auto within = [&](int rounds, int num_rows) { return (rounds * num_rows + arrangement.rounds - 1) / arrangement.rounds; };
+  const int round = idx * arrangement.rounds / rows_of(bin);
+  int place = idx - within(round, rows_of(bin));
+  for (int pair = arrangement.num_whole; pair < begins[kOrderBins];) {
     const int other = bin_at(begins, pair);
     place += within(other < bin ? round + 1 : round, rows_of(other));
     pair = begins[other + 1];
@@ -298,16 +240,16 @@ __device__ __forceinline__ void write_rows(const Params& params, const OrderedTi
   const int pieces = is_whole ? 1 : arrangement.pieces;
   const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
   const int stride = (num_steps + pieces - 1) / pieces * Config::kTokens;
-  const Stretch stretch = is_whole ? Stretch{0, arrangement.num_whole, 1, arrangement.whole_rounds}
-                                   : Stretch{arrangement.num_whole, begins[kOrderBins], pieces, arrangement.piece_rounds};
-  const int first_equal = max(begins[tile.bin], stretch.first);
-  const int num_equal = min(begins[tile.bin + 1], stretch.end) - first_equal;
+  const int first_equal = max(begins[tile.bin], arrangement.num_whole), num_equal = begins[tile.bin + 1] - first_equal;
   const int first_slot = in_pieces * Config::kHeads * pieces;
   for (int piece = 0; piece < pieces; ++piece) {
     const int begin = min(tile.kv_begin + piece * stride, tile.kv_stop);
     const int end = is_whole ? tile.kv_stop : min(begin + stride, tile.kv_stop);
-    const int64 idx = static_cast<int64>(piece) * num_equal + place - first_equal;
-    int4* row = items + (stretch.first + place_in(begins, stretch, tile.bin, idx)) * 4;
+    int at = place;
+    if (!is_whole) {
+      at = arrangement.num_whole + place_in_rounds(begins, arrangement, tile.bin, piece * num_equal + place - first_equal);
+    }
+    int4* row = items + static_cast<int64>(at) * 4;
     row[0] = {tile.request, 0, tile.q_tile, 0};
     row[1] = {begin, end, is_whole ? -1 : first_slot + piece, 0};
     row[2] = {tile.q_begin, tile.q_len, tile.kv_len, is_whole ? -1 : in_pieces * Config::kHeads};
@@ -329,7 +271,7 @@ __device__ __forceinline__ void attention_order(const Params& params) {
   const int num_pairs = pairs.count;
   const int stretch = (num_pairs + kWarps * 32 - 1) / (kWarps * 32) * 32;
   const int first = warp * stretch, end = min(first + stretch, num_pairs);
-  for (int pair = first + lane; pair < end; pair += 32) atomicAdd(&counts[warp][tile_at<Config>(params, pairs, pair).bin], 1);
+  for (int pair = first + lane; pair < end; pair += 32) atomicAdd(&counts[warp][tile_at<Config>(params, pairs.first_bin, pair).bin], 1);
   __syncthreads();
   // Places: bins in order, and in a bin warps in order.
   int total = 0;
@@ -356,7 +298,7 @@ __device__ __forceinline__ void attention_order(const Params& params) {
       place += count;
     }
   }
-  const Arrangement arrangement = pairs.steps > 0 ? Arrangement{1, num_pairs, 1, 1, 1} : arrange<Config>(begins, num_pairs);
+  const Arrangement arrangement = arrange<Config>(begins, num_pairs);
   if (thread == 0) {
     const int num_rows = arrangement.num_whole + (num_pairs - arrangement.num_whole) * arrangement.pieces;
     *static_cast<OrderHeader*>(params.header) = {num_rows, arrangement.is_used, 0, 0};
@@ -366,7 +308,7 @@ __device__ __forceinline__ void attention_order(const Params& params) {
     const int pair = base + lane;
     const unsigned active = __ballot_sync(0xffffffffu, pair < end);
     if (pair >= end) continue;
-    const OrderedTile tile = tile_at<Config>(params, pairs, pair);
+    const OrderedTile tile = tile_at<Config>(params, pairs.first_bin, pair);
     const unsigned equal = __match_any_sync(active, tile.bin);
     const int place = counts[warp][tile.bin] + __popc(equal & ((1u << lane) - 1));
     __syncwarp(active);
