@@ -17,7 +17,7 @@ from torch import Tensor
 from ...launch import LaunchableKernel, RepeatedLaunch
 from ...params import ParamsLayout
 from ...spec import KernelSpec, kernel_for
-from .plan import ITEM_WIDTH, ShortSteps
+from .plan import ITEM_WIDTH, NO_STEPS, ShortSteps
 from .prefill_tuning import PrefillTuning
 
 HEADER_WIDTH = 4
@@ -110,7 +110,7 @@ class AttentionOrderSpec(KernelSpec):
 
 
 def order_spec(
-    params: PartitionParams, capacity: Capacity, tuning: PrefillTuning, short: ShortSteps = ShortSteps()
+    params: PartitionParams, capacity: Capacity, tuning: PrefillTuning, short: ShortSteps = NO_STEPS
 ) -> AttentionOrderSpec:
     """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups; ``short``: steps that
     another kernel serves."""

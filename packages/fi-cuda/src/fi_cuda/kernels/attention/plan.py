@@ -94,6 +94,10 @@ class ShortSteps(NamedTuple):
         return int(tiles[q_lens > self.q_len].sum()) * heads <= self.most_tiles
 
 
+NO_STEPS = ShortSteps()
+"""Those of no query, which are no work."""
+
+
 @dataclass(frozen=True)
 class AttentionPlanSpec(KernelSpec):
     """PartitionParams but for the window's length, the size of the tables (``shared_requests`` 0: none in shared
@@ -161,7 +165,7 @@ class AttentionPlanSpec(KernelSpec):
             f"{{{kind.q_rows}, {kind.kv_tokens}, {kind.max_packed_rows}, {kind.item_cost}, {kind.step_cost}}}"
             for kind in self.kinds
         )
-        short = self.short or ShortSteps()
+        short = self.short or NO_STEPS
         head = (self.num_workers, self.num_kv_heads, self.group_size, len(self.kinds), int(self.causal))
         tail = (1 if self.windowed else -1, int(self.heads_first), self.max_splits, self.min_split_steps)
         return [

@@ -17,7 +17,7 @@ from .boxes import column_maps_of
 from .call import CallForm
 from .layout import Layout
 from .order import OrderPlanner, fill_order_on_host, order_spec
-from .plan import ShortSteps
+from .plan import NO_STEPS, ShortSteps
 from .prefill import prefill_spec
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens
 from .state import Call, ListState, address_of, cache_strides_of, scale_of
@@ -42,7 +42,7 @@ class PrefillState(ListState):
         spec: AttentionSpec,
         capacity: Capacity,
         device: torch.device,
-        left_to_decode: ShortSteps = ShortSteps(),
+        left_to_decode: ShortSteps = NO_STEPS,
     ) -> None:
         super().__init__(spec, capacity, device, Layout.of_prefill(spec, capacity, device))
         assert isinstance(self._layout.tuning, PrefillTuning)
