@@ -176,7 +176,6 @@ NUMBERS = {
     "out_stride_head": 32,
     "lse_stride_token": 9,
     "table_stride": 40,
-    "table_entries": 3 * 40,
     "q_scale_stride": 1,
     "k_scale_stride": 1,
     "v_scale_stride": 0,

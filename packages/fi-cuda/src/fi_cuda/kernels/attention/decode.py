@@ -71,7 +71,6 @@ class DecodeSpec(KernelSpec):
             ("q_stride_token", "int64"),
             ("q_stride_head", "int64"),
             *STRIDE_PARAMS,
-            ("table_entries", "int64"),
             ("q_scale_stride", "int32"),
             ("k_scale_stride", "int32"),
             ("v_scale_stride", "int32"),

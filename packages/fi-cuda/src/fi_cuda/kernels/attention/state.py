@@ -60,12 +60,10 @@ class PackedCall:
 
 
 class Addressing(NamedTuple):
-    """The batch's part of a call: table, table_row, indptr, mask bits and indptr by address, and the table's stride and
-    number of entries."""
+    """The batch's part of a call: table, table_row, indptr, mask bits and indptr by address, and the table's stride."""
 
     addresses: tuple[int, ...]
     table_stride: int
-    table_entries: int
     has_rows: bool
     mask_columns: str | None
     tensors: tuple[Tensor | None, ...]  # kept alive
@@ -80,9 +78,8 @@ class Addressing(NamedTuple):
         tensors = tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in given)
         table = tensors[0]
         stride = 0 if table is None or table.dim() == 1 else table.stride(0)
-        entries = 0 if table is None else table.numel()
         columns = None if mask is None else mask.columns
-        return cls(tuple(map(address_of, tensors)), stride, entries, batch.table_row is not None, columns, tensors)
+        return cls(tuple(map(address_of, tensors)), stride, batch.table_row is not None, columns, tensors)
 
 
 class ListState:
@@ -247,7 +244,6 @@ class DecodeState(ListState):
             *out.stride()[:2],
             0 if lse is None else lse.stride(0),
             addressing.table_stride,
-            addressing.table_entries,
             *shared.numbers,
             *shared.maps,
         )
