@@ -21,7 +21,7 @@ from .tuning import built_in_tuning
 
 _MANY_ROWS = 64
 """Packed rows of a request up to which the decode kernel reads K and V at the memory's pace."""
-_FEW_TILES = 16
+_FEW_TILES = 11
 """Tiles of the prefill kernel with more rows, up to which they are too few to keep a GPU busy: the decode kernel is faster
 (docs/kernels/decode.md)."""
 
