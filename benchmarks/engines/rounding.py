@@ -1,8 +1,8 @@
 """How far one layer's results of fi, of vLLM's own kernels and of float64 are apart, on the same inputs. Needs vLLM and a GPU.
 
 usage: python rounding.py [OUT.jsonl]
-Norms, activations and rotary embeddings by fi and by vLLM's own ops; then attention of the models of ``models.py`` (size small) over
-prompts and over decode steps, by fi, FlashAttention-3 and vLLM's Triton kernel. A row has the root mean square error against
+Norms, activations and rotary embeddings by fi and by vLLM's own ops; then attention of the models of ``models.py`` (size small),
+over prompts and over decode steps, by fi, FlashAttention-3 and vLLM's Triton kernel. A row has the root mean square error against
 float64, or the mean absolute difference of two implementations and the share of elements in which they differ.
 """
 

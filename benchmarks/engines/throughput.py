@@ -2,13 +2,14 @@
 
 usage: python throughput.py ENGINE MODEL_FOLDER BACKEND OUT.jsonl [--workloads fixed,chat@16,...] [--requests N]
                             [--rounds N] [--options JSON ...] [--turns FOLDER --of N] [--profile OUT.json]
-A line of JSON for each round of each workload is appended to OUT as it comes. The requests of a workload arrive all at once; those of
-workload@R as a Poisson process of R a second, the same in every run, and then the line has the time to the first token and for
-each further one too. --rounds repeats the whole list. With --turns, N such processes, each with its own backend, start together
-and then run their rounds in turns. --profile adds where the time of decode steps goes (vLLM). Lengths are drawn with a fixed seed:
+A line of JSON for each round of each workload is appended to OUT as it comes. The requests of a workload arrive all at once;
+those of workload@R as a Poisson process of R a second, the same in every run, and then the line has the time to the first token
+and for each further one too. --rounds repeats the whole list. With --turns, N such processes, each with its own backend, start
+together and then run their rounds in turns. --profile adds where the time of decode steps goes (vLLM). Lengths are drawn with a
+fixed seed:
 chat     prompts and answers distributed like a chat's (log-normal, medians 200 and 180, at most 2048)
 uniform  prompts and answers uniform from 512 to 2048
-long     prompts of 32768 tokens, answers of 256 (an eighth of the requests)
+long     prompts of 32768 tokens, answers of 256 (a sixteenth of the requests)
 fixed    prompts of 1024, answers of 256
 short    prompts uniform from 64 to 256, answers of 128
 sampled  prompts and answers of 256, drawn with temperature 0.8, top-k 50, top-p 0.9 (the others are greedy)
@@ -54,7 +55,7 @@ def requests_of(workload: str, num: int, vocab_size: int) -> list[Request]:
     if workload == "sampled":
         return [(tokens(256), 256) for _ in range(num)]
     if workload == "long":
-        return [(tokens(32768), 256) for _ in range(max(1, num // 8))]
+        return [(tokens(32768), 256) for _ in range(max(1, num // 16))]
     if workload != "prefix":
         raise ValueError(f"no workload {workload!r}")
     common = tokens(8192)
