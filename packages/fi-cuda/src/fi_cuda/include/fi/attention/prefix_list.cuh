@@ -16,7 +16,7 @@ struct alignas(16) PrefixHeader {
   int num_rows;
   int num_merged;  // tokens whose parts are merged
   int taken;       // tiles taken beyond the first of each block; 0 between launches
-  int reserved;
+  int is_used;     // 0: the list is empty, and the decode kernel, if it is launched behind, has the batch
 };
 
 enum PrefixItemKind { kRequestItem, kNodeItem };

@@ -14,7 +14,7 @@ template <class Config, class Params, class Copies>
 class PrefixLoader {
   using Tile = PrefillTile<Config>;
   using Shared = PrefillShared<Config>;
-  static constexpr int kColumns = sizeof(AttentionItem) / sizeof(int);
+  static constexpr int kColumns = Shared::kRecordLanes;
   static constexpr int kHeadColumn = 1;  // of an item's row
 
  public:
@@ -118,6 +118,7 @@ class PrefixLoader {
     shared_.query_ring.acquire(query_);
     const AttentionItem& item = shared_.items[item_.stage];
     if (lane_ < kColumns) reinterpret_cast<int*>(&shared_.items[item_.stage])[lane_] = value;
+    if (0 < lane_ && lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
     __syncwarp();
     const int count = min(item.q_len - item.q_tile * Tile::kTileTokens, Tile::kTileTokens);
     if (lane_ == 0) shared_.query_ring.expect(query_, count * Tile::kKeyColumns * Tile::kGroup * kBoxRowBytes);
@@ -140,10 +141,8 @@ class PrefixLoader {
 
   __device__ __forceinline__ void end_list() {
     shared_.query_ring.acquire(query_);
-    if (lane_ == 0) {
-      shared_.items[item_.stage].request = kNoRequest;
-      ptx::arrive(&shared_.query_ring.full[query_.stage]);
-    }
+    if (lane_ == 0) shared_.items[item_.stage].request = kNoRequest;
+    if (lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
   }
 
   const Params& params_;

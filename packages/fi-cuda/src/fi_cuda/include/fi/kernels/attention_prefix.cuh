@@ -21,16 +21,17 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   using Roles = WarpgroupRoles<Config::kConsumers, Config::kProducerRegisters, Config::kConsumerRegisters>;
   extern __shared__ __align__(128) unsigned char unaligned[];
   Shared& shared = *reinterpret_cast<Shared*>(unaligned + (-ptx::shared_address(unaligned) & 1023u));
-  static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes && !PrefillTile<Config>::kLanded);
+  static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes);
   using Copies = decltype(copies_of<Config>(params, maps...));
   if (threadIdx.x == 0) {
-    shared.template init<Copies>(1);
+    shared.template init<Copies>(Shared::kRecordLanes);
     ptx::prefetch_tensor_map(&queries);
     (ptx::prefetch_tensor_map(&maps), ...);
   }
   __syncthreads();
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
+  if (static_cast<const PrefixHeader*>(params.header)->num_rows == 0) return;
   Roles::run(
       [&] {
         if (warp_idx() < Copies::kWarps) {
