@@ -227,7 +227,7 @@ def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
     for spec, form in (
         (eight, CallForm(boxes=True)),
         (replace(eight, num_qo_heads=64), CallForm(boxes=True)),
-        (replace(eight, kv_format="fp8_e4m3"), scaled),
+        (replace(eight, kv_format="fp8_e4m3"), scaled._replace(boxes=True)),
     ):
         tuning, decode = built_in_prefix_tuning(spec), built_in_tuning(spec, _DECODE)
         beside = plan_spec(partition_params(spec, _DECODE, decode, None, _HOPPER_PROCESSORS), _DECODE)

@@ -113,7 +113,7 @@ class SharingTimes:
 def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefixTuning:
     """The parameters for a plan: the prefill kernel's tiles, and what ``fi_tuning`` returns for "attention_prefix". Raises
     ArgumentError for unknown names or values."""
-    built_in = PrefixTuning(prefill_tuning_for(_as_copied(spec), device))
+    built_in = PrefixTuning(prefill_tuning_for(spec, device))
     given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
     names = [item.name for item in fields(PrefixTuning)][1:]
     unknown = set(given or ()) - set(names)
@@ -124,12 +124,7 @@ def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefixTuning
 
 def built_in_prefix_tuning(spec: AttentionSpec) -> PrefixTuning:
     """The same without overrides, for Hopper."""
-    return PrefixTuning(built_in_prefill_tuning(_as_copied(spec)))
-
-
-def _as_copied(spec: AttentionSpec) -> AttentionSpec:
-    """FP8 K and V are copied row by row and made wider on the way, whatever prefill does with them."""
-    return replace(spec, page_size=1) if spec.kv_is_fp8 else spec
+    return PrefixTuning(built_in_prefill_tuning(spec))
 
 
 @dataclass(frozen=True)

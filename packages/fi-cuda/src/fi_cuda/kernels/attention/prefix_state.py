@@ -78,7 +78,7 @@ class PrefixState:
         self._levels: SharedPrefixes | None = None
         self._addressing: Addressing | None = None
         self._calls: dict[tuple[int, int, bool], Call] = {}
-        self._box_tokens = box_tokens(spec.page_size, tuning.tiles.tokens) if spec.kv_dtype == spec.dtype else None
+        self._box_tokens = box_tokens(spec.page_size, tuning.tiles.tokens)
         self._query_box = Box((1, spec.group_size, BOX_ROW_BYTES // spec.dtype.itemsize))
 
     @property

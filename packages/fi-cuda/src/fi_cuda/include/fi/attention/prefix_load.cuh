@@ -32,7 +32,17 @@ class PrefixLoader {
     };
     const auto with_head = [&](int tile, int row) { return lane_ % kColumns == kHeadColumn ? tile % num_heads : row; };
     int tile = static_cast<int>(blockIdx.x);
-    if (tile < total) {
+    if constexpr (Tile::kLanded) {
+      // Producers that change what landed have no registers to look further ahead.
+      int mine = row_of(tile);
+#pragma unroll 1
+      while (tile < total) {
+        const int next = told(asked(), total), its_row = row_of(next);
+        load_landed(with_head(tile, mine));
+        tile = next;
+        mine = its_row;
+      }
+    } else if (tile < total) {
       int mine = row_of(tile);
       int next = told(asked(), total);
       int its_row = row_of(next);
@@ -84,8 +94,16 @@ class PrefixLoader {
     return item;
   }
 
+  __device__ __forceinline__ void load_landed(int value) {
+    if (is_first_) load_queries(value);
+    const AttentionItem item = copied(value);
+    const ItemSteps<Config> steps(item, params_.window);
+    copies_.enter(item, steps);
+    copies_.load(shared_, steps.num_steps);
+  }
+
   // Where an item's first step is copied from.
-  __device__ __forceinline__ typename Copies::Place first_place(int value) const {
+  __device__ __forceinline__ auto first_place(int value) const {
     const AttentionItem item = copied(value);
     Copies ahead = copies_;
     ahead.enter(item, ItemSteps<Config>(item, params_.window));
@@ -94,15 +112,16 @@ class PrefixLoader {
 
   // Loads an item whose first step is copied from `place`; returns the next one's, looked up before this one's last values are
   // waited for.
-  __device__ __forceinline__ typename Copies::Place load_item(int value, int next_value, bool has_next, typename Copies::Place place) {
+  template <class Place>
+  __device__ __forceinline__ Place load_item(int value, int next_value, bool has_next, Place place) {
     if (is_first_) load_queries(value);
     const AttentionItem item = copied(value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
-    auto before = place;
+    Place before = place;
 #pragma unroll 1
     for (int step = 0; step < steps.num_steps; ++step) {
-      const auto next = copies_.place_of(min(step + 1, steps.num_steps - 1));
+      const Place next = copies_.place_of(min(step + 1, steps.num_steps - 1));
       copies_.load_keys(shared_, step, place);
       if (step > 0) copies_.load_values(shared_, step - 1, before);
       before = place;
