@@ -98,9 +98,7 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernel_agrees_on_fields_and_shared_memory(name, compile_with_offsets):
     made = KERNELS[name]
-    fits = (
-        "static_assert(sizeof(fi::NodeWork) == 48 && sizeof(fi::PlaceWork) == 48 && sizeof(fi::PartSegment) == 16);"
-    )
+    fits = "static_assert(sizeof(fi::NodeWork) == 48 && sizeof(fi::PlaceWork) == 48 && sizeof(fi::PartSegment) == 16);"
     if not name.startswith("plan"):
         fits = f"static_assert((sizeof(fi::PrefillShared<Config>) + 2047) / 1024 >= {made.shared_bytes // 1024});"
     resources = compile_with_offsets(made, fits).resources

@@ -79,8 +79,8 @@ class PrefixTuning:
 
 @dataclass(frozen=True)
 class SharingTimes:
-    """What the planner compares the decode kernel's time for a batch with, in picoseconds: a hundred clocks of the list's schedule
-    as they were measured (``unit_ps``), what a call with levels takes more than one without (``levels_ps``); without levels a
+    """By what the planner compares its list with the decode kernel, in picoseconds: a hundred clocks of the list's schedule as
+    they were measured (``unit_ps``), what a call with levels takes more than one without (``levels_ps``); without levels a
     token of K and V read from memory (``read_ps``) or attended to (``attend_ps``, or ``pair_ps`` for each query token). Of
     ``reuse_tokens`` shared tokens requests find in the L2 what others have read. docs/kernels/shared_prefix.md has the fit."""
 
@@ -243,7 +243,6 @@ class PrefixPlanSpec(KernelSpec):
     overlapping: ClassVar = True
     include_folders: ClassVar = AttentionPlanSpec.include_folders
     layout: ClassVar = ParamsLayout((*_PREFIX_PARAMS, *LIMIT_PARAMS))
-    num_blocks: ClassVar = 1
 
     @property
     def num_threads(self) -> int:
@@ -255,6 +254,10 @@ class PrefixPlanSpec(KernelSpec):
 
     @property
     def blocks_per_multiprocessor(self) -> int:
+        return 1
+
+    @property
+    def num_blocks(self) -> int:
         return 1
 
     def config_lines(self) -> list[str]:
@@ -275,7 +278,7 @@ class YieldingPlanSpec(PrefixPlanSpec):
     layout: ClassVar = ParamsLayout((*_PREFIX_PARAMS, *LIST_PARAMS, *LIMIT_PARAMS))
 
     @property
-    def num_blocks(self) -> int:  # type: ignore[override]
+    def num_blocks(self) -> int:
         return self.decode.num_blocks + 1
 
     @property

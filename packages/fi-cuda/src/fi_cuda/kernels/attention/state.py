@@ -87,7 +87,8 @@ class ListState:
     of the spec."""
 
     yields_to = 0
-    """For the next calls, where it is not 0: the address of an int that is not 0 if the kernel before in the stream has the batch."""
+    """For the next calls, if there is one: the address of an int that is not 0 where the kernel before in the stream has the
+    batch."""
 
     def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device, layout: Layout) -> None:
         self._spec = spec
