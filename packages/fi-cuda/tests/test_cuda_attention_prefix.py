@@ -16,15 +16,24 @@ from fi_core.ops.cases.prefixes import Forest
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
 from fi_core.registry import registry
 from fi_cuda.entries import ATTENTION_ENTRIES
-from fi_cuda.kernels.attention import layout, plan, prefill_state, prefill_tuning, prefix, prefix_state, state, tuning
+from fi_cuda.kernels.attention import (
+    layout,
+    plan,
+    prefill_state,
+    prefill_tuning,
+    prefix_plan,
+    prefix_state,
+    state,
+    tuning,
+)
 from fi_cuda.kernels.attention.call import CallForm
 from fi_cuda.kernels.attention.prefix import (
     BoxPrefixSpec,
     built_in_prefix_tuning,
-    prefix_plan_spec,
     prefix_spec,
     prefix_tuning_for,
 )
+from fi_cuda.kernels.attention.prefix_plan import PrefixLayout, prefix_plan_spec
 from fi_cuda.kernels.attention.prefix_state import attention_prefix
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 from test_cuda_emulated import kernel_modules
@@ -164,7 +173,7 @@ def test_slices_in_the_emulation(name, monkeypatch):
 @pytest.fixture
 def launches(monkeypatch, recorder):
     """A machine of 7 processors whose kernels are recorded instead of launched."""
-    for module in (plan, prefill_state, prefix, prefix_state, state):
+    for module in (plan, prefill_state, prefix_plan, prefix_state, state):
         monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
     for module in (layout, prefix_state):
         monkeypatch.setattr(module, "num_processors", lambda device: 7)
@@ -294,7 +303,7 @@ def test_without_a_choice_levels_are_used_as_they_are_given(launches, monkeypatc
 def test_plans_for_long_queries_have_room_for_few_that_share():
     few = Capacity(256, 8192, 8192, 9000, 64, 4)
     spec = AttentionSpec(32, 8, 128)
-    made = prefix.PrefixLayout.of(spec, few, built_in_prefix_tuning(spec), 132)
+    made = PrefixLayout.of(spec, few, built_in_prefix_tuning(spec), 132)
     assert made.max_sharing_tokens == 4096 and made.num_bytes < 240 << 20
     assert prefix_plan_spec(spec, few, built_in_prefix_tuning(spec), 132).bounded
     assert not prefix_plan_spec(spec, FEW, built_in_prefix_tuning(spec), 132).bounded

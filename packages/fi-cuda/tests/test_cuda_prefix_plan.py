@@ -15,17 +15,12 @@ from emulated_kernels import EmulatedKernel
 from fi_core.ops.cases.prefixes import Forest, forests
 from fi_core.prefixes import SharedPrefixes
 from fi_core.records import AttentionSpec, Batch, Capacity
-from fi_cuda.kernels.attention import layout, prefix, tuning
+from fi_cuda.kernels.attention import layout, prefix_plan, tuning
 from fi_cuda.kernels.attention.layout import Layout
 from fi_cuda.kernels.attention.plan import DevicePlanner, fill_on_host
 from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens
-from fi_cuda.kernels.attention.prefix import (
-    PrefixLayout,
-    PrefixPlanner,
-    PrefixTuning,
-    built_in_prefix_tuning,
-    prefix_plan_spec,
-)
+from fi_cuda.kernels.attention.prefix import PrefixTuning, built_in_prefix_tuning
+from fi_cuda.kernels.attention.prefix_plan import PrefixLayout, PrefixPlanner, prefix_plan_spec
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
 pytestmark = pytest.mark.timeout(120)
@@ -248,7 +243,7 @@ def test_nodes_that_do_not_pay_are_left_to_those_within_them():
 
 
 def test_tokens_beyond_the_room_share_nothing(monkeypatch):
-    monkeypatch.setattr(prefix, "_LEAST_SHARING_TOKENS", 20)
+    monkeypatch.setattr(prefix_plan, "_LEAST_SHARING_TOKENS", 20)
     q_lens, kv_lens, forest = [6] * 4, [3040] * 4, Forest(((0, 2, 0, 1000), (0, 2, 1000, 2000), (2, 4, 0, 2000)))
     capacity = {"max_batch": 8, "max_q_tokens": 40}
     found = [

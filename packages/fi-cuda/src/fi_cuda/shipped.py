@@ -18,7 +18,8 @@ from .kernels.attention.order import order_spec
 from .kernels.attention.plan import plan_spec
 from .kernels.attention.prefill import prefill_spec
 from .kernels.attention.prefill_tuning import built_in_prefill_tuning, prefill_params
-from .kernels.attention.prefix import built_in_prefix_tuning, prefix_plan_spec, prefix_spec
+from .kernels.attention.prefix import built_in_prefix_tuning, prefix_spec
+from .kernels.attention.prefix_plan import prefix_plan_spec
 from .kernels.attention.tuning import built_in_tuning, partition_params
 from .kernels.copy_pages import CopyPagesSpec
 from .kernels.gated_activation import SILU, GatedActivationSpec

@@ -22,7 +22,8 @@ from .boxes import column_maps_of
 from .call import CallForm
 from .prefill_state import attention_prefill
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, box_tokens
-from .prefix import PrefixLayout, PrefixPlanner, prefix_plan_spec, prefix_spec, prefix_tuning_for
+from .prefix import prefix_spec, prefix_tuning_for
+from .prefix_plan import PrefixLayout, PrefixPlanner, prefix_plan_spec
 from .state import Addressing, Call, DecodeState, address_of, attention_decode, cache_strides_of, scale_of
 from .tuning import memory_gbs, num_processors
 
