@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated_kernels import emulate
-from fi_core.conformance import compare
 from fi_core.contract import Target
 from fi_core.errors import ArgumentError, CapacityError
 from fi_core.hookspecs import hookimpl
@@ -36,7 +34,6 @@ from fi_cuda.kernels.attention.prefix import (
 from fi_cuda.kernels.attention.prefix_plan import PrefixLayout, prefix_plan_spec
 from fi_cuda.kernels.attention.prefix_state import attention_prefix
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
-from test_cuda_emulated import kernel_modules
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -96,7 +93,6 @@ KERNELS = {
         replace(TUNING, tiles=replace(TUNING.tiles, consumers=2)),
         CallForm(boxes=True, table_row=True),
     ),
-    "slices": prefix_spec(SPEC, replace(TUNING, slices=3), CallForm(boxes=True)),
     "fp8": prefix_spec(FP8, built_in_prefix_tuning(FP8), CallForm(boxes=True, k_scales=True)),
     "plan": prefix_plan_spec(SPEC, FEW, TUNING, 132),
     "plan and decode's": prefix_plan_spec(SPEC, FEW, TUNING, 132, decode_plan_of(SPEC, FEW)),
@@ -107,7 +103,7 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernel_agrees_on_fields_and_shared_memory(name, compile_with_offsets):
     made = KERNELS[name]
-    fits = "static_assert(sizeof(fi::NodeWork) == 48 && sizeof(fi::PlaceWork) == 48 && sizeof(fi::PartSegment) == 16);"
+    fits = "static_assert(sizeof(fi::NodeWork) == 64 && sizeof(fi::PlaceWork) == 48 && sizeof(fi::PartSegment) == 16);"
     if not name.startswith("plan"):
         fits = f"static_assert((sizeof(fi::PrefillShared<Config>) + 2047) / 1024 >= {made.shared_bytes // 1024});"
     resources = compile_with_offsets(made, fits).resources
@@ -140,31 +136,14 @@ def overridden(given, spec=SPEC):
 def test_tunings_are_overridden_and_wrong_ones_named(monkeypatch):
     monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
     assert overridden(None) == TUNING
-    given = {"slices": 3, "item_cost": 9, "choose": False}
+    given = {"item_cost": 9, "choose": False}
     assert overridden(given) == replace(TUNING, **given)
     for given, match in (
-        *(({"rows": 8}, "rows"), ({"slices": 2}, "slices"), ({"step_cost": 0}, "step_cost")),
+        *(({"rows": 8}, "rows"), ({"step_cost": 0}, "step_cost")),
         ({"choose": 1}, "choose"),
     ):
         with pytest.raises(ArgumentError, match=match):
             overridden(given)
-    with pytest.raises(ArgumentError, match="slices"):  # whose warpgroups take turns
-        overridden({"slices": 2}, replace(SPEC, page_size=5))
-
-
-@pytest.mark.parametrize("name", ["prefix_inside_a_page", "prefix_groups_of_one"])
-def test_slices_in_the_emulation(name, monkeypatch):
-    attention = next(operation for operation in OPERATIONS if operation.name == "attention")
-    emulate(monkeypatch, kernel_modules(), 0)
-    monkeypatch.setattr(
-        prefix_state,
-        "prefix_tuning_for",
-        lambda spec, device: replace(built_in_prefix_tuning(spec), slices=3, choose=False),
-    )
-    trial = next(case for case in attention.cases() if case.name == name).build(torch.device("cpu"), 0)
-    found = trial.run(attention_prefix)
-    for output, wanted in trial.expected().items():
-        assert compare(found[output], wanted, trial.tolerance[output]).passed, output
 
 
 # Calls

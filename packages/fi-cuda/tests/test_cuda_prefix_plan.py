@@ -87,8 +87,7 @@ def check(spec: AttentionSpec, q_lens, kv_lens, forest: Forest, changes=None, **
     align = box_tokens(spec.page_size, own.tiles.tokens) or 1
     parts = Counter()
     for row in planned.rows:
-        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_, slices = row
-        assert slices == 1 or (kind == REQUEST and q_len <= tile // 3 and slices == 3 and slot >= 0)
+        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_ = row
         assert 0 <= kv_begin <= kv_end <= kv_len and (kv_begin % align == 0 or kv_begin == kv_end)
         assert q_tile * tile < q_len
         for place in range(q_tile * tile, min((q_tile + 1) * tile, q_len)):
@@ -104,11 +103,10 @@ def check(spec: AttentionSpec, q_lens, kv_lens, forest: Forest, changes=None, **
                 direct[token] += 1
                 continue
             for head in range(spec.num_kv_heads):
-                for group in range(spec.group_size * slices):
-                    piece_head = group // spec.group_size * spec.num_kv_heads + head
-                    part = slot + (piece_head * q_len + place) * spec.group_size + group % spec.group_size
+                for group in range(spec.group_size):
+                    part = slot + (head * q_len + place) * spec.group_size + group
                     parts[part] += 1
-                    left[token, head, group % spec.group_size, part] += 1
+                    left[token, head, group, part] += 1
     for token in range(tokens):
         visible = position[token] + 1 if spec.causal else kv_lens[request_of[token]]
         wanted = (np.arange(len(seen[token])) < visible).astype(int)
@@ -174,8 +172,6 @@ def test_lists_of_random_batches(seed):
     spec = chance.choice([SPEC, replace(SPEC, causal=False), replace(SPEC, page_size=5), AttentionSpec(7, 1, 128)])
     cheap = {"item_cost": 1, "node_item_cost": 1, "group_cost": 0}
     changes = chance.choice([{}, {"choose": False}, cheap, {"item_cost": 200, "node_item_cost": 400}])
-    if chance.random() < 0.5 and not built_in_prefix_tuning(spec).tiles.overlap:
-        changes = {**changes, "slices": 3}
     check(spec, q_lens, kv_lens, forest, changes)
 
 
@@ -207,8 +203,6 @@ def random_forest(chance: random.Random, count: int) -> Forest:
 def test_a_batch_that_shares_nothing_is_neither_cut_nor_merged():
     many = check(SPEC, [1] * 40, [100] * 40, Forest(()))
     assert len(many.rows) == 40 and not many.segments and all(row[6] == -1 for row in many.rows)
-    shared = check(SPEC, [1] * 40, [100] * 39 + [1], Forest(()), {"slices": 3})
-    assert len(shared.rows) == 40 and all(segments[0][2] == 3 for segments in shared.segments)
 
 
 def test_tables_of_many_requests_lie_in_global_memory():

@@ -13,7 +13,6 @@ from fi_core.records import AttentionSpec
 from fi_core.registry import registry
 
 from ...params import ParamsLayout
-from ...spec import join_constants
 from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm
 from .prefill import PrefillSpec, prefill_fields
 from .prefill_tuning import PrefillTuning, built_in_prefill_tuning, prefill_tuning_for
@@ -24,28 +23,22 @@ TUNED_OP = "attention_prefix"
 
 @dataclass(frozen=True)
 class PrefixTuning:
-    """``tiles`` as of prefill; ``slices``: warpgroups that share the keys of a step where one has all rows of a request's tile
-    (1, or all of them where steps neither overlap nor take turns). ``choose``: nodes that do not pay are left out, and batches
-    left to the decode kernel that are through sooner there; else nodes are used as they are given. What planning counts with, in
-    hundreds of clocks of a multiprocessor: a tile of a request's own keys, a tile of a node (whose rows pass through memory as
-    parts), a step of one warpgroup's rows, those of a further one, a step whose keys are shared."""
+    """``tiles`` as of prefill. ``choose``: nodes that do not pay are left out, and batches left to the decode kernel that are
+    through sooner there; else nodes are used as they are given. What planning counts with, in hundreds of clocks of a
+    multiprocessor: a tile of a request's own keys, a tile of a node (whose rows pass through memory as parts), a step of one
+    warpgroup's rows, those of a further one."""
 
     tiles: PrefillTuning
-    slices: int = 1
     choose: bool = True
     item_cost: int = 15
     node_item_cost: int = 40
     step_cost: int = 20
     group_cost: int = 6
-    slice_cost: int = 10
 
     def __post_init__(self) -> None:
-        allowed = (1,) if self.tiles.overlap or self.tiles.ping_pong else (1, self.tiles.consumers)
-        if self.slices not in allowed:
-            raise ArgumentError("tuning.slices", f"one of {allowed}", self.slices)
         if not isinstance(self.choose, bool):
             raise ArgumentError("tuning.choose", "True or False", self.choose)
-        for name in ("item_cost", "node_item_cost", "step_cost", "group_cost", "slice_cost"):
+        for name in ("item_cost", "node_item_cost", "step_cost", "group_cost"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < (name != "group_cost"):
                 raise ArgumentError(f"tuning.{name}", "an int above 0", getattr(self, name))
 
@@ -69,9 +62,7 @@ def built_in_prefix_tuning(spec: AttentionSpec) -> PrefixTuning:
 
 @dataclass(frozen=True)
 class PrefixSpec(PrefillSpec):
-    """A prefill kernel whose tiles are nodes' and requests' (``levels``); ``slices`` as in PrefixTuning."""
-
-    slices: int = 1
+    """A prefill kernel whose tiles are nodes' and requests' (``levels``)."""
 
     stem: ClassVar = "attention_prefix"
     cooperative: ClassVar = True  # rows are merged once every block has left its parts
@@ -101,11 +92,6 @@ class PrefixSpec(PrefillSpec):
         )
     )
 
-    def config_lines(self) -> list[str]:
-        """As ever, the slices beside the other numbers, so that the text stays short."""
-        slices = f"static constexpr int kSlices = {self.slices};"
-        return join_constants([slices, *(line for line in super().config_lines() if line != slices)])
-
 
 @dataclass(frozen=True)
 class BoxPrefixSpec(PrefixSpec):
@@ -118,4 +104,4 @@ def prefix_spec(spec: AttentionSpec, tuning: PrefixTuning, form: CallForm) -> Pr
     """The kernel of a call."""
     kind = BoxPrefixSpec if form.boxes else PrefixSpec
     tiles = replace(tuning.tiles, keys_ahead=True, pieces=1)  # as its loader works
-    return kind(**prefill_fields(spec, tiles, form), levels=True, slices=tuning.slices)
+    return kind(**prefill_fields(spec, tiles, form), levels=True)

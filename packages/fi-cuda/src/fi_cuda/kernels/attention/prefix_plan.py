@@ -26,11 +26,12 @@ MAX_PREFIXES = 4096
 MAX_DEPTH = 31
 """Nodes around one request: a lane of a warp reads each part's place."""
 
-_NODE_WIDTH, _PLACE_WIDTH, _SEGMENT_WIDTH, _HEADER_WIDTH = 12, 12, 4, 4
+_NODE_WIDTH, _PLACE_WIDTH, _SEGMENT_WIDTH, _HEADER_WIDTH = 16, 12, 4, 4
 _IS_USED = 3  # column of the header
-_PLAN_THREADS = 512
-_TABLE_SIZES = ((64, 256), (256, 256), (1024, 1024))
-"""(nodes, requests) that tables in shared memory hold; for more they lie in global memory."""
+_TABLE_SIZES = ((64, 64, 128), (64, 256, 256), (256, 256, 256), (1024, 1024, 512))
+"""(nodes, requests) that tables in shared memory hold, and threads a block: few, as every warp runs every instruction. For more
+the tables lie in global memory."""
+_THREADS_FOR_MORE = 512
 _LEAST_SHARING_TOKENS = 4096
 """Query tokens of nodes, each level counted, for which there is room however large the plan."""
 _INT32_MAX = 2**31 - 1
@@ -103,11 +104,12 @@ _PREFIX_PARAMS = (
 class PrefixPlanSpec(KernelSpec):
     """The planning kernel: nodes and requests that its tables in shared memory hold (0: they lie in global memory), tokens of
     a q tile and of a warpgroup, warpgroups, keys a step, what a piece's first key is a multiple of, all KV heads, workers,
-    slices, costs and choice as in PrefixTuning, times as in SharingTimes; ``bounded``: more tokens may share than there is
+    costs and choice as in PrefixTuning, times as in SharingTimes; ``bounded``: more tokens may share than there is
     room for."""
 
     table_nodes: int
     table_requests: int
+    threads: int
     tile_tokens: int
     group_tokens: int
     consumers: int
@@ -118,13 +120,11 @@ class PrefixPlanSpec(KernelSpec):
     heads: int
     workers: int
     bounded: bool
-    slices: int
     choose: bool
     item_cost: int
     node_item_cost: int
     step_cost: int
     group_cost: int
-    slice_cost: int
     unit_ps: int
     levels_ps: int
     read_ps: int
@@ -139,7 +139,7 @@ class PrefixPlanSpec(KernelSpec):
 
     @property
     def num_threads(self) -> int:
-        return _PLAN_THREADS
+        return self.threads
 
     @property
     def shared_bytes(self) -> int:
@@ -203,10 +203,12 @@ def prefix_plan_spec(
     kernel's lists, on a device of that memory bandwidth."""
     tiles, group_tokens = tuning.tiles, WARPGROUP_ROWS // spec.group_size
     sizes = (capacity.max_prefixes, capacity.max_batch)
-    held = next((size for size in _TABLE_SIZES if all(map(int.__le__, sizes, size))), (0, 0))
+    fitting = (size for size in _TABLE_SIZES if all(map(int.__le__, sizes, size[:2])))
+    table_nodes, table_requests, threads = next(fitting, (0, 0, _THREADS_FOR_MORE))
     made = PrefixPlanSpec(
-        table_nodes=held[0],
-        table_requests=held[1],
+        table_nodes=table_nodes,
+        table_requests=table_requests,
+        threads=threads,
         tile_tokens=tiles.consumers * group_tokens,
         group_tokens=group_tokens,
         consumers=tiles.consumers,
@@ -217,19 +219,17 @@ def prefix_plan_spec(
         heads=spec.num_kv_heads,
         workers=workers,
         bounded=_node_tokens(spec, capacity, tuning)[1],
-        slices=tuning.slices,
         choose=tuning.choose,
         item_cost=tuning.item_cost,
         node_item_cost=tuning.node_item_cost,
         step_cost=tuning.step_cost,
         group_cost=tuning.group_cost,
-        slice_cost=tuning.slice_cost,
         **asdict(SharingTimes.of(spec, memory_gbs)),
     )
     if decode is None:
         return made
     given = {item.name: getattr(made, item.name) for item in fields(made)}
-    return YieldingPlanSpec(**given, decode=replace(decode, threads=_PLAN_THREADS))
+    return YieldingPlanSpec(**given, decode=replace(decode, threads=threads))
 
 
 def _sharing_tokens(spec: AttentionSpec, capacity: Capacity, tuning: PrefixTuning) -> int:
@@ -288,7 +288,7 @@ class PrefixLayout:
         pieces = -(-_PIECES_OF_WORKER * workers // spec.num_kv_heads)
         max_node_rows = capacity.max_prefixes + -(-in_nodes // tile) + pieces
         max_node_tokens = in_nodes + pieces * tile
-        own_tokens = (sharing + pieces * min(tile, capacity.max_q_len)) * tuning.slices
+        own_tokens = sharing + pieces * min(tile, capacity.max_q_len)
         max_parts = (max_node_tokens + own_tokens) * heads
         if max_parts > _INT32_MAX:
             raise CapacityError("max_q_tokens", "parts whose number 32 bits hold", max_parts)

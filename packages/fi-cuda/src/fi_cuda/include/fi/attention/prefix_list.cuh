@@ -10,7 +10,7 @@
 namespace fi {
 
 // Rows of the list are AttentionItem without a head, each a tile of every KV head: nodes' first, then requests'. `slot` is the
-// first row of partial results of the item's piece (with slices: of the first, the others' follow), or -1: the tile is whole.
+// first row of partial results of the item's piece, or -1: the tile is whole.
 // `q_begin` of a node counts in the list of tokens.
 struct alignas(16) PrefixHeader {
   int num_rows;
@@ -21,7 +21,7 @@ struct alignas(16) PrefixHeader {
 
 enum PrefixItemKind { kRequestItem, kNodeItem };
 
-// Where partial results of a token's rows lie: of piece (or slice of one) p, KV head h and head g of its group in row
+// Where partial results of a token's rows lie: of piece p, KV head h and head g of its group in row
 // first + (p * num_kv_heads + h) * head_rows + g. A token's segments end with one of no pieces, or with their capacity.
 struct alignas(16) PartSegment {
   int first, head_rows, num_pieces;

@@ -26,15 +26,16 @@ class PrefixLoader {
   __device__ __forceinline__ void run() {
     const int* rows = static_cast<const int*>(params_.rows);
     const int num_heads = params_.num_kv_heads;
+    const auto with_head = [&](int tile, int row) { return lane_ % kColumns == kHeadColumn ? tile % num_heads : row; };
+    // There is room for a row of every block, so the first is read beside the list's length.
+    int tile = static_cast<int>(blockIdx.x);
+    int mine = rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns];
     const int total = static_cast<const PrefixHeader*>(params_.header)->num_rows * num_heads;
     const auto row_of = [&](int tile) {
       return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
-    const auto with_head = [&](int tile, int row) { return lane_ % kColumns == kHeadColumn ? tile % num_heads : row; };
-    int tile = static_cast<int>(blockIdx.x);
     if constexpr (Tile::kLanded) {
       // Producers that change what landed have no registers to look further ahead.
-      int mine = row_of(tile);
 #pragma unroll 1
       while (tile < total) {
         const int next = told(asked(), total), its_row = row_of(next);
@@ -43,20 +44,22 @@ class PrefixLoader {
         mine = its_row;
       }
     } else if (tile < total) {
-      int mine = row_of(tile);
-      int next = told(asked(), total);
-      int its_row = row_of(next);
+      int answer = asked(), next = 0, its_row = 0;
       auto place = first_place(with_head(tile, mine));
+      // Told while the tile's first keys are under way, and at once asked again: an answer takes as long as a step's keys.
+      const auto look_ahead = [&] {
+        next = told(answer, total);
+        its_row = row_of(next);
+        answer = next < total ? asked() : 0;
+      };
 #pragma unroll 1
       while (true) {
-        // Asked for while this tile is loaded: the answer takes as long as a step's keys.
-        const int answer = next < total ? asked() : 0;
-        place = load_item(with_head(tile, mine), with_head(next, its_row), next < total, place);
+        load_item(with_head(tile, mine), place, look_ahead, [&] {
+          if (next < total) place = first_place(with_head(next, its_row));
+        });
         if (next >= total) break;
         tile = next;
         mine = its_row;
-        next = told(answer, total);
-        its_row = row_of(next);
       }
     }
     if (is_first_) end_list();
@@ -110,26 +113,30 @@ class PrefixLoader {
     return ahead.place_of(0);
   }
 
-  // Loads an item whose first step is copied from `place`; returns the next one's, looked up before this one's last values are
-  // waited for.
-  template <class Place>
-  __device__ __forceinline__ Place load_item(int value, int next_value, bool has_next, Place place) {
+  // Loads an item whose first step is copied from `place`. `find_next`, some time after `look_ahead` and before the item's last values
+  // are waited for, makes `place` the next one's.
+  template <class Place, class LookAhead, class FindNext>
+  __device__ __forceinline__ void load_item(int value, Place& place, LookAhead look_ahead, FindNext find_next) {
     if (is_first_) load_queries(value);
     const AttentionItem item = copied(value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
     Place before = place;
+    if (steps.num_steps > 0) {
+      place = copies_.place_of(min(1, steps.num_steps - 1));
+      copies_.load_keys(shared_, 0, before);
+    }
+    look_ahead();
 #pragma unroll 1
-    for (int step = 0; step < steps.num_steps; ++step) {
+    for (int step = 1; step < steps.num_steps; ++step) {
       const Place next = copies_.place_of(min(step + 1, steps.num_steps - 1));
       copies_.load_keys(shared_, step, place);
-      if (step > 0) copies_.load_values(shared_, step - 1, before);
+      copies_.load_values(shared_, step - 1, before);
       before = place;
       place = next;
     }
-    if (has_next) place = first_place(next_value);
+    find_next();
     if (steps.num_steps > 0) copies_.load_values(shared_, steps.num_steps - 1, before);
-    return place;
   }
 
   // The item is read from where it is put: a producer's thread has few registers.

@@ -17,10 +17,12 @@ struct alignas(16) NodeWork {
   int member_begin, member_end, kv_begin, kv_end;  // as given; no members: it is not what SharedPrefixes says
   int kv_first;  // its keys begin there: those of nodes around it that are not worth it are its own
   int t_begin, num_tokens, steps;
-  int parent;  // the innermost node around it, or -1
-  int state;   // NodeState
-  int pieces;  // of each of its tiles; 0: not used
+  int parent;      // the innermost node around it, or -1
+  int state;       // NodeState
+  int pieces;      // of each of its tiles; 0: not used
   int first_part;
+  int tiles, step_cost;  // of all of them
+  int reserved[2];
 };
 enum NodeState : int {
   kFits = 1,  // several share it, and it begins where its parent ends
@@ -42,11 +44,6 @@ struct alignas(16) PlaceWork {
   template <class Config>
   __device__ __forceinline__ bool takes_part() const {
     return 0 < q_len && q_len <= Config::kTileTokens;
-  }
-  // Warpgroups that share the keys of its own steps.
-  template <class Config>
-  __device__ __forceinline__ int slices() const {
-    return Config::kSlices > 1 && q_len <= Config::kGroupTokens && steps > 0 ? Config::kSlices : 1;
   }
 };
 
@@ -71,14 +68,18 @@ struct BatchCost {
   float tokens, shared, again;  // of all requests; of nodes; read more than once
 };
 
+// Of non-negative numbers: dividing these by a constant takes half the instructions.
+__device__ __forceinline__ int quotient(int number, unsigned by) { return static_cast<int>(static_cast<unsigned>(number) / by); }
+__device__ __forceinline__ int tiles_of(int num_tokens, unsigned tile_tokens) {
+  return quotient(num_tokens + static_cast<int>(tile_tokens) - 1, tile_tokens);
+}
+
 // Steps of keys from the unit in which `first` lies.
 template <class Config>
 __device__ __forceinline__ int steps_from(int first, int end) {
-  const int begin = first / Config::kAlign * Config::kAlign;
-  return end > begin ? (end - begin + Config::kTokens - 1) / Config::kTokens : 0;
+  const int begin = quotient(first, Config::kAlign) * Config::kAlign;
+  return end > begin ? tiles_of(end - begin, Config::kTokens) : 0;
 }
-
-__device__ __forceinline__ int tiles_of(int num_tokens, int tile_tokens) { return (num_tokens + tile_tokens - 1) / tile_tokens; }
 
 // What a step of a tile costs, by the warpgroups that have rows of it.
 template <class Config>
@@ -90,16 +91,9 @@ __device__ __forceinline__ int step_cost(int num_tokens) {
 // A step of all tiles of `num_tokens` tokens.
 template <class Config>
 __device__ __forceinline__ int step_cost_of_all(int num_tokens) {
-  const int whole = num_tokens / Config::kTileTokens, rest = num_tokens % Config::kTileTokens;
-  return whole * step_cost<Config>(Config::kTileTokens) + (rest > 0 ? step_cost<Config>(rest) : 0);
-}
-
-// Whether reading a node's keys once costs less than each of its members reading them.
-template <class Config>
-__device__ __forceinline__ bool is_worth_it(int num_members, int num_tokens, int steps) {
-  const int64 each = static_cast<int64>(num_members) * steps * Config::kStepCost;
-  const int64 once = static_cast<int64>(steps) * step_cost_of_all<Config>(num_tokens);
-  return each > once + tiles_of(num_tokens, Config::kTileTokens) * Config::kNodeItemCost;
+  const int whole = quotient(num_tokens, Config::kTileTokens), rest = num_tokens - whole * Config::kTileTokens;
+  constexpr int kWhole = Config::kStepCost + (Config::kConsumers - 1) * Config::kGroupCost;
+  return whole * kWhole + (rest > 0 ? step_cost<Config>(rest) : 0);
 }
 
 // The index of the last of `count` ascending values that is at most `value`.
@@ -112,6 +106,13 @@ __device__ __forceinline__ int last_at_most(int count, int value, ValueOf value_
     else high = middle;
   }
   return low;
+}
+
+// A value of each warp of the block, in the lane of its number; `scratch` in shared memory. Lanes beyond have T().
+template <int kThreads, class T>
+__device__ __forceinline__ T of_all_warps(const T* scratch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return lane < kThreads / 32 ? scratch[lane] : T();
 }
 
 // Exclusive prefix sums of `value_of(idx)` (kCount ints) over [0, count): `place(idx, before, own)` is called for every idx; `total`
@@ -135,12 +136,9 @@ __device__ __forceinline__ void scan_over(int count, int (&total)[kCount], Value
     __syncthreads();
 #pragma unroll
     for (int sum = 0; sum < kCount; ++sum) {
-      before[sum] += total[sum];
-#pragma unroll
-      for (int other = 0; other < kWarps; ++other) {
-        if (other < warp) before[sum] += warp_sums[sum][other];
-        total[sum] += warp_sums[sum][other];
-      }
+      const int of_warp = of_all_warps<kThreads>(warp_sums[sum]), through = inclusive_sum_over_lanes<kWarps>(of_warp);
+      before[sum] += total[sum] + __shfl_sync(0xffffffffu, through - of_warp, warp);
+      total[sum] += __shfl_sync(0xffffffffu, through, kWarps - 1);
     }
     if (idx < count) place(idx, before, own);
     __syncthreads();
@@ -153,6 +151,7 @@ __device__ __forceinline__ BatchCost sum_over_block(const BatchCost& mine) {
   constexpr int kWarps = kThreads / 32, kCount = BatchCost::kCount;
   __shared__ float warp_sums[kCount][kWarps];
   const float(&values)[kCount] = reinterpret_cast<const float(&)[kCount]>(mine);
+  BatchCost total = {};
 #pragma unroll
   for (int idx = 0; idx < kCount; ++idx) {
     float sum = values[idx];
@@ -161,11 +160,12 @@ __device__ __forceinline__ BatchCost sum_over_block(const BatchCost& mine) {
     if (threadIdx.x % 32 == 0) warp_sums[idx][threadIdx.x / 32] = sum;
   }
   __syncthreads();
-  BatchCost total = {};
 #pragma unroll
   for (int idx = 0; idx < kCount; ++idx) {
+    float sum = of_all_warps<kThreads>(warp_sums[idx]);
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) reinterpret_cast<float(&)[kCount]>(total)[idx] += warp_sums[idx][warp];
+    for (int distance = kWarps / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    reinterpret_cast<float(&)[kCount]>(total)[idx] = __shfl_sync(0xffffffffu, sum, 0);
   }
   return total;
 }

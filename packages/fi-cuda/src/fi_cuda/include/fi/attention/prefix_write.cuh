@@ -34,23 +34,18 @@ class PrefixWriter {
   // Of nodes, then of places: rows of the list, parts, merged tokens.
   __device__ __forceinline__ void rows_of(int entry, int (&own)[3]) const {
     if (entry < params_.num_nodes) {
-      const NodeWork& work = nodes_[entry];
-      const int pieces = work.pieces == 0 ? 0 : (work.steps + chunk_.node - 1) / chunk_.node;
-      own[0] = tiles_of(work.num_tokens, Config::kTileTokens) * pieces;
-      own[1] = work.num_tokens * pieces * kQueryHeads;
+      NodeWork& work = nodes_[entry];
+      work.pieces = work.pieces == 0 ? 0 : (work.steps + chunk_.node - 1) / chunk_.node;
+      own[0] = work.tiles * work.pieces;
+      own[1] = work.num_tokens * work.pieces * kQueryHeads;
       return;
     }
-    const PlaceWork& work = places_[entry - params_.num_nodes];
-    const int pieces = own_pieces(work);
-    const int slices = work.template slices<Config>();
+    PlaceWork& work = places_[entry - params_.num_nodes];
+    const int pieces = work.pieces = max((work.steps + chunk_.own - 1) / chunk_.own, 1);
     own[0] = tiles_of(work.q_len, Config::kTileTokens) * pieces;
-    if (pieces * slices == 1 && work.node < 0) return;
-    own[1] = work.q_len * pieces * slices * kQueryHeads;
+    if (pieces == 1 && work.node < 0) return;
+    own[1] = work.q_len * pieces * kQueryHeads;
     own[2] = work.q_len;
-  }
-
-  __device__ __forceinline__ int own_pieces(const PlaceWork& work) const {
-    return max((work.steps + chunk_.own - 1) / chunk_.own, 1);
   }
 
   // Places of rows, parts and merged tokens; requests' keys have longer pieces, up to whole ones, if those would not fit.
@@ -67,7 +62,6 @@ class PrefixWriter {
               return;
             }
             PlaceWork& work = places_[entry - num_nodes];
-            work.pieces = own_pieces(work);
             work.first_part = own[2] > 0 ? before[1] : -1;
             work.first_merged = before[2];
           });
@@ -88,29 +82,29 @@ class PrefixWriter {
   }
 
   __device__ __forceinline__ void write_node_row(int4* to, const NodeWork& work, int inside) const {
-    const int tiles = tiles_of(work.num_tokens, Config::kTileTokens), piece = inside / tiles;
-    const int begin = work.kv_first / Config::kAlign * Config::kAlign + piece * chunk_.node * Config::kTokens;
-    to[0] = {places_[work.member_begin].request, 0, inside % tiles, kNodeItem};
+    const int piece = work.tiles == 1 ? inside : inside / work.tiles;
+    const int begin = quotient(work.kv_first, Config::kAlign) * Config::kAlign + piece * chunk_.node * Config::kTokens;
+    to[0] = {places_[work.member_begin].request, 0, inside - piece * work.tiles, kNodeItem};
     to[1] = {begin, min(begin + chunk_.node * Config::kTokens, work.kv_end), work.first_part + piece * work.num_tokens * kQueryHeads,
              work.kv_first};
     to[2] = {work.t_begin, work.num_tokens, work.kv_end + work.num_tokens, -1};
-    to[3] = {0, 0, 0, 1};
+    to[3] = {};
   }
 
   __device__ __forceinline__ void write_request_row(int4* to, const PlaceWork& work, int inside) const {
-    const int tiles = tiles_of(work.q_len, Config::kTileTokens), piece = inside / tiles, q_tile = inside % tiles;
+    const int tiles = tiles_of(work.q_len, Config::kTileTokens), piece = tiles == 1 ? inside : inside / tiles;
+    const int q_tile = inside - piece * tiles;
     const int last = min((q_tile + 1) * Config::kTileTokens, work.q_len);
     const int stop = Config::kCausal ? max(work.kv_len - work.q_len + last, 0) : work.kv_len;
-    const int begin = work.own_first / Config::kAlign * Config::kAlign, keys = chunk_.own * Config::kTokens;
+    const int begin = quotient(work.own_first, Config::kAlign) * Config::kAlign, keys = chunk_.own * Config::kTokens;
     const bool whole = work.pieces == 1;
     const int piece_begin = min(begin + (whole ? 0 : piece * keys), max(stop, begin));
     const int piece_end = whole ? stop : min(piece_begin + keys, stop);
-    const int slices = work.template slices<Config>();
-    const int slot = work.first_part < 0 ? -1 : work.first_part + piece * slices * work.q_len * kQueryHeads;
+    const int slot = work.first_part < 0 ? -1 : work.first_part + piece * work.q_len * kQueryHeads;
     to[0] = {work.request, 0, q_tile, kRequestItem};
     to[1] = {piece_begin, max(piece_end, piece_begin), slot, work.own_first};
     to[2] = {work.q_begin, work.q_len, work.kv_len, -1};
-    to[3] = {0, 0, 0, slices};
+    to[3] = {};
   }
 
   // The request's own parts, then those of the nodes around it, from the inside.
@@ -120,15 +114,14 @@ class PrefixWriter {
       const int inside = idx - work.first_merged;
       PartSegment* segment = static_cast<PartSegment*>(params_.segments) + static_cast<int64>(idx) * params_.max_segments;
       PartSegment* const end = segment + params_.max_segments;
-      *segment++ = {work.first_part + inside * Config::kGroupSize, work.q_len * Config::kGroupSize,
-                    work.pieces * work.template slices<Config>(), work.q_begin + inside};
+      *segment++ = {work.first_part + inside * Config::kGroupSize, work.q_len * Config::kGroupSize, work.pieces, work.q_begin + inside};
       const int position = work.kv_len - work.q_len + inside;
       for (int at = work.node; at >= 0; at = nodes_[at].parent) {
         const NodeWork& node = nodes_[at];
         if (node.pieces == 0) continue;
         const int row = work.t_begin + inside - node.t_begin;
         *segment++ = {node.first_part + row * Config::kGroupSize, node.num_tokens * Config::kGroupSize,
-                      (node.steps + chunk_.node - 1) / chunk_.node, node.kv_end + row - position};
+                      node.pieces, node.kv_end + row - position};
       }
       if (segment < end) *segment = {};
     }

@@ -5,11 +5,12 @@
 // those of attention_prefill.cuh. Rows with several parts are merged when every block has done its tiles; the launch is
 // cooperative. Sources: Juravsky et al., "Hydragen", 2024 (rows of all members against shared keys); Ye et al., "Cascade
 // Inference", 2024 (levels, merged by their log-sum-exps); "stream-K" (Osama et al., 2023).
-// Config: as attention_prefill.cuh, with kLevels, and kSlices: warpgroups that share the keys of a step where one has all rows, 1 for none. Params: those of fi_cuda.kernels.attention.prefix.
+// Config: as attention_prefill.cuh, with kLevels. Params: those of fi_cuda.kernels.attention.prefix.
 #pragma once
 
-#include "fi/attention/prefix_consume.cuh"
+#include "fi/attention/prefill_consume.cuh"
 #include "fi/attention/prefix_load.cuh"
+#include "fi/attention/prefix_store.cuh"
 #include "fi/ptx/dependent_launch.cuh"
 
 namespace fi {
@@ -31,7 +32,6 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   __syncthreads();
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
-  if (static_cast<const PrefixHeader*>(params.header)->num_rows == 0) return;
   Roles::run(
       [&] {
         if (warp_idx() < Copies::kWarps) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
         }
       },
       [&](int warpgroup) {
-        PrefixConsumer<Config, Params>(params, shared, warpgroup).run();
+        PrefillConsumer<Config, Params, PrefixStore<Config, Params>>(params, shared, warpgroup).run();
         PrefixMerger<Config, Params>(params, static_cast<int>(threadIdx.x) - kWarpgroupThreads).run();
       });
 }

@@ -11,7 +11,6 @@
 // A batch beyond the limits, or with negative lengths, has no tiles, and nothing is written past buffers of the same capacity.
 // Config: kNumThreads, kTileTokens, kGroupTokens, kConsumers, kGroupSize, kTokens (keys a step), kAlign (a piece's first key is a
 // multiple), kCausal, kHeads (KV heads), kWorkers, kItemCost, kNodeItemCost, kStepCost, kGroupCost (of a further warpgroup's rows),
-// kSlices (warpgroups that share a step's keys where one has all rows of a request's tile) and kSliceCost (of such a step);
 // kChoose (nodes that do not pay are left out), kYields, and then kUnitPs, kLevelsPs, kReadPs, kAttendPs, kPairPs, kReuseTokens: times
 // of fi_cuda.kernels.attention.prefix.SharingTimes; kBounded (more tokens may take part than there is room for);
 // kTableNodes and kTableRequests (that tables in shared memory hold; 0: they lie in `tables`). With kYields those of attention_plan.
@@ -27,7 +26,7 @@ namespace fi {
 
 // What the steps of a planning block share.
 struct PrefixSums {
-  unsigned long long best[32];  // of each warp
+  unsigned best[32];  // of each warp
   int longest_node, longest_own;
 };
 
@@ -35,7 +34,7 @@ template <class Config, class Params>
 class PrefixPlanner {
   static constexpr int kThreads = Config::kNumThreads, kWarps = kThreads / 32;
   static constexpr int kCandidates = 64;  // numbers of pieces of the longest node
-  static constexpr int kSharers = 8;      // threads that add up the nodes for one of them
+  static constexpr int kSharers = kThreads / kCandidates;  // threads that add up the nodes for one of them
   static constexpr int kShare = 4;  // of the time of a step that a tile of a request's own keys may take
   static constexpr int kLeastOwnSteps = 2;
 
@@ -139,15 +138,20 @@ class PrefixPlanner {
       work.t_begin = first.t_begin;
       work.num_tokens = end.t_begin - first.t_begin;
       const bool fits = members > 1 && work.kv_begin == (work.parent < 0 ? 0 : nodes_[work.parent].kv_end);
-      const int steps = steps_from<Config>(work.kv_begin, work.kv_end);
-      const bool pays = !Config::kChoose || is_worth_it<Config>(members, work.num_tokens, steps);
-      work.state = (fits ? kFits : 0) | (pays ? kPays : 0);
+      work.tiles = tiles_of(work.num_tokens, Config::kTileTokens);
+      work.step_cost = step_cost_of_all<Config>(work.num_tokens);
+      // Reading its keys once costs less than each of its members reading them.
+      const int steps = steps_from<Config>(work.kv_begin, work.kv_end), a_step = members * Config::kStepCost - work.step_cost;
+      const bool pays = static_cast<float>(a_step) * static_cast<float>(steps) > static_cast<float>(work.tiles * Config::kNodeItemCost);
+      work.state = (fits ? kFits : 0) | (pays || !Config::kChoose ? kPays : 0);
       // Others read what is as it was, its members and keys.
       if (lane_ == 0) {
         nodes_[idx].t_begin = work.t_begin;
         nodes_[idx].num_tokens = work.num_tokens;
         nodes_[idx].parent = work.parent;
         nodes_[idx].state = work.state;
+        nodes_[idx].tiles = work.tiles;
+        nodes_[idx].step_cost = work.step_cost;
       }
     }
     __syncthreads();
@@ -210,8 +214,7 @@ class PrefixPlanner {
       work.steps = steps_from<Config>(work.own_first, work.kv_len);
       longest = max(longest, work.steps);
       cost.own += static_cast<float>(tiles_of(work.q_len, Config::kTileTokens) * Config::kItemCost);
-      const int step_cost = work.template slices<Config>() > 1 ? Config::kSliceCost : step_cost_of_all<Config>(work.q_len);
-      cost.own += static_cast<float>(work.steps) * static_cast<float>(step_cost);
+      cost.own += static_cast<float>(work.steps) * static_cast<float>(step_cost_of_all<Config>(work.q_len));
       if constexpr (Config::kYields) {
         const float kv_len = static_cast<float>(work.kv_len);
         cost.tokens += kv_len;
@@ -231,28 +234,29 @@ class PrefixPlanner {
   }
 
   // Whether the decode kernel is through no later than a list that ends after `time`.
-  static __device__ __forceinline__ bool is_better_unshared(const BatchCost& cost, int64 time) {
+  static __device__ __forceinline__ bool is_better_unshared(const BatchCost& cost, float time) {
     const float reuse = static_cast<float>(Config::kReuseTokens);
     const float found = cost.shared <= reuse ? cost.again : cost.again * (reuse / cost.shared);
     const float unshared = fmaxf((cost.tokens - found) * static_cast<float>(Config::kReadPs), cost.attended);
-    return unshared <= static_cast<float>(time) * static_cast<float>(Config::kUnitPs) + static_cast<float>(Config::kLevelsPs);
+    return unshared <= time * static_cast<float>(Config::kUnitPs) + static_cast<float>(Config::kLevelsPs);
   }
 
   // The longest piece of which a list schedule ends first, and from that how long requests' own pieces may be.
   __device__ __forceinline__ bool choose_pieces(const BatchCost& own) {
-    static_assert(kThreads == kCandidates * kSharers && kWarps <= 32);
+    static_assert(kThreads == kCandidates * kSharers && kSharers <= 32);
+    constexpr float kLongest = (1 << 26) - 1;  // time beside the candidate in 32 bits
     const int longest = sums_.longest_node, candidate = thread_ / kSharers;
     const int chunk = max((longest + candidate) / (candidate + 1), 1);
     int tiles = 0, slowest = 0;
     float parts = 0.0f, cost = 0.0f;
+#pragma unroll 1
     for (int idx = thread_ % kSharers; idx < params_.num_nodes; idx += kSharers) {
       const NodeWork& work = nodes_[idx];
       if (work.pieces == 0) continue;
-      const int pieces = (work.steps + chunk - 1) / chunk, its_tiles = tiles_of(work.num_tokens, Config::kTileTokens) * pieces;
+      const int pieces = (work.steps + chunk - 1) / chunk, its_tiles = work.tiles * pieces;
       tiles += its_tiles;
       parts += static_cast<float>(work.num_tokens) * static_cast<float>(pieces);
-      cost += static_cast<float>(its_tiles * Config::kNodeItemCost);
-      cost += static_cast<float>(work.steps) * static_cast<float>(step_cost_of_all<Config>(work.num_tokens));
+      cost += static_cast<float>(its_tiles * Config::kNodeItemCost) + static_cast<float>(work.steps) * static_cast<float>(work.step_cost);
       slowest = max(slowest, step_cost<Config>(work.num_tokens));
     }
 #pragma unroll
@@ -263,26 +267,22 @@ class PrefixPlanner {
       slowest = max(slowest, __shfl_xor_sync(0xffffffffu, slowest, distance));
     }
     constexpr float kOfWorker = static_cast<float>(Config::kHeads) / static_cast<float>(Config::kWorkers);
-    const int64 rounds = (static_cast<int64>(tiles) * Config::kHeads + Config::kWorkers - 1) / Config::kWorkers;
-    const int64 alone = rounds * (chunk * slowest + Config::kNodeItemCost);
-    const int64 even = static_cast<int64>((own.own + cost) * kOfWorker);
+    const float alone = ceilf(static_cast<float>(tiles) * kOfWorker) * static_cast<float>(chunk * slowest + Config::kNodeItemCost);
+    const float time = fminf(fmaxf(alone, (own.own + cost) * kOfWorker), kLongest);
     const bool fits = candidate == 0 || (tiles <= params_.max_node_rows && parts <= static_cast<float>(params_.max_node_tokens));
-    unsigned long long best = ~0ull;
-    if (fits) best = static_cast<unsigned long long>(max(alone, even)) << 8 | static_cast<unsigned>(candidate);
+    unsigned best = fits ? static_cast<unsigned>(time) * kCandidates + static_cast<unsigned>(candidate) : ~0u;
 #pragma unroll
-    for (int distance = kSharers; distance < 32; distance *= 2) {
-      const unsigned long long other = __shfl_xor_sync(0xffffffffu, best, distance);
-      best = other < best ? other : best;
-    }
+    for (int distance = kSharers; distance < 32; distance *= 2) best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
     if (lane_ == 0) sums_.best[warp_] = best;
     __syncthreads();
+    best = sums_.best[lane_ % kWarps];
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) best = sums_.best[warp] < best ? sums_.best[warp] : best;
-    const int64 time = static_cast<int64>(best >> 8);
-    if (Config::kYields && is_better_unshared(own, time)) return false;
-    const int pieces = static_cast<int>(best & 255) + 1;
-    const int64 own_steps = min(time / (kShare * Config::kStepCost), static_cast<int64>(sums_.longest_own));
-    chunk_ = {max((longest + pieces - 1) / pieces, 1), max(static_cast<int>(own_steps), kLeastOwnSteps)};
+    for (int distance = 1; distance < kWarps; distance *= 2) best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
+    const int ends = static_cast<int>(best / kCandidates);
+    if (Config::kYields && is_better_unshared(own, static_cast<float>(ends))) return false;
+    const int pieces = static_cast<int>(best % kCandidates) + 1;
+    const int own_steps = min(quotient(ends, kShare * Config::kStepCost), sums_.longest_own);
+    chunk_ = {max((longest + pieces - 1) / pieces, 1), max(own_steps, kLeastOwnSteps)};
     return true;
   }
 
