@@ -202,6 +202,8 @@ inline T __ldg(const T* address) { return *address; }
 template <class T>
 inline void __stcs(T* address, T value) { *address = value; }
 template <class T>
+inline void __stwb(T* address, T value) { *address = value; }
+template <class T>
 inline void __stcg(T* address, T value) { *address = value; }
 inline unsigned __cvta_generic_to_shared(const void* pointer) { return emulated::shared_address(pointer); }
 inline unsigned long long __cvta_generic_to_global(const void* pointer) { return reinterpret_cast<unsigned long long>(pointer); }
