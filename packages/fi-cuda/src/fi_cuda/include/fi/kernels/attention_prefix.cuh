@@ -12,6 +12,7 @@
 #include "fi/attention/prefix_load.cuh"
 #include "fi/attention/prefix_store.cuh"
 #include "fi/ptx/dependent_launch.cuh"
+#include "fi/ptx/relaxed.cuh"
 
 namespace fi {
 
@@ -32,6 +33,11 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   __syncthreads();
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
+  // The block's first tile is on its way while it is asked whether there is any.
+  if (threadIdx.x == 0) {
+    ptx::prefetch_to_l2(static_cast<const AttentionItem*>(params.rows) + blockIdx.x / params.num_kv_heads);
+  }
+  if (static_cast<const PrefixHeader*>(params.header)->num_rows == 0) return;
   Roles::run(
       [&] {
         if (warp_idx() < Copies::kWarps) {
