@@ -110,7 +110,7 @@ class PrefixPlanSpec(KernelSpec):
     table_nodes: int
     table_requests: int
     threads: int
-    tile_tokens: int
+    query_tokens: int
     group_tokens: int
     consumers: int
     group_size: int
@@ -209,7 +209,7 @@ def prefix_plan_spec(
         table_nodes=table_nodes,
         table_requests=table_requests,
         threads=threads,
-        tile_tokens=tiles.consumers * group_tokens,
+        query_tokens=tiles.consumers * group_tokens,
         group_tokens=group_tokens,
         consumers=tiles.consumers,
         group_size=spec.group_size,

@@ -43,7 +43,7 @@ struct alignas(16) PlaceWork {
   // Longer ones read their keys once for a whole tile anyway.
   template <class Config>
   __device__ __forceinline__ bool takes_part() const {
-    return 0 < q_len && q_len <= Config::kTileTokens;
+    return 0 < q_len && q_len <= Config::kQueryTokens;
   }
 };
 
@@ -91,7 +91,7 @@ __device__ __forceinline__ int step_cost(int num_tokens) {
 // A step of all tiles of `num_tokens` tokens.
 template <class Config>
 __device__ __forceinline__ int step_cost_of_all(int num_tokens) {
-  const int whole = quotient(num_tokens, Config::kTileTokens), rest = num_tokens - whole * Config::kTileTokens;
+  const int whole = quotient(num_tokens, Config::kQueryTokens), rest = num_tokens - whole * Config::kQueryTokens;
   constexpr int kWhole = Config::kStepCost + (Config::kConsumers - 1) * Config::kGroupCost;
   return whole * kWhole + (rest > 0 ? step_cost<Config>(rest) : 0);
 }

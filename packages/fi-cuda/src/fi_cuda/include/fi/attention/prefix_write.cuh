@@ -42,7 +42,7 @@ class PrefixWriter {
     }
     PlaceWork& work = places_[entry - params_.num_nodes];
     const int pieces = work.pieces = max((work.steps + chunk_.own - 1) / chunk_.own, 1);
-    own[0] = tiles_of(work.q_len, Config::kTileTokens) * pieces;
+    own[0] = tiles_of(work.q_len, Config::kQueryTokens) * pieces;
     if (pieces == 1 && work.node < 0) return;
     own[1] = work.q_len * pieces * kQueryHeads;
     own[2] = work.q_len;
@@ -92,9 +92,9 @@ class PrefixWriter {
   }
 
   __device__ __forceinline__ void write_request_row(int4* to, const PlaceWork& work, int inside) const {
-    const int tiles = tiles_of(work.q_len, Config::kTileTokens), piece = tiles == 1 ? inside : inside / tiles;
+    const int tiles = tiles_of(work.q_len, Config::kQueryTokens), piece = tiles == 1 ? inside : inside / tiles;
     const int q_tile = inside - piece * tiles;
-    const int last = min((q_tile + 1) * Config::kTileTokens, work.q_len);
+    const int last = min((q_tile + 1) * Config::kQueryTokens, work.q_len);
     const int stop = Config::kCausal ? max(work.kv_len - work.q_len + last, 0) : work.kv_len;
     const int begin = quotient(work.own_first, Config::kAlign) * Config::kAlign, keys = chunk_.own * Config::kTokens;
     const bool whole = work.pieces == 1;

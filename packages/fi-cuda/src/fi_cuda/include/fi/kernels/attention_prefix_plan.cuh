@@ -9,7 +9,7 @@
 // With kYields the decode kernel, whose plan other blocks make beside this one (attention_plan.cuh), has the batch if by the
 // costs it is through no later.
 // A batch beyond the limits, or with negative lengths, has no tiles, and nothing is written past buffers of the same capacity.
-// Config: kNumThreads, kTileTokens, kGroupTokens, kConsumers, kGroupSize, kTokens (keys a step), kAlign (a piece's first key is a
+// Config: kNumThreads, kQueryTokens (a tile), kGroupTokens, kConsumers, kGroupSize, kTokens (keys a step), kAlign (a piece's first key is a
 // multiple), kCausal, kHeads (KV heads), kWorkers, kItemCost, kNodeItemCost, kStepCost, kGroupCost (of a further warpgroup's rows),
 // kChoose (nodes that do not pay are left out), kYields, and then kUnitPs, kLevelsPs, kReadPs, kAttendPs, kPairPs, kReuseTokens: times
 // of fi_cuda.kernels.attention.prefix.SharingTimes; kBounded (more tokens may take part than there is room for);
@@ -138,7 +138,7 @@ class PrefixPlanner {
       work.t_begin = first.t_begin;
       work.num_tokens = end.t_begin - first.t_begin;
       const bool fits = members > 1 && work.kv_begin == (work.parent < 0 ? 0 : nodes_[work.parent].kv_end);
-      work.tiles = tiles_of(work.num_tokens, Config::kTileTokens);
+      work.tiles = tiles_of(work.num_tokens, Config::kQueryTokens);
       work.step_cost = step_cost_of_all<Config>(work.num_tokens);
       // Reading its keys once costs less than each of its members reading them.
       const int steps = steps_from<Config>(work.kv_begin, work.kv_end), a_step = members * Config::kStepCost - work.step_cost;
@@ -213,7 +213,7 @@ class PrefixPlanner {
       if (work.node >= 0) work.own_first = nodes_[work.node].kv_end;
       work.steps = steps_from<Config>(work.own_first, work.kv_len);
       longest = max(longest, work.steps);
-      cost.own += static_cast<float>(tiles_of(work.q_len, Config::kTileTokens) * Config::kItemCost);
+      cost.own += static_cast<float>(tiles_of(work.q_len, Config::kQueryTokens) * Config::kItemCost);
       cost.own += static_cast<float>(work.steps) * static_cast<float>(step_cost_of_all<Config>(work.q_len));
       if constexpr (Config::kYields) {
         const float kv_len = static_cast<float>(work.kv_len);
