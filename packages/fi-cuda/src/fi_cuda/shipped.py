@@ -155,7 +155,7 @@ def _sampling_specs() -> Iterator[KernelSpec]:
             (frozenset[str](), True),
             (every | {"typical_p"}, True),
         ):
-            form, typical = column_form(128256, num_rows, filters, penalties), "typical_p" in filters
+            form, typical = column_form(128256, num_rows, filters), "typical_p" in filters
             yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, typical, penalties)
         form = geometry_for(128256, num_rows)
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
