@@ -90,16 +90,15 @@ class PrefillState {
     ptx::wgmma_commit();
   }
 
-  // Makes scores of a step's products with kWidth keys at `position`, and takes their largest into account; `rescale` is what the
-  // output so far has to be multiplied by.
+  // Makes scores of a step's products with kWidth keys at `position`; `rows`: those of the warpgroup.
   template <int kWidth>
-  __device__ __forceinline__ void score(float (&scores)[kWidth / 2], const Params& params, const AttentionItem& item,
-                                        int first_token, int position, bool masked, float (&rescale)[2]) {
+  __device__ __forceinline__ void make_scores(float (&scores)[kWidth / 2], const Params& params, const AttentionItem& item,
+                                              const GroupRows<Config, Params>& rows, int position) const {
     ptx::pin_registers(scores);
     if constexpr (!PrefillScore<Config>::kPlain) {
       float offset[2] = {};
       if constexpr (Config::kAlibi) {
-        const ThreadPlace place(first_token);
+        const ThreadPlace place(rows.first);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           const int distance = position + place.column - query_position(place.tokens[row], item.q_len, item.kv_len);
@@ -111,21 +110,55 @@ class PrefillState {
         scores[idx] = score_(scores[idx], offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
       }
     }
-    if (masked) hide(params, item, first_token, position, scores);
-    float tops[2];
-    softmax.template find_tops<Rows>(scores, tops);
-    softmax.raise_lazily(tops, kSlack, rescale);
+    // Not in most steps.
+    if (position < rows.by_all.low || position + kWidth > rows.by_all.high) hide(params, item, rows, position, scores);
   }
+
+  // Takes the largest of the warp's own scores into account. Most steps raise no row's top: one vote says so, and only where a lane
+  // objects do lanes compare what they have. Whether any was raised; `rescale` is then what the output has to be multiplied by.
+  template <int kCount>
+  __device__ __forceinline__ bool raise(const float (&scores)[kCount], float (&rescale)[2]) {
+    float tops[2];
+    softmax.template find_own_tops<Rows>(scores, tops);
+    rescale[0] = rescale[1] = 1.0f;
+    if (!__any_sync(0xffffffffu, softmax.any_exceeds(tops, kSlack))) return false;
+    softmax.agree_on_tops(tops);
+    softmax.raise_lazily(tops, kSlack, rescale);
+    return true;
+  }
+
+  // Scores that a part of a step's kWidth keys has.
+  template <int kWidth, int kPart, int kParts>
+  struct Part {
+    static constexpr int kSteps = kWidth / kStepKeys;
+    static constexpr int kFirst = kSteps * kPart / kParts, kEnd = kSteps * (kPart + 1) / kParts;  // of products
+    static constexpr int kBegin = kFirst * kStepKeys / 2, kCount = (kEnd - kFirst) * kStepKeys / 2;
+    static __device__ __forceinline__ auto& of(float (&scores)[kWidth / 2]) {
+      return reinterpret_cast<float(&)[kCount]>(scores[kBegin]);
+    }
+  };
 
   // Puts the weights of part kPart of kParts of a step's kWidth keys in the place of the scores.
   template <int kWidth, int kPart = 0, int kParts = 1>
   __device__ __forceinline__ void weigh(float (&scores)[kWidth / 2]) {
-    constexpr int kSteps = kWidth / kStepKeys, kFirst = kSteps * kPart / kParts, kEnd = kSteps * (kPart + 1) / kParts;
-    if constexpr (kFirst < kEnd) {
-      constexpr int kBegin = kFirst * kStepKeys / 2, kCount = (kEnd - kFirst) * kStepKeys / 2;
-      float(&part)[kCount] = reinterpret_cast<float(&)[kCount]>(scores[kBegin]);
-      softmax.template weigh<Rows>(part);
+    using Its = Part<kWidth, kPart, kParts>;
+    if constexpr (Its::kCount > 0) softmax.template weigh<Rows>(Its::of(scores));
+  }
+
+  // The first part's weights and the largest score at once: the special unit has begun before it is known that no row's top has to be
+  // raised. Where one has, they are computed again, and the output so far is made to fit.
+  template <int kWidth, int kParts>
+  __device__ __forceinline__ void raise_and_weigh_first(float (&scores)[kWidth / 2]) {
+    using First = Part<kWidth, 0, kParts>;
+    float first[First::kCount > 0 ? First::kCount : 1], rescale[2];
+    softmax.template exponentiate<Rows>(First::of(scores), first);
+    if (raise(scores, rescale)) {
+      multiply_output(rescale);
+      softmax.template exponentiate<Rows>(First::of(scores), first);
     }
+    softmax.template add<Rows>(first);
+#pragma unroll
+    for (int idx = 0; idx < First::kCount; ++idx) First::of(scores)[idx] = first[idx];
   }
 
   // Makes the weights the next product's operand: once the product before is complete. Of 8-bit ones a register takes the four
@@ -152,12 +185,15 @@ class PrefillState {
 
   __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
     ptx::pin_registers(output);
-    if (!__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;
+    if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) multiply_output(rescale);
+  }
+
+ private:
+  __device__ __forceinline__ void multiply_output(const float (&rescale)[2]) {
 #pragma unroll
     for (int idx = 0; idx < Config::kHeadDimVo / 2; ++idx) output[idx] *= rescale[Rows::row(idx)];
   }
 
- private:
   // The tokens of the thread's rows and its first column. What only few steps need is computed there: kept from step to step it
   // would take registers from the scores.
   struct ThreadPlace {
@@ -175,11 +211,14 @@ class PrefillState {
     }
   };
 
-  // -inf in the place of the scores of tokens that their rows do not see.
+  // -inf in the place of the scores of tokens that their rows do not see. Columns of which every row sees all are passed by, so
+  // that an edge costs what lies at it.
   template <int kCount>
-  static __device__ __forceinline__ void hide(const Params& params, const AttentionItem& item, int first_token, int position,
-                                              float (&scores)[kCount]) {
-    const ThreadPlace place(first_token);
+  static __device__ __forceinline__ void hide(const Params& params, const AttentionItem& item, const GroupRows<Config, Params>& rows,
+                                              int position, float (&scores)[kCount]) {
+    constexpr int kUnit = 16;  // scores of 32 columns
+    const int all_low = rows.by_all.low - position, all_high = rows.by_all.high - position;
+    const ThreadPlace place(rows.first);
     const auto& tokens = place.tokens;
     position += place.column;
     int low[2], high[2];
@@ -188,23 +227,22 @@ class PrefillState {
       const ColumnLimits seen = GroupRows<Config, Params>::rule(params).limits(
           query_position(tokens[row], item.q_len, item.kv_len), item.kv_len);
       low[row] = seen.low - position;
+      if constexpr (Config::kLevels) low[row] = max(low[row], item.kv_first - position);
       high[row] = min(seen.high, item.kv_end) - position;
     }
 #pragma unroll
-    for (int idx = 0; idx < kCount; ++idx) {
-      const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
-      bool visible = column < high[row];
-      if constexpr (Config::kWindowed) visible = visible && column >= low[row];
-      if constexpr (Config::kMask != kNoMask) {
-        if (visible && tokens[row] < item.q_len) visible = mask_row(params, item, tokens[row]).visible(position + column);
-      }
-      scores[idx] = fi::masked(scores[idx], visible);
-    }
-    if constexpr (Config::kLevels) {
-      const int first = item.kv_first - position;
-      if (first <= -place.column) return;  // beyond it once more for a few steps costs less than a bound kept for all
+    for (int unit = 0; unit < kCount; unit += kUnit) {
+      if (unit * 2 >= all_low && (unit + kUnit) * 2 <= all_high) continue;
 #pragma unroll
-      for (int idx = 0; idx < kCount; ++idx) scores[idx] = fi::masked(scores[idx], idx / 4 * 8 + idx % 2 >= first);
+      for (int idx = unit; idx < unit + kUnit && idx < kCount; ++idx) {
+        const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
+        bool visible = column < high[row];
+        if constexpr (Config::kWindowed || Config::kLevels) visible = visible && column >= low[row];
+        if constexpr (Config::kMask != kNoMask) {
+          if (visible && tokens[row] < item.q_len) visible = mask_row(params, item, tokens[row]).visible(position + column);
+        }
+        scores[idx] = fi::masked(scores[idx], visible);
+      }
     }
   }
 

@@ -57,7 +57,6 @@ class PrefixConsumer : public PrefillConsumer<Config, Params, PrefixStore<Config
   template <int kWidth, bool kFresh>
   __device__ __forceinline__ void slice_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
     const int begin = Base::warpgroup_ * kSlice, position = steps.position(step) + begin;
-    const bool masked = position < rows.by_all.low || position + kWidth > rows.by_all.high;
     float scores[kWidth / 2], rescale[2];
     unsigned weights[kWidth / kUnit][4];
     Base::wait_full(Base::shared_.key_ring, Base::key_);
@@ -65,7 +64,8 @@ class PrefixConsumer : public PrefillConsumer<Config, Params, PrefixStore<Config
                                           Base::shared_.keys[Base::key_.stage] + begin * kBoxRowBytes);
     ptx::wgmma_wait<0>();
     Base::release_keys(steps, step);
-    Base::state_.template score<kWidth>(scores, Base::params_, item, rows.first, position, masked, rescale);
+    Base::state_.template make_scores<kWidth>(scores, Base::params_, item, rows, position);
+    Base::state_.raise(scores, rescale);
     if constexpr (!kFresh) Base::state_.rescale_output(rescale);
     Base::state_.template weigh<kWidth>(scores);
     State::template pack<kWidth>(scores, weights);
