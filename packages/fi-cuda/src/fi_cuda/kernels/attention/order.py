@@ -18,7 +18,7 @@ from ...launch import LaunchableKernel, RepeatedLaunch
 from ...params import ParamsLayout
 from ...spec import KernelSpec, kernel_for
 from .plan import ITEM_WIDTH
-from .prefill_tuning import PrefillTuning
+from .prefill_tuning import PrefillTuning, first_key_unit
 
 HEADER_WIDTH = 4
 """int32 columns of a list's head: rows, whether the list is used, tiles taken, 0."""
@@ -46,14 +46,15 @@ class OrderList(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionOrderSpec(KernelSpec):
-    """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, workers, all KV heads, ``pieces`` of a
-    tile at most and ``slots`` for all of them, costs as in TileKind, that of a piece beyond an item's; ``shift``: tiles whose
+    """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, ``unit`` of the position at which a tile's
+    keys begin under a window, workers, all KV heads, ``pieces`` of a tile at most and ``slots`` for all of them, costs as in TileKind, that of a piece beyond an item's; ``shift``: tiles whose
     steps differ in lower bits only count as equally long; ``short_q_len``: batches in which no request has more new tokens
     have an empty list."""
 
     tile_tokens: int
     group_tokens: int
     tokens: int
+    unit: int
     short_q_len: int
     causal: bool
     windowed: bool
@@ -109,16 +110,17 @@ class AttentionOrderSpec(KernelSpec):
 
 
 def order_spec(
-    params: PartitionParams, capacity: Capacity, tuning: PrefillTuning, short_q_len: int = 0
+    params: PartitionParams, capacity: Capacity, tuning: PrefillTuning, page_size: int | None, short_q_len: int = 0
 ) -> AttentionOrderSpec:
-    """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups; ``short_q_len`` as in
-    AttentionOrderSpec."""
+    """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups, over pages of ``page_size`` (None:
+    ragged K and V); ``short_q_len`` as in AttentionOrderSpec."""
     (kind,) = params.kinds
     most_steps = -(-capacity.max_kv_len // kind.kv_tokens) + 1
     return AttentionOrderSpec(
         tile_tokens=kind.q_rows // params.group_size,
         group_tokens=kind.q_rows // params.group_size // tuning.consumers,
         tokens=kind.kv_tokens,
+        unit=first_key_unit(page_size, kind.kv_tokens),
         short_q_len=short_q_len,
         causal=params.causal,
         windowed=params.window is not None,
@@ -250,7 +252,7 @@ def _tiles(
             stop = max(offset + min(begin + spec.tile_tokens, q_len), 0) if spec.causal else kv_len
             start = 0
             if window is not None:
-                start = min(max(offset + begin - window + 1, 0), stop) // spec.tokens * spec.tokens
+                start = min(max(offset + begin - window + 1, 0), stop) // spec.unit * spec.unit
             steps = -(-(stop - start) // spec.tokens)
             place = spec.bin_of(spec.full_steps(steps, q_len - begin))
             if q_len - begin <= spec.group_tokens:

@@ -25,6 +25,7 @@ MAX_GROUP = 64
 BOX_ROW_BYTES = 128
 MAX_PIECES = 16
 _PATTERN_TOKENS = 8
+_FIRST_KEY_UNIT = 16
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
@@ -96,6 +97,13 @@ def box_tokens(page_size: int | None, tokens: int) -> int | None:
     return box if fits and box % _PATTERN_TOKENS == 0 else None
 
 
+def first_key_unit(page_size: int | None, tokens: int) -> int:
+    """What the position of a tile's first key is a multiple of: copies of pages must not cross their borders, others may begin
+    anywhere. The less, the fewer keys before a window are multiplied."""
+    box = None if page_size is None else box_tokens(page_size, tokens)
+    return box or min(_FIRST_KEY_UNIT, tokens)
+
+
 class HeadBytes(NamedTuple):
     """What of a spec decides how much shared memory a tuning takes: dims, and bytes of an element of Q."""
 
@@ -165,7 +173,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         query_stages=2,
         ping_pong=not three,
         overlap=not three,
-        parts=2 if three else 1,
+        parts=(8 if widest <= _SHORT_HEAD_DIM else 4 if fp8 else 2) if three else 1,
         keys_ahead=not three or spec.page_size is None,
         pieces=MAX_PIECES,
         item_cost=2,

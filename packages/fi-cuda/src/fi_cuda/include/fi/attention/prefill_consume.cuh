@@ -116,7 +116,7 @@ class PrefillConsumer {
 
   // A step on its own: its scores, then its values.
   __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
-    float scores[kTokens / 2];
+    float scores[kTokens / 2], rescale[2];
     unsigned weights[kTokens / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
     if constexpr (Config::kPingPong) wait_turn();
@@ -125,7 +125,7 @@ class PrefillConsumer {
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
     state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
-    state_.template raise_and_weigh_first<kTokens, Config::kParts>(scores);
+    if (state_.raise(scores, rescale)) state_.rescale_output(rescale);
     wait_full(shared_.value_ring, value_place());
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
     weigh_and_multiply<0>(scores, weights);
@@ -134,12 +134,12 @@ class PrefillConsumer {
     release_values();
   }
 
-  // The weights of a step in parts, each beside the products of the part before; those of the first are there.
+  // The weights of a step in parts, each beside the products of the part before.
   template <int kPart>
   __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / kStepKeys][4]) {
     constexpr int kParts = Config::kParts;
     if constexpr (kPart < kParts) {
-      if constexpr (kPart > 0) state_.template weigh<kTokens, kPart, kParts>(scores);
+      state_.template weigh<kTokens, kPart, kParts>(scores);
       State::template pack<kTokens, kPart, kParts>(scores, weights);
       state_.template multiply_values<kTokens, false, kPart, kParts>(weights, shared_.values[value_place().stage]);
       weigh_and_multiply<kPart + 1>(scores, weights);
@@ -160,12 +160,13 @@ class PrefillConsumer {
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
     state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
-    state_.raise(scores, rescale);
+    const bool raised = state_.raise(scores, rescale);
     state_.template weigh<kTokens>(scores);
     release_keys(steps, step, state_.zero_of_weights());
     ptx::wgmma_wait<0>();
     release_values();
-    state_.rescale_output(rescale);
+    ptx::pin_registers(state_.output);
+    if (raised) state_.rescale_output(rescale);
     State::template pack<kTokens>(scores, weights_);
   }
 

@@ -114,51 +114,27 @@ class PrefillState {
     if (position < rows.by_all.low || position + kWidth > rows.by_all.high) hide(params, item, rows, position, scores);
   }
 
-  // Takes the largest of the warp's own scores into account. Most steps raise no row's top: one vote says so, and only where a lane
-  // objects do lanes compare what they have. Whether any was raised; `rescale` is then what the output has to be multiplied by.
+  // Takes the largest of the warp's scores into account. Most steps raise no row's top: one vote says so, and only where a lane objects
+  // do lanes compare what they have. Whether any was raised; `rescale` is what the output has to be multiplied by.
   template <int kCount>
   __device__ __forceinline__ bool raise(const float (&scores)[kCount], float (&rescale)[2]) {
-    float tops[2];
-    softmax.template find_own_tops<Rows>(scores, tops);
     rescale[0] = rescale[1] = 1.0f;
-    if (!__any_sync(0xffffffffu, softmax.any_exceeds(tops, kSlack))) return false;
-    softmax.agree_on_tops(tops);
+    if (!__any_sync(0xffffffffu, softmax.template may_exceed<Rows>(scores, kSlack))) return false;
+    float tops[2];
+    softmax.template find_tops<Rows>(scores, tops);
     softmax.raise_lazily(tops, kSlack, rescale);
     return true;
   }
 
-  // Scores that a part of a step's kWidth keys has.
-  template <int kWidth, int kPart, int kParts>
-  struct Part {
-    static constexpr int kSteps = kWidth / kStepKeys;
-    static constexpr int kFirst = kSteps * kPart / kParts, kEnd = kSteps * (kPart + 1) / kParts;  // of products
-    static constexpr int kBegin = kFirst * kStepKeys / 2, kCount = (kEnd - kFirst) * kStepKeys / 2;
-    static __device__ __forceinline__ auto& of(float (&scores)[kWidth / 2]) {
-      return reinterpret_cast<float(&)[kCount]>(scores[kBegin]);
-    }
-  };
-
   // Puts the weights of part kPart of kParts of a step's kWidth keys in the place of the scores.
   template <int kWidth, int kPart = 0, int kParts = 1>
   __device__ __forceinline__ void weigh(float (&scores)[kWidth / 2]) {
-    using Its = Part<kWidth, kPart, kParts>;
-    if constexpr (Its::kCount > 0) softmax.template weigh<Rows>(Its::of(scores));
-  }
-
-  // The first part's weights and the largest score at once: the special unit has begun before it is known that no row's top has to be
-  // raised. Where one has, they are computed again, and the output so far is made to fit.
-  template <int kWidth, int kParts>
-  __device__ __forceinline__ void raise_and_weigh_first(float (&scores)[kWidth / 2]) {
-    using First = Part<kWidth, 0, kParts>;
-    float first[First::kCount > 0 ? First::kCount : 1], rescale[2];
-    softmax.template exponentiate<Rows>(First::of(scores), first);
-    if (raise(scores, rescale)) {
-      multiply_output(rescale);
-      softmax.template exponentiate<Rows>(First::of(scores), first);
+    constexpr int kSteps = kWidth / kStepKeys, kFirst = kSteps * kPart / kParts, kEnd = kSteps * (kPart + 1) / kParts;
+    if constexpr (kFirst < kEnd) {
+      constexpr int kBegin = kFirst * kStepKeys / 2, kCount = (kEnd - kFirst) * kStepKeys / 2;
+      float(&part)[kCount] = reinterpret_cast<float(&)[kCount]>(scores[kBegin]);
+      softmax.template weigh<Rows>(part);
     }
-    softmax.template add<Rows>(first);
-#pragma unroll
-    for (int idx = 0; idx < First::kCount; ++idx) First::of(scores)[idx] = first[idx];
   }
 
   // Makes the weights the next product's operand: once the product before is complete. Of 8-bit ones a register takes the four
@@ -184,16 +160,11 @@ class PrefillState {
   __device__ __forceinline__ int zero_of_weights() const { return softmax.mass[0] < 0.0f || softmax.mass[1] < 0.0f; }
 
   __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
-    ptx::pin_registers(output);
-    if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) multiply_output(rescale);
-  }
-
- private:
-  __device__ __forceinline__ void multiply_output(const float (&rescale)[2]) {
 #pragma unroll
     for (int idx = 0; idx < Config::kHeadDimVo / 2; ++idx) output[idx] *= rescale[Rows::row(idx)];
   }
 
+ private:
   // The tokens of the thread's rows and its first column. What only few steps need is computed there: kept from step to step it
   // would take registers from the scores.
   struct ThreadPlace {

@@ -65,8 +65,8 @@ class PrefixConsumer : public PrefillConsumer<Config, Params, PrefixStore<Config
     ptx::wgmma_wait<0>();
     Base::release_keys(steps, step);
     Base::state_.template make_scores<kWidth>(scores, Base::params_, item, rows, position);
-    Base::state_.raise(scores, rescale);
-    if constexpr (!kFresh) Base::state_.rescale_output(rescale);
+    const bool raised = Base::state_.raise(scores, rescale);
+    if (!kFresh && raised) Base::state_.rescale_output(rescale);
     Base::state_.template weigh<kWidth>(scores);
     State::template pack<kWidth>(scores, weights);
     Base::wait_full(Base::shared_.value_ring, Base::value_place());

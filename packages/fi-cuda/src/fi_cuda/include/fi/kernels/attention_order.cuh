@@ -11,7 +11,8 @@
 // fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
 // A batch that exceeds the limits, or with negative lengths, has no tiles; nor has one in which no request has more than kShortQLen
 // new tokens, which another kernel serves: its list is used, and empty.
-// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kShortQLen, kCausal,
+// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kUnit (of
+// a tile's first key, under a window), kShortQLen, kCausal,
 // kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots
 // (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item).
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
@@ -67,7 +68,7 @@ __device__ __forceinline__ OrderedTile tile_at(const Params& params, int first_b
   tile.kv_stop = Config::kCausal ? max(offset + min(begin + Config::kTileTokens, tile.q_len), 0) : tile.kv_len;
   tile.kv_begin = 0;
   if constexpr (Config::kWindowed) {
-    tile.kv_begin = min(max(offset + begin - params.window + 1, 0), tile.kv_stop) / Config::kTokens * Config::kTokens;
+    tile.kv_begin = min(max(offset + begin - params.window + 1, 0), tile.kv_stop) / Config::kUnit * Config::kUnit;
   }
   const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
   const int left = tile.q_len - begin;

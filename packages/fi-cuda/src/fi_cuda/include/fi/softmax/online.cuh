@@ -109,28 +109,10 @@ struct OnlineSoftmax {
   // `raise`.
   template <class Map, int kCount>
   __device__ __forceinline__ void find_tops(const float (&scores)[kCount], float (&tops)[kRows]) const {
-    find_own_tops<Map>(scores, tops);
-    agree_on_tops(tops);
-  }
-  // The same in two halves: of the lane's own scores, then over the row's lanes.
-  template <class Map, int kCount>
-  __device__ __forceinline__ void find_own_tops(const float (&scores)[kCount], float (&tops)[kRows]) const {
-    constexpr int kChains = 4;  // side by side, so that none is long
-    float partial[kChains][kRows];
 #pragma unroll
-    for (int idx = 0; idx < kChains * kRows; ++idx) partial[idx / kRows][idx % kRows] = minus_infinity();
-    int seen[kRows] = {};
+    for (int row = 0; row < kRows; ++row) tops[row] = minus_infinity();
 #pragma unroll
-    for (int idx = 0; idx < kCount; ++idx) {
-      float& its = partial[seen[Map::row(idx)]++ % kChains][Map::row(idx)];
-      its = fmaxf(its, scores[idx]);
-    }
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      tops[row] = fmaxf(fmaxf(partial[0][row], partial[1][row]), fmaxf(partial[2][row], partial[3][row]));
-    }
-  }
-  __device__ __forceinline__ void agree_on_tops(float (&tops)[kRows]) const {
+    for (int idx = 0; idx < kCount; ++idx) tops[Map::row(idx)] = fmaxf(tops[Map::row(idx)], scores[idx]);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       tops[row] = reduce_over_lanes<kLanes, kLaneStride>(tops[row], LargestNumber());
@@ -153,38 +135,47 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void raise_lazily(const float (&tops)[kRows], float slack, float (&rescale)[kRows]) {
     float needed[kRows];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) needed[row] = exceeds(row, tops[row], slack) ? tops[row] : minus_infinity();
+    for (int row = 0; row < kRows; ++row) {
+      const float its = factor[row % kUnits];
+      const bool exceeds = fmaf(tops[row], its, -slack * kLog2E) > top[row] * its;
+      needed[row] = exceeds ? tops[row] : minus_infinity();
+    }
     raise(needed, rescale);
   }
-  // Whether raise_lazily would change anything for one of these; where no lane of a row says so, the row stays as it is.
-  __device__ __forceinline__ bool any_exceeds(const float (&tops)[kRows], float slack) const {
+
+  // Whether raise_lazily might change something, by the lane's own scores: where no lane of a row says so, it would not. A top of 0 or
+  // less always says so. Bits of floats above 0 are ordered as they are, and of integers three are compared at once.
+  template <class Map, int kCount>
+  __device__ __forceinline__ bool may_exceed(const float (&scores)[kCount], float slack) const {
+    constexpr int kChains = 2;  // of a row, side by side, so that none is long
+    int tops[kChains][kRows] = {}, held[kRows] = {}, seen[kRows] = {};
+#pragma unroll
+    for (int idx = 0; idx < kCount; ++idx) {
+      const int row = Map::row(idx), bits = __float_as_int(scores[idx]), turn = seen[row]++;
+      int& its = tops[turn / 2 % kChains][row];
+      if (turn % 2 == 0) held[row] = bits;
+      else its = max(max(its, held[row]), bits);
+    }
     bool any = false;
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) any |= exceeds(row, tops[row], slack);
+    for (int row = 0; row < kRows; ++row) {
+      const float its = factor[row % kUnits], limit = fmaf(top[row], its, slack * kLog2E);
+      any |= !(limit > 0.0f && __int_as_float(max(tops[0][row], tops[1][row])) * its <= limit);
+    }
     return any;
   }
 
-  // The weights 2^(factor * (score - top)) of scores, which may be the same array.
+  // Puts the weights 2^(factor * (score - top)) in the place of a tile's scores, none above top, and sums them up.
   template <class Map, int kCount>
-  __device__ __forceinline__ void exponentiate(const float (&scores)[kCount], float (&weights)[kCount]) const {
+  __device__ __forceinline__ void weigh(float (&scores)[kCount]) {
     float base[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) base[row] = finite_base(top[row] * factor[row % kUnits]) - kLift;
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) {
-      weights[idx] = ptx::exp2_approx(fmaf(scores[idx], factor[Map::row(idx) % kUnits], -base[Map::row(idx)]));
+      scores[idx] = ptx::exp2_approx(fmaf(scores[idx], factor[Map::row(idx) % kUnits], -base[Map::row(idx)]));
+      mass[Map::row(idx)] += scores[idx];
     }
-  }
-  template <class Map, int kCount>
-  __device__ __forceinline__ void add(const float (&weights)[kCount]) {
-#pragma unroll
-    for (int idx = 0; idx < kCount; ++idx) mass[Map::row(idx)] += weights[idx];
-  }
-  // Puts the weights in the place of a tile's scores, none above top, and sums them up.
-  template <class Map, int kCount>
-  __device__ __forceinline__ void weigh(float (&scores)[kCount]) {
-    exponentiate<Map>(scores, scores);
-    add<Map>(scores);
   }
 
   // All three, for rows that lie in one warp.
@@ -199,12 +190,6 @@ struct OnlineSoftmax {
   // The row over the keys so far, the same in all its lanes.
   __device__ __forceinline__ PartialRow row(int idx) const {
     return {top[idx] * factor[idx % kUnits] - kLift, reduce_over_lanes<kLanes, kLaneStride>(mass[idx], Sum())};
-  }
-
- private:
-  __device__ __forceinline__ bool exceeds(int row, float its_top, float slack) const {
-    const float its = factor[row % kUnits];
-    return fmaf(its_top, its, -slack * kLog2E) > top[row] * its;
   }
 };
 
