@@ -12,7 +12,6 @@ from fi_core.reference.sampling.ranking import top_k as reference_top_k
 from fi_core.sampling import DrawKeys, FilterParams, LogprobsOut
 from fi_cuda.kernels.sampling import filter_logits as filter_module
 from fi_cuda.kernels.sampling import sample as sample_module
-from fi_cuda.kernels.sampling.tuning import BUILT_IN, SamplingTuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
@@ -31,12 +30,6 @@ FILTERS: dict[str, dict[str, float]] = {
     "large_top_k_top_p": {"top_k": 5000, "top_p": 0.9},
     "all": {"top_k": 50, "top_p": 0.9, "min_p": 0.05, "temperature": 0.7},
 }
-
-
-@pytest.fixture(params=[BUILT_IN, SamplingTuning(bracket=True)], ids=["built_in", "bracket"])
-def tuning(request, monkeypatch):
-    for module in (sample_module, filter_module):
-        monkeypatch.setattr(module, "sampling_tuning_for", lambda device: request.param)
 
 
 def rows_of(kind: str, num_rows: int, vocab_size: int) -> torch.Tensor:
@@ -76,7 +69,6 @@ def drawn(logits: torch.Tensor, filters: FilterParams, keys: DrawKeys) -> torch.
 @pytest.mark.parametrize(
     "kind", ["normal", "narrow", "uniform", "equal", "tied", "rounded", "few", "peak", "one_group"]
 )
-@pytest.mark.usefixtures("tuning")
 def test_draws_are_those_of_the_reference(kind, num_rows):
     logits = rows_of(kind, num_rows, VOCAB)
     for name, values in FILTERS.items():
@@ -89,7 +81,6 @@ def test_draws_are_those_of_the_reference(kind, num_rows):
 
 
 @pytest.mark.parametrize("kind", ["normal", "narrow", "equal", "tied"])
-@pytest.mark.usefixtures("tuning")
 def test_probabilities_are_those_of_the_reference(kind):
     logits = rows_of(kind, 5, VOCAB)
     for name in ("top_p", "top_k", "all"):
@@ -104,7 +95,6 @@ def test_probabilities_are_those_of_the_reference(kind):
         assert float((out - expected).abs().max()) < 1e-4, name
 
 
-@pytest.mark.usefixtures("tuning")
 def test_a_row_draws_the_same_alone_and_in_any_batch():
     logits = rows_of("normal", 70, VOCAB)
     for values in FILTERS.values():

@@ -6,7 +6,6 @@ from fi_cuda.kernels.sampling.filter_logits import FilterLogitsSpec
 from fi_cuda.kernels.sampling.geometry import geometry_for
 from fi_cuda.kernels.sampling.sample import SampleSpec
 from fi_cuda.kernels.sampling.top_k import TopKSpec
-from fi_cuda.kernels.sampling.tuning import BUILT_IN, SamplingTuning
 from fi_cuda.kernels.sampling.verify import VerifySpec
 
 pytestmark = pytest.mark.timeout(60)
@@ -15,15 +14,13 @@ HOPPER_SHARED_BYTES = 228 * 1024
 MOST_OF_A_BLOCK = 227 * 1024
 RESERVED_BYTES = 1024
 
-TUNINGS = (BUILT_IN, SamplingTuning(bracket=True), SamplingTuning(whole_rounds=False))
 VOCABULARIES = (1, 2, 97, 1024, 1025, 4096, 4097, 32000, 50257, 128256, 151936, 201088, 262144, 2**19 - 1, 2**19)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 @pytest.mark.parametrize("num_rows", [1, 8, 9, 32, 33, 4096])
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_a_cluster_holds_its_row(vocab_size, num_rows, tuning):
-    form = geometry_for(vocab_size, num_rows, tuning=tuning)
+def test_a_cluster_holds_its_row(vocab_size, num_rows):
+    form = geometry_for(vocab_size, num_rows)
     warps = form.cluster_size * form.num_threads // 32
     assert warps * form.warp_tokens >= vocab_size
     # Slices begin at multiples of 16 bytes in any dtype.
@@ -33,15 +30,14 @@ def test_a_cluster_holds_its_row(vocab_size, num_rows, tuning):
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 @pytest.mark.parametrize("num_rows", [1, 16, 256])
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows, tuning):
+def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
     every = frozenset({"top_k", "top_p", "min_p"})
-    form = geometry_for(vocab_size, num_rows, tuning=tuning)
+    form = geometry_for(vocab_size, num_rows)
     two_rows = geometry_for(min(vocab_size, 2**18), num_rows, rows_held=2)  # the entry serves no more
     specs = (
-        SampleSpec.of(torch.float32, 16, form, every, tuning=tuning),
-        SampleSpec.of(torch.float32, 16, geometry_for(vocab_size, num_rows, search=False, tuning=tuning), frozenset()),
-        FilterLogitsSpec.of(torch.float32, 16, form, every, 16, True, tuning=tuning),
+        SampleSpec.of(torch.float32, 16, form, every),
+        SampleSpec.of(torch.float32, 16, geometry_for(vocab_size, num_rows, search=False), frozenset()),
+        FilterLogitsSpec.of(torch.float32, 16, form, every, 16, True),
         TopKSpec(torch.float32, 16, *form, 2048, False),
         VerifySpec(torch.float32, 16, *form, tree=True, proposals=False),
         VerifySpec(torch.float32, 16, *two_rows, tree=False, proposals=True),

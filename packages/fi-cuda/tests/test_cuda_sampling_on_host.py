@@ -1,4 +1,4 @@
-"""Sampling on the host: what its tuning chooses, on rows that the conformance cases do not have, against the reference."""
+"""Sampling on the host: on rows that the conformance cases do not have, against the reference."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from fi_cuda.kernels.sampling import filter_logits as filter_module
 from fi_cuda.kernels.sampling import sample as sample_module
 from fi_cuda.kernels.sampling import top_k as top_k_module
 from fi_cuda.kernels.sampling.geometry import geometry
-from fi_cuda.kernels.sampling.tuning import BUILT_IN, SamplingTuning
 
 pytestmark = pytest.mark.timeout(300)
 
-NONE = SamplingTuning(bracket=False, double_sums=False, whole_rounds=False)
-ALL = SamplingTuning(bracket=True, double_sums=True, whole_rounds=True)
-TUNINGS = {"none": NONE, "built_in": BUILT_IN, "all": ALL}
 COLUMNS = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32, "temperature": torch.float32}
 ONE_BLOCK, TWO_BLOCKS = (1, 128), (2, 256)
 VOCAB = 1010
@@ -44,17 +40,13 @@ def rows_of(kind, vocab_size=VOCAB, num_rows=3):
 
 @pytest.fixture
 def on_host(monkeypatch):
-    """Makes the bindings run their kernels on the host, with a form of a row's cluster and a tuning."""
+    """Makes the bindings run their kernels on the host, with a form of a row's cluster."""
     modules = (sample_module, filter_module, top_k_module)
 
-    def prepare(form, tuning):
+    def prepare(form):
         for module in modules:
             module._bound.cache_clear()
-            monkeypatch.setattr(
-                module, "geometry_for", lambda vocab, *_, **__: geometry(vocab, *form, tuning.whole_rounds)
-            )
-        for module in modules[:2]:
-            monkeypatch.setattr(module, "sampling_tuning_for", lambda device: tuning)
+            monkeypatch.setattr(module, "geometry_for", lambda vocab, *_, **__: geometry(vocab, *form))
         emulate(monkeypatch, modules, seed=3)
 
     yield prepare
@@ -81,33 +73,29 @@ KINDS = ("normal", "peaked", "narrow", "equal", "tied", "gap", "one_hot", "few",
 
 
 @pytest.mark.parametrize("form", [ONE_BLOCK, TWO_BLOCKS])
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_top_p_draws_what_the_reference_draws(on_host, tuning, form):
-    on_host(form, TUNINGS[tuning])
+def test_top_p_draws_what_the_reference_draws(on_host, form):
+    on_host(form)
     for kind in KINDS:
         for top_p in (1e-6, 0.5, 0.9, 0.999999):
             check_draws(rows_of(kind), {"top_p": top_p})
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_combined_filters_draw_what_the_reference_draws(on_host, tuning):
-    on_host(TWO_BLOCKS, TUNINGS[tuning])
+def test_combined_filters_draw_what_the_reference_draws(on_host):
+    on_host(TWO_BLOCKS)
     for kind in KINDS:
         for top_k in (50, 400):
             check_draws(rows_of(kind), {"top_k": top_k, "top_p": 0.9}, ("sequential", "joint"))
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_draws_without_filters_are_those_of_the_reference(on_host, tuning):
-    on_host(TWO_BLOCKS, TUNINGS[tuning])
+def test_draws_without_filters_are_those_of_the_reference(on_host):
+    on_host(TWO_BLOCKS)
     for kind in KINDS:
         check_draws(rows_of(kind), {})
         check_draws(rows_of(kind), {"temperature": 0.7})
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_probabilities_are_renormalised_over_what_top_p_keeps(on_host, tuning):
-    on_host(TWO_BLOCKS, TUNINGS[tuning])
+def test_probabilities_are_renormalised_over_what_top_p_keeps(on_host):
+    on_host(TWO_BLOCKS)
     for kind in KINDS:
         logits = rows_of(kind)
         filters, _ = parameters({"top_p": 0.9}, logits.shape[0])
@@ -120,7 +108,7 @@ def test_probabilities_are_renormalised_over_what_top_p_keeps(on_host, tuning):
 
 @pytest.mark.parametrize("k", [50, 600, 2048])
 def test_top_k_is_that_of_the_reference(on_host, k):
-    on_host(TWO_BLOCKS, BUILT_IN)
+    on_host(TWO_BLOCKS)
     for kind in KINDS:
         logits = rows_of(kind, vocab_size=3000)
         values, indices = torch.full((3, k), -7.0), torch.full((3, k), -7)

@@ -145,6 +145,9 @@ inline double __dadd_rd(double a, double b) {
 }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+inline double __fma_rd(double a, double b, double c) {
+  return rounded(FE_DOWNWARD, [&] { const volatile double x = a, y = b, z = c; return std::fma(x, y, z); });
+}
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float a) { return std::exp(a); }
 inline float __logf(float a) { return std::log(a); }

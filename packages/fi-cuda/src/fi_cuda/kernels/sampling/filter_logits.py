@@ -15,8 +15,7 @@ from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import FilteringSpec, address, searches
-from .geometry import Geometry, geometry_for, start_delay
-from .tuning import SamplingTuning, sampling_tuning_for
+from .geometry import Geometry, geometry_for
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,6 @@ class FilterLogitsSpec(FilteringSpec):
             ("out_stride", "int64"),
             ("vocab_size", "int32"),
             ("joint", "int32"),
-            ("layer", "int32"),
-            ("delay", "int32"),
         )
     )
 
@@ -57,19 +54,17 @@ def _bound(
     geometry: Geometry,
     filters: frozenset[str],
     probs: bool,
-    tuning: SamplingTuning,
 ) -> LaunchableKernel:
-    spec = FilterLogitsSpec.of(dtype, vectors[0], geometry, filters, vectors[1], probs, tuning=tuning)
+    spec = FilterLogitsSpec.of(dtype, vectors[0], geometry, filters, vectors[1], probs)
     return kernel_for(spec, device)
 
 
 def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
     """The ``FilterLogits`` protocol of fi-core, a cluster a row; ``out`` may be the logits."""
     device, (num_rows, vocab_size) = logits.device, logits.shape
-    tuning = sampling_tuning_for(device)
-    chosen = geometry_for(vocab_size, num_rows, search=searches(filters.active), tuning=tuning)
+    chosen = geometry_for(vocab_size, num_rows, search=searches(filters.active))
     vectors = (vector_bytes(logits, multiple_of=vocab_size), vector_bytes(out, multiple_of=vocab_size))
-    kernel = _bound(device, logits.dtype, vectors, chosen, filters.active, kind == "probs", tuning)
+    kernel = _bound(device, logits.dtype, vectors, chosen, filters.active, kind == "probs")
     kernel.launch(
         device,
         num_rows * chosen.cluster_size,
@@ -84,5 +79,4 @@ def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor)
         out.stride(0),
         vocab_size,
         filters.order == "joint",
-        *start_delay(chosen, num_rows, logits.element_size()),
     )

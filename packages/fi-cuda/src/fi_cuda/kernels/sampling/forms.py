@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...spec import KernelSpec
 from .geometry import Geometry
-from .tuning import BUILT_IN, SamplingTuning
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
 _RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 9
@@ -77,13 +76,11 @@ class ClusterRowSpec(KernelSpec):
 
 @dataclass(frozen=True)
 class FilteringSpec(ClusterRowSpec):
-    """Also which filters some row uses, and of ``SamplingTuning`` what the kernel knows."""
+    """Also which filters some row uses."""
 
     top_k: bool
     top_p: bool
     min_p: bool
-    brackets: bool
-    double_sums: bool
 
     @property
     def search(self) -> bool:
@@ -91,7 +88,7 @@ class FilteringSpec(ClusterRowSpec):
 
     @property
     def bracket(self) -> bool:
-        return self.brackets and self.top_p
+        return self.top_p
 
     @classmethod
     def of(
@@ -101,11 +98,10 @@ class FilteringSpec(ClusterRowSpec):
         geometry: Geometry,
         filters: frozenset[str],
         *more: Any,
-        tuning: SamplingTuning = BUILT_IN,
     ) -> Self:
         """The spec for a row's form and active filters."""
         used = ("top_k" in filters, "top_p" in filters, "min_p" in filters)
-        return cls(dtype, vector, *geometry, *used, tuning.bracket, tuning.double_sums, *more)
+        return cls(dtype, vector, *geometry, *used, *more)
 
 
 def searches(filters: frozenset[str]) -> bool:

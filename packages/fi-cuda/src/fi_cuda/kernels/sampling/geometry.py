@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .tuning import BUILT_IN, SamplingTuning
-
 _GRANULE = 8
 """A warp's part of a row is a multiple of it, so that parts begin at multiples of 16 bytes in any dtype."""
 
@@ -17,17 +15,13 @@ _FEW_ROWS, _SOME_ROWS = 8, 32
 _TWO_BLOCKS_BYTES = 80 * 1024
 """Slices of rows up to which two blocks fit on a multiprocessor, whatever else the kernels keep."""
 
-_TWO_BRACKETS_BYTES = 79 * 1024
+_TWO_SEARCHES_BYTES = 79 * 1024
 _EXCHANGED_BYTES = 1024
-"""The same of kernels with ``SamplingTuning.bracket``, less what they exchange with each block of the cluster."""
+"""The same of kernels that search, less what they exchange with each block of the cluster."""
 
 _ONE_BLOCK_BYTES = 160 * 1024
 _THREE_BLOCKS_BYTES = 72 * 1024
 """Likewise three blocks, of kernels that keep little else."""
-
-_PROCESSORS = 132
-_CYCLES_PER_BYTE = 0.077
-"""Clock cycles in which an H100's memory delivers a byte to each of its multiprocessors: 132 x 1.75 GHz / 3.0 TB/s."""
 
 
 class Geometry(NamedTuple):
@@ -45,18 +39,16 @@ class Geometry(NamedTuple):
         return 4 * self.num_threads // 32 * self.warp_tokens
 
 
-def geometry(vocab_size: int, cluster_size: int, num_threads: int, whole_rounds: bool = False) -> Geometry:
-    """The least parts that hold ``vocab_size`` tokens, one block a multiprocessor; ``whole_rounds``: see SamplingTuning."""
+def geometry(vocab_size: int, cluster_size: int, num_threads: int) -> Geometry:
+    """The least parts that hold ``vocab_size`` tokens, one block a multiprocessor."""
     warps = cluster_size * num_threads // 32
     tokens = -(-vocab_size // warps)
     rounded, whole = (-(-tokens // granule) * granule for granule in (_GRANULE, _ROUND))
-    fits = whole_rounds and whole <= (1 + _MOST_FILLING) * tokens
+    fits = whole <= (1 + _MOST_FILLING) * tokens
     return Geometry(cluster_size, num_threads, whole if fits else rounded, 1)
 
 
-def geometry_for(
-    vocab_size: int, num_rows: int, rows_held: int = 1, search: bool = True, tuning: SamplingTuning = BUILT_IN
-) -> Geometry:
+def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, search: bool = True) -> Geometry:
     """What measured best on an H100 (docs/kernels/sampling.md) for ``num_rows`` clusters that hold ``rows_held`` rows each;
     ``search``: of a kernel that looks for the last token that a filter keeps.
 
@@ -64,28 +56,19 @@ def geometry_for(
     one, so that one row is read while another is searched.
     """
     threads = 128 if vocab_size <= 1024 else 256 if vocab_size <= 4096 else 512
-    whole = tuning.whole_rounds
     if vocab_size <= 4096:
-        return geometry(vocab_size, 1, threads, whole)
+        return geometry(vocab_size, 1, threads)
     many = num_rows > _SOME_ROWS
     cluster_size = 1 if many else _MAX_CLUSTER if num_rows <= _FEW_ROWS else _MAX_CLUSTER // 2
     if not many:
         while cluster_size > 1 and vocab_size <= cluster_size * 2048:
             cluster_size //= 2
     while True:
-        two_blocks = _TWO_BRACKETS_BYTES - _EXCHANGED_BYTES * cluster_size if tuning.bracket else _TWO_BLOCKS_BYTES
-        found = geometry(vocab_size, cluster_size, threads, whole)
+        two_blocks = _TWO_SEARCHES_BYTES - _EXCHANGED_BYTES * cluster_size if search else _TWO_BLOCKS_BYTES
+        found = geometry(vocab_size, cluster_size, threads)
         held = rows_held * found.slice_bytes
         if cluster_size == _MAX_CLUSTER or held <= (two_blocks if many else _ONE_BLOCK_BYTES):
             break
         cluster_size *= 2
     resident = 1 if not many or held > two_blocks else 2 if search or held > _THREE_BLOCKS_BYTES else 3
     return found._replace(resident_blocks=resident)
-
-
-def start_delay(form: Geometry, num_rows: int, element_size: int) -> tuple[int, int]:
-    """``layer`` and ``delay`` of ``start_in_turn`` (fi/sampling/cluster_row.cuh): none unless blocks share multiprocessors."""
-    layer = _PROCESSORS // form.cluster_size
-    if form.resident_blocks == 1 or num_rows <= layer:
-        return 0, 0
-    return layer, int(_CYCLES_PER_BYTE * element_size * form.num_threads // 32 * form.warp_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -15,8 +15,7 @@ from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import PENALTY_FIELDS, FilteringSpec, address, penalty_values, searches
-from .geometry import Geometry, geometry_for, start_delay
-from .tuning import BUILT_IN, SamplingTuning, sampling_tuning_for
+from .geometry import Geometry, geometry_for
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,6 @@ class SampleSpec(FilteringSpec):
             ("vocab_size", "int32"),
             ("wide_rows", "int32"),
             ("joint", "int32"),
-            ("layer", "int32"),
-            ("delay", "int32"),
         )
     )
 
@@ -70,6 +67,11 @@ class ColumnSampleSpec(FilteringSpec):
     def search(self) -> bool:
         return super().search or self.typical_p
 
+    @property
+    def bracket(self) -> bool:
+        # The search for typical tokens begins where another's messages end, which a bracket's do elsewhere.
+        return super().bracket and not self.typical_p
+
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), "static constexpr bool kColumns = true;"]
 
@@ -81,9 +83,8 @@ def _bound(
     vector: int,
     geometry: Geometry,
     filters: frozenset[str],
-    tuning: SamplingTuning,
 ) -> LaunchableKernel:
-    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters, tuning=tuning), device)
+    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters), device)
 
 
 @lru_cache(maxsize=1024)
@@ -93,17 +94,14 @@ def _bound_to_columns(
     vector: int,
     geometry: Geometry,
     filters: frozenset[str],
-    tuning: SamplingTuning,
     penalties: bool,
 ) -> LaunchableKernel:
     typical = "typical_p" in filters
-    if typical:  # its search begins where another's messages end, which a bracket's do elsewhere
-        tuning = replace(tuning, bracket=False)
-    return kernel_for(ColumnSampleSpec.of(dtype, vector, geometry, filters, typical, penalties, tuning=tuning), device)
+    return kernel_for(ColumnSampleSpec.of(dtype, vector, geometry, filters, typical, penalties), device)
 
 
 def _values(
-    logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor, form: Geometry
+    logits: Tensor, filters: FilterParams, keys: DrawKeys, rows: Tensor | None, tokens: Tensor
 ) -> tuple[int, ...]:
     """The values of SampleSpec's layout."""
     return (
@@ -121,7 +119,6 @@ def _values(
         logits.shape[1],
         rows is not None and rows.dtype == torch.int64,
         filters.order == "joint",
-        *start_delay(form, tokens.shape[0], logits.element_size()),
     )
 
 
@@ -136,18 +133,15 @@ def sample(
 ) -> None:
     """The ``Sample`` protocol of fi-core, a cluster an output; its entry admits neither penalties nor slots."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    tuning = sampling_tuning_for(device)
-    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active), tuning=tuning)
+    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
     vector = vector_bytes(logits, multiple_of=vocab_size)
-    kernel = _bound(device, logits.dtype, vector, form, filters.active, tuning)
-    kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens, form))
+    kernel = _bound(device, logits.dtype, vector, form, filters.active)
+    kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens))
 
 
-def column_form(
-    vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool, tuning: SamplingTuning = BUILT_IN
-) -> Geometry:
+def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
     """The form of a row's cluster, with as many registers as typical_p and penalties need."""
-    form = geometry_for(vocab_size, num_outputs, search=searches(filters), tuning=tuning)
+    form = geometry_for(vocab_size, num_outputs, search=searches(filters))
     most = 1 if "typical_p" in filters else 2 if penalties else form.resident_blocks
     return form._replace(resident_blocks=min(form.resident_blocks, most))
 
@@ -163,15 +157,14 @@ def sample_columns(
 ) -> None:
     """The ``Sample`` protocol of fi-core with all of its parts, a cluster an output."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    tuning = sampling_tuning_for(device)
-    form = column_form(vocab_size, num_outputs, filters.active, bool(penalties.active), tuning)
+    form = column_form(vocab_size, num_outputs, filters.active, bool(penalties.active))
     vector = vector_bytes(logits, multiple_of=vocab_size)
-    kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, tuning, bool(penalties.active))
+    kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, bool(penalties.active))
     kernel.launch(
         device,
         num_outputs * form.cluster_size,
         1,
-        *_values(logits, filters, keys, rows, tokens, form),
+        *_values(logits, filters, keys, rows, tokens),
         address(filters.typical_p),
         address(slots),
         *penalty_values(penalties),

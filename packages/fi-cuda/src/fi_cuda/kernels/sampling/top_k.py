@@ -15,7 +15,7 @@ from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import power_of_2_at_least, vector_bytes
 from .forms import ClusterRowSpec, address
-from .geometry import Geometry, geometry_for, start_delay
+from .geometry import Geometry, geometry_for
 
 SORTED_IN_ROW = 512
 """Most tokens that are sorted in memory that the kernel has anyway, as fi/sampling/first_k.cuh has it."""
@@ -41,8 +41,6 @@ class TopKSpec(ClusterRowSpec):
             ("logits_stride", "int64"),
             ("vocab_size", "int32"),
             ("k", "int32"),
-            ("layer", "int32"),
-            ("delay", "int32"),
         )
     )
 
@@ -76,7 +74,6 @@ def _launch(logits: Tensor, tokens: Tensor | None, values: Tensor, indices: Tens
         logits.stride(0),
         vocab_size,
         k,
-        *start_delay(form, num_rows, logits.element_size()),
     )
 
 

@@ -60,7 +60,6 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   static_assert(sizeof(ClusterShared<Config>) <= Config::kSharedBytes);
   extern __shared__ __align__(16) unsigned char memory[];
   const int index = static_cast<int>(blockIdx.x) / Config::kClusterBlocks;
-  start_in_turn<Config>(params.layer, params.delay);
   ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
   RowFilters filters = load_filters<Config>(params, index);
@@ -87,12 +86,12 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   if constexpr (Config::kTopK || Config::kTopP) {
     constexpr Wish kWish = Config::kProbs ? Wish::kTotal : Wish::kNothing;
     bool known = false;
-    if constexpr (Config::kTopP && Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total);
+    if constexpr (Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total);
     if (!known) prefix = kept_prefix(row, filters, kWish, total);
   }
   const auto kept_weight = [&](int token, float logit) {
     const float weight = row.weight(logit);
-    const bool heavy = (Config::kDoubleSums && !Config::kMinP) || weight >= filters.min_p;
+    const bool heavy = !Config::kMinP || weight >= filters.min_p;
     return prefix.has(logit, token) && heavy ? weight : 0.0f;
   };
   if constexpr (Config::kProbs) {

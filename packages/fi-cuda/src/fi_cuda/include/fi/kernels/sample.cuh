@@ -29,25 +29,20 @@ struct SampleStage {
   int output;
   int64 slot;
   RowFilters filters;
-  int64 seed, position;
-  int sample;
   typename Choose<Config::kPenalties, PenaltyRow<Params>, NoPenalties>::Type penalties;
 
   __device__ __forceinline__ SampleStage(const Params& params, ClusterShared<Config>& shared, int output)
       : params(params), shared(shared), output(output), slot(output) {
     if constexpr (Config::kColumns) {
       if (params.slots != nullptr) slot = static_cast<const int64*>(params.slots)[output];
-    } else {
-      load(output);
     }
   }
 
-  // Addresses that a slot decides wait for it, behind the loads of the row.
+  // While the row is under way. A slot, which decides addresses, has been.
   __device__ __forceinline__ void begun() {
-    if constexpr (Config::kColumns) {
-      load(slot > 0 ? slot : 0);
-      make_random();
-    }
+    const int64 place = slot > 0 ? slot : 0;
+    filters = load_filters<Config>(params, place);
+    if (threadIdx.x == 0) make_random(place);
     if constexpr (Config::kPenalties) {
       __shared__ PenaltyScalars scalars;
       penalties.scalars = &scalars;
@@ -55,16 +50,10 @@ struct SampleStage {
     }
   }
 
-  template <class Place>
-  __device__ __forceinline__ void load(Place place) {
-    filters = load_filters<Config>(params, place);
-    seed = static_cast<const int64*>(params.seed)[place];
-    position = static_cast<const int64*>(params.position)[output];
-    sample = static_cast<const int*>(params.sample)[place];
-  }
-
-  __device__ __forceinline__ void make_random() {
-    if (threadIdx.x == 0) shared.random = random_bits(seed, position, sample, Purpose::kDraw);
+  __device__ __forceinline__ void make_random(int64 place) {
+    const int64 seed = static_cast<const int64*>(params.seed)[place];
+    const int64 position = static_cast<const int64*>(params.position)[output];
+    shared.random = random_bits(seed, position, static_cast<const int*>(params.sample)[place], Purpose::kDraw);
   }
 
   __device__ __forceinline__ unsigned word(int token) const {
@@ -148,7 +137,6 @@ struct SampleKernel {
   }
 
   __device__ __forceinline__ void run() {
-    // What is loaded here is first used when the logits have come.
     SampleStage<Config, Params> stage(params, row.shared, output);
     const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + source() * params.logits_stride;
     Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice, stage);
@@ -164,7 +152,6 @@ struct SampleKernel {
       temperature = 1.0f;
     }
     row.share(extremes, params.vocab_size, temperature, listed);
-    if (!Config::kColumns) stage.make_random();
     if (!row.usable() || !filters.valid) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
@@ -180,7 +167,7 @@ struct SampleKernel {
     Answer end;
     const Wish wish = typical ? Wish::kNothing : Wish::kDraw;
     bool known = false;
-    if constexpr (Config::kTopP && Config::kBracket) {
+    if constexpr (Config::kBracket) {
       known = kept_by_bracket(row, filters, wish, prefix, end);
       if (known && !typical && filters.min_p <= 0.0f) return draw_kept(prefix, end);
     }
@@ -245,7 +232,6 @@ template <class Config, class Params>
 __device__ __forceinline__ void sample(const Params& params) {
   static_assert(sizeof(ClusterShared<Config>) <= Config::kSharedBytes);
   extern __shared__ __align__(16) unsigned char memory[];
-  start_in_turn<Config>(params.layer, params.delay);
   ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
   SampleKernel<Config, Params>{params, row, static_cast<int>(blockIdx.x) / Config::kClusterBlocks}.run();

@@ -47,7 +47,6 @@ __device__ __forceinline__ void top_k(const Params& params) {
   constexpr int kRowBytes = (sizeof(ClusterShared<Config>) + 15) / 16 * 16;
   static_assert(kRowBytes + 8 * Config::kSorted <= Config::kSharedBytes);
   extern __shared__ __align__(16) unsigned char memory[];
-  start_in_turn<Config>(params.layer, params.delay);
   ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   uint64* sorted = Config::kSorted > 0 ? reinterpret_cast<uint64*>(memory + kRowBytes)
                                        : reinterpret_cast<uint64*>(ranked_tokens(row.shared));

@@ -20,7 +20,7 @@ struct BracketSearch {
   static constexpr int kRounds = RowShape<Config>::kRounds;
   static constexpr int kRoundsPerWord = 8;  // a bit for each of 4 tokens
   static constexpr int kWords = (kRounds + kRoundsPerWord - 1) / kRoundsPerWord;
-  static constexpr int kCapacity = SearchShared<Config>::kCounts / 8 / kBlocks;  // a block's part of the list
+  static constexpr int kCapacity = SearchShared<Config>::kCandidates / kBlocks;  // a block's part of the list
   static constexpr int kMargin = 1000;
   static_assert(kBlocks <= kWarps && kThreads % 128 == 0 && kRounds * 4 < 256);
 
@@ -68,35 +68,31 @@ struct BracketSearch {
     const float bottom = this->bottom();
     auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-#pragma unroll
-    for (int idx = 0; idx < kRankBins / 16; ++idx) {
-      reinterpret_cast<uint4*>(search.counts)[idx * kThreads + static_cast<int>(threadIdx.x)] = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+    for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins * 32 / 4; idx += kThreads) {
+      reinterpret_cast<uint4*>(search.counts)[idx] = make_uint4(0, 0, 0, 0);
     }
     __syncthreads();
-    // A byte for each thread and bin, in the bank of the lane's number: only this thread adds to it.
-    unsigned char* column = search.counts + (warp / 4 * 128 + lane * 4 + warp % 4);
+    // A word for each lane and bin, in the lane's bank, so that no two lanes collide whatever the distribution.
+    unsigned char* column = reinterpret_cast<unsigned char*>(&search.counts[0][lane]);
     const float per_unit = __fdividef(1.0f, row.largest - bottom);
     const float offset = -bottom * per_unit;
+    static_assert(sizeof(search.counts[0]) == 128);
     for_each_four<Config>(row.shared.slice, [&](int, float4 four) {
       const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        // From 0 at the bottom, also for NaN, to 1. In a float of 2^23 / kThreads, bins are the multiples of kThreads.
+        // From 0 at the bottom, also for NaN, to 1. In a float of 2^16, bins are the multiples of 2^7, a bin's bytes.
         const float place = __saturatef(fmaf(logits[e], per_unit, offset));
-        const float bin = fmaf(place, kRankBins - 0.015625f, 8388608.0f / kThreads);
-        ++column[__float_as_uint(bin) & ((kRankBins - 1) * kThreads)];
+        const float bin = fmaf(place, kRankBins - 0.0078125f, 65536.0f);
+        atomicAdd(reinterpret_cast<unsigned*>(column + (__float_as_uint(bin) & ((kRankBins - 1) * 128))), 1u);
       }
     });
     __syncthreads();
     unsigned* own = reinterpret_cast<unsigned*>(search.own_bins);
 #pragma unroll 2
     for (int bin = warp; bin < kRankBins; bin += kWarps) {
-      unsigned sum = 0;
-#pragma unroll
-      for (int idx = 0; idx < kThreads / 128; ++idx) {
-        sum = __dp4a(reinterpret_cast<const unsigned*>(search.counts + bin * kThreads)[idx * 32 + lane], 0x01010101u, sum);
-      }
-      sum = __reduce_add_sync(0xffffffffu, sum);
+      const unsigned sum = __reduce_add_sync(0xffffffffu, search.counts[bin][lane]);
       if (lane == 0) own[kRankBins - 1 - bin] = sum;
     }
     __syncthreads();
@@ -169,7 +165,8 @@ struct BracketSearch {
 
   // The second pass: sums in row.shared, tokens from `low` up to `high` marked and sent.
   __device__ __forceinline__ void add_up(float low, float high) {
-    MassSum total, above;
+    MassSum total;
+    MassSumAbove above;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       unsigned marked = 0;
@@ -181,11 +178,9 @@ struct BracketSearch {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const double weight = MassSum::widen(weight_or_none(row.largest - logits[e]));
-          const bool higher = logits[e] > high;
-          const double with = __dadd_rd(above.sum, weight);
-          total.sum = __dadd_rd(total.sum, weight);
-          above.sum = higher ? with : above.sum;
-          if (!higher && logits[e] >= low) marked += 1u << e;
+          total.add(weight);
+          above.add_if_above(weight, logits[e], high);
+          if (!(logits[e] > high) && logits[e] >= low) marked += 1u << e;
         }
       }
       hits[word] = marked;

@@ -59,7 +59,7 @@ template <class Config>
 struct alignas(16) SearchShared {
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kPartWords = kBlocks * kRankBins > 512 ? kBlocks * kRankBins : 512;
-  static constexpr int kCounts = Config::kBracket ? kRankBins * Config::kNumThreads : 16;
+  static constexpr int kCandidates = Config::kBracket ? kRankBins * Config::kNumThreads / 8 : 2;
 
   // Of PrefixSearch a histogram with a column for each lane, so that lanes never collide: amounts as their lower 16 bits and the
   // rest, whose sums fit 32 bits; in the first block then the list of tokens at the boundary, (logit, token), a part for each
@@ -74,8 +74,8 @@ struct alignas(16) SearchShared {
       };
       uint2 local[kLocalTokens];
     };
-    unsigned char counts[kCounts];
-    uint2 candidates[kCounts / 8];
+    unsigned counts[kRankBins][32];
+    uint2 candidates[kCandidates];
     uint4 own_groups[kMaxGroups / 4];
   };
   // Every block's histogram, [block][bin], twice, because a second may come before the first is read. Before that the largest
@@ -132,22 +132,6 @@ __device__ __forceinline__ uint64 sum_over_warp(uint64 value) {
   const unsigned low = __reduce_add_sync(0xffffffffu, static_cast<unsigned>(value) & 0xffffffu);
   const unsigned high = __reduce_add_sync(0xffffffffu, static_cast<unsigned>(value >> 24));
   return low + (static_cast<uint64>(high) << 24);
-}
-
-// Blocks that share a multiprocessor start one after the other: blocks that start together read together and then search
-// together, while memory idles. `layer` clusters fill the multiprocessors once (0: no delay); of kResidentBlocks layers, each
-// waits `delay` clock cycles more than the one before, about the time in which memory delivers a layer's rows. Later clusters
-// start when one ends.
-template <class Config>
-__device__ __forceinline__ void start_in_turn(int layer, int delay) {
-  constexpr int kLayers = Config::kResidentBlocks;
-  const int cluster = static_cast<int>(blockIdx.x) / Config::kClusterBlocks;
-  if (kLayers > 1 && threadIdx.x == 0 && cluster < kLayers * layer) {
-    const int64 wait = static_cast<int64>((cluster + cluster / layer) % kLayers) * delay;
-    const int64 start = clock64();
-    while (clock64() - start < wait) {
-    }
-  }
 }
 
 template <class Config>
@@ -256,22 +240,18 @@ struct ClusterRow {
     __syncthreads();
   }
 
-  // The same of the masses of weight(place, logit): numbers of at least 0, unless limbs are summed up, which take NaN for 0.
+  // The same of the masses of weight(place, logit), numbers of at least 0.
   template <class Weight>
   __device__ __forceinline__ void sum_masses_over_warps(Weight weight) {
-    if constexpr (!Config::kDoubleSums) {
-      sum_over_warps([&](int place, float logit) { return mass_limbs(weight(place, logit)); });
-    } else {
-      MassSum masses;
-      for_each_four<Config>(shared.slice, [&](int place, float4 four) {
-        const float logits[4] = {four.x, four.y, four.z, four.w};
+    MassSum masses;
+    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
+      const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) masses.add(weight(place + e, logits[e]));
-      });
-      const uint64 sum = sum_over_warp(masses.mass());
-      if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
-      __syncthreads();
-    }
+      for (int e = 0; e < 4; ++e) masses.add(weight(place + e, logits[e]));
+    });
+    const uint64 sum = sum_over_warp(masses.mass());
+    if (threadIdx.x % 32 == 0) shared.warp_amount[threadIdx.x / 32] = sum;
+    __syncthreads();
   }
 
   // Returns when every block has called it: what they received before may be sent again.
@@ -285,7 +265,7 @@ struct ClusterRow {
 
   // What sum_masses_over_warps may take for the weight of any logit of the slice.
   __device__ __forceinline__ float weight(float logit) const {
-    return Config::kDoubleSums ? weight_or_none(largest - logit) : weight_of(largest - logit);
+    return weight_or_none(largest - logit);
   }
 
   // The prefix sums of what sum_over_warps found, a warp's in each of the first kWarps lanes of every warp.

@@ -2,6 +2,7 @@
 // each warp a part of the slice. Places past the vocabulary hold NaN, which no comparison takes and which has no mass.
 #pragma once
 
+#include "fi/ptx/cp_async.cuh"
 #include "fi/ptx/math.cuh"
 #include "fi/tile/pack.cuh"
 #include "fi/tile/reduce.cuh"
@@ -69,12 +70,55 @@ struct PlainStage {
   __device__ __forceinline__ unsigned word(int) const { return 0xffffffffu; }
 };
 
+// load_slice of elements that need no conversion. All of a thread's copies are under way at once and take no registers; each
+// thread then reads what it copied itself, so no barrier is needed.
+template <class Config, class Stage>
+__device__ __forceinline__ Extremes copy_slice(const float* row, int first_token, int vocab_size, float* slice, Stage& stage) {
+  using Shape = RowShape<Config>;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int first = warp * Shape::kWarpTokens + lane * 4, room = Shape::kWarpTokens - lane * 4;
+  const float* from = row + first_token + first;
+  float* to = slice + first;
+  const int left = min(vocab_size - first_token - first, room);  // a pack lies in the vocabulary whole or not at all
+  if (Shape::kWarpTokens % 128 == 0 && left == room) {
+    // Addresses are constants beside these two.
+#pragma unroll
+    for (int offset = 0; offset < Shape::kWarpTokens; offset += 128) ptx::cp_async_16(to + offset, from + offset, true);
+  } else {
+#pragma unroll 1
+    for (int offset = 0; offset < left; offset += 128) ptx::cp_async_16(to + offset, from + offset, true);
+  }
+  ptx::cp_async_commit();
+  stage.begun();
+#pragma unroll 1
+  for (int offset = max(left + 127, 0) / 128 * 128; offset < room; offset += 128) {
+    const float none = no_logit();
+    *reinterpret_cast<float4*>(to + offset) = make_float4(none, none, none, none);
+  }
+  ptx::cp_async_wait<0>();
+  Extremes found = {minus_infinity(), -minus_infinity()};
+#pragma unroll 4
+  for (int offset = 0; offset < left; offset += 128) {
+    const float4 four = *reinterpret_cast<const float4*>(to + offset);
+    const float logits[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      found.largest = ptx::max_or_nan(found.largest, logits[e]);
+      if (Config::kSmallest) found.smallest = fminf(found.smallest, logits[e]);
+    }
+  }
+  return found;
+}
+
 // Reads this thread's part of the slice that begins at `first_token`. Returns the thread's extremes.
 template <class Config, class Stage>
 __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row, int first_token, int vocab_size,
                                                float* slice, Stage& stage) {
   using T = typename Config::Dtype;
   using Shape = RowShape<Config>;
+  if constexpr (sizeof(T) == 4 && Config::kVectorBytes == 16 && !Stage::kMasks) {
+    return copy_slice<Config>(row, first_token, vocab_size, slice, stage);
+  }
   constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
   constexpr int kPerRound = 32 * kCount;
   constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;

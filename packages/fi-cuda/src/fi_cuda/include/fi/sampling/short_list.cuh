@@ -21,8 +21,7 @@ struct ShortList {
   Row& row;
 
   __device__ __forceinline__ static bool serves(const RowFilters& filters) {
-    return filters.top_k > 0 && filters.top_k <= kMaxK && !filters.greedy &&
-           (Config::kDoubleSums || !(filters.joint && filters.has_top_p()));
+    return filters.top_k > 0 && filters.top_k <= kMaxK && !filters.greedy;
   }
 
   // Collects the tokens; returns their number, or -1 if they do not fit, or with `all` if some of the first k have no mass.

@@ -49,9 +49,25 @@ struct MassSum {
     const unsigned bits = __float_as_uint(weight);
     return __hiloint2double(static_cast<int>((bits >> 3) + 0x38000000u), static_cast<int>(bits << 29));
   }
-  __device__ __forceinline__ void add(float weight) { sum = __dadd_rd(sum, widen(weight)); }
+  __device__ __forceinline__ void add(double widened) { sum = __dadd_rd(sum, widened); }
+  __device__ __forceinline__ void add(float weight) { add(widen(weight)); }
   __device__ __forceinline__ uint64 mass() const {
     return static_cast<uint64>(__double_as_longlong(sum)) - 0x4130000000000000ull;
+  }
+};
+
+// The same of only those weights whose `value` is above a limit: added as products with 2^-7 or 0, since an addition that depends on
+// a predicate becomes one and two selections.
+struct MassSumAbove {
+  double sum = 8192.0;
+
+  // `widened` as MassSum::widen has it.
+  __device__ __forceinline__ void add_if_above(double widened, float value, float limit) {
+    // As the upper half of a double, 1.0f is 2^-7.
+    sum = __fma_rd(widened, __hiloint2double(__float_as_int(value > limit ? 1.0f : 0.0f), 0), sum);
+  }
+  __device__ __forceinline__ uint64 mass() const {
+    return static_cast<uint64>(__double_as_longlong(sum)) - 0x40c0000000000000ull;
   }
 };
 
