@@ -244,6 +244,8 @@ def _tiles(
     """(bin, row) of every tile of a KV head, in the order of the requests."""
     lengths = zip(kv_lens, itertools.pairwise(q_indptr), strict=True)
     longest = max((kv_len for kv_len, (begin, end) in lengths if end > begin), default=0)
+    if window is not None:
+        longest = min(longest, min(longest, window) + spec.tile_tokens + spec.unit)
     first_bin = spec.bin_of(-(-longest // spec.tokens))
     for request, kv_len in enumerate(kv_lens):
         q_begin, q_len = q_indptr[request], q_indptr[request + 1] - q_indptr[request]

@@ -97,14 +97,14 @@ class PrefillConsumer {
         return;
       }
     }
-    float scores[kWidth / 2], rescale[2];
+    float scores[kWidth / 2];
     unsigned weights[kWidth / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
     State::template multiply_keys<kWidth>(scores, queries(), shared_.keys[key_.stage]);
     ptx::wgmma_wait<0>();
     release_keys(steps, 0);
     state_.template make_scores<kWidth>(scores, params_, item, rows, steps.last);
-    state_.raise(scores, rescale);
+    state_.raise_first(scores);
     state_.template weigh<kWidth>(scores);
     State::template pack<kWidth>(scores, weights);
     if (Config::kOverlap && steps.num_steps > 1) {

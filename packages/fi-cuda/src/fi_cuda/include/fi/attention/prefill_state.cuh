@@ -15,7 +15,7 @@
 
 namespace fi {
 
-// The scores of one step, by features that are there; `offset` is what ALiBi adds at the step's first column. Rows differ
+// The scores of one step, by features that are there; of what ALiBi adds, the part that differs from column to column. Rows differ
 // where each query head has a scale of its own.
 template <class Config>
 struct PrefillScore {
@@ -25,11 +25,11 @@ struct PrefillScore {
   float inner[kUnits];  // what raw products are multiplied by before the cap, or where that is not above 0
   float slope[2];
 
-  __device__ __forceinline__ float operator()(float raw, float offset, int column, int row) const {
+  __device__ __forceinline__ float operator()(float raw, int column, int row) const {
     float score = raw;
     if constexpr (Config::kSoftCap) score = ptx::tanh_approx(raw * inner[row % kUnits]);
     else if constexpr (Config::kSignedScale) score = raw * inner[row % kUnits];
-    if constexpr (Config::kAlibi) score = score + fmaf(slope[row], static_cast<float>(column), offset);
+    if constexpr (Config::kAlibi) score = fmaf(slope[row], static_cast<float>(column), score);
     return score;
   }
 };
@@ -93,21 +93,20 @@ class PrefillState {
   // Makes scores of a step's products with kWidth keys at `position`; `rows`: those of the warpgroup.
   template <int kWidth>
   __device__ __forceinline__ void make_scores(float (&scores)[kWidth / 2], const Params& params, const AttentionItem& item,
-                                              const GroupRows<Config, Params>& rows, int position) const {
+                                              const GroupRows<Config, Params>& rows, int position) {
     ptx::pin_registers(scores);
     if constexpr (!PrefillScore<Config>::kPlain) {
-      float offset[2] = {};
       if constexpr (Config::kAlibi) {
         const ThreadPlace place(rows.first);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           const int distance = position + place.column - query_position(place.tokens[row], item.q_len, item.kv_len);
-          offset[row] = score_.slope[row] * static_cast<float>(distance);
+          shift_[row] = score_.slope[row] * static_cast<float>(distance);
         }
       }
 #pragma unroll
       for (int idx = 0; idx < kWidth / 2; ++idx) {
-        scores[idx] = score_(scores[idx], offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
+        scores[idx] = score_(scores[idx], idx / 4 * 8 + idx % 2, Rows::row(idx));
       }
     }
     // Not in most steps.
@@ -119,11 +118,20 @@ class PrefillState {
   template <int kCount>
   __device__ __forceinline__ bool raise(const float (&scores)[kCount], float (&rescale)[2]) {
     rescale[0] = rescale[1] = 1.0f;
-    if (!__any_sync(0xffffffffu, softmax.template may_exceed<Rows>(scores, kSlack))) return false;
+    float limits[2];
+    softmax.find_limits(kSlack, limits);
+    shift(limits);
+    if (!__any_sync(0xffffffffu, softmax.template may_exceed<Rows>(scores, limits))) return false;
     float tops[2];
-    softmax.template find_tops<Rows>(scores, tops);
+    find_tops(scores, tops);
     softmax.raise_lazily(tops, kSlack, rescale);
     return true;
+  }
+
+  // Likewise of an item's first step.
+  template <int kCount>
+  __device__ __forceinline__ void raise_first(const float (&scores)[kCount]) {
+    find_tops(scores, softmax.top);
   }
 
   // Puts the weights of part kPart of kParts of a step's kWidth keys in the place of the scores.
@@ -133,7 +141,10 @@ class PrefillState {
     if constexpr (kFirst < kEnd) {
       constexpr int kBegin = kFirst * kStepKeys / 2, kCount = (kEnd - kFirst) * kStepKeys / 2;
       float(&part)[kCount] = reinterpret_cast<float(&)[kCount]>(scores[kBegin]);
-      softmax.template weigh<Rows>(part);
+      float base[2];
+      softmax.find_bases(base);
+      shift(base);
+      softmax.template weigh<Rows>(part, base);
     }
   }
 
@@ -165,6 +176,23 @@ class PrefillState {
   }
 
  private:
+  template <int kCount>
+  __device__ __forceinline__ void find_tops(const float (&scores)[kCount], float (&tops)[2]) const {
+    softmax.template find_tops<Rows>(scores, tops);
+    if constexpr (Config::kAlibi) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) tops[row] += shift_[row];
+    }
+  }
+
+  // Base-2 logits of the step's scores in the place of those with all that ALiBi adds.
+  __device__ __forceinline__ void shift(float (&logits)[2]) const {
+    if constexpr (Config::kAlibi) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) logits[row] -= softmax.factor[row % PrefillScore<Config>::kUnits] * shift_[row];
+    }
+  }
+
   // The tokens of the thread's rows and its first column. What only few steps need is computed there: kept from step to step it
   // would take registers from the scores.
   struct ThreadPlace {
@@ -224,6 +252,7 @@ class PrefillState {
   }
 
   PrefillScore<Config> score_;
+  float shift_[2];  // what ALiBi adds to all scores of a step, in units of scores
 };
 
 }  // namespace fi

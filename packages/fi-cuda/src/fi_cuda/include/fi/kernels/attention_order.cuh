@@ -129,7 +129,9 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   }
   if (thread == 0) prefix[params.num_requests] = before;
   __syncthreads();
-  const int most_steps = (longest + Config::kTokens - 1) / Config::kTokens;
+  int most_keys = longest;
+  if constexpr (Config::kWindowed) most_keys = min(longest, min(longest, params.window) + Config::kTileTokens + Config::kUnit);
+  const int most_steps = (most_keys + Config::kTokens - 1) / Config::kTokens;
   const bool has_tiles = within && before <= params.max_pairs && some_long;
   return {has_tiles ? before : 0, bin_of<Config>(most_steps)};
 }

@@ -143,10 +143,15 @@ struct OnlineSoftmax {
     raise(needed, rescale);
   }
 
-  // Whether raise_lazily might change something, by the lane's own scores: where no lane of a row says so, it would not. A top of 0 or
-  // less always says so. Bits of floats above 0 are ordered as they are, and of integers three are compared at once.
+  // Base-2 logits up to which raise_lazily changes nothing.
+  __device__ __forceinline__ void find_limits(float slack, float (&limits)[kRows]) const {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) limits[row] = fmaf(top[row], factor[row % kUnits], slack * kLog2E);
+  }
+  // Whether one of the lane's scores may be above its row's limit; where a limit is not above 0, it always may. Bits of floats above 0
+  // are ordered as they are, and of integers three are compared at once.
   template <class Map, int kCount>
-  __device__ __forceinline__ bool may_exceed(const float (&scores)[kCount], float slack) const {
+  __device__ __forceinline__ bool may_exceed(const float (&scores)[kCount], const float (&limits)[kRows]) const {
     constexpr int kChains = 2;  // of a row, side by side, so that none is long
     int tops[kChains][kRows] = {}, held[kRows] = {}, seen[kRows] = {};
 #pragma unroll
@@ -159,8 +164,8 @@ struct OnlineSoftmax {
     bool any = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float its = factor[row % kUnits], limit = fmaf(top[row], its, slack * kLog2E);
-      any |= !(limit > 0.0f && __int_as_float(max(tops[0][row], tops[1][row])) * its <= limit);
+      const float highest = __int_as_float(max(tops[0][row], tops[1][row])) * factor[row % kUnits];
+      any |= !(limits[row] > 0.0f && highest <= limits[row]);
     }
     return any;
   }
@@ -169,8 +174,16 @@ struct OnlineSoftmax {
   template <class Map, int kCount>
   __device__ __forceinline__ void weigh(float (&scores)[kCount]) {
     float base[kRows];
+    find_bases(base);
+    weigh<Map>(scores, base);
+  }
+  // The same for other bases than those of the tops, in base-2 logits.
+  __device__ __forceinline__ void find_bases(float (&base)[kRows]) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) base[row] = finite_base(top[row] * factor[row % kUnits]) - kLift;
+  }
+  template <class Map, int kCount>
+  __device__ __forceinline__ void weigh(float (&scores)[kCount], const float (&base)[kRows]) {
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) {
       scores[idx] = ptx::exp2_approx(fmaf(scores[idx], factor[Map::row(idx) % kUnits], -base[Map::row(idx)]));
