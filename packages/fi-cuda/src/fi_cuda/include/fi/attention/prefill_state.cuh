@@ -178,11 +178,12 @@ class PrefillState {
  private:
   template <int kCount>
   __device__ __forceinline__ void find_tops(const float (&scores)[kCount], float (&tops)[2]) const {
-    softmax.template find_tops<Rows>(scores, tops);
+    softmax.template find_own_tops<Rows>(scores, tops);
     if constexpr (Config::kAlibi) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) tops[row] += shift_[row];
     }
+    softmax.agree_on_tops(tops);
   }
 
   // Base-2 logits of the step's scores in the place of those with all that ALiBi adds.
@@ -252,7 +253,7 @@ class PrefillState {
   }
 
   PrefillScore<Config> score_;
-  float shift_[2];  // what ALiBi adds to all scores of a step, in units of scores
+  float shift_[2];  // what ALiBi adds to all of a lane's scores of a step, in units of scores
 };
 
 }  // namespace fi

@@ -109,10 +109,18 @@ struct OnlineSoftmax {
   // `raise`.
   template <class Map, int kCount>
   __device__ __forceinline__ void find_tops(const float (&scores)[kCount], float (&tops)[kRows]) const {
+    find_own_tops<Map>(scores, tops);
+    agree_on_tops(tops);
+  }
+  // The same in two halves: of the lane's own scores, then over the row's lanes.
+  template <class Map, int kCount>
+  __device__ __forceinline__ void find_own_tops(const float (&scores)[kCount], float (&tops)[kRows]) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) tops[row] = minus_infinity();
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) tops[Map::row(idx)] = fmaxf(tops[Map::row(idx)], scores[idx]);
+  }
+  __device__ __forceinline__ void agree_on_tops(float (&tops)[kRows]) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       tops[row] = reduce_over_lanes<kLanes, kLaneStride>(tops[row], LargestNumber());
