@@ -126,6 +126,7 @@ class PrefillConsumer {
     release_keys(steps, step);
     state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
     if (state_.raise(scores, rescale)) state_.rescale_output(rescale);
+    state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
     weigh_and_multiply<0>(scores, weights);
@@ -134,12 +135,12 @@ class PrefillConsumer {
     release_values();
   }
 
-  // The weights of a step in parts, each beside the products of the part before.
+  // The weights of a step in parts, each beside the products of the part before; those of the first are there.
   template <int kPart>
   __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / kStepKeys][4]) {
     constexpr int kParts = Config::kParts;
     if constexpr (kPart < kParts) {
-      state_.template weigh<kTokens, kPart, kParts>(scores);
+      if constexpr (kPart > 0) state_.template weigh<kTokens, kPart, kParts>(scores);
       State::template pack<kTokens, kPart, kParts>(scores, weights);
       state_.template multiply_values<kTokens, false, kPart, kParts>(weights, shared_.values[value_place().stage]);
       weigh_and_multiply<kPart + 1>(scores, weights);
