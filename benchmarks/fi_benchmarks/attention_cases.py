@@ -134,7 +134,7 @@ def prefill_cases() -> Iterator[Case]:
 
 
 def prefill_fp8_cases() -> Iterator[Case]:
-    """Whole prompts in FP8, of Q, K and V or of K and V alone, and with RoPE of Q; plain attention beside."""
+    """Whole prompts in FP8, of Q, K and V or of K and V alone; plain attention beside."""
     ragged = replace(LLAMA, page_size=None)
     stored = replace(ragged, kv_format="fp8_e4m3")
     fp8 = replace(stored, q_format="fp8_e4m3")
@@ -149,7 +149,6 @@ def prefill_fp8_cases() -> Iterator[Case]:
         ("page1 fp8", replace(fp8, page_size=1)),
         ("fp8-kv", stored),
         ("page16 fp8-kv", replace(stored, page_size=16)),
-        ("rope-q", replace(ragged, rope=FusedRope(128))),
         ("plain", ragged),
     ):
         shapes.append((f"B4 S4096 h32/8 d128 causal=1 {suffix}", shape, [4096] * 4))

@@ -31,7 +31,8 @@ MIXED_Q_LEN = 512
 @dataclass(frozen=True)
 class Shape:
     """Heads, dims and cache of a model; ``page_size`` None: ragged K and V. ``window``, ``soft_cap``, ``sinks`` and
-    ``alibi`` as in fi.LayerArgs (sinks are random, slopes those of the paper); ``q_format`` and ``rope`` as in fi.AttentionSpec."""
+    ``alibi`` as in fi.LayerArgs (sinks are random, slopes those of the paper); ``q_format`` and ``rope`` as in
+    fi.AttentionSpec."""
 
     num_qo_heads: int = 32
     num_kv_heads: int = 8

@@ -47,9 +47,9 @@ class OrderList(NamedTuple):
 @dataclass(frozen=True)
 class AttentionOrderSpec(KernelSpec):
     """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, ``unit`` of the position at which a tile's
-    keys begin under a window, workers, all KV heads, ``pieces`` of a tile at most and ``slots`` for all of them, costs as in TileKind, that of a piece beyond an item's; ``shift``: tiles whose
-    steps differ in lower bits only count as equally long; ``short_q_len``: batches in which no request has more new tokens
-    have an empty list."""
+    keys begin under a window, workers, all KV heads, ``pieces`` of a tile at most and ``slots`` for all of them, costs as in
+    TileKind, that of a piece beyond an item's; ``shift``: tiles whose steps differ in lower bits only count as equally long;
+    ``short_q_len``: batches in which no request has more new tokens have an empty list."""
 
     tile_tokens: int
     group_tokens: int
