@@ -173,7 +173,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         query_stages=2,
         ping_pong=not three,
         overlap=not three,
-        parts=(8 if widest <= _SHORT_HEAD_DIM else 4 if fp8 else 2) if three else 1,
+        parts=_parts(spec, widest) if three else 1,
         keys_ahead=not three or spec.page_size is None,
         pieces=MAX_PIECES,
         item_cost=2,
@@ -188,6 +188,13 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     if fp8 and widest <= _SHORT_HEAD_DIM:  # whose output leaves room for the scores of a second step
         tuning = replace(tuning, overlap=True, parts=1)
     return tuning
+
+
+def _parts(spec: AttentionSpec, widest: int) -> int:
+    """Of a step's weights: the more exponentials there are for its products, the smaller."""
+    if widest <= _SHORT_HEAD_DIM:
+        return 8
+    return 4 if spec.q_is_fp8 or "soft_cap" in spec.features else 2
 
 
 def prefill_params(
