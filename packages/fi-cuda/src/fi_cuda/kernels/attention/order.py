@@ -17,7 +17,7 @@ from torch import Tensor
 from ...launch import LaunchableKernel, RepeatedLaunch
 from ...params import ParamsLayout
 from ...spec import KernelSpec, kernel_for
-from .plan import ITEM_WIDTH
+from .plan import ITEM_WIDTH, NO_STEPS, ShortSteps
 from .prefill_tuning import PrefillTuning, first_key_unit
 
 HEADER_WIDTH = 4
@@ -49,13 +49,14 @@ class AttentionOrderSpec(KernelSpec):
     """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, ``unit`` of the position at which a tile's
     keys begin under a window, workers, all KV heads, ``pieces`` of a tile at most and ``slots`` for all of them, costs as in
     TileKind, that of a piece beyond an item's; ``shift``: tiles whose steps differ in lower bits only count as equally long;
-    ``short_q_len``: batches in which no request has more new tokens have an empty list."""
+    ``short_q_len`` and ``most_short_tiles``: batches that ShortSteps holds have an empty list."""
 
     tile_tokens: int
     group_tokens: int
     tokens: int
     unit: int
     short_q_len: int
+    most_short_tiles: int
     causal: bool
     windowed: bool
     shift: int
@@ -110,10 +111,14 @@ class AttentionOrderSpec(KernelSpec):
 
 
 def order_spec(
-    params: PartitionParams, capacity: Capacity, tuning: PrefillTuning, page_size: int | None, short_q_len: int = 0
+    params: PartitionParams,
+    capacity: Capacity,
+    tuning: PrefillTuning,
+    page_size: int | None,
+    short: ShortSteps = NO_STEPS,
 ) -> AttentionOrderSpec:
-    """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups, over pages of ``page_size`` (None:
-    ragged K and V); ``short_q_len`` as in AttentionOrderSpec."""
+    """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups, over pages of ``page_size``
+    (None: ragged K and V); ``short``: steps that another kernel serves."""
     (kind,) = params.kinds
     most_steps = -(-capacity.max_kv_len // kind.kv_tokens) + 1
     return AttentionOrderSpec(
@@ -121,7 +126,8 @@ def order_spec(
         group_tokens=kind.q_rows // params.group_size // tuning.consumers,
         tokens=kind.kv_tokens,
         unit=first_key_unit(page_size, kind.kv_tokens),
-        short_q_len=short_q_len,
+        short_q_len=short.q_len,
+        most_short_tiles=short.most_tiles,
         causal=params.causal,
         windowed=params.window is not None,
         shift=max(0, most_steps.bit_length() - (_BINS - 1).bit_length()),
@@ -188,8 +194,9 @@ def fill_order_on_host(
     q_indptr: Tensor, kv_lens: Tensor, spec: AttentionOrderSpec, window: int | None, order: OrderList
 ) -> None:
     """Fill ``order`` in host memory as the kernel would from these CPU lengths, which are within the capacity."""
-    is_long = bool((q_indptr.diff() > spec.short_q_len).any())
-    found = _tiles(q_indptr.tolist(), kv_lens.tolist(), spec, window) if is_long else ()
+    short = ShortSteps(spec.short_q_len, spec.most_short_tiles, spec.tile_tokens)
+    is_short = short.hold(q_indptr, spec.heads)
+    found = () if is_short else _tiles(q_indptr.tolist(), kv_lens.tolist(), spec, window)
     tiles = sorted(found, key=lambda tile: tile[0])
     used, num_whole, pieces = arrangement([place for place, _ in tiles], spec)
     rows = [row for _, row in tiles[:num_whole]]

@@ -39,7 +39,8 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
   using Copies = decltype(copies_of<Config>(params, maps...));
   if (is_left_to_decode<Config>(params)) {
     ptx::allow_next_kernel();
-    ptx::wait_for_previous_kernel();  // whoever waits for this kernel waits for the one before too
+    // Whoever waits for this kernel waits for the one before too; the last block's multiprocessor is rarely the last one in work.
+    if (blockIdx.x == gridDim.x - 1) ptx::wait_for_previous_kernel();
     return;
   }
   if (threadIdx.x == 0) {
