@@ -200,13 +200,24 @@ def fill_order_on_host(
     tiles = sorted(found, key=lambda tile: tile[0])
     used, num_whole, pieces = arrangement([place for place, _ in tiles], spec)
     rows = [row for _, row in tiles[:num_whole]]
-    numbered = enumerate(tiles[num_whole:])
-    for _, equal in itertools.groupby(numbered, key=lambda tile: tile[1][0]):
-        kept = [(idx, row) for idx, (_, row) in equal]
-        rows += [_piece_of(row, idx, piece, pieces, spec) for piece in range(pieces) for idx, row in kept]
+    rows += _in_rounds(tiles[num_whole:], pieces, spec)
     order.header.numpy()[:] = (len(rows), used, 0, 0)
     if used and rows:
         order.items[: len(rows)].numpy()[:] = np.array(rows, dtype=np.int32)
+
+
+def _in_rounds(
+    tiles: list[tuple[int, tuple[int, ...]]], pieces: int, spec: AttentionOrderSpec
+) -> list[tuple[int, ...]]:
+    """The pieces of tiles with these bins, in order: in every round of a piece a block as many of a bin as in any other, longer
+    ones first, and of equally long tiles all first pieces first."""
+    rounds = -(-len(tiles) * pieces * spec.heads // spec.workers)
+    placed = []
+    for place, equal in itertools.groupby(enumerate(tiles), key=lambda tile: tile[1][0]):
+        kept = [(idx, row) for idx, (_, row) in equal]
+        rows = [_piece_of(row, idx, piece, pieces, spec) for piece in range(pieces) for idx, row in kept]
+        placed += [(idx * rounds // len(rows), place, idx, row) for idx, row in enumerate(rows)]
+    return [row for *_, row in sorted(placed)]
 
 
 def arrangement(bins: list[int], spec: AttentionOrderSpec) -> tuple[bool, int, int]:

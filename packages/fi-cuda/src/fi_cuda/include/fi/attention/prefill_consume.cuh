@@ -230,11 +230,11 @@ class PrefillConsumer {
 
   __device__ __forceinline__ unsigned char* queries() const { return shared_.queries[query_place().stage][warpgroup_]; }
 
-  // What was not copied by the copy engine has to be shown to the products.
+  // What was not copied by the copy engine has to be shown to the products, unless who copied it did.
   template <class AnyRing, class Cursor>
   static __device__ __forceinline__ void wait_full(AnyRing& ring, Cursor cursor) {
     ring.wait_full(cursor);
-    if constexpr (!Config::kBoxes) ptx::fence_proxy_async_shared();
+    if constexpr (!Config::kBoxes && !kGathered<Config>) ptx::fence_proxy_async_shared();
   }
 
   // One arrival a warp: its lanes' products are complete, as all call wgmma_wait together.

@@ -143,9 +143,9 @@ __device__ __forceinline__ int64 cost_of_bin(int bin) {
   return Config::kItemCost + static_cast<int64>(Config::kStepCost) * (((kOrderBins - bin) << Config::kShift) - 1);
 }
 
-// What becomes of the tiles: the first `num_whole` pairs stay whole, the others have `pieces` each.
+// What becomes of the tiles: the first `num_whole` pairs stay whole, the others have `pieces` each, taken in `rounds` of all blocks.
 struct Arrangement {
-  int is_used, num_whole, pieces;
+  int is_used, num_whole, pieces, rounds;
 };
 
 // The bin of the pair at a place of the order; `begins`: pairs before each bin.
@@ -208,10 +208,29 @@ __device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs)
       best = 1;
     }
     const int64 shares = static_cast<int64>(sums[0]) * kHeads + (Config::kPieces > 1 ? int64{2} * kPiece * kWorkers : 0);
-    if (thread == 0) found = {total * kWorkers * 10 <= shares * 11, best == 1 ? num_pairs : num_whole, best};
+    if (thread == 0) {
+      const int rounds = ((num_pairs - num_whole) * kHeads * best + kWorkers - 1) / kWorkers;
+      found = {total * kWorkers * 10 <= shares * 11, best == 1 ? num_pairs : num_whole, best, rounds};
+    }
   }
   __syncthreads();
   return found;
+}
+
+// The place among the rows of tiles in pieces of row `idx` of those whose bin it is. In every round come as many rows of a bin as in
+// any other, longer ones first: tiles of one request, of which the last takes less time if it has fewer rows, then read the same keys
+// at about the same time, and blocks have as even loads as in the order of length.
+__device__ __forceinline__ int place_in_rounds(const int* begins, const Arrangement& arrangement, int bin, int idx) {
+  const auto rows_of = [&](int other) { return (begins[other + 1] - max(begins[other], arrangement.num_whole)) * arrangement.pieces; };
+  const auto within = [&](int rounds, int num_rows) { return (rounds * num_rows + arrangement.rounds - 1) / arrangement.rounds; };
+  const int round = idx * arrangement.rounds / rows_of(bin);
+  int place = idx - within(round, rows_of(bin));
+  for (int pair = arrangement.num_whole; pair < begins[kOrderBins];) {
+    const int other = bin_at(begins, pair);
+    place += within(other < bin ? round + 1 : round, rows_of(other));
+    pair = begins[other + 1];
+  }
+  return place;
 }
 
 // The rows of a pair, whose place in the order is `place`, of head 0. Of tiles that are equally long and in pieces all first
@@ -226,12 +245,15 @@ __device__ __forceinline__ void write_rows(const Params& params, const OrderedTi
   const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
   const int stride = (num_steps + pieces - 1) / pieces * Config::kTokens;
   const int first_equal = max(begins[tile.bin], arrangement.num_whole), num_equal = begins[tile.bin + 1] - first_equal;
-  const int first_row = is_whole ? place : place + (first_equal - arrangement.num_whole) * (pieces - 1);
   const int first_slot = in_pieces * Config::kHeads * pieces;
   for (int piece = 0; piece < pieces; ++piece) {
     const int begin = min(tile.kv_begin + piece * stride, tile.kv_stop);
     const int end = is_whole ? tile.kv_stop : min(begin + stride, tile.kv_stop);
-    int4* row = items + (first_row + static_cast<int64>(piece) * num_equal) * 4;
+    int at = place;
+    if (!is_whole) {
+      at = arrangement.num_whole + place_in_rounds(begins, arrangement, tile.bin, piece * num_equal + place - first_equal);
+    }
+    int4* row = items + static_cast<int64>(at) * 4;
     row[0] = {tile.request, 0, tile.q_tile, 0};
     row[1] = {begin, end, is_whole ? -1 : first_slot + piece, 0};
     row[2] = {tile.q_begin, tile.q_len, tile.kv_len, is_whole ? -1 : in_pieces * Config::kHeads};
