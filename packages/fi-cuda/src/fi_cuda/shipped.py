@@ -155,7 +155,7 @@ def _sampling_specs() -> Iterator[KernelSpec]:
             (frozenset[str](), True),
             (every | {"typical_p"}, True),
         ):
-            form, typical = column_form(128256, num_rows, filters, penalties), "typical_p" in filters
+            form, typical = column_form(128256, num_rows, filters), "typical_p" in filters
             yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, typical, penalties)
         form = geometry_for(128256, num_rows)
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
@@ -255,5 +255,5 @@ def _prefill_specs(
     short_boxes = tokens_of_box(spec.page_size, built_in_tuning(spec, short).chunk_tokens) is not None
     yield from _decode_specs(spec, short, form, window, short_boxes)
     yield plan_spec(params, _PREFILL)
-    yield order_spec(params, _PREFILL, tuning, ShortSteps(short.max_q_len))
+    yield order_spec(params, _PREFILL, tuning, spec.page_size, ShortSteps(short.max_q_len))
     yield prefill_spec(spec, tuning, form._replace(boxes=boxes), after_decode=True)

@@ -139,11 +139,10 @@ def sample(
     kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens))
 
 
-def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
-    """The form of a row's cluster, with as many registers as typical_p and penalties need."""
+def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str]) -> Geometry:
+    """The form of a row's cluster, with as many registers as typical_p needs."""
     form = geometry_for(vocab_size, num_outputs, search=searches(filters))
-    most = 1 if "typical_p" in filters else 2 if penalties else form.resident_blocks
-    return form._replace(resident_blocks=min(form.resident_blocks, most))
+    return form._replace(resident_blocks=1) if "typical_p" in filters else form
 
 
 def sample_columns(
@@ -157,7 +156,7 @@ def sample_columns(
 ) -> None:
     """The ``Sample`` protocol of fi-core with all of its parts, a cluster an output."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    form = column_form(vocab_size, num_outputs, filters.active, bool(penalties.active))
+    form = column_form(vocab_size, num_outputs, filters.active)
     vector = vector_bytes(logits, multiple_of=vocab_size)
     kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, bool(penalties.active))
     kernel.launch(

@@ -70,12 +70,6 @@ class PrefillConsumer {
     store_.finish(item, state_);
   }
 
-  // Whether some row does not see all keys of a step.
-  static __device__ __forceinline__ bool masked(const Rows& rows, const Steps& steps, int step) {
-    const int position = steps.position(step);
-    return position < rows.by_all.low || position + kTokens > rows.by_all.high;
-  }
-
   // A warpgroup without rows of the item only keeps the rings and the turns going.
   __device__ __forceinline__ void skip(const Steps& steps) {
     if (steps.num_steps == 0) release(shared_.query_ring, query_place());
@@ -103,13 +97,14 @@ class PrefillConsumer {
         return;
       }
     }
-    float scores[kWidth / 2], rescale[2];
+    float scores[kWidth / 2];
     unsigned weights[kWidth / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
     State::template multiply_keys<kWidth>(scores, queries(), shared_.keys[key_.stage]);
     ptx::wgmma_wait<0>();
     release_keys(steps, 0);
-    state_.template score<kWidth>(scores, params_, item, rows.first, steps.last, true, rescale);
+    state_.template make_scores<kWidth>(scores, params_, item, rows, steps.last);
+    state_.raise_first(scores);
     state_.template weigh<kWidth>(scores);
     State::template pack<kWidth>(scores, weights);
     if (Config::kOverlap && steps.num_steps > 1) {
@@ -136,8 +131,9 @@ class PrefillConsumer {
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
-    state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
-    state_.rescale_output(rescale);
+    state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
+    if (state_.raise(scores, rescale)) state_.rescale_output(rescale);
+    state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
     weigh_and_multiply<0>(scores, weights);
@@ -146,12 +142,12 @@ class PrefillConsumer {
     release_values();
   }
 
-  // The weights of a step in parts, each beside the products of the part before.
+  // The weights of a step in parts, each beside the products of the part before; those of the first are there.
   template <int kPart>
   __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / kStepKeys][4]) {
     constexpr int kParts = Config::kParts;
     if constexpr (kPart < kParts) {
-      state_.template weigh<kTokens, kPart, kParts>(scores);
+      if constexpr (kPart > 0) state_.template weigh<kTokens, kPart, kParts>(scores);
       State::template pack<kTokens, kPart, kParts>(scores, weights);
       state_.template multiply_values<kTokens, false, kPart, kParts>(weights, shared_.values[value_place().stage]);
       weigh_and_multiply<kPart + 1>(scores, weights);
@@ -169,12 +165,14 @@ class PrefillConsumer {
     state_.template multiply_values<kTokens, false>(weights_, shared_.values[value_place().stage]);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
-    state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
+    state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
+    const bool raised = state_.raise(scores, rescale);
     state_.template weigh<kTokens>(scores);
     release_keys(steps, step, state_.zero_of_weights());
     ptx::wgmma_wait<0>();
     release_values();
-    state_.rescale_output(rescale);
+    ptx::pin_registers(state_.output);
+    if (raised) state_.rescale_output(rescale);
     State::template pack<kTokens>(scores, weights_);
   }
 
