@@ -170,7 +170,7 @@ struct BracketSearch {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       unsigned marked = 0;
-#pragma unroll 1
+#pragma unroll 2
       for (int round = word * kRoundsPerWord; round < end_of(word); ++round) {
         const float4 four = four_at(row.shared.slice, place_of_round<Config>(round));
         marked <<= 4;

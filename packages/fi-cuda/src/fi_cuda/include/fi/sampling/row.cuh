@@ -49,6 +49,12 @@ __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
 
 struct Extremes {
   float largest, smallest;  // largest: NaN if any logit is; smallest only if Config::kSmallest
+
+  template <class Config>
+  __device__ __forceinline__ void take(float logit) {
+    largest = ptx::max_or_nan(largest, logit);
+    if (Config::kSmallest) smallest = fminf(smallest, logit);
+  }
 };
 
 template <class T, int kBytes>
@@ -102,10 +108,7 @@ __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token
     const float4 four = *reinterpret_cast<const float4*>(to + offset);
     const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      found.largest = ptx::max_or_nan(found.largest, logits[e]);
-      if (Config::kSmallest) found.smallest = fminf(found.smallest, logits[e]);
-    }
+    for (int e = 0; e < 4; ++e) found.template take<Config>(logits[e]);
   }
   return found;
 }
@@ -157,10 +160,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
         for (int e = 0; e < kCount; ++e) {
           float logit = inside ? to_float(held[idx].data[e]) : no_logit();
           if (Stage::kMasks && inside && (words[idx] >> e & 1) == 0) logit = minus_infinity();
-          if (inside) {
-            found.largest = ptx::max_or_nan(found.largest, logit);
-            if (Config::kSmallest) found.smallest = fminf(found.smallest, logit);
-          }
+          if (inside) found.template take<Config>(logit);
           part.data[e % 4] = logit;
           if (e % 4 == 3 || e == kCount - 1) store_pack(slice + place + e / 4 * 4, part);
         }
@@ -177,20 +177,58 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   return load_slice<Config>(row, first_token, vocab_size, slice, stage);
 }
 
+// Quotients by a divisor whose reciprocal is known, as a division rounds them: the reciprocal rounded to nearest leaves a product
+// within 2 units in the last place, and two exact remainders correct it (Markstein, "Computation of elementary functions on the IBM
+// RISC System/6000 processor", 1990, section 5). Numbers whose remainders might be subnormal or overflow are divided one by one.
+struct Divisor {
+  float value, reciprocal;
+  bool moderate;
+
+  __device__ __forceinline__ explicit Divisor(float value)
+      : value(value), reciprocal(__frcp_rn(value)), moderate(value > 9.5e-7f && value < 1.0e6f) {}
+
+  __device__ __forceinline__ float quotient(float number) const {
+    float found = number * reciprocal;
+    found = fmaf(fmaf(-found, value, number), reciprocal, found);
+    return fmaf(fmaf(-found, value, number), reciprocal, found);
+  }
+  __device__ __forceinline__ void divide(float (&numbers)[4]) const {
+    const float largest = fmaxf(fmaxf(fabsf(numbers[0]), fabsf(numbers[1])), fmaxf(fabsf(numbers[2]), fabsf(numbers[3])));
+    const float least = fminf(fminf(fabsf(numbers[0]), fabsf(numbers[1])), fminf(fabsf(numbers[2]), fabsf(numbers[3])));
+    if (moderate && least > 1e-18f && largest < 1e18f) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) numbers[e] = quotient(numbers[e]);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {
+        const float number = e < 2 ? (e == 0 ? numbers[0] : numbers[1]) : (e == 2 ? numbers[2] : numbers[3]);
+        const float found = __fdiv_rn(number, value);
+        if (e == 0) numbers[0] = found;
+        if (e == 1) numbers[1] = found;
+        if (e == 2) numbers[2] = found;
+        if (e == 3) numbers[3] = found;
+      }
+    }
+  }
+};
+
 // Divides this thread's part of the slice, `num_tokens` of whose places are in the vocabulary, by `temperature`; returns the
 // new extremes.
 template <class Config>
 __device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, float temperature) {
   Extremes found = {minus_infinity(), -minus_infinity()};
+  const Divisor divisor(temperature);
   __syncwarp();  // other lanes may have read these places from memory
   for_each_four<Config, 1>(slice, [&](int place, float4 four) {
     Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
+    divisor.divide(part.data);
+    if (place + 4 <= num_tokens) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      part.data[e] = __fdiv_rn(part.data[e], temperature);
-      if (place + e < num_tokens) {
-        found.largest = ptx::max_or_nan(found.largest, part.data[e]);
-        found.smallest = fminf(found.smallest, part.data[e]);
+      for (int e = 0; e < 4; ++e) found.template take<Config>(part.data[e]);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 3; ++e) {
+        if (place + e < num_tokens) found.template take<Config>(e == 0 ? part.data[0] : e == 1 ? part.data[1] : part.data[2]);
       }
     }
     if (place != kNoPlace) store_pack(slice + place, part);
