@@ -13,7 +13,7 @@ from ...spec import KernelSpec
 from .geometry import Geometry
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
-_RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 9
+_RANK_BINS, _LOCAL_TOKENS, _BRACKET_TOKENS, _COMPARED_TOKENS, _MESSAGES = 64, 1024, 512, 128, 9
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,12 @@ class ClusterRowSpec(KernelSpec):
 
     @property
     def bracket(self) -> bool:
-        """Whether it looks for the end of a kept mass (``BracketSearch``), which takes a histogram for each thread."""
+        """Whether it looks for the end of a kept mass with ``BracketSearch``."""
+        return False
+
+    @property
+    def small_search(self) -> bool:
+        """Whether ``PrefixSearch`` serves no more than the rows that ``BracketSearch`` cannot, in less shared memory."""
         return False
 
     @property
@@ -58,17 +63,26 @@ class ClusterRowSpec(KernelSpec):
     def shared_bytes(self) -> int:
         warps, blocks = self.block_threads // 32, self.cluster_blocks
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 32
-        listed = max(256 * _RANK_BINS, 8 * _LIST_PER_BLOCK * blocks) + 8 * _LOCAL_TOKENS
-        searched = max(listed, _RANK_BINS * self.block_threads if self.bracket else 0)
-        searched += 16 * max(_RANK_BINS * blocks, 512) + 8 * _RANK_BINS + (16 + 16) * blocks + 128
-        searched += 32 * blocks + 8 * warps if self.bracket else 48
-        return 4 * warps * self.warp_tokens + exchanged + (searched if self.search else 0)
+        return 4 * warps * self.warp_tokens + exchanged + (self._searched_bytes if self.search else 0)
+
+    @property
+    def _searched_bytes(self) -> int:
+        """Of ``SearchShared``."""
+        blocks, small, bins = self.cluster_blocks, self.small_search, 8 * _RANK_BINS
+        columns, listed, local, histograms = (8, 64, 1, 1) if small else (32, 128, _LOCAL_TOKENS + 1, 2)
+        prefix = max(bins * columns, 8 * blocks * listed) + histograms * max(bins * blocks, 4096) + 8 * local
+        memory = max(prefix, 4 * _RANK_BINS * 32)
+        memory = max(memory, 8 * _BRACKET_TOKENS + bins * blocks) if self.bracket else memory
+        memory = -(-memory // 16) * 16
+        memory += max(4 * _RANK_BINS * blocks, 16 * _COMPARED_TOKENS) + 12 * _RANK_BINS if self.bracket else 12 * _RANK_BINS
+        return memory + (16 + 16 + 8 + 8) * blocks + 112
 
     def config_lines(self) -> list[str]:
         derived = (
             f"static constexpr int kSharedBytes = {self.shared_bytes};",
             f"static constexpr bool kSearch = {str(self.search).lower()};",
             f"static constexpr bool kBracket = {str(self.bracket).lower()};",
+            f"static constexpr bool kSmallSearch = {str(self.small_search).lower()};",
             f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
         )
         return [*super().config_lines(), *derived]
@@ -89,6 +103,10 @@ class FilteringSpec(ClusterRowSpec):
     @property
     def bracket(self) -> bool:
         return self.top_p
+
+    @property
+    def small_search(self) -> bool:
+        return self.bracket and not self.top_k
 
     @classmethod
     def of(

@@ -69,6 +69,7 @@ __device__ __forceinline__ RankPrefix kept_prefix(ClusterRow<Config>& row, const
                                                   Answer& answer) {
   // top_k beside a joint top_p, and min_p, may shorten what top_p leaves.
   if (filters.min_p > 0.0f || (filters.joint && filters.top_k > 0)) wish = Wish::kNothing;
+  if (SearchShared<Config>::kSmall) wish = Wish::kNothing;  // it does not keep the first level's histogram
   RankPrefix kept = every_token();
   answer = Answer{};
   // One copy of the search's code serves both.

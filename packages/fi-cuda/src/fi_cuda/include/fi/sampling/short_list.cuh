@@ -10,12 +10,12 @@
 
 namespace fi {
 
-
 template <class Config>
 struct ShortList {
   using Row = ClusterRow<Config>;
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
   static constexpr int kGroups = ClusterShared<Config>::kGroups;
+  static constexpr int kListPerBlock = SearchShared<Config>::kListPerBlock;
   static constexpr int kMaxK = kGroups / 2 < kMaxRanked / 2 ? kGroups / 2 : kMaxRanked / 2;
 
   Row& row;
