@@ -106,7 +106,7 @@ class FilteringSpec(ClusterRowSpec):
 
     @property
     def small_search(self) -> bool:
-        return self.bracket and not self.top_k
+        return True
 
     @classmethod
     def of(

@@ -72,6 +72,10 @@ class ColumnSampleSpec(FilteringSpec):
         # The search for typical tokens begins where another's messages end, which a bracket's do elsewhere.
         return super().bracket and not self.typical_p
 
+    @property
+    def small_search(self) -> bool:
+        return not self.typical_p
+
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), "static constexpr bool kColumns = true;"]
 

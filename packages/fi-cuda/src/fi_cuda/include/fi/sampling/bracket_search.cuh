@@ -1,7 +1,7 @@
 // The last token that top_p keeps of a whole row, in two passes over the slice.
 //
-// The first counts tokens in 64 bins of equal width in the logit. A bin's count times the weight of its middle says, to within a
-// few hundred tokens, where in the rank order the kept mass ends; a bracket of logits holds kMargin tokens on each side. The
+// The first counts tokens in 64 bins of equal width in the logit, and adds up their places in these. A bin's count times the weight
+// at the mean place says, to within some hundred tokens, where in the rank order the kept mass ends; a bracket of logits holds kMargin tokens on each side. The
 // second pass sums up exact masses, of all tokens and of those above the bracket, and each block keeps a list of its tokens in it.
 // Masses of 64 bins of these then lead to a few dozen tokens, which every block gets and compares. The estimate decides nothing:
 // if the bracket proves not to hold the end, or too many tokens are alike, PrefixSearch takes over.
@@ -21,7 +21,7 @@ struct BracketSearch {
   static constexpr int kRounds = RowShape<Config>::kRounds;
   static constexpr int kRoundsPerWord = 8;  // a bit for each of 4 tokens
   static constexpr int kWords = (kRounds + kRoundsPerWord - 1) / kRoundsPerWord;
-  static constexpr int kMargin = kBlocks < 6 ? 170 * kBlocks : 1000;  // a block's list holds half as many again
+  static constexpr int kMargin = kBlocks == 1 ? 170 : 300;
   static constexpr int kCountShift = 51;  // in sums: up to 2^19 tokens weigh no more than 2^51
   static constexpr int kBinCountShift = 48;
   static_assert(kBlocks <= kWarps && 3 * kMargin <= kBlocks * Shared::kBracketTokens);
@@ -71,7 +71,8 @@ struct BracketSearch {
     return fmaxf(row.largest - kMasslessShortfall, smallest);
   }
 
-  // Numbers of the row's tokens in each bin, of every block, in search.count_parts; the bin of the largest logits is first.
+  // Of each bin the number of the row's tokens and their mean place in it, of every block, in search.count_parts: the upper and the
+  // lower 16 bits. The bin of the largest logits is first; places are from 0 at a bin's lower end.
   __device__ __forceinline__ void count() {
     const float bottom = this->bottom();
     auto& search = row.shared.search;
@@ -92,16 +93,21 @@ struct BracketSearch {
       for (int e = 0; e < 4; ++e) {
         // From 0 at the bottom, also for NaN, to 1. In a float of 2^16, bins are the multiples of 2^7, a bin's bytes.
         const float place = __saturatef(fmaf(logits[e], per_unit, offset));
-        const float bin = fmaf(place, kRankBins - 0.0078125f, 65536.0f);
-        atomicAdd(reinterpret_cast<unsigned*>(column + (__float_as_uint(bin) & ((kRankBins - 1) * 128))), 1u);
+        const unsigned bin = __float_as_uint(fmaf(place, kRankBins - 0.0078125f, 65536.0f));
+        // A column has up to 2^10 tokens; their places in the bin, in 128ths, below their number.
+        atomicAdd(reinterpret_cast<unsigned*>(column + (bin & ((kRankBins - 1) * 128))), (bin & 127) | 1u << 18);
       }
     });
     __syncthreads();
     unsigned* own = reinterpret_cast<unsigned*>(search.own_bins);
 #pragma unroll 2
     for (int bin = warp; bin < kRankBins; bin += kWarps) {
-      const unsigned sum = __reduce_add_sync(0xffffffffu, search.counts[bin][lane]);
-      if (lane == 0) own[kRankBins - 1 - bin] = sum;
+      const unsigned column = search.counts[bin][lane];
+      const unsigned number = __reduce_add_sync(0xffffffffu, column >> 18);
+      const unsigned places = __reduce_add_sync(0xffffffffu, column & 0x3ffff);
+      // The mean place, in 2^16ths.
+      const float mean = __fdividef(static_cast<float>(places) * 512.0f, fmaxf(static_cast<float>(number), 1.0f));
+      if (lane == 0) own[kRankBins - 1 - bin] = number << 16 | static_cast<unsigned>(mean);
     }
     __syncthreads();
     uint4* parts = reinterpret_cast<uint4*>(search.count_parts[row.rank]);
@@ -119,45 +125,58 @@ struct BracketSearch {
     const float bottom = this->bottom();
     auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x);
-    int first = 0, second = 0;
+    int numbers[2] = {0, 0};
+    uint64 places[2] = {0, 0};
 #pragma unroll 4
     for (int block = 0; block < kBlocks; ++block) {
       const uint2 two = *reinterpret_cast<const uint2*>(&search.count_parts[block][2 * lane]);
-      first += static_cast<int>(two.x);
-      second += static_cast<int>(two.y);
+      numbers[0] += static_cast<int>(two.x >> 16);
+      numbers[1] += static_cast<int>(two.y >> 16);
+      places[0] += static_cast<uint64>(two.x >> 16) * (two.x & 0xffff);
+      places[1] += static_cast<uint64>(two.y >> 16) * (two.y & 0xffff);
     }
-    // Places without a token stand in the last bin.
-    if (lane == 31) second -= kBlocks * kWarps * kRounds * 128 - row.vocab_size;
+    // Places of the slices without a token stand at the lower end of the last bin.
+    if (lane == 31) numbers[1] -= kBlocks * kWarps * kRounds * 128 - row.vocab_size;
     const float width = (row.largest - bottom) / kRankBins;
-    const auto middle_weight = [&](int bin) { return weight_of((static_cast<float>(bin) + 0.5f) * width); };
-    // The largest logit's weight is known, and much of the whole in a peaked row.
-    const float known = lane == 0 ? 1.0f : 0.0f;
-    const float first_weight = (static_cast<float>(first) - known) * middle_weight(2 * lane) + known;
-    const float second_weight = static_cast<float>(second) * middle_weight(2 * lane + 1);
-    const Prefix<int> numbers = prefix_over_lanes<32>(first + second);
-    const Prefix<float> weights = prefix_over_lanes<32>(first_weight + second_weight);
-    const float weight = fraction * weights.total;
-    const auto portion = [](float part, float whole) { return fminf(fmaxf(part / fmaxf(whole, 1e-30f), 0.0f), 1.0f); };
+    float mean[2], weight[2];  // of a bin's tokens: how far below its upper end, in its width, and what they weigh
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float number = static_cast<float>(numbers[half]);
+      const float place = __fdividef(static_cast<float>(places[half]), fmaxf(number, 1.0f) * 65536.0f);
+      mean[half] = numbers[half] > 0 ? 1.0f - 1.0f / 256 - place : 0.5f;
+      // Spread tokens weigh a little more than as many at the mean.
+      const float spread = numbers[half] >= 8 ? fmaf(width * width, 1.0f / 24, 1.0f) : 1.0f;
+      weight[half] = number * spread * weight_of((static_cast<float>(2 * lane + half) + mean[half]) * width);
+    }
+    const Prefix<int> tokens = prefix_over_lanes<32>(numbers[0] + numbers[1]);
+    const Prefix<float> weights = prefix_over_lanes<32>(weight[0] + weight[1]);
+    const float wanted = fraction * weights.total;
+    const auto portion = [](float part, float whole) {
+      return fminf(fmaxf(__fdividef(part, fmaxf(whole, 1e-30f)), 0.0f), 1.0f);
+    };
     const auto first_lane = [](bool reached) {
       const int lanes = static_cast<int>(__ballot_sync(0xffffffffu, reached));
       return lanes != 0 ? __ffs(lanes) - 1 : 31;
     };
-    // After how many tokens the running weight reaches it.
-    const bool later = weight > weights.exclusive + first_weight;
-    const float lacking = weight - weights.exclusive - (later ? first_weight : 0.0f);
-    float middle = static_cast<float>(numbers.exclusive + (later ? first : 0)) +
-                   portion(lacking, later ? second_weight : first_weight) * static_cast<float>(later ? second : first);
-    middle = __shfl_sync(0xffffffffu, middle, first_lane(weight <= weights.inclusive));
-    // The logit after `place` tokens.
+    // After how many tokens the running weight reaches it. A bin's first tokens weigh more than its last ones.
+    const bool later = wanted > weights.exclusive + weight[0];
+    float part = portion(wanted - weights.exclusive - (later ? weight[0] : 0.0f), later ? weight[1] : weight[0]);
+    part -= 0.5f * width * part * (1.0f - part);
+    float middle = static_cast<float>(tokens.exclusive + (later ? numbers[0] : 0)) +
+                   part * static_cast<float>(later ? numbers[1] : numbers[0]);
+    middle = __shfl_sync(0xffffffffu, middle, first_lane(wanted <= weights.inclusive));
+    // The logit after `place` tokens: of a density that is linear within a bin, as the mean place has it.
     const auto edge = [&](float place) {
-      const bool in_second = place >= static_cast<float>(numbers.exclusive + first);
-      const float passed = static_cast<float>(numbers.exclusive + (in_second ? first : 0));
-      const float part = portion(place - passed, static_cast<float>(in_second ? second : first));
+      const bool in_second = place >= static_cast<float>(tokens.exclusive + numbers[0]);
+      const float passed = static_cast<float>(tokens.exclusive + (in_second ? numbers[0] : 0));
+      float part = portion(place - passed, static_cast<float>(in_second ? numbers[1] : numbers[0]));
+      const float slope = fminf(fmaxf(6.0f * (in_second ? mean[1] : mean[0]) - 3.0f, -1.0f), 1.0f);
+      part += slope * part * (1.0f - part);
       const float logit = row.largest - (static_cast<float>(2 * lane + in_second) + part) * width;
-      return __shfl_sync(0xffffffffu, logit, first_lane(place < static_cast<float>(numbers.inclusive)));
+      return __shfl_sync(0xffffffffu, logit, first_lane(place < static_cast<float>(tokens.inclusive)));
     };
     float low = edge(middle + kMargin), high = edge(fmaxf(middle - kMargin, 0.0f));
-    if (middle + kMargin >= static_cast<float>(numbers.total)) low = bottom;
+    if (middle + kMargin >= static_cast<float>(tokens.total)) low = bottom;
     if (middle <= kMargin) high = -minus_infinity();
     if (lane == 0) {
       search.bracket = make_float2(low, high);

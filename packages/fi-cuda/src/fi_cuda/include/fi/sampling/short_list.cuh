@@ -36,7 +36,15 @@ struct ShortList {
       shared.boundary_bin = kGroupBins;
     }
     __syncthreads();
-    const float bottom = fmaxf(row.largest - kMasslessShortfall, row.smallest);
+    // The smallest of the groups' logits that is one: where rows have no tails, few tokens lie above it.
+    const float massless = row.largest - kMasslessShortfall;
+    float least = -minus_infinity();
+#pragma unroll 1
+    for (int idx = lane; idx < kGroups; idx += 32) {
+      const float logit = shared.groups[idx];
+      if (logit > minus_infinity()) least = fminf(least, logit);
+    }
+    float bottom = fmaxf(massless, smallest_of_warp(least));
     const float per_unit = row.largest > bottom ? kGroupBins / (row.largest - bottom) : 0.0f;
 #pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kGroups; idx += kThreads) {
@@ -68,6 +76,7 @@ struct ShortList {
     __syncthreads();
     const int bin = shared.boundary_bin;
     if (all && bin == kGroupBins) return -1;
+    if (bin == kGroupBins) bottom = massless;  // fewer groups than top_k have a token with mass
     const float limit = bin >= kGroupBins - 1 ? -minus_infinity() : static_cast<float>(bin + 1);
     for_each_four<Config, 4>(row.shared.slice, [&](int place, float4 four) {
       const float highest = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
