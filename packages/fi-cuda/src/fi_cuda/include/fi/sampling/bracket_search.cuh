@@ -24,7 +24,8 @@ struct BracketSearch {
   static constexpr int kMargin = kBlocks == 1 ? 170 : 300;
   static constexpr int kCountShift = 51;  // in sums: up to 2^19 tokens weigh no more than 2^51
   static constexpr int kBinCountShift = 48;
-  static_assert(kBlocks <= kWarps && 3 * kMargin <= kBlocks * Shared::kBracketTokens);
+  static constexpr unsigned kOneToken = 1u << 18;
+  static_assert(kBlocks <= kWarps && RowShape<Config>::kBlockTokens <= 32 * 1024 && 3 * kMargin <= kBlocks * Shared::kBracketTokens);
 
   Row& row;
   Wish wish;
@@ -91,11 +92,11 @@ struct BracketSearch {
       const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        // From 0 at the bottom, also for NaN, to 1. In a float of 2^16, bins are the multiples of 2^7, a bin's bytes.
+        // From 0 at the bottom, also for NaN, to 1. In a float of 2^16 + 2^11, bins are multiples of 2^7, a bin's bytes; below is the
+        // place in the bin, in 128ths, and above, of 2^11, the bit that counts. A column has no more than 2^10 tokens.
         const float place = __saturatef(fmaf(logits[e], per_unit, offset));
-        const unsigned bin = __float_as_uint(fmaf(place, kRankBins - 0.0078125f, 65536.0f));
-        // A column has up to 2^10 tokens; their places in the bin, in 128ths, below their number.
-        atomicAdd(reinterpret_cast<unsigned*>(column + (bin & ((kRankBins - 1) * 128))), (bin & 127) | 1u << 18);
+        const unsigned bin = __float_as_uint(fmaf(place, kRankBins - 0.0078125f, 65536.0f + 2048.0f));
+        atomicAdd(reinterpret_cast<unsigned*>(column + (bin & ((kRankBins - 1) * 128))), bin & (kOneToken | 127));
       }
     });
     __syncthreads();
@@ -103,8 +104,8 @@ struct BracketSearch {
 #pragma unroll 2
     for (int bin = warp; bin < kRankBins; bin += kWarps) {
       const unsigned column = search.counts[bin][lane];
-      const unsigned number = __reduce_add_sync(0xffffffffu, column >> 18);
-      const unsigned places = __reduce_add_sync(0xffffffffu, column & 0x3ffff);
+      const unsigned number = __reduce_add_sync(0xffffffffu, column / kOneToken);
+      const unsigned places = __reduce_add_sync(0xffffffffu, column % kOneToken);
       // The mean place, in 2^16ths.
       const float mean = __fdividef(static_cast<float>(places) * 512.0f, fmaxf(static_cast<float>(number), 1.0f));
       if (lane == 0) own[kRankBins - 1 - bin] = number << 16 | static_cast<unsigned>(mean);
@@ -200,7 +201,7 @@ struct BracketSearch {
       unsigned marked = 0;
 #pragma unroll 2
       for (int round = word * kRoundsPerWord; round < end_of(word); ++round) {
-        const float4 four = four_at(row.shared.slice, place_of_round<Config>(round));
+        const float4 four = four_at<Config>(row.shared.slice, place_of_round<Config>(round));
         marked <<= 4;
         const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll

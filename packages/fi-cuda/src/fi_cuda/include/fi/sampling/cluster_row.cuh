@@ -133,7 +133,7 @@ struct ClusterShared {
   static constexpr int kGroups = kBlocks * kWarps * kWarpGroups;
   static_assert(kGroups <= kMaxGroups && kWarps * kWarpGroups % 4 == 0);
 
-  alignas(16) float slice[RowShape<Config>::kBlockTokens];
+  alignas(16) float slice[RowShape<Config>::kSliceFloats];
   alignas(16) typename Choose<Config::kSearch, SearchShared<Config>, NoSearchShared>::Type search;
   uint64 mail[kNumMessages];
   uint2 extremes[kBlocks];  // largest and smallest logit of each block
@@ -173,6 +173,7 @@ struct ClusterRow {
         vocab_size(0),
         largest(0.0f),
         smallest(0.0f) {
+    end_slice<Config>(shared.slice);
     mailbox.open();
   }
 

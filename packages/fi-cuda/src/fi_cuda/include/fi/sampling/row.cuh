@@ -15,6 +15,7 @@ struct RowShape {
   static constexpr int kWarpTokens = Config::kWarpTokens;
   static constexpr int kBlockTokens = kWarps * kWarpTokens;
   static constexpr int kRounds = (kWarpTokens + 127) / 128;
+  static constexpr int kSliceFloats = kBlockTokens + 4;
 };
 
 constexpr int kNoPlace = 0x3fffffff;
@@ -30,10 +31,16 @@ __device__ __forceinline__ int place_of_round(int round) {
   return Shape::kWarpTokens % 128 == 0 || offset < Shape::kWarpTokens ? warp * Shape::kWarpTokens + offset : kNoPlace;
 }
 
-// The four logits there; at kNoPlace no_logit.
+// The four logits there; at kNoPlace those behind the slice, no_logit each.
+template <class Config>
 __device__ __forceinline__ float4 four_at(const float* slice, int place) {
-  const float none = no_logit();
-  return place == kNoPlace ? make_float4(none, none, none, none) : *reinterpret_cast<const float4*>(slice + place);
+  return *reinterpret_cast<const float4*>(slice + (place == kNoPlace ? RowShape<Config>::kBlockTokens : place));
+}
+
+// Before the first of four_at, and a barrier.
+template <class Config>
+__device__ __forceinline__ void end_slice(float* slice) {
+  if (RowShape<Config>::kWarpTokens % 128 != 0 && threadIdx.x < 4) slice[RowShape<Config>::kBlockTokens + threadIdx.x] = no_logit();
 }
 
 // Calls visit(place, four logits as float4) for each place of this thread's part of the slice. All lanes of a warp call it
@@ -43,7 +50,7 @@ __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
 #pragma unroll kUnroll
   for (int round = 0; round < RowShape<Config>::kRounds; ++round) {
     const int place = place_of_round<Config>(round);
-    visit(place, four_at(slice, place));
+    visit(place, four_at<Config>(slice, place));
   }
 }
 
