@@ -62,7 +62,7 @@ class ClusterRowSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         warps, blocks = self.block_threads // 32, self.cluster_blocks
-        exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 32
+        exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 56
         return 4 * warps * self.warp_tokens + 16 + exchanged + (self._searched_bytes if self.search else 0)
 
     @property

@@ -4,6 +4,7 @@
 #include "fi/random/philox.cuh"
 #include "fi/sampling/exchange.cuh"
 #include "fi/sampling/row.cuh"
+#include "fi/sampling/row_filters.cuh"
 #include "fi/sampling/weight.cuh"
 #include "fi/tile/scan.cuh"
 
@@ -142,6 +143,7 @@ struct ClusterShared {
   uint64 scratch[kWarps];
   uint64 token;  // from the block that drew it
   RandomBits random;
+  RowFilters filters;  // one thread loads them, and registers hold what is needed next
   float warp_largest[kWarps], warp_smallest[kWarps];
 };
 
@@ -180,7 +182,7 @@ struct ClusterRow {
   // Makes the row's extremes known to all blocks, and with `with_groups` the largest logits of all groups. The mailbox has
   // been opened by all.
   __device__ __forceinline__ void share_extremes(Extremes mine, bool with_groups, Message kind = kExtremes) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const float in_warp = largest_of_warp(mine.largest);
     const float least = smallest_of_warp(mine.smallest);
     if constexpr (Config::kSearch) {
@@ -289,13 +291,13 @@ struct ClusterRow {
 
   // The prefix sums of what sum_over_warps found, a warp's in each of the first kWarps lanes of every warp.
   __device__ __forceinline__ Prefix<uint64> prefix_over_warps(const uint64* amounts) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     return prefix_over_lanes<32>(lane < kWarps ? amounts[lane] : 0);
   }
 
   // After sum_over_warps: the sum of the row, and of the blocks before this one. This block's own is shared.block_amount[rank].
   __device__ __forceinline__ uint64 sum_over_blocks(uint64& before) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     if (threadIdx.x < 32) {
       const uint64 own = sum_over_warp(lane < kWarps ? shared.warp_amount[lane] : 0);
       mailbox.send_to_all(kAmounts, &shared.block_amount[rank], own);
@@ -313,7 +315,7 @@ struct ClusterRow {
 
   // Sum over the block of numbers below 2^46. The previous use of `scratch` is behind a barrier.
   __device__ __forceinline__ uint64 sum_over_block(uint64 value) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     value = sum_over_warp(value);
     if (lane == 0) shared.scratch[threadIdx.x / 32] = value;
     __syncthreads();
@@ -323,7 +325,7 @@ struct ClusterRow {
   // A thread's place in the prefix sums over the block.
   __device__ __forceinline__ Prefix<uint64> prefix_over_block(uint64 value) {
     const Prefix<uint64> inside = prefix_over_lanes<32>(value);
-    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int warp = static_cast<int>(threadIdx.x / 32);
     if (threadIdx.x % 32 == 0) shared.scratch[warp] = inside.total;
     __syncthreads();
     const Prefix<uint64> warps = prefix_over_warps(shared.scratch);

@@ -95,7 +95,7 @@ struct PrefixSearch {
   // The same from the slice, one place after the other.
   template <class Visit>
   __device__ __forceinline__ void visit_slice(const RankScale& scale, Visit visit) {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int first = warp * RowShape<Config>::kWarpTokens;
 #pragma unroll 1
     for (int place = first + lane; place < first + RowShape<Config>::kWarpTokens; place += 32) {
@@ -139,7 +139,7 @@ struct PrefixSearch {
 
   __device__ __forceinline__ void add_chosen(const RankScale& scale) {
     auto& search = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % kColumns;
+    const int lane = static_cast<int>(threadIdx.x % kColumns);
     for_each_chosen(scale, [&](float logit, int) {
       const int bin = scale.bin(logit);
       const uint2 limbs = by_count ? make_uint2(1, 0) : mass_limbs(weight_of(row.largest - logit));
@@ -155,7 +155,7 @@ struct PrefixSearch {
   // Every block's histogram from the columns into search.parts of all blocks; leaves the columns clear.
   __device__ __forceinline__ void share_bins(const RankScale& scale) {
     auto& search = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     __syncthreads();
     uint64* parts = parts_of(scale);
     const Message kind = scale.outer < 0 ? kParts : kPartsAgain;
@@ -215,9 +215,7 @@ struct PrefixSearch {
   // Sends the tokens of `bin` to the first block and what was found to all: their number, smallest and largest logit.
   // Returns that of the whole row; `fits`: the first block has them all.
   __device__ __forceinline__ BoundaryShare collect(const RankScale& scale, int bin, bool& fits) {
-    auto& shared = row.shared;
-    auto& search = shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    auto& search = row.shared.search;
     float low = -minus_infinity(), high = minus_infinity();
     for_each_chosen(scale, [&](float logit, int token) {
       if (scale.bin(logit) != bin) return;
@@ -229,31 +227,8 @@ struct PrefixSearch {
                          make_uint2(__float_as_uint(logit), static_cast<unsigned>(token)));
       }
     });
-    low = smallest_of_warp(low);
-    high = largest_of_warp(high);
-    if (lane == 0) {
-      shared.warp_smallest[warp] = low;
-      shared.warp_largest[warp] = high;
-    }
-    __syncthreads();
-    if (warp == 0) {
-      low = smallest_of_warp(shared.warp_smallest[lane % kWarps]);
-      high = largest_of_warp(shared.warp_largest[lane % kWarps]);
-      const unsigned count = static_cast<unsigned>(search.list_count);
-      row.mailbox.send_to_all(kShares, reinterpret_cast<uint4*>(&search.shares[row.rank]),
-                              make_uint4(count, __float_as_uint(low), __float_as_uint(high), 0u));
-    }
-    row.mailbox.receive(kShares, kBlocks * 16);
-    BoundaryShare sum = {0, -minus_infinity(), minus_infinity(), 0};
-    int listed = 0;
-#pragma unroll 2
-    for (int block = 0; block < kBlocks; ++block) {
-      const BoundaryShare share = search.shares[block];
-      listed += min(share.count, kListPerBlock);
-      sum.count += share.count;
-      sum.smallest = fminf(sum.smallest, share.smallest);
-      sum.largest = fmaxf(sum.largest, share.largest);
-    }
+    int listed;
+    const BoundaryShare sum = share_boundary(row, low, high, listed);
     fits = listed == sum.count && sum.count <= kComparedTokens;
     if (row.rank == 0) row.mailbox.receive(kList, 8u * static_cast<unsigned>(listed));
     return sum;
@@ -293,7 +268,7 @@ struct PrefixSearch {
   __device__ __forceinline__ void sum_above(int outer, int inner) {
     static_assert(kBlocks <= kWarps || kBlocks == 1);
     auto& search = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     if (warp < kBlocks) {
       uint64 sum = 0;
 #pragma unroll
@@ -317,7 +292,7 @@ struct PrefixSearch {
     auto& search = row.shared.search;
     const RankedToken* tokens = gather_list(row, [&](float logit) { return amount_of(logit); });
     const int place = compared_place<kThreads>();
-    const bool leads = place < count && static_cast<int>(threadIdx.x) % kComparers<kThreads> == 0;
+    const bool leads = place < count && threadIdx.x % kComparers<kThreads> == 0;
     const RankedToken own = place < count ? tokens[place] : RankedToken{0, 0};
     int rank;
     const uint64 before = compare_with_all<kThreads>(tokens, count, own, rank);

@@ -26,7 +26,7 @@ __device__ __forceinline__ float no_logit() { return __int_as_float(0x7fffffff);
 template <class Config>
 __device__ __forceinline__ int place_of_round(int round) {
   using Shape = RowShape<Config>;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int offset = (round * 32 + lane) * 4;
   return Shape::kWarpTokens % 128 == 0 || offset < Shape::kWarpTokens ? warp * Shape::kWarpTokens + offset : kNoPlace;
 }
@@ -88,7 +88,7 @@ struct PlainStage {
 template <class Config, class Stage>
 __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token, int vocab_size, float* slice, Stage& stage) {
   using Shape = RowShape<Config>;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int first = warp * Shape::kWarpTokens + lane * 4, room = Shape::kWarpTokens - lane * 4;
   const float* from = row + first_token + first;
   float* to = slice + first;
@@ -135,7 +135,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   // Beside other blocks less in flight is enough, and leaves registers.
   constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kMasks && sizeof(T) < 4 ? 2 : 4;
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   Extremes found = {minus_infinity(), -minus_infinity()};
   for (int first_round = 0; first_round < kRounds; first_round += kBatch) {
     Pack<T, Config::kVectorBytes> held[kBatch];

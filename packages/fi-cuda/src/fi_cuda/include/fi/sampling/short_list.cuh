@@ -27,7 +27,7 @@ struct ShortList {
   // Collects the tokens; returns their number, or -1 if they do not fit, or with `all` if some of the first k have no mass.
   __device__ __forceinline__ int collect(int top_k, bool all) {
     auto& shared = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     unsigned* bins = shared.group_bins;
 #pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kGroupBins; idx += kThreads) bins[idx] = 0;
@@ -117,7 +117,7 @@ struct ShortList {
     constexpr int kSweeps = kMaxRanked / kComparedTokens;
     constexpr int kParts = kComparers<kThreads>;
     const int first = compared_place<kThreads>();
-    const bool leads = static_cast<int>(threadIdx.x) % kParts == 0 && first < kComparedTokens;
+    const bool leads = threadIdx.x % kParts == 0 && first < kComparedTokens;
     RankedToken own[kSweeps];
     int rank[kSweeps];
     uint64 before[kSweeps];
@@ -155,7 +155,7 @@ struct ShortList {
         const unsigned mine = token_of(own[sweep].rank_key);
         uint64 sum = 0;  // of the tokens before this one in index order
 #pragma unroll 2
-        for (int idx = static_cast<int>(threadIdx.x) % kParts; idx < count; idx += kParts) {
+        for (int idx = static_cast<int>(threadIdx.x % kParts); idx < count; idx += kParts) {
           const RankedToken other = tokens[idx];
           if (token_of(other.rank_key) < mine) sum += other.amount;
         }
