@@ -78,8 +78,7 @@ struct BracketSearch {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       unsigned marked = 0;
-#pragma unroll 2
-      for (int round = word * kRoundsPerWord; round < end_of(word); ++round) {
+      const auto visit_round = [&](int round) {
         const float4 four = four_at<Config>(row.shared.slice, place_of_round<Config>(round));
         marked <<= 4;
         const float logits[4] = {four.x, four.y, four.z, four.w};
@@ -90,7 +89,11 @@ struct BracketSearch {
           above.add_if_above(weight, logits[e], high);
           if (!(logits[e] > high) && logits[e] >= low) marked += 1u << e;
         }
-      }
+      };
+      constexpr int kFull = RowShape<Config>::kFullRounds;
+#pragma unroll 2
+      for (int round = word * kRoundsPerWord; round < min(end_of(word), kFull); ++round) visit_round(round);
+      if (end_of(word) > kFull) visit_round(kFull);
       hits[word] = marked;
     }
     list(hits);

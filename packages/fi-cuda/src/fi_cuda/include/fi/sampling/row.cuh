@@ -14,7 +14,7 @@ struct RowShape {
   static constexpr int kWarps = Config::kNumThreads / 32;
   static constexpr int kWarpTokens = Config::kWarpTokens;
   static constexpr int kBlockTokens = kWarps * kWarpTokens;
-  static constexpr int kRounds = (kWarpTokens + 127) / 128;
+  static constexpr int kRounds = (kWarpTokens + 127) / 128, kFullRounds = kWarpTokens / 128;
   static constexpr int kSliceFloats = kBlockTokens + 4;
 };
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ int place_of_round(int round) {
   using Shape = RowShape<Config>;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int offset = (round * 32 + lane) * 4;
-  return Shape::kWarpTokens % 128 == 0 || offset < Shape::kWarpTokens ? warp * Shape::kWarpTokens + offset : kNoPlace;
+  return round < Shape::kFullRounds || offset < Shape::kWarpTokens ? warp * Shape::kWarpTokens + offset : kNoPlace;
 }
 
 // The four logits there; at kNoPlace those behind the slice, no_logit each.
@@ -47,11 +47,13 @@ __device__ __forceinline__ void end_slice(float* slice) {
 // together, with kNoPlace too.
 template <class Config, int kUnroll = 2, class Visit>
 __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
-#pragma unroll kUnroll
-  for (int round = 0; round < RowShape<Config>::kRounds; ++round) {
+  const auto visit_round = [&](int round) {
     const int place = place_of_round<Config>(round);
     visit(place, four_at<Config>(slice, place));
-  }
+  };
+#pragma unroll kUnroll
+  for (int round = 0; round < RowShape<Config>::kFullRounds; ++round) visit_round(round);
+  if (RowShape<Config>::kRounds > RowShape<Config>::kFullRounds) visit_round(RowShape<Config>::kFullRounds);
 }
 
 struct Extremes {
@@ -93,10 +95,12 @@ __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token
   const float* from = row + first_token + first;
   float* to = slice + first;
   const int left = min(vocab_size - first_token - first, room);  // a pack lies in the vocabulary whole or not at all
-  if (Shape::kWarpTokens % 128 == 0 && left == room) {
+  if (left == room) {
     // Addresses are constants beside these two.
 #pragma unroll
-    for (int offset = 0; offset < Shape::kWarpTokens; offset += 128) ptx::cp_async_16(to + offset, from + offset, true);
+    for (int offset = 0; offset < Shape::kWarpTokens; offset += 128) {
+      if (offset + 128 <= Shape::kWarpTokens || offset < room) ptx::cp_async_16(to + offset, from + offset, true);
+    }
   } else {
 #pragma unroll 1
     for (int offset = 0; offset < left; offset += 128) ptx::cp_async_16(to + offset, from + offset, true);
