@@ -55,6 +55,11 @@ class ClusterRowSpec(KernelSpec):
         return False
 
     @property
+    def groups(self) -> bool:
+        """Whether ``ShortList`` serves some of its rows, which needs the largest logits of groups of tokens."""
+        return False
+
+    @property
     def needs_smallest(self) -> bool:
         """Whether the kernel reads a row's smallest element."""
         return self.search
@@ -81,6 +86,7 @@ class ClusterRowSpec(KernelSpec):
         derived = (
             f"static constexpr int kSharedBytes = {self.shared_bytes};",
             f"static constexpr bool kSearch = {str(self.search).lower()};",
+            f"static constexpr bool kGroups = {str(self.groups).lower()};",
             f"static constexpr bool kBracket = {str(self.bracket).lower()};",
             f"static constexpr bool kSmallSearch = {str(self.small_search).lower()};",
             f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
@@ -99,6 +105,10 @@ class FilteringSpec(ClusterRowSpec):
     @property
     def search(self) -> bool:
         return self.top_k or self.top_p
+
+    @property
+    def groups(self) -> bool:
+        return self.top_k
 
     @property
     def bracket(self) -> bool:

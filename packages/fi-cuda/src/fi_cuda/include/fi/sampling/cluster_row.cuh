@@ -185,7 +185,7 @@ struct ClusterRow {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const float in_warp = largest_of_warp(mine.largest);
     const float least = smallest_of_warp(mine.smallest);
-    if constexpr (Config::kSearch) {
+    if constexpr (Config::kGroups) {
       const auto larger = [](float first, float second) { return ptx::max_or_nan(first, second); };
       const float group = reduce_over_lanes<Shared::kGroupLanes>(mine.largest, larger);
       float* own = reinterpret_cast<float*>(shared.search.own_groups);
@@ -203,7 +203,7 @@ struct ClusterRow {
                           make_uint2(__float_as_uint(block_largest), __float_as_uint(block_smallest)));
     }
     constexpr int kFours = kWarps * Shared::kWarpGroups / 4;
-    if constexpr (Config::kSearch) {
+    if constexpr (Config::kGroups) {
       if (with_groups) {
         uint4* fours = reinterpret_cast<uint4*>(shared.search.groups) + rank * kFours;
 #pragma unroll 1
