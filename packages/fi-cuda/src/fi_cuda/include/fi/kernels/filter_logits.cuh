@@ -120,8 +120,8 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
       uint64 before;
       total.amount = row.sum_over_blocks(before);
     }
-    const float scale = 1.0f / static_cast<float>(total.amount);
-    write_slice(row, params, [&](int token, float logit) { return float_mass_of(kept_weight(token, logit)) * scale; });
+    const float scale = 4294967296.0f / static_cast<float>(total.amount);
+    write_slice(row, params, [&](int token, float logit) { return truncated(kept_weight(token, logit)) * scale; });
   } else {
     write_slice(row, params, [&](int token, float logit) {
       const bool kept = prefix.has(logit, token) && (min_p <= 0.0f || weight_of(row.largest - logit) >= min_p);
