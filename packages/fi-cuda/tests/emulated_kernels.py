@@ -88,6 +88,8 @@ def _compile(*arguments: str) -> None:
         "-ffp-contract=off",
         "-frounding-math",
         "-fno-strict-aliasing",
+        # A constant of a template on ``Config`` has the same name in every kernel: libraries must not share it.
+        "-fno-gnu-unique",
     ]
     command += ["-U_FORTIFY_SOURCE", "-fmax-errors=5", f"-I{CUDA_HEADERS}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -125,6 +125,31 @@ class Planted:
         return KernelSource(self.stem, f"fi_{self.stem}", self.text, (INCLUDE_FOLDER,))
 
 
+UNWRITTEN = """struct Params { const void* x; void* y; };
+extern "C" __global__ void fi_unwritten(const Params params) {
+  __shared__ int kept[64];
+  if (threadIdx.x > 0) kept[threadIdx.x] = 0;
+  static_cast<int*>(params.y)[threadIdx.x] = kept[threadIdx.x];
+}
+"""
+CONSTANT = """struct Params { const void* x; void* y; };
+struct Config { static constexpr int kValue = VALUE; };
+template <class C> struct Shape { static constexpr int kValue = C::kValue; };
+extern "C" __global__ void fi_constant(const Params params) {
+  const int* value = &Shape<Config>::kValue;
+  asm volatile("" : "+r"(value));
+  static_cast<int*>(params.y)[threadIdx.x] = *value;
+}
+"""
+NOT_A_NUMBER = """#include "fi/ptx/fence.cuh"
+struct Params { const void* x; void* y; };
+extern "C" __global__ void fi_not_a_number(const Params params) {
+  const float infinity = __int_as_float(0x7f800000 + static_cast<const int*>(params.x)[0]);
+  static_cast<int*>(params.y)[threadIdx.x] = __float_as_int(__fsub_rn(infinity, infinity));
+}
+"""
+
+
 def run_planted(stem, text):
     x = torch.arange(64, dtype=torch.int32)
     y = torch.full_like(x, -1)
@@ -157,3 +182,24 @@ def test_an_arrival_too_many_is_an_error():
     text = FETCH.replace("WAIT", "fi::ptx::arrive(&barrier); fi::ptx::arrive(&barrier);").replace("BYTES", "256")
     with pytest.raises(EmulationError, match="an arrival beyond the barrier's count"):
         run_planted("fetch", text)
+
+
+def test_what_nobody_wrote_depends_on_the_seed(monkeypatch):
+    found = set()
+    for seed in range(4):
+        monkeypatch.setattr(EmulatedKernel, "seed", seed)
+        _, y = run_planted("unwritten", UNWRITTEN)
+        assert not y[1:].any()
+        found.add(y[0].item())
+    assert len(found) == 4
+
+
+def test_each_kernel_of_a_process_has_its_own_constants():
+    for value in (5, 7):
+        _, y = run_planted("constant", CONSTANT.replace("VALUE", str(value)))
+        assert (y == value).all()
+
+
+def test_the_nan_of_arithmetic_has_the_bits_of_a_gpus():
+    _, y = run_planted("not_a_number", NOT_A_NUMBER)
+    assert (y == 0x7FFFFFFF).all()

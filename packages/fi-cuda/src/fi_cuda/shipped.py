@@ -107,10 +107,10 @@ def _specs_of(model: ModelShape, dtype: torch.dtype) -> Iterator[KernelSpec]:
             yield RmsNormSpec(dtype, dtype, model.head_dim, VECTOR_BYTES, False, many_rows, nested=True)
     yield GatedActivationSpec(dtype, model.intermediate_size, VECTOR_BYTES, SILU)
     yield MergeStatesSpec(dtype, model.head_dim, VECTOR_BYTES)
-    for table in (False, True):
+    for table_vector in (0, VECTOR_BYTES):
         dims = (model.head_dim, model.head_dim, VECTOR_BYTES)
         for few_tokens in (False, True):
-            yield rope_spec_for(dtype, torch.int64, dims, "half", table, few_tokens)
+            yield rope_spec_for(dtype, torch.int64, dims, "half", table_vector, few_tokens)
     for kv_format in (DTYPES[dtype], "fp8_e4m3"):
         plain = AppendShape(
             dtype=dtype,

@@ -58,8 +58,12 @@ inline auto max(First first, Second second) {
 // Bits
 inline float __int_as_float(int bits) { return emulated::value_of<float>(static_cast<unsigned>(bits)); }
 inline float __uint_as_float(unsigned bits) { return emulated::value_of<float>(bits); }
-inline int __float_as_int(float value) { return static_cast<int>(emulated::bits_of(value)); }
-inline unsigned __float_as_uint(float value) { return static_cast<unsigned>(emulated::bits_of(value)); }
+// The NaN that arithmetic makes has other bits on a GPU than on an x86 processor.
+inline unsigned __float_as_uint(float value) {
+  const unsigned bits = static_cast<unsigned>(emulated::bits_of(value));
+  return bits == 0xffc00000u ? 0x7fffffffu : bits;
+}
+inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
 inline double __longlong_as_double(long long bits) { return emulated::value_of<double>(static_cast<unsigned long long>(bits)); }
 inline double __hiloint2double(int high, int low) {
   return __longlong_as_double(static_cast<long long>(static_cast<unsigned long long>(static_cast<unsigned>(high)) << 32 |
@@ -202,6 +206,8 @@ inline T __ldg(const T* address) { return *address; }
 template <class T>
 inline void __stcs(T* address, T value) { *address = value; }
 template <class T>
+inline void __stwb(T* address, T value) { *address = value; }
+template <class T>
 inline void __stcg(T* address, T value) { *address = value; }
 inline unsigned __cvta_generic_to_shared(const void* pointer) { return emulated::shared_address(pointer); }
 inline unsigned long long __cvta_generic_to_global(const void* pointer) { return reinterpret_cast<unsigned long long>(pointer); }
@@ -213,36 +219,42 @@ inline void __trap() { emulated::fail("a trap"); }
 
 template <class T, class Value>
 inline T atomicAdd(T* address, Value value) {
+  emulated::pause();
   const T before = *address;
   *address = static_cast<T>(before + static_cast<T>(value));
   return before;
 }
 template <class T, class Value>
 inline T atomicMax(T* address, Value value) {
+  emulated::pause();
   const T before = *address;
   *address = std::max(before, static_cast<T>(value));
   return before;
 }
 template <class T, class Value>
 inline T atomicMin(T* address, Value value) {
+  emulated::pause();
   const T before = *address;
   *address = std::min(before, static_cast<T>(value));
   return before;
 }
 template <class T, class Value>
 inline T atomicOr(T* address, Value value) {
+  emulated::pause();
   const T before = *address;
   *address = before | static_cast<T>(value);
   return before;
 }
 template <class T, class Value>
 inline T atomicExch(T* address, Value value) {
+  emulated::pause();
   const T before = *address;
   *address = static_cast<T>(value);
   return before;
 }
 template <class T, class Compare, class Value>
 inline T atomicCAS(T* address, Compare compare, Value value) {
+  emulated::pause();
   const T before = *address;
   if (before == static_cast<T>(compare)) *address = static_cast<T>(value);
   return before;

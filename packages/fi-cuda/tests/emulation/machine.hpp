@@ -3,12 +3,14 @@
 // One operating-system thread runs them all, so memory accesses need no care; what is emulated is who waits for whom. A fiber
 // runs until it waits; asynchronous copies happen some turns later, in an order drawn from a seed, so that a read that no barrier
 // orders finds old bytes. If every fiber waits and nothing is under way, the kernel would hang: that is an error with the line of
-// each wait.
+// each wait. With a seed other than 0 fibers take their turns in a random order, pause at atomic operations and messages too, and
+// find random bytes in shared memory and on their stacks, where seed 0 leaves what is no number.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -93,6 +95,7 @@ struct Block {
 constexpr size_t kSharedStride = 1 << 18;  // more than a block may have
 constexpr size_t kSharedBase = 1 << 10;    // address 0 stays free
 constexpr size_t kStackBytes = 160 << 10;
+constexpr size_t kPoisonedBytes = 4 << 10;  // of a stack, where a kernel's own variables are
 
 struct Machine {
   std::vector<std::unique_ptr<Block>> blocks;
@@ -101,6 +104,8 @@ struct Machine {
   std::vector<Fiber*> order;
   char* arena = nullptr;
   Dim3 grid = {0, 0, 0};
+  bool shuffled = false;
+  std::vector<char> poison;
   unsigned long long events = 0;
   std::mt19937 random;
   std::function<void()> kernel;
@@ -120,6 +125,11 @@ inline void yield() {
   if (_setjmp(self->place) == 0) _longjmp(machine->scheduler, 1);
 }
 
+// Where another fiber may get ahead.
+inline void pause() {
+  if (machine->shuffled && machine->random() % 8 == 0) yield();
+}
+
 template <class Condition>
 void wait_until(const char* what, Condition condition) {
   self->waits_for = what;
@@ -129,7 +139,10 @@ void wait_until(const char* what, Condition condition) {
 }
 
 // The copy happens some turns later.
-inline void later(std::function<void()> copy) { machine->under_way.push_back(std::move(copy)); }
+inline void later(std::function<void()> copy) {
+  machine->under_way.push_back(std::move(copy));
+  pause();
+}
 
 inline void land_some(bool all) {
   auto& under_way = machine->under_way;
@@ -274,6 +287,7 @@ inline void resume(Fiber& fiber) {
   fiber.started = true;
   getcontext(&fiber.start);
   fiber.stack.reset(new char[kStackBytes]);
+  if (machine->shuffled) std::memcpy(fiber.stack.get() + kStackBytes - kPoisonedBytes, machine->poison.data(), kPoisonedBytes);
   fiber.start.uc_stack.ss_sp = fiber.stack.get();
   fiber.start.uc_stack.ss_size = kStackBytes;
   fiber.start.uc_link = nullptr;
@@ -311,8 +325,17 @@ inline std::string run(const Launch& launch, std::function<void()> kernel) {
   made.grid = {launch.grid_x, launch.grid_y, 1};
   const unsigned num_blocks = launch.grid_x * launch.grid_y;
   char* memory = static_cast<char*>(std::malloc(kSharedStride * num_blocks + 1024));
-  // What nobody has written is no number.
-  std::memset(memory, 0xff, kSharedStride * num_blocks + 1024);
+  made.shuffled = launch.seed != 0;
+  if (made.shuffled) {
+    made.poison.resize(kPoisonedBytes);
+    for (char& byte : made.poison) byte = static_cast<char>(made.random());
+    for (size_t at = 0; at < kSharedStride * num_blocks + 1024; at += 4) {
+      const unsigned bits = static_cast<unsigned>(made.random());
+      std::memcpy(memory + at, &bits, 4);
+    }
+  } else {
+    std::memset(memory, 0xff, kSharedStride * num_blocks + 1024);
+  }
   made.arena = memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024;
   for (unsigned idx = 0; idx < num_blocks; ++idx) {
     auto block = std::make_unique<Block>();
@@ -338,6 +361,7 @@ inline std::string run(const Launch& launch, std::function<void()> kernel) {
   unsigned idle = 0;
   while (made.error.empty()) {
     const unsigned long long before = made.events;
+    if (made.shuffled) std::shuffle(made.order.begin(), made.order.end(), made.random);
     bool any = false;
     for (Fiber* fiber : made.order) {
       if (fiber->ended) continue;

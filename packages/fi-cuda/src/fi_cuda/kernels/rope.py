@@ -19,12 +19,13 @@ PAIRS = {"half": 1, "interleaved": 2}
 _THREADS = 256
 _LANES, _FEW_TOKEN_LANES = 16, 32
 _FEW_TOKENS = 1024
+_HELD_HEADS = 2
 
 
 @dataclass(frozen=True)
 class RopeSpec(KernelSpec):
-    """One head shape and element type; ``table``: cosines and sines are read, otherwise computed. ``head_lanes`` heads of a
-    token are in work at once; ``heads_first``: each thread's first ones are loaded before the angles."""
+    """One head shape and element type; ``angle_bytes``: a load's from the table, 0: computed. ``head_lanes`` heads of a token are
+    in work at once; each thread's first ``held_heads`` of q are loaded before the angles."""
 
     dtype: torch.dtype
     position_type: torch.dtype
@@ -32,9 +33,9 @@ class RopeSpec(KernelSpec):
     rotary_dim: int
     vector_bytes: int
     pairs: int
-    table: bool
+    angle_bytes: int
     head_lanes: int
-    heads_first: bool
+    held_heads: int
 
     stem: ClassVar = "rope"
     overlapping: ClassVar = True
@@ -85,15 +86,19 @@ def spec_for(
     position_type: torch.dtype,
     dims: tuple[int, int, int],
     pairs: str,
-    table: bool,
+    table_vector: int,
     few_tokens: bool,
 ) -> RopeSpec:
-    """The spec for ``dims`` = (head_dim, rotary_dim, vector_bytes). Few tokens get a block each, so that the heads of a token
-    are loaded at once, before its angles; with many, a thread's cosines and sines serve more heads."""
+    """The spec for ``dims`` = (head_dim, rotary_dim, vector_bytes) and a table whose halves of rows are aligned to
+    ``table_vector`` bytes (0: no table). Few tokens get a block each; with many, a thread keeps its angles for more heads."""
     head_dim, rotary_dim, vector = dims
     num_units = (head_dim - rotary_dim // 2) * dtype.itemsize // vector
     head_lanes = max(1, min(_FEW_TOKEN_LANES if few_tokens else _LANES, _THREADS // num_units))
-    return RopeSpec(dtype, position_type, *dims, PAIRS[pairs], table, head_lanes, few_tokens)
+    count = vector // dtype.itemsize
+    angle_bytes = min(table_vector, 4 * (count & -count))
+    return RopeSpec(
+        dtype, position_type, *dims, PAIRS[pairs], angle_bytes, head_lanes, 1 if few_tokens else _HELD_HEADS
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -113,9 +118,9 @@ def rope(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable, q_out
     vector = vector_bytes(q, q_out, *others, multiple_of=together)
     source = table.inv_freq if table.cos_sin is None else table.cos_sin
     device, dims = q.device, (head_dim, rotary_dim, vector)
-    has_table = table.cos_sin is not None
+    table_vector = 0 if table.cos_sin is None else vector_bytes(table.cos_sin, multiple_of=rotary_dim // 2)
     few = num_tokens <= _FEW_TOKENS
-    kernel, tokens_per_block = _bound(device, q.dtype, positions.dtype, dims, table.config.pairs, has_table, few)
+    kernel, tokens_per_block = _bound(device, q.dtype, positions.dtype, dims, table.config.pairs, table_vector, few)
     kernel.launch(
         device,
         (num_tokens + tokens_per_block - 1) // tokens_per_block,

@@ -1,10 +1,10 @@
 // RoPE of q and k in one launch, in place or out of place.
 //
 // A block takes kTokensPerBlock tokens; a thread keeps one unit's cosines and sines and walks over the heads of its token.
-// kHeadsFirst: its first head of q and of k is loaded before the angles, so that one does not wait for the other.
+// Its first kHeldHeads heads of q and its first of k are loaded before the angles, so that one does not wait for the other.
 // What no table gives is computed once a token: each pair by one thread, for all through shared memory.
-// Config: Dtype, PositionType, kHeadDim, kRotaryDim, kVectorBytes, kPairs, kTable, kTokensPerBlock, kHeadLanes, kHeadsFirst,
-// kNumThreads.
+// Config: Dtype, PositionType, kHeadDim, kRotaryDim, kVectorBytes, kPairs, kAngleBytes (of a load from the table; 0: computed),
+// kTokensPerBlock, kHeadLanes, kHeldHeads, kNumThreads.
 // Params: q, k, positions, table (cos_sin or inv_freq), q_out, k_out; *_strides (outer: token, inner: head); num_tokens;
 // num_q_heads, num_k_heads; table_stride; factor.
 #pragma once
@@ -32,10 +32,14 @@ struct HeadUnit {
     first = load_pack<kBytes>(source);
     second = load_pack<kBytes>(source + kSecond);
   }
+  __device__ __forceinline__ void keep() {
+    keep_whole(first);
+    keep_whole(second);
+  }
   __device__ __forceinline__ void store(T* target, const Rotation<kCount>& rotation) {
     rotate<Config::kPairs>(first, second, rotation);
-    store_pack(target, first);
-    store_pack(target + kSecond, second);
+    store_whole(target, first);
+    store_whole(target + kSecond, second);
   }
 };
 
@@ -56,8 +60,7 @@ __device__ __forceinline__ void rope_heads(
     }
     return;
   }
-  constexpr int kUnroll = Config::kHeadsFirst ? 1 : 4;
-#pragma unroll kUnroll
+#pragma unroll 1
   for (int head = first_head; head < num_heads; head += Config::kHeadLanes) {
     Unit held;
     held.load(source + head * source_stride + Unit::dim(unit));
@@ -70,62 +73,97 @@ __device__ __forceinline__ void rope(const Params& params) {
   using T = typename Config::Dtype;
   constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
   constexpr int kNumPairs = Config::kRotaryDim / 2;
+  constexpr bool kHasTable = Config::kAngleBytes > 0;
   constexpr int kUnits = kNumPairs / kCount + (Config::kHeadDim - Config::kRotaryDim) / kCount;
   constexpr int kThreadsPerToken = kUnits * Config::kHeadLanes;
-  const int place = static_cast<int>(threadIdx.x) / kThreadsPerToken;
+  // Threads of one token that compute angles for each other.
+  constexpr int kTeam = kThreadsPerToken;
+  constexpr int kPairsEach = (kNumPairs + kTeam - 1) / kTeam;
+  const unsigned thread = threadIdx.x;
+  const int place = static_cast<int>(thread / kThreadsPerToken);
   const int64 token = static_cast<int64>(blockIdx.x) * Config::kTokensPerBlock + place;
-  const int unit = static_cast<int>(threadIdx.x) % kUnits;
-  const int lane = static_cast<int>(threadIdx.x) % kThreadsPerToken;
-  int first_head = lane / kUnits;
+  const int unit = static_cast<int>(thread % kUnits);
+  const int teammate = static_cast<int>(thread % kTeam);
+  const int first_head = static_cast<int>(thread % kThreadsPerToken / kUnits);
   const bool live = place < Config::kTokensPerBlock && token < params.num_tokens;
+  const bool rotates = unit < kNumPairs / kCount;
+  using Unit = HeadUnit<Config, T>;
+  const int dim = Unit::dim(unit);
+  // Where to find what is asked for first (of a token that may be read) is computed before the wait. The compiler would move it
+  // behind, were it not for the branch.
+  int64 read = live ? token : 0;
+  int64 q_source = token * params.q_strides.outer + first_head * params.q_strides.inner + dim;
+  int64 k_source = token * params.k_strides.outer + first_head * params.k_strides.inner + dim;
+  asm volatile("" : "+l"(read), "+l"(q_source), "+l"(k_source));
+  if (Config::kTokensPerBlock == 1 && token >= params.num_tokens) return;
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
 
-  const T* q = static_cast<const T*>(params.q) + token * params.q_strides.outer;
-  const T* k = static_cast<const T*>(params.k) + token * params.k_strides.outer;
-  const bool q_first = Config::kHeadsFirst && live && unit < kNumPairs / kCount && first_head < params.num_q_heads;
-  const bool k_first = Config::kHeadsFirst && live && unit < kNumPairs / kCount && first_head < params.num_k_heads;
-  HeadUnit<Config, T> q_held, k_held;
-  if (q_first) q_held.load(q + first_head * params.q_strides.inner + q_held.dim(unit));
-  if (k_first) k_held.load(k + first_head * params.k_strides.inner + k_held.dim(unit));
+  const T* q = static_cast<const T*>(params.q);
+  const T* k = static_cast<const T*>(params.k);
+  const float* table = static_cast<const float*>(params.table);
+  const int64 position = static_cast<const typename Config::PositionType*>(params.positions)[read];
+  Pack<float, 4> frequencies[kPairsEach];
+  if constexpr (!kHasTable) {
+#pragma unroll
+    for (int idx = 0; idx < kPairsEach; ++idx) frequencies[idx] = load_pack<4>(table + min(teammate + idx * kTeam, kNumPairs - 1));
+  }
+  const auto held_of = [&](int idx, int num_heads) { return live && rotates && first_head + idx * Config::kHeadLanes < num_heads; };
+  Unit q_held[Config::kHeldHeads], k_held;
+#pragma unroll
+  for (int idx = 0; idx < Config::kHeldHeads; ++idx) {
+    if (held_of(idx, params.num_q_heads)) q_held[idx].load(q + q_source + idx * Config::kHeadLanes * params.q_strides.inner);
+  }
+  if (held_of(0, params.num_k_heads)) k_held.load(k + k_source);
 
   Rotation<kCount> rotation = {};
-  const auto* positions = static_cast<const typename Config::PositionType*>(params.positions);
-  const float* table = static_cast<const float*>(params.table);
-  if constexpr (Config::kTable) {
+  if constexpr (kHasTable) {
     if (!live) return;
-    if (unit < kNumPairs / kCount) {
-      const float* row = table + static_cast<int64>(positions[token]) * params.table_stride;
-      rotation = rotation_from_table<kCount>(row, kNumPairs, unit * kCount);
+    if (rotates) {
+      const float* row = table + position * params.table_stride;
+      rotation = rotation_from_table<kCount, Config::kAngleBytes>(row, kNumPairs, unit * kCount);
     }
   } else {
-    // A row of a table for each token of the block.
-    alignas(16) __shared__ float rows[Config::kTokensPerBlock][2 * kNumPairs];
-    if (live) {
-      // The first frequency is on its way beside the position.
-      float frequency = lane < kNumPairs ? table[lane] : 0.0f;
-      const int64 position = positions[token];
-      for (int pair = lane; pair < kNumPairs; pair += kThreadsPerToken) {
-        if (pair > lane) frequency = table[pair];
-        const Rotation<1> one = rotation_of_pair(position, frequency, params.factor);
-        rows[place][pair] = one.cos[0];
-        rows[place][kNumPairs + pair] = one.sin[0];
+    // A row of a table for each team.
+    alignas(16) __shared__ float rows[Config::kNumThreads / kTeam][2 * kNumPairs];
+    float* row = rows[thread / kTeam];
+#pragma unroll
+    for (int idx = 0; idx < kPairsEach; ++idx) keep_whole(frequencies[idx]);
+#pragma unroll
+    for (int idx = 0; idx < kPairsEach; ++idx) {
+      const int pair = teammate + idx * kTeam;
+      if (live && pair < kNumPairs) {
+        const Rotation<1> one = rotation_of_pair(position, frequencies[idx].data[0], params.factor);
+        row[pair] = one.cos[0];
+        row[kNumPairs + pair] = one.sin[0];
       }
     }
-    __syncthreads();
+    if constexpr (kTeam == 32) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
     if (!live) return;
     constexpr int kBytes = kCount % 4 == 0 && kNumPairs % 4 == 0 ? 16 : 4;
-    if (unit < kNumPairs / kCount) rotation = rotation_from_table<kCount, kBytes>(rows[place], kNumPairs, unit * kCount);
+    if (rotates) rotation = rotation_from_table<kCount, kBytes>(row, kNumPairs, unit * kCount);
   }
   T* q_out = static_cast<T*>(params.q_out) + token * params.q_out_strides.outer;
   T* k_out = static_cast<T*>(params.k_out) + token * params.k_out_strides.outer;
-  if (q_first) q_held.store(q_out + first_head * params.q_out_strides.inner + q_held.dim(unit), rotation);
-  if (k_first) k_held.store(k_out + first_head * params.k_out_strides.inner + k_held.dim(unit), rotation);
-  if (Config::kHeadsFirst && unit < kNumPairs / kCount) first_head += Config::kHeadLanes;
-  rope_heads<Config, T>(q, q_out, params.q_strides.inner, params.q_out_strides.inner, first_head, params.num_q_heads, unit,
-                        rotation);
-  rope_heads<Config, T>(k, k_out, params.k_strides.inner, params.k_out_strides.inner, first_head, params.num_k_heads, unit,
-                        rotation);
+#pragma unroll
+  for (int idx = 0; idx < Config::kHeldHeads; ++idx) q_held[idx].keep();
+  k_held.keep();
+#pragma unroll
+  for (int idx = 0; idx < Config::kHeldHeads; ++idx) {
+    const int head = first_head + idx * Config::kHeadLanes;
+    if (held_of(idx, params.num_q_heads)) q_held[idx].store(q_out + head * params.q_out_strides.inner + dim, rotation);
+  }
+  if (held_of(0, params.num_k_heads)) k_held.store(k_out + first_head * params.k_out_strides.inner + dim, rotation);
+  const int next_q = first_head + (rotates ? Config::kHeldHeads * Config::kHeadLanes : 0);
+  const int next_k = first_head + (rotates ? Config::kHeadLanes : 0);
+  rope_heads<Config, T>(q + token * params.q_strides.outer, q_out, params.q_strides.inner, params.q_out_strides.inner, next_q,
+                        params.num_q_heads, unit, rotation);
+  rope_heads<Config, T>(k + token * params.k_strides.outer, k_out, params.k_strides.inner, params.k_out_strides.inner, next_k,
+                        params.num_k_heads, unit, rotation);
 }
 
 }  // namespace fi

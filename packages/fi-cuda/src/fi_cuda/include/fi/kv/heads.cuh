@@ -90,6 +90,15 @@ struct HeldHeads {
     }
   }
 
+  // What is loaded behind `load` and before this is asked for before the packs are waited for.
+  __device__ __forceinline__ void keep() {
+#pragma unroll
+    for (int round = 0; round < Split::kRounds; ++round) {
+      keep_whole(first[round]);
+      if constexpr (Split::kRotaryDim > 0) keep_whole(second[round]);
+    }
+  }
+
   // Rotates what rotates, converts (fi/tile/stored.cuh) and stores from first_target on. kStreaming: packs are 16 bytes.
   template <bool kStreaming, class Stored, bool kPerHead>
   __device__ __forceinline__ void store(Stored* first_target, int64 head_stride, const HeadShare& share,
@@ -118,7 +127,7 @@ struct HeldHeads {
     if constexpr (kStreaming) {
       stream_pack(target, pack);
     } else {
-      store_pack(target, pack);
+      store_whole(target, pack);
     }
   }
 };

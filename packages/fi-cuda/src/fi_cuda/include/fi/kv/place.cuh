@@ -18,7 +18,7 @@ struct PageTable {
 
 // A page and a token in it; a ragged cache is one page.
 struct Place {
-  int64 page;
+  int page;
   int64 token;
 };
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ Place place_of_slot(int64 slot) {
   if constexpr (kPageSize == 0) {
     return {0, slot};
   } else {
-    return {slot / kPageSize, slot % kPageSize};
+    return {static_cast<int>(slot / kPageSize), slot % kPageSize};
   }
 }
 

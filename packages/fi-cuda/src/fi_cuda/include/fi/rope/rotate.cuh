@@ -65,37 +65,19 @@ template <int kPairs, class T, int kBytes>
 __device__ __forceinline__ void rotate(
     Pack<T, kBytes>& first, Pack<T, kBytes>& second, const Rotation<Pack<T, kBytes>::kCount>& rotation) {
   constexpr int kCount = Pack<T, kBytes>::kCount;
-  if constexpr (kPairs == kHalf) {
-    float turned[2][kCount];
+  float values[2][kCount], turned[2][kCount];
+  to_floats(values[0], first);
+  to_floats(values[1], second);
 #pragma unroll
-    for (int pair = 0; pair < kCount; ++pair) {
-      const float a = to_float(first.data[pair]);
-      const float b = to_float(second.data[pair]);
-      turned[0][pair] = a * rotation.cos[pair] - b * rotation.sin[pair];
-      turned[1][pair] = b * rotation.cos[pair] + a * rotation.sin[pair];
-    }
-    first = rounded_pack<T>(turned[0]);
-    second = rounded_pack<T>(turned[1]);
-  } else {
-    T both[2 * kCount];
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) {
-      both[e] = first.data[e];
-      both[kCount + e] = second.data[e];
-    }
-#pragma unroll
-    for (int pair = 0; pair < kCount; ++pair) {
-      const float a = to_float(both[2 * pair]);
-      const float b = to_float(both[2 * pair + 1]);
-      both[2 * pair] = from_float<T>(a * rotation.cos[pair] - b * rotation.sin[pair]);
-      both[2 * pair + 1] = from_float<T>(b * rotation.cos[pair] + a * rotation.sin[pair]);
-    }
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) {
-      first.data[e] = both[e];
-      second.data[e] = both[kCount + e];
-    }
+  for (int pair = 0; pair < kCount; ++pair) {
+    // Of interleaved pairs a pack has both numbers, neighbours.
+    const int a = kPairs == kHalf ? pair : 2 * pair, b = kPairs == kHalf ? kCount + pair : 2 * pair + 1;
+    const float x = values[a / kCount][a % kCount], y = values[b / kCount][b % kCount];
+    turned[a / kCount][a % kCount] = x * rotation.cos[pair] - y * rotation.sin[pair];
+    turned[b / kCount][b % kCount] = y * rotation.cos[pair] + x * rotation.sin[pair];
   }
+  first = rounded_pack<T>(turned[0]);
+  second = rounded_pack<T>(turned[1]);
 }
 
 }  // namespace fi

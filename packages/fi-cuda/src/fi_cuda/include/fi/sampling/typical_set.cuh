@@ -80,7 +80,8 @@ struct TypicalSearch {
     const uint64 total = row.sum_over_blocks(before);
     // Every block has sent its sum, and so ended the searches before: their memory is free.
     const uint64 moment = total_of(kShares, reinterpret_cast<uint4*>(search.shares), [&](int place, float logit) {
-      return weight(place, logit) * (row.largest - logit);  // NaN where the shortfall is infinite: no mass
+      const float own = weight(place, logit);
+      return own >= kLeastWeight ? own * (row.largest - logit) : 0.0f;  // an infinite shortfall times no mass is no part
     });
     const float mean = static_cast<float>(static_cast<double>(moment) / static_cast<double>(total > 1 ? total : 1));
     PrefixSearch<Config> bins{row, every_token(), false, Wish::kNothing};

@@ -10,6 +10,9 @@ namespace fi {
 // From here on a weight is below 2^-32 and the mass zero, whatever the exponential's rounding: exp(-22.25) < 0.94 * 2^-32.
 constexpr float kMasslessShortfall = 22.25f;
 
+// The smallest weight that has mass.
+constexpr float kLeastWeight = 2.3283064e-10f;  // 2^-32
+
 // exp(-shortfall) for 0 <= shortfall, within about 3 ulp: the rounding of the product with log2(e), which alone would cost 2^-19
 // at a shortfall of 22, is made good to first order. 1 for 0; 0 or NaN where the exponential underflows.
 __device__ __forceinline__ float weight_of(float shortfall) {

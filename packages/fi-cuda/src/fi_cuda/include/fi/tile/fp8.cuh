@@ -89,8 +89,7 @@ __device__ __forceinline__ Pack<Stored, Pack<T, kBytes>::kCount> quantise(const 
   constexpr int kCount = Pack<T, kBytes>::kCount;
   constexpr bool kIsShort = sizeof(T) == 2 || !kExact;
   float values[kCount];
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) values[e] = to_float(x.data[e]);
+  to_floats(values, x);
   if (divisor.lift != 1.0f) {
     asm volatile("");  // a branch, seldom taken, instead of predicated instructions
 #pragma unroll

@@ -36,6 +36,27 @@ __device__ __forceinline__ void store_pack(T* address, const Pack<T, kBytes>& pa
   *reinterpret_cast<Pack<T, kBytes>*>(address) = pack;
 }
 
+// To global memory. 16 bytes in one store, even if the compiler holds them in parts, as it does behind keep_whole.
+template <class T, int kBytes>
+__device__ __forceinline__ void store_whole(T* address, const Pack<T, kBytes>& pack) {
+  if constexpr (kBytes == 16) {
+    __stwb(reinterpret_cast<uint4*>(address), *reinterpret_cast<const uint4*>(&pack));
+  } else {
+    store_pack(address, pack);
+  }
+}
+
+// The pack is one until here. Otherwise the compiler takes it apart where it was loaded, if that is in another block of the
+// program's flow, and so waits for memory before what stands between has been asked for.
+template <class T, int kBytes>
+__device__ __forceinline__ void keep_whole(Pack<T, kBytes>& pack) {
+  if constexpr (kBytes >= 4) {
+    unsigned(&words)[kBytes / 4] = reinterpret_cast<unsigned(&)[kBytes / 4]>(pack);
+#pragma unroll
+    for (int word = 0; word < kBytes / 4; ++word) asm volatile("" : "+r"(words[word]));
+  }
+}
+
 // The line is among the first to leave L2, so that much that is written leaves it evenly.
 template <class T>
 __device__ __forceinline__ void stream_pack(T* address, const Pack<T, 16>& pack) {
@@ -78,6 +99,25 @@ __device__ __forceinline__ void round_two(__nv_bfloat16* address, float first, f
   *reinterpret_cast<__nv_bfloat162*>(address) = __floats2bfloat162_rn(first, second);
 }
 
+// One instruction an element: taken one by one, of 16 bits the higher ones would be moved down first.
+template <class T, int kBytes>
+__device__ __forceinline__ void to_floats(float (&values)[Pack<T, kBytes>::kCount], const Pack<T, kBytes>& pack) {
+#pragma unroll
+  for (int e = 0; e < Pack<T, kBytes>::kCount; ++e) values[e] = to_float(pack.data[e]);
+}
+template <int kBytes>
+__device__ __forceinline__ void to_floats(float (&values)[kBytes / 2], const Pack<__nv_bfloat16, kBytes>& pack) {
+  if constexpr (kBytes < 4) {
+    values[0] = to_float(pack.data[0]);
+  } else {
+    const unsigned(&words)[kBytes / 4] = reinterpret_cast<const unsigned(&)[kBytes / 4]>(pack);
+#pragma unroll
+    for (int word = 0; word < kBytes / 4; ++word) {
+      values[2 * word] = __uint_as_float(words[word] << 16);
+      values[2 * word + 1] = __uint_as_float(words[word] & 0xffff0000u);
+    }
+  }
+}
 
 // Rounded two at a time where an instruction does that: the compiler pairs what is used as a whole only.
 template <class T, int kCount>

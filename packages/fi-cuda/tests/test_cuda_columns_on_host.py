@@ -1,0 +1,80 @@
+"""Sampling from columns on the host: typical_p and penalties against the reference, fibers in random orders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated_kernels import EmulatedKernel, emulate
+from fi_core.reference.sampling.draw import sample as reference_sample
+from fi_core.reference.sampling.history import record_tokens as reference_record
+from fi_core.sampling import NO_PENALTIES, PenaltyParams, TokenHistory
+from fi_cuda.kernels.sampling import sample as sample_module
+from fi_cuda.kernels.sampling.geometry import geometry
+from test_cuda_sampling_on_host import COLUMNS, KINDS, VOCAB, parameters, rows_of
+
+pytestmark = pytest.mark.timeout(300)
+
+NUM_ROWS = 3
+TYPICAL = ({"typical_p": 0.9}, {"typical_p": 0.2}, {"typical_p": 0.7, "min_p": 0.1}, {"top_k": 50, "typical_p": 0.5})
+COLUMNS.setdefault("typical_p", torch.float32)
+
+
+@pytest.fixture(params=[(1, 128), (2, 256)], ids=["one_block", "two_blocks"])
+def form(request, monkeypatch):
+    sample_module._bound_to_columns.cache_clear()
+    monkeypatch.setattr(sample_module, "geometry_for", lambda vocab, *_, **__: geometry(vocab, *request.param))
+    emulate(monkeypatch, [sample_module])
+    yield request.param
+    sample_module._bound_to_columns.cache_clear()
+
+
+def penalties_of(seed, capacity=64):
+    generator = torch.Generator().manual_seed(seed)
+    history = TokenHistory.empty(NUM_ROWS, VOCAB, capacity)
+    told = torch.randint(0, VOCAB, (NUM_ROWS, 40), generator=generator)
+    told[1, :20] = 7
+    reference_record(history, told, None)
+    words = (VOCAB + 31) // 32
+    masks = torch.randint(-(2**31), 2**31, (2, NUM_ROWS, words), generator=generator).to(torch.int32)
+    column = torch.rand(NUM_ROWS, generator=generator)
+    return PenaltyParams(
+        allowed=masks[0] | masks[1],
+        bias_indptr=torch.arange(NUM_ROWS + 1, dtype=torch.int32) * 20,
+        bias_tokens=torch.rand((NUM_ROWS, VOCAB), generator=generator)
+        .topk(20, dim=1)
+        .indices.to(torch.int32)
+        .flatten(),
+        bias_values=3 * torch.randn(NUM_ROWS * 20, generator=generator),
+        repetition=column + 0.7,
+        frequency=column - 0.3,
+        presence=column,
+        history=history,
+    )
+
+
+def check_draws(monkeypatch, logits, values, order, penalties=NO_PENALTIES, slots=None):
+    filters, keys = parameters(values, NUM_ROWS, order)
+    expected, found = torch.empty_like(keys.seed), torch.full_like(keys.seed, -77)
+    reference_sample(logits, filters, keys, None, expected, penalties, slots)
+    for seed in (0, 1, 2):
+        monkeypatch.setattr(EmulatedKernel, "seed", seed)
+        sample_module.sample_columns(logits, filters, keys, None, found, penalties, slots)
+        assert found.tolist() == expected.tolist(), (values, order, seed)
+
+
+@pytest.mark.parametrize(
+    "values", TYPICAL, ids=lambda values: "+".join(f"{name}{value}" for name, value in values.items())
+)
+def test_typical_draws_are_those_of_the_reference(form, values, monkeypatch):
+    for kind in KINDS:
+        for order in ("sequential", "joint"):
+            check_draws(monkeypatch, rows_of(kind), values, order)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"temperature": 0.7}, {"top_k": 50, "top_p": 0.9}], ids=["plain", "temperature", "top_k_top_p"]
+)
+def test_penalised_draws_are_those_of_the_reference(form, values, monkeypatch):
+    slots = torch.tensor([2, -1, 0])
+    for seed, kind in enumerate(KINDS):
+        check_draws(monkeypatch, rows_of(kind), values, "sequential", penalties_of(seed), slots)
