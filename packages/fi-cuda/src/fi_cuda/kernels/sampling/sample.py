@@ -14,7 +14,7 @@ from ...launch import LaunchableKernel
 from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
-from .forms import PENALTY_FIELDS, FilteringSpec, address, penalty_values, searches
+from .forms import PENALTY_FIELDS, FilteringSpec, address, kept_for, penalty_values
 from .geometry import Geometry, geometry_for
 
 
@@ -137,7 +137,7 @@ def sample(
 ) -> None:
     """The ``Sample`` protocol of fi-core, a cluster an output; its entry admits neither penalties nor slots."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
+    form = geometry_for(vocab_size, num_outputs, kept=kept_for(filters.active))
     vector = vector_bytes(logits, multiple_of=vocab_size)
     kernel = _bound(device, logits.dtype, vector, form, filters.active)
     kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens))
@@ -145,7 +145,7 @@ def sample(
 
 def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
     """The form of a row's cluster, with as many registers as typical_p and penalties need."""
-    form = geometry_for(vocab_size, num_outputs, search=searches(filters))
+    form = geometry_for(vocab_size, num_outputs, kept=kept_for(filters))
     most = 1 if "typical_p" in filters else 2 if penalties else form.resident_blocks
     return form._replace(resident_blocks=min(form.resident_blocks, most))
 
