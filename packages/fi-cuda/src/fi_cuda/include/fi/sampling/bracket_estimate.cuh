@@ -35,7 +35,7 @@ struct BracketEstimate {
     return fmaxf(row.largest - kMasslessShortfall, smallest);
   }
 
-  // Of each bin the number of the row's tokens and their mean place in it, of every block, in search.count_parts: the upper and the
+  // Of each bin the number of the row's tokens and their mean place in it, of every block, in search.count_parts for the first warp: the upper and the
   // lower 16 bits. The bin of the largest logits is first; places are from 0 at a bin's lower end.
   __device__ __forceinline__ void count() {
     const float bottom = this->bottom();
@@ -81,7 +81,7 @@ struct BracketEstimate {
         row.mailbox.send(kParts, static_cast<unsigned>(block), parts + lane, reinterpret_cast<const uint4*>(own)[lane]);
       }
     }
-    row.mailbox.receive(kParts, kBlocks * kRankBins * 4);
+    row.mailbox.receive_in_first_warp(kParts, kBlocks * kRankBins * 4);
   }
 
   // By the first warp, after count: search.bracket around the place at which the estimated weight reaches `fraction` of all.

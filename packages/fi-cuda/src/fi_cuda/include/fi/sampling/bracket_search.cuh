@@ -78,8 +78,7 @@ struct BracketSearch {
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       unsigned marked = 0;
-      const auto visit_round = [&](int round) {
-        const float4 four = four_at<Config>(row.shared.slice, place_of_round<Config>(round));
+      const auto visit = [&](float4 four) {
         marked <<= 4;
         const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -92,8 +91,10 @@ struct BracketSearch {
       };
       constexpr int kFull = RowShape<Config>::kFullRounds;
 #pragma unroll 2
-      for (int round = word * kRoundsPerWord; round < min(end_of(word), kFull); ++round) visit_round(round);
-      if (end_of(word) > kFull) visit_round(kFull);
+      for (int round = word * kRoundsPerWord; round < min(end_of(word), kFull); ++round) {
+        visit(*reinterpret_cast<const float4*>(row.shared.slice + place_of_full_round<Config>(round)));
+      }
+      if (end_of(word) > kFull) visit(four_behind<Config>(row.shared.slice, place_of_partial_round<Config>()));
       hits[word] = marked;
     }
     list(hits);
@@ -158,7 +159,8 @@ struct BracketSearch {
     for (int idx = static_cast<int>(threadIdx.x); idx < 3 * kRankBins; idx += kThreads) bins[idx] = 0;
   }
 
-  // After add_up: sums and histograms of all blocks in search.sums and search.bracket_parts.
+  // After add_up: sums and histograms of all blocks in search.sums and search.bracket_parts, for the first warp, and after the next
+  // barrier for all.
   __device__ __forceinline__ void share(const Bins& bins) {
     auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
@@ -192,7 +194,7 @@ struct BracketSearch {
                        make_uint4(static_cast<unsigned>(packed[0]), static_cast<unsigned>(packed[0] >> 32),
                                   static_cast<unsigned>(packed[1]), static_cast<unsigned>(packed[1] >> 32)));
     }
-    row.mailbox.receive(kSums, kBlocks * (16 + 8 * kRankBins));
+    row.mailbox.receive_in_first_warp(kSums, kBlocks * (16 + 8 * kRankBins));
   }
 
   // By the first warp, after share: the bin in which the kept mass ends, -1 if it is not in the bracket; how many tokens are in it, and of the blocks before this one.

@@ -22,22 +22,28 @@ constexpr int kNoPlace = 0x3fffffff;
 
 __device__ __forceinline__ float no_logit() { return __int_as_float(0x7fffffff); }
 
-// The place, a multiple of 4, of this thread's part of the slice whose turn is round `round`; kNoPlace if it has none.
+// The place, a multiple of 4, of this thread's part of the slice whose turn is round `round`, one of all lanes.
 template <class Config>
-__device__ __forceinline__ int place_of_round(int round) {
-  using Shape = RowShape<Config>;
+__device__ __forceinline__ int place_of_full_round(int round) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int offset = (round * 32 + lane) * 4;
-  return round < Shape::kFullRounds || offset < Shape::kWarpTokens ? warp * Shape::kWarpTokens + offset : kNoPlace;
+  return warp * RowShape<Config>::kWarpTokens + (round * 32 + lane) * 4;
+}
+
+// The same of the last round, of some lanes; kNoPlace for the others.
+template <class Config>
+__device__ __forceinline__ int place_of_partial_round() {
+  using Shape = RowShape<Config>;
+  const bool has = Shape::kFullRounds * 128 + static_cast<int>(threadIdx.x % 32) * 4 < Shape::kWarpTokens;
+  return has ? place_of_full_round<Config>(Shape::kFullRounds) : kNoPlace;
 }
 
 // The four logits there; at kNoPlace those behind the slice, no_logit each.
 template <class Config>
-__device__ __forceinline__ float4 four_at(const float* slice, int place) {
+__device__ __forceinline__ float4 four_behind(const float* slice, int place) {
   return *reinterpret_cast<const float4*>(slice + (place == kNoPlace ? RowShape<Config>::kBlockTokens : place));
 }
 
-// Before the first of four_at, and a barrier.
+// Before the first of four_behind, and a barrier.
 template <class Config>
 __device__ __forceinline__ void end_slice(float* slice) {
   if (RowShape<Config>::kWarpTokens % 128 != 0 && threadIdx.x < 4) slice[RowShape<Config>::kBlockTokens + threadIdx.x] = no_logit();
@@ -47,13 +53,16 @@ __device__ __forceinline__ void end_slice(float* slice) {
 // together, with kNoPlace too.
 template <class Config, int kUnroll = 2, class Visit>
 __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
-  const auto visit_round = [&](int round) {
-    const int place = place_of_round<Config>(round);
-    visit(place, four_at<Config>(slice, place));
-  };
+  using Shape = RowShape<Config>;
 #pragma unroll kUnroll
-  for (int round = 0; round < RowShape<Config>::kFullRounds; ++round) visit_round(round);
-  if (RowShape<Config>::kRounds > RowShape<Config>::kFullRounds) visit_round(RowShape<Config>::kFullRounds);
+  for (int round = 0; round < Shape::kFullRounds; ++round) {
+    const int place = place_of_full_round<Config>(round);
+    visit(place, *reinterpret_cast<const float4*>(slice + place));
+  }
+  if (Shape::kRounds > Shape::kFullRounds) {
+    const int place = place_of_partial_round<Config>();
+    visit(place, four_behind<Config>(slice, place));
+  }
 }
 
 struct Extremes {
