@@ -5,7 +5,7 @@ a new process its first call with the cache that the first process left; the eve
 process compiled nothing (exit status 1 if it did). Such a call launches one block (or cluster) on an empty problem:
 every pointer and tensor map leads to zeroed memory, every number is 0. Then the host's cost of a launch with its
 arguments ready, with the driver's part and without, of whole public calls, and of importing fi_cuda. Prints a table;
-``--out`` adds pipeline.json.
+``--out`` adds pipeline.json; ``--stem`` asks for the first calls of some kernels alone.
 """
 
 from __future__ import annotations
@@ -109,16 +109,25 @@ def empty_arguments(spec: Any, scratch: torch.Tensor) -> list[Any]:
     return [*values, *(tensor_map_of(scratch.view(-1, MAP_WIDTH), Box((8, MAP_WIDTH))) for _ in spec.tensor_maps)]
 
 
-def first_calls(measure: str, device: torch.device, scratch: torch.Tensor, share: tuple[int, int]) -> list[Row]:
+def chosen_specs(stems: Sequence[str]) -> list[Any]:
+    """The shipped specs; of ``stems`` alone where some are named."""
+    from fi_cuda.shipped import shipped_specs
+
+    return [spec for spec in shipped_specs() if not stems or spec.stem in stems]
+
+
+def first_calls(
+    measure: str, device: torch.device, scratch: torch.Tensor, share: tuple[int, int], stems: Sequence[str]
+) -> list[Row]:
     """The first call of a small kernel that is not shipped, which brings up what a process needs once; then of each
     shipped spec of share (i, n): i, i + n, ..."""
     from fi_cuda.kernels.rmsnorm import RmsNormSpec
     from fi_cuda.shipped import shipped_specs
     from fi_cuda.spec import kernel_for
 
-    shipped = shipped_specs()
+    shipped = chosen_specs(stems)
     first, step = share
-    small = next(spec for spec in shipped if isinstance(spec, RmsNormSpec))
+    small = next(spec for spec in shipped_specs() if isinstance(spec, RmsNormSpec))
     small = dataclasses.replace(small, width=8 * (first + 1))  # another one for each share
     rows = []
     for spec in [small, *shipped[first::step]]:
@@ -195,23 +204,25 @@ def public_calls(device: torch.device) -> list[Row]:
     return rows
 
 
-def child(stage: str, share: tuple[int, int]) -> None:
+def child(stage: str, share: tuple[int, int], stems: Sequence[str]) -> None:
     """One process on the device; prints its rows and the origins of its kernels as JSON."""
     observer = Observer()
     registry().manager.register(observer, "observer")
     device = torch.device("cuda", torch.cuda.current_device())
     scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8, device=device)
-    rows = first_calls(stage, device, scratch, share)
+    rows = first_calls(stage, device, scratch, share, stems)
     origins = list(observer.origins)
-    if stage == "from the cache":
+    if stage == "from the cache" and not stems:
         rows += launches(device, scratch) + public_calls(device)
     print(json.dumps({"rows": rows, "origins": origins, "device": torch.cuda.get_device_name(device)}))
 
 
-def run_children(stage: str, cache: str, jobs: int) -> dict[str, Any]:
+def run_children(stage: str, cache: str, jobs: int, stems: Sequence[str]) -> dict[str, Any]:
     """What ``jobs`` processes with equal shares of the specs found, side by side."""
     environment = {**os.environ, "FI_CACHE_DIR": cache}
-    commands = [[sys.executable, __file__, "--stage", stage, "--share", str(first), str(jobs)] for first in range(jobs)]
+    named = [word for stem in stems for word in ("--stem", stem)]
+    child_of = [sys.executable, __file__, "--stage", stage, *named, "--share"]
+    commands = [[*child_of, str(first), str(jobs)] for first in range(jobs)]
     children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for command in commands]
     outputs = [child.communicate()[0] for child in children]
     if any(child.returncode for child in children):
@@ -258,15 +269,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for pipeline.json")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile side by side (times grow a little)")
+    parser.add_argument("--stem", action="append", default=[], help="first calls of these kernels alone (repeatable)")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage is not None:
-        child(options.stage, tuple(options.share))
+        child(options.stage, tuple(options.share), options.stem)
         return 0
     with tempfile.TemporaryDirectory(prefix="fi-pipeline-") as folder:
-        first = run_children("first call", folder, options.jobs)
-        second = run_children("from the cache", folder, 1)
+        first = run_children("first call", folder, options.jobs, options.stem)
+        second = run_children("from the cache", folder, 1, options.stem)
     import_rows, touched = imports()
     rows = [*first["rows"], *second["rows"], *import_rows]
     text, holds = proof(first["origins"], second["origins"], options.jobs)

@@ -34,8 +34,9 @@ from fi_core.registry import registry
 Tuning = Mapping[str, Any]
 
 ROUNDS = 12
-ORDER: Tuning = {"keys_ahead": False}
-AHEAD: Tuning = {"keys_ahead": True}
+ORDER: Tuning = {"copy_order": "in order"}
+AHEAD: Tuning = {"copy_order": "keys ahead"}
+APART: Tuning = {"copy_order": "apart"}
 WHOLE: Tuning = {"pieces": 1}
 DEEPER: Tuning = {"key_stages": 3, "query_stages": 1}
 
@@ -49,8 +50,8 @@ CASES: dict[str, dict[str, Tuning]] = {
     "mixed chunked 512+255 decode 4k": {"whole tiles": WHOLE, "keys ahead": AHEAD},
     "mixed mixed 1x4096 prefill+ 127x decode 2k": {"whole tiles": WHOLE},
     PREFILL.format(4, 4096, 128, " page1"): {"keys ahead": AHEAD},
-    PREFILL.format(4, 4096, 128, " page16"): {"keys ahead": AHEAD, "three stages of keys": DEEPER},
-    PREFILL.format(4, 4096, 128, ""): {"order": ORDER, "three stages of keys": DEEPER},
+    PREFILL.format(4, 4096, 128, " page16"): {"in order": ORDER, "keys ahead": AHEAD, "three stages of keys": DEEPER},
+    PREFILL.format(4, 4096, 128, ""): {"order": ORDER, "apart": APART, "three stages of keys": DEEPER},
     PREFILL.format(32, 512, 128, " page1"): {},
     PREFILL.format(32, 512, 128, " page16"): {"keys ahead": AHEAD},
     PREFILL.format(32, 512, 128, ""): {"order": ORDER},
@@ -58,8 +59,8 @@ CASES: dict[str, dict[str, Tuning]] = {
     PREFILL.format(16, 1024, 128, " page16"): {},
     PREFILL.format(16, 1024, 128, ""): {},
     PREFILL.format(1, 16384, 128, " page1"): {},
-    PREFILL.format(1, 16384, 128, " page16"): {"keys ahead": AHEAD},
-    PREFILL.format(1, 16384, 128, ""): {"order": ORDER},
+    PREFILL.format(1, 16384, 128, " page16"): {"in order": ORDER, "keys ahead": AHEAD},
+    PREFILL.format(1, 16384, 128, ""): {"order": ORDER, "apart": APART},
     PREFILL.format(1, 16384, 64, ""): {"order": ORDER},
     PREFILL.format(1, 16384, 256, ""): {},
 }

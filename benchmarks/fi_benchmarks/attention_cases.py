@@ -107,7 +107,9 @@ def verify_cases() -> Iterator[Case]:
 
 
 def _prefill(name: str, shape: Shape, lengths: list[int], group: str = "prefill") -> Case:
-    return Case("attention", group, name, partial(attention_problem, shape=shape, q_lens=lengths, kv_lens=lengths))
+    beside_ragged = shape.page_size is not None
+    build = partial(attention_problem, shape=shape, q_lens=lengths, kv_lens=lengths, beside_ragged=beside_ragged)
+    return Case("attention", group, name, build)
 
 
 def prefill_cases() -> Iterator[Case]:

@@ -216,6 +216,20 @@ def ours(inputs: AttentionInputs, max_q_len: int, updates: bool = False) -> Make
     return make
 
 
+def as_ragged(inputs: AttentionInputs) -> AttentionInputs:
+    """The same tokens of a paged cache as ragged K and V."""
+    assert inputs.pages is not None
+
+    def gathered(tensor: Tensor) -> Tensor:
+        parts = zip(inputs.pages.split(inputs.num_pages), inputs.kv_lens, strict=True)
+        return torch.cat([tensor[ids].flatten(0, 1)[:length] for ids, length in parts])
+
+    kv = replace(inputs.kv, k=gathered(inputs.kv.k), v=gathered(inputs.kv.v))
+    lengths, indptr = inputs.batch.kv_lens, int32(offsets(inputs.kv_lens), inputs.q.device)
+    batch = Batch(inputs.batch.q_indptr, lengths, kv_indptr=indptr)
+    return replace(inputs, shape=replace(inputs.shape, page_size=None), kv=kv, batch=batch, pages=None)
+
+
 def visible_pages(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(page ids, valid bytes) int32 [N] of the pages that some row of the batch sees, in the order of the requests."""
     shape, device = inputs.shape, inputs.q.device
@@ -247,14 +261,22 @@ def floor(inputs: AttentionInputs) -> dict[str, Maker]:
 
 
 def attention_problem(
-    device: torch.device, shape: Shape, q_lens: Sequence[int], kv_lens: Sequence[int], variants: bool = False
+    device: torch.device,
+    shape: Shape,
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    variants: bool = False,
+    beside_ragged: bool = False,
 ) -> Problem:
-    """The problem of a batch; ``variants`` adds the call with its update and the one under a plan for mixed batches."""
+    """The problem of a batch; ``variants`` adds the call with its update and the one under a plan for mixed batches,
+    ``beside_ragged`` the one with the pages' tokens as ragged K and V."""
     inputs = make_inputs(device, shape, q_lens, kv_lens)
     longest = max(q_lens)
     made = {"": ours(inputs, longest)}
     if variants:
         made |= {"+update": ours(inputs, longest, updates=True), "+mixed-plan": ours(inputs, MIXED_Q_LEN)}
+    if beside_ragged:
+        made["+ragged"] = ours(as_ragged(inputs), longest)
     return Problem(
         request=attention_values(shape.spec, longest),
         inputs=inputs,

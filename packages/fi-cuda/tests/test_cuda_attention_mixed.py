@@ -1,4 +1,4 @@
-"""Plans that serve steps of short queries with the decode kernel and all others with the prefill kernel."""
+"""Plans that serve some steps with the decode kernel and all others with the prefill kernel."""
 
 from __future__ import annotations
 
@@ -6,11 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from emulated_kernels import emulate
+from fi_core.contract import Target
+from fi_core.plan import attention_values
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
+from fi_core.reference.attention import oracle
+from fi_core.registry import registry
 from fi_core.rope import FusedRope
-from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning, state, tuning
-from fi_cuda.kernels.attention.mixed_state import MixedState, attention_mixed, has_short_path, short_capacity
+from fi_cuda.kernels.attention import layout, mixed_state, order, plan, prefill_state, prefill_tuning, state, tuning
+from fi_cuda.kernels.attention.mixed_state import (
+    MixedState,
+    attention_mixed,
+    attention_short,
+    has_long_path,
+    has_short_path,
+    short_capacity,
+)
 from fi_cuda.kernels.attention.prefill_state import PrefillState
+from fi_cuda.kernels.attention.state import DecodeState
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
 pytestmark = pytest.mark.timeout(120)
@@ -118,3 +131,115 @@ def test_one_of_the_kernels_gets_all_work_from_the_device(name):
         made.update(batch)
         assert torch.equal(found[0], ends.cpu()) and found[1] == header.tolist()
         assert (found[1] == EMPTY_AND_USED) == is_short
+
+
+# Plans of short queries with many rows
+
+
+VERIFY = AttentionSpec(64, 8, 64)  # 8 rows a token
+VERIFY_CAPACITY = Capacity(max_batch=40, max_q_tokens=640, max_q_len=16, max_kv_len=500)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Requests of the CPU are answered as a Hopper GPU's."""
+
+    def request(spec, max_q_len, device):
+        return registry().operations["attention"].request(Target("cuda", (9, 0)), **attention_values(spec, max_q_len))
+
+    monkeypatch.setattr(mixed_state, "attention_request", request)
+
+
+@pytest.mark.parametrize(
+    ("heads", "q_len", "changes", "expected"),
+    [
+        ((64, 8), 16, {}, True),
+        ((64, 8), 8, {}, False),  # 64 rows
+        ((64, 8), 9, {}, True),
+        ((64, 1), 1, {}, False),
+        ((64, 1), 2, {}, True),
+        ((128, 1), 16, {}, False),  # too many heads for a warpgroup
+        ((64, 8), 16, {"batch_invariant": True}, False),
+        ((64, 8), 16, {"rope": FusedRope(64)}, True),
+        ((64, 8), 16, {"rope": FusedRope(64, keys=True)}, False),
+        ((64, 8), 16, {"kv_format": "fp8_e5m2"}, True),
+        ((64, 8), 16, {"kv_format": "fp8_e5m2", "q_format": "fp8_e5m2"}, False),
+    ],
+)
+def test_which_plans_of_short_queries_have_a_prefill_kernel(heads, q_len, changes, expected, on_hopper):
+    spec = replace(AttentionSpec(*heads, 64), **changes)
+    assert has_long_path(spec, replace(VERIFY_CAPACITY, max_q_len=q_len), torch.device("cpu")) == expected
+
+
+def test_other_gpus_have_the_decode_kernel_alone(launches):
+    assert type(attention_short.plan(VERIFY, VERIFY_CAPACITY, "cpu")) is DecodeState
+    num_bytes = attention_short.workspace_bytes(VERIFY, VERIFY_CAPACITY, "cpu")
+    assert num_bytes == state.attention_decode.workspace_bytes(VERIFY, VERIFY_CAPACITY, "cpu")
+
+
+STEPS = {
+    "one tall request": ([16], True),
+    "two": ([16] * 2, False),
+    "two of just more rows than are few": ([9] * 2, False),
+    "two, and many that are not tall": ([8] * 20 + [9] * 2 + [1] * 5, False),
+    "many that are not tall": ([8] * 38, True),
+    "nothing": ([], True),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_number_of_tall_tiles_decides_on_the_host(name, launches, on_hopper):
+    q_lens, is_short = STEPS[name]
+    made = attention_short.plan(VERIFY, VERIFY_CAPACITY, "cpu")
+    assert made.workspace[0].numel() + made.workspace[1].numel() == attention_short.workspace_bytes(
+        VERIFY, VERIFY_CAPACITY, "cpu"
+    )
+    assert "at most 11 tiles in requests of more than 8 new tokens: the decode kernel" in "\n".join(made.describe())
+    made.update(batch_of(q_lens, [200] * len(q_lens)))
+    assert made._short._lists[None].worker_indptr.any() == (is_short and len(q_lens) > 0)
+    assert (made._long._orders[None].header.tolist() == EMPTY_AND_USED) == is_short
+
+
+def check_planners(device):
+    """Both kernels' planners on a device decide as the host does, whatever they had planned before."""
+    made = attention_short.plan(VERIFY, VERIFY_CAPACITY, device)
+    for name in ("two", "one tall request", "many that are not tall", "two, and many that are not tall"):
+        q_lens, is_short = STEPS[name]
+        batch = batch_of(q_lens, [200] * len(q_lens))
+        for planner in made._short._planners + made._long._planners:
+            planner(batch.q_indptr.to(device), batch.kv_lens.to(device))
+        ends, header = made._short._lists[None].worker_indptr, made._long._orders[None].header
+        found = ends.cpu(), header.tolist()
+        made.update(batch)
+        assert torch.equal(found[0], ends.cpu()) and found[1] == header.tolist()
+        assert (found[1] == EMPTY_AND_USED) == is_short == bool(found[0].any())
+
+
+def test_the_number_of_tall_tiles_decides_in_emulated_planners(monkeypatch, on_hopper):
+    emulate(monkeypatch, [order, layout, plan, prefill_state, prefill_tuning, state, tuning])
+    check_planners("cpu")
+
+
+@pytest.mark.gpu
+def test_the_number_of_tall_tiles_decides_on_the_device():
+    check_planners("cuda")
+
+
+def test_an_emulated_step_of_either_kind_is_right(monkeypatch, on_hopper):
+    emulate(monkeypatch, [order, layout, plan, prefill_state, prefill_tuning, state, tuning])
+    monkeypatch.setattr(mixed_state, "_FEW_TILES", 1)
+    spec = AttentionSpec(16, 1, 64, features=frozenset({"lse"}))
+    made = attention_short.plan(spec, Capacity(3, 48, 16, 200), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(40, 16, 1, 64, generator=generator).bfloat16() for _ in range(2))
+    table = torch.randperm(40, generator=generator).int()[:36].view(3, 12)
+    kv, layer = KVCache(k, v), LayerArgs().resolve(spec)
+    for q_lens in ([5, 1, 4], [5, 16, 1]):  # one request of more than 64 rows, and two
+        q = torch.randn(sum(q_lens), 16, 64, generator=generator).bfloat16()
+        batch = Batch(torch.tensor([0, *q_lens]).cumsum(0).int(), torch.tensor([180, 77, 20]).int(), table)
+        made.update(batch)
+        out, lse = torch.full_like(q, torch.nan), torch.full((sum(q_lens), 16), torch.nan)
+        made.run(q, kv, layer, out, lse)
+        wanted, wanted_lse = oracle(spec, batch, q, kv, layer)
+        torch.testing.assert_close(out.double(), wanted.double(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse.double(), wanted_lse.double(), rtol=1e-3, atol=1e-3)

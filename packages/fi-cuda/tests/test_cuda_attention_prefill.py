@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(120)
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(8, 2, 64)
 CAPACITY = Capacity(max_batch=5, max_q_tokens=300, max_q_len=200, max_kv_len=500)
-TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, True, 1, 1, 2)
+TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, "apart", 1, 1, 2)
 
 
 @pytest.fixture

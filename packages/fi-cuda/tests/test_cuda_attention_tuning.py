@@ -18,9 +18,8 @@ from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import boxes, tuning
 from fi_cuda.kernels.attention.call import MASK_FORMS, TABLE_FORMS, CallForm
 from fi_cuda.kernels.attention.decode import decode_spec
-from fi_cuda.kernels.attention.mixed_state import attention_mixed
+from fi_cuda.kernels.attention.mixed_state import attention_mixed, attention_short
 from fi_cuda.kernels.attention.prefix_state import attention_prefix
-from fi_cuda.kernels.attention.state import attention_decode
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, built_in_tuning, tuning_for
 
 CPU = torch.device("cpu")
@@ -111,7 +110,7 @@ def attention():
 
 
 def test_the_entry_is_complete_and_registered(attention):
-    kernels = {"attention_decode": attention_decode, "attention_prefix": attention_prefix}
+    kernels = {"attention_decode": attention_short, "attention_prefix": attention_prefix}
     for entry in ATTENTION_ENTRIES:
         check_entry(entry, {"attention": attention})
         assert entry.load() is kernels.get(entry.name, attention_mixed)

@@ -20,12 +20,13 @@ ROWS = {
     "ping_pong": True,
     "overlap": True,
     "parts": 1,
-    "keys_ahead": True,
+    "copy_order": "keys ahead",
 }
 TUNINGS = {
     "rows by two warpgroups": ROWS,
-    "keys ahead": {"keys_ahead": True},
-    "in order": {"keys_ahead": False},
+    "keys ahead": {"copy_order": "keys ahead"},
+    "in order": {"copy_order": "in order"},
+    "apart": {"copy_order": "apart"},
     "whole tiles": {"pieces": 1},
     "three stages of keys": {"key_stages": 3, "query_stages": 1},
 }

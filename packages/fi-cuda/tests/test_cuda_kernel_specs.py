@@ -8,6 +8,7 @@ import pytest
 import torch
 from fi_core.contract import Target, check_entry
 from fi_core.ops import OPERATIONS
+from fi_core.registry import registry
 from fi_cuda.entries import ENTRIES, SAMPLING_ENTRIES
 from fi_cuda.kernels.append_kv import AppendShape, num_units, spec_for
 from fi_cuda.kernels.merge_states import MergeStatesSpec
@@ -239,3 +240,37 @@ def test_entries_import_no_kernel_and_load_the_right_function():
     assert result.stdout.split() == [
         {"sample_typical": "sample_columns"}.get(entry.name, entry.name) for entry in (*ENTRIES, *SAMPLING_ENTRIES)
     ]
+
+
+FROM_AMPERE_ON = {
+    "append_kv",
+    "copy_pages",
+    "merge_states",
+    "rope",
+    "rmsnorm",
+    "add_rmsnorm",
+    "silu_mul",
+    "gelu_mul",
+}
+"""What uses nothing of Hopper that its headers do not leave out elsewhere."""
+
+
+@pytest.mark.parametrize("name", [operation.name for operation in OPERATIONS])
+def test_hopper_gets_these_kernels_and_older_gpus_what_they_can_run(name):
+    operation = registry().operations[name]
+    kernels = [entry for entry in registry().kernels(name) if entry.backend == "cuda"]
+    if not kernels:
+        return
+    typical = operation.typical
+    assert registry().select(operation.request(Target("cuda", (9, 0)), **typical)).entry.backend == "cuda"
+    for older in ((8, 0), (7, 5)):
+        found = registry().select(operation.request(Target("cuda", older), **typical))
+        if older == (8, 0) and name in FROM_AMPERE_ON:
+            assert found.entry.backend == "cuda"
+            continue
+        assert found.entry.backend != "cuda"
+        reasons = dict(found.rejected)
+        least = "sm_80" if name in FROM_AMPERE_ON else "sm_90"
+        capability = f"capability: cuda sm_{older[0]}{older[1]} is below {least}"
+        assert all(capability in reasons[entry.full_name] for entry in kernels)
+        assert capability in str(found)

@@ -42,6 +42,20 @@ SHAPES: Mapping[str, ModelConfig] = {
         rope=RopeConfig(64, base=500000.0, scaling=Llama3Scaling(factor=32.0)),
         tied_embeddings=True,
     ),
+    "smollm2-135m": replace(
+        _LLAMA_8B,
+        num_layers=30,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_qo_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+        max_position=8192,
+        rope=RopeConfig(64, base=100000.0),
+        tied_embeddings=True,
+        eos_ids=frozenset({0, 2}),
+    ),
 }
 """Shapes by name, from the models' published configurations."""
 

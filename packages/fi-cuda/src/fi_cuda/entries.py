@@ -81,7 +81,8 @@ ENTRIES: list[KernelEntry] = [
 """One kernel for each operation."""
 
 _MAX_GROUP = 1024  # the scheduler's own limit
-_MAX_SHORT_QUERY = 16
+MAX_SHORT_QUERY = 16
+"""New tokens of a request up to which plans are of short queries."""
 _HEAD_DIM = Between(
     16, 256, multiple_of=16
 )  # rows are moved in units of 16 bytes and multiplied in units of 16 elements
@@ -99,7 +100,7 @@ _SHORT_QUERIES: Mapping[str, Rule] = {
     "windowed": Anything(),
     "features": SubsetOf(*ATTENTION_FEATURES),
     "batch_invariant": Anything(),
-    "max_q_len": Between(1, _MAX_SHORT_QUERY),
+    "max_q_len": Between(1, MAX_SHORT_QUERY),
     "levels": OneOf(False),
     "q_format": OneOf(*Q_FORMATS),
     "rope": OneOf("none", "q", "qk"),
@@ -112,7 +113,7 @@ _MAX_LONG_GROUP = 64  # a token's query heads of a KV head lie in the rows of on
 _LONG_QUERIES: Mapping[str, Rule] = {
     **_SHORT_QUERIES,
     "group_size": Between(1, _MAX_LONG_GROUP),
-    "max_q_len": Between(_MAX_SHORT_QUERY + 1),
+    "max_q_len": Between(MAX_SHORT_QUERY + 1),
     "q_format": OneOf("same"),
     "rope": OneOf("none"),
     "rope_pairs": OneOf("none"),
@@ -235,7 +236,7 @@ SAMPLING_ENTRIES: list[KernelEntry] = [
 
 
 def _load_attention_decode() -> Any:
-    return importlib.import_module("fi_cuda.kernels.attention.state").attention_decode
+    return importlib.import_module("fi_cuda.kernels.attention.mixed_state").attention_short
 
 
 def _load_attention_prefill() -> Any:
@@ -245,6 +246,28 @@ def _load_attention_prefill() -> Any:
 def _load_attention_prefix() -> Any:
     return importlib.import_module("fi_cuda.kernels.attention.prefix_state").attention_prefix
 
+
+LONG_ATTENTION_ENTRIES: list[KernelEntry] = [
+    KernelEntry(
+        "attention",
+        name,
+        BACKEND,
+        rules,
+        _load_attention_prefill,
+        devices=("cuda",),
+        min_capability=WARPGROUP_CAPABILITY,
+        conditions=(
+            Condition("a Hopper GPU", _on_hopper),
+            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+        ),
+    )
+    for name, rules in (
+        ("attention_prefill", _LONG_QUERIES),
+        ("attention_prefill_fp8", _LONG_FP8_QUERIES),
+        ("attention_prefill_rotated", _LONG_ROTATED_QUERIES),
+    )
+]
+"""Kernels of attention whose plans have the prefill kernel."""
 
 ATTENTION_ENTRIES: list[KernelEntry] = [
     KernelEntry(
@@ -260,26 +283,7 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
             Condition("a rotary_dim that 32 divides with rope_pairs 'half'", _pairs_in_lanes),
         ),
     ),
-    *(
-        KernelEntry(
-            "attention",
-            name,
-            BACKEND,
-            rules,
-            _load_attention_prefill,
-            devices=("cuda",),
-            min_capability=WARPGROUP_CAPABILITY,
-            conditions=(
-                Condition("a Hopper GPU", _on_hopper),
-                Condition("K and V in q's dtype or in FP8", _same_or_fp8),
-            ),
-        )
-        for name, rules in (
-            ("attention_prefill", _LONG_QUERIES),
-            ("attention_prefill_fp8", _LONG_FP8_QUERIES),
-            ("attention_prefill_rotated", _LONG_ROTATED_QUERIES),
-        )
-    ),
+    *LONG_ATTENTION_ENTRIES,
     KernelEntry(
         "attention",
         "attention_prefix",

@@ -15,7 +15,7 @@ from .kernels.attention.call import CallForm
 from .kernels.attention.decode import decode_spec
 from .kernels.attention.mixed_state import short_capacity
 from .kernels.attention.order import order_spec
-from .kernels.attention.plan import plan_spec
+from .kernels.attention.plan import ShortSteps, plan_spec
 from .kernels.attention.prefill import prefill_spec
 from .kernels.attention.prefill_tuning import built_in_prefill_tuning, prefill_params
 from .kernels.attention.prefix import built_in_prefix_tuning, prefix_plan_spec, prefix_spec
@@ -253,5 +253,5 @@ def _prefill_specs(
     short_boxes = tokens_of_box(spec.page_size, built_in_tuning(spec, short).chunk_tokens) is not None
     yield from _decode_specs(spec, short, form, window, short_boxes)
     yield plan_spec(params, _PREFILL)
-    yield order_spec(params, _PREFILL, tuning, short.max_q_len)
+    yield order_spec(params, _PREFILL, tuning, ShortSteps(short.max_q_len))
     yield prefill_spec(spec, tuning, form._replace(boxes=boxes), after_decode=True)

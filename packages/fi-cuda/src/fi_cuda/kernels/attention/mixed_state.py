@@ -1,5 +1,5 @@
-"""Attention of any batch under one plan: steps in which every request has few new tokens go to the decode kernel, all others to
-the prefill kernel, as the GPU finds from the lengths."""
+"""Attention under a plan that has both kernels: the GPU finds from the lengths of a step whether the decode kernel or the prefill
+kernel serves it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from fi_core.plan import attention_request
 from fi_core.protocols import AttentionState
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from torch import Tensor
 
+from ...entries import LONG_ATTENTION_ENTRIES, MAX_SHORT_QUERY
+from .plan import ShortSteps
 from .prefill_state import PrefillState, attention_prefill
+from .prefill_tuning import prefill_tuning_for
 from .state import DecodeState, attention_decode
 from .tuning import built_in_tuning
+
+_MANY_ROWS = 64
+"""Packed rows of a request up to which the decode kernel reads K and V at the memory's pace."""
+_FEW_TILES = 11
+"""Tiles of the prefill kernel with more rows, up to which they are too few to keep a GPU busy: the decode kernel is faster
+(docs/kernels/decode.md)."""
 
 
 def short_capacity(spec: AttentionSpec, capacity: Capacity) -> Capacity:
@@ -31,8 +41,36 @@ def has_short_path(spec: AttentionSpec) -> bool:
     return not spec.batch_invariant and (rope is None or rope.pairs != "half" or rope.rotary_dim % 32 == 0)
 
 
+def has_long_path(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> bool:
+    """Whether the prefill kernel has a part in plans for short queries: those of so many rows that a step may be bound by
+    products, unless they are batch-invariant."""
+    if spec.batch_invariant or spec.group_size * capacity.max_q_len <= _MANY_ROWS:
+        return False
+    request = attention_request(spec, MAX_SHORT_QUERY + 1, device)
+    return any(not entry.reject(request) for entry in LONG_ATTENTION_ENTRIES)
+
+
+class ShortAttention:
+    """The ``AttentionKernel`` protocol, for plans of short queries."""
+
+    def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
+        num_bytes = attention_decode.workspace_bytes(spec, capacity, device)
+        if not has_long_path(spec, capacity, torch.device(device)):
+            return num_bytes
+        return num_bytes + attention_prefill.workspace_bytes(spec, capacity, device)
+
+    def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> AttentionState:
+        where = torch.device(device)
+        if not has_long_path(spec, capacity, where):
+            return attention_decode.plan(spec, capacity, device)
+        tile_tokens = prefill_tuning_for(spec, where).kind(spec.group_size).q_rows // spec.group_size
+        steps = ShortSteps(max(_MANY_ROWS // spec.group_size, 1), _FEW_TILES, tile_tokens)
+        text = f"steps of at most {_FEW_TILES} tiles in requests of more than {steps.q_len} new tokens"
+        return MixedState(DecodeState(spec, capacity, where, steps), PrefillState(spec, capacity, where, steps), text)
+
+
 class MixedAttention:
-    """The ``AttentionKernel`` protocol."""
+    """The ``AttentionKernel`` protocol, for plans of long queries."""
 
     def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
         num_bytes = attention_prefill.workspace_bytes(spec, capacity, device)
@@ -43,17 +81,20 @@ class MixedAttention:
     def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> AttentionState:
         if not has_short_path(spec):
             return attention_prefill.plan(spec, capacity, device)
-        return MixedState(spec, capacity, torch.device(device))
+        where, short = torch.device(device), short_capacity(spec, capacity)
+        text = f"steps of at most {short.max_q_len} new tokens a request"
+        steps = ShortSteps(short.max_q_len)  # others are beyond the decode kernel's capacity
+        return MixedState(DecodeState(spec, short, where), PrefillState(spec, capacity, where, steps), text)
 
 
 class MixedState:
-    """The ``AttentionState`` protocol: both kernels' states, of which one has no work in any step."""
+    """The ``AttentionState`` protocol: both kernels' states, of which one has no work in any step. ``steps`` tells which the
+    decode kernel serves."""
 
-    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
-        short = short_capacity(spec, capacity)
-        self._short = DecodeState(spec, short, device)
-        self._long = PrefillState(spec, capacity, device, short.max_q_len)
-        self._short_q_len = short.max_q_len
+    def __init__(self, short: DecodeState, long: PrefillState, steps: str) -> None:
+        self._short = short
+        self._long = long
+        self._steps = steps
 
     @property
     def workspace(self) -> Sequence[Tensor]:
@@ -71,10 +112,11 @@ class MixedState:
     def describe(self) -> Sequence[str]:
         return (
             *self._long.describe(),
-            f"steps of at most {self._short_q_len} new tokens a request: the decode kernel, with",
+            f"{self._steps}: the decode kernel, with",
             *(f"  {line}" for line in self._short.describe()),
         )
 
 
+attention_short = ShortAttention()
 attention_mixed = MixedAttention()
-"""What the kernel entry loads."""
+"""What the kernel entries load."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...launch import LaunchableKernel, RepeatedLaunch
 from ...params import ParamsLayout
 from ...spec import KernelSpec, kernel_for
-from .plan import ITEM_WIDTH
+from .plan import ITEM_WIDTH, NO_STEPS, ShortSteps
 from .prefill_tuning import PrefillTuning
 
 HEADER_WIDTH = 4
@@ -48,13 +48,14 @@ class OrderList(NamedTuple):
 class AttentionOrderSpec(KernelSpec):
     """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, workers, all KV heads, ``pieces`` of a
     tile at most and ``slots`` for all of them, costs as in TileKind, that of a piece beyond an item's; ``shift``: tiles whose
-    steps differ in lower bits only count as equally long; ``short_q_len``: batches in which no request has more new tokens
-    have an empty list."""
+    steps differ in lower bits only count as equally long; ``short_q_len`` and ``most_short_tiles``: batches that ShortSteps
+    holds have an empty list."""
 
     tile_tokens: int
     group_tokens: int
     tokens: int
     short_q_len: int
+    most_short_tiles: int
     causal: bool
     windowed: bool
     shift: int
@@ -109,17 +110,18 @@ class AttentionOrderSpec(KernelSpec):
 
 
 def order_spec(
-    params: PartitionParams, capacity: Capacity, tuning: PrefillTuning, short_q_len: int = 0
+    params: PartitionParams, capacity: Capacity, tuning: PrefillTuning, short: ShortSteps = NO_STEPS
 ) -> AttentionOrderSpec:
-    """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups; ``short_q_len`` as in
-    AttentionOrderSpec."""
+    """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups; ``short``: steps that
+    another kernel serves."""
     (kind,) = params.kinds
     most_steps = -(-capacity.max_kv_len // kind.kv_tokens) + 1
     return AttentionOrderSpec(
         tile_tokens=kind.q_rows // params.group_size,
         group_tokens=kind.q_rows // params.group_size // tuning.consumers,
         tokens=kind.kv_tokens,
-        short_q_len=short_q_len,
+        short_q_len=short.q_len,
+        most_short_tiles=short.most_tiles,
         causal=params.causal,
         windowed=params.window is not None,
         shift=max(0, most_steps.bit_length() - (_BINS - 1).bit_length()),
@@ -186,18 +188,30 @@ def fill_order_on_host(
     q_indptr: Tensor, kv_lens: Tensor, spec: AttentionOrderSpec, window: int | None, order: OrderList
 ) -> None:
     """Fill ``order`` in host memory as the kernel would from these CPU lengths, which are within the capacity."""
-    is_long = bool((q_indptr.diff() > spec.short_q_len).any())
-    found = _tiles(q_indptr.tolist(), kv_lens.tolist(), spec, window) if is_long else ()
+    short = ShortSteps(spec.short_q_len, spec.most_short_tiles, spec.tile_tokens)
+    is_short = short.hold(q_indptr, spec.heads)
+    found = () if is_short else _tiles(q_indptr.tolist(), kv_lens.tolist(), spec, window)
     tiles = sorted(found, key=lambda tile: tile[0])
     used, num_whole, pieces = arrangement([place for place, _ in tiles], spec)
     rows = [row for _, row in tiles[:num_whole]]
-    numbered = enumerate(tiles[num_whole:])
-    for _, equal in itertools.groupby(numbered, key=lambda tile: tile[1][0]):
-        kept = [(idx, row) for idx, (_, row) in equal]
-        rows += [_piece_of(row, idx, piece, pieces, spec) for piece in range(pieces) for idx, row in kept]
+    rows += _in_rounds(tiles[num_whole:], pieces, spec)
     order.header.numpy()[:] = (len(rows), used, 0, 0)
     if used and rows:
         order.items[: len(rows)].numpy()[:] = np.array(rows, dtype=np.int32)
+
+
+def _in_rounds(
+    tiles: list[tuple[int, tuple[int, ...]]], pieces: int, spec: AttentionOrderSpec
+) -> list[tuple[int, ...]]:
+    """The pieces of tiles with these bins, in order: in every round of a piece a block as many of a bin as in any other, longer
+    ones first, and of equally long tiles all first pieces first."""
+    rounds = -(-len(tiles) * pieces * spec.heads // spec.workers)
+    placed = []
+    for place, equal in itertools.groupby(enumerate(tiles), key=lambda tile: tile[1][0]):
+        kept = [(idx, row) for idx, (_, row) in equal]
+        rows = [_piece_of(row, idx, piece, pieces, spec) for piece in range(pieces) for idx, row in kept]
+        placed += [(idx * rounds // len(rows), place, idx, row) for idx, row in enumerate(rows)]
+    return [row for *_, row in sorted(placed)]
 
 
 def arrangement(bins: list[int], spec: AttentionOrderSpec) -> tuple[bool, int, int]:

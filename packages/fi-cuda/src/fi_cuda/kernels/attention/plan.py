@@ -79,10 +79,29 @@ def counts_in_32_bits(params: PartitionParams, capacity: Capacity) -> bool:
     return max(largest) <= _NARROW_LIMIT
 
 
+class ShortSteps(NamedTuple):
+    """Steps that the decode kernel serves under a plan that has the prefill kernel too: those with at most ``most_tiles`` of the
+    latter's tiles (``tile_tokens`` new tokens of a request and KV head) in requests of more than ``q_len`` new tokens."""
+
+    q_len: int = 0
+    most_tiles: int = 0
+    tile_tokens: int = 1
+
+    def hold(self, q_indptr: Tensor, heads: int) -> bool:
+        """Whether the step with these offsets on the CPU, int32 [B + 1], is one."""
+        q_lens = q_indptr.diff()
+        tiles = -(-q_lens // self.tile_tokens)
+        return int(tiles[q_lens > self.q_len].sum()) * heads <= self.most_tiles
+
+
+NO_STEPS = ShortSteps()
+"""Those of no query, which are no work."""
+
+
 @dataclass(frozen=True)
 class AttentionPlanSpec(KernelSpec):
     """PartitionParams but for the window's length, the size of the tables (``shared_requests`` 0: none in shared
-    memory), and whether the kernel counts in 32 bits (``narrow``)."""
+    memory), and whether the kernel counts in 32 bits (``narrow``); ``short``: other steps get no work (None: all do)."""
 
     num_workers: int
     num_kv_heads: int
@@ -96,6 +115,7 @@ class AttentionPlanSpec(KernelSpec):
     shared_requests: int
     threads: int
     narrow: bool
+    short: ShortSteps | None = None
 
     stem: ClassVar = "attention_plan"
     overlapping: ClassVar = True
@@ -145,12 +165,16 @@ class AttentionPlanSpec(KernelSpec):
             f"{{{kind.q_rows}, {kind.kv_tokens}, {kind.max_packed_rows}, {kind.item_cost}, {kind.step_cost}}}"
             for kind in self.kinds
         )
+        short = self.short or NO_STEPS
         head = (self.num_workers, self.num_kv_heads, self.group_size, len(self.kinds), int(self.causal))
         tail = (1 if self.windowed else -1, int(self.heads_first), self.max_splits, self.min_split_steps)
         return [
             f"static constexpr int kNumThreads = {self.threads};",
             f"static constexpr int kWorkersPerBlock = {_WORKERS_PER_BLOCK};",
             f"static constexpr int kSharedRequests = {self.shared_requests};",
+            f"static constexpr bool kShortOnly = {str(self.short is not None).lower()};",
+            f"static constexpr int kShortQLen = {short.q_len}, kMostShortTiles = {short.most_tiles}, "
+            f"kTileTokens = {short.tile_tokens};",
             "static __device__ constexpr fi::scheduler::Params partition() {",
             f"  return {{{', '.join(map(str, head + tail))}, {{{kinds}}}}};",
             "}",
@@ -158,8 +182,8 @@ class AttentionPlanSpec(KernelSpec):
 
 
 @lru_cache(maxsize=1024)
-def plan_spec(params: PartitionParams, capacity: Capacity) -> AttentionPlanSpec:
-    """The spec that plans batches within ``capacity``."""
+def plan_spec(params: PartitionParams, capacity: Capacity, short: ShortSteps | None = None) -> AttentionPlanSpec:
+    """The spec that plans batches within ``capacity``; ``short`` as in AttentionPlanSpec."""
     fitting = ((size, threads) for size, threads in _TABLE_SIZES if capacity.max_batch <= size)
     size, threads = next(fitting, (0, _THREADS_FOR_MORE))
     narrow = counts_in_32_bits(params, capacity)
@@ -176,6 +200,7 @@ def plan_spec(params: PartitionParams, capacity: Capacity) -> AttentionPlanSpec:
         shared_requests=size,
         threads=threads if narrow else min(threads, _THREADS_FOR_MORE),  # 64-bit counts take twice the registers
         narrow=narrow,
+        short=short,
     )
 
 
@@ -193,13 +218,14 @@ class DeviceWorkList(NamedTuple):
 @dataclass(frozen=True)
 class DevicePlanner:
     """One launch that fills ``lists`` for batches within ``capacity``, of at most ``max_tiles`` query tiles
-    (PartitionBounds). ``scratch``: scratch_bytes(max_batch) bytes of device memory, uint8."""
+    (PartitionBounds). ``scratch``: scratch_bytes(max_batch) bytes of device memory, uint8. ``short``: other steps get no work."""
 
     params: PartitionParams
     capacity: Capacity
     max_tiles: int
     lists: DeviceWorkList
     scratch: Tensor
+    short: ShortSteps | None = None
 
     def load(self) -> None:
         """Make the kernel ready to launch, so that the first call does not compile."""
@@ -207,7 +233,7 @@ class DevicePlanner:
 
     @cached_property
     def _spec(self) -> AttentionPlanSpec:
-        return plan_spec(self.params, self.capacity)
+        return plan_spec(self.params, self.capacity, self.short)
 
     @cached_property
     def _kernel(self) -> LaunchableKernel:

@@ -12,7 +12,7 @@ from ...params import ParamsLayout
 from ...spec import KernelSpec, join_constants
 from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm, call_fields
 from .decode import ROPE_PAIRS
-from .prefill_tuning import HeadBytes, PrefillTuning, box_tokens, prefill_shared_bytes
+from .prefill_tuning import COPY_ORDERS, HeadBytes, PrefillTuning, box_tokens, prefill_shared_bytes
 
 _WARPGROUP_THREADS = 128
 _REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
@@ -44,9 +44,9 @@ class PrefillSpec(KernelSpec):
     value_stages: int
     query_stages: int
     landing_stages: int
+    copy_order: int
     ping_pong: bool
     overlap: bool
-    keys_ahead: bool
     in_pieces: bool
     parts: int
     causal: bool
@@ -110,7 +110,7 @@ class PrefillSpec(KernelSpec):
         rings = (self.key_stages, self.value_stages, self.query_stages)
         landing = self.landing_stages
         tuning = PrefillTuning(
-            self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, True, 1, 1, 1, landing
+            self.consumers, self.tokens, self.edge_tokens, *rings, True, True, 1, "apart", 1, 1, 1, landing
         )
         return prefill_shared_bytes(tuning, HeadBytes(self.head_dim, self.head_dim_vo, self.query.itemsize))
 
@@ -146,6 +146,9 @@ def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm, aft
 def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> dict[str, Any]:
     """The fields of a call's spec, by name."""
     rope = spec.rope
+    landing_stages = tuning.landing_stages if spec.q_is_fp8 or form.boxes else 0
+    in_boxes = form.boxes and not landing_stages
+    copy_order = "in order" if tuning.copy_order == "apart" and not in_boxes else tuning.copy_order
     return dict(
         **call_fields(spec, form),
         query=spec.q_dtype,
@@ -159,11 +162,11 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         key_stages=tuning.key_stages,
         value_stages=tuning.value_stages,
         query_stages=tuning.query_stages,
-        landing_stages=tuning.landing_stages if spec.q_is_fp8 or form.boxes else 0,
+        landing_stages=landing_stages,
+        copy_order=COPY_ORDERS.index(copy_order),
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
         parts=tuning.parts,
-        keys_ahead=tuning.keys_ahead,
         in_pieces=tuning.pieces > 1,
         signed_scale=form.signed_scale,
     )

@@ -17,6 +17,7 @@ from .boxes import column_maps_of
 from .call import CallForm
 from .layout import Layout
 from .order import OrderPlanner, fill_order_on_host, order_spec
+from .plan import NO_STEPS, ShortSteps
 from .prefill import prefill_spec
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens
 from .state import Call, ListState, address_of, cache_strides_of, scale_of
@@ -33,18 +34,24 @@ class PrefillAttention:
 
 
 class PrefillState(ListState):
-    """Attention of long queries, and of batches in which some are short. Batches in which no request has more than
-    ``short_q_len`` new tokens get no work: a decode kernel that each call follows has it."""
+    """Attention of long queries, and of batches in which some are short. Steps that ``left_to_decode``
+    holds get no work: a decode kernel that each call follows has it."""
 
-    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device, short_q_len: int = 0) -> None:
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        capacity: Capacity,
+        device: torch.device,
+        left_to_decode: ShortSteps = NO_STEPS,
+    ) -> None:
         super().__init__(spec, capacity, device, Layout.of_prefill(spec, capacity, device))
         assert isinstance(self._layout.tuning, PrefillTuning)
         self._tuning = self._layout.tuning
-        self._short_q_len = short_q_len
+        self._left_to_decode = left_to_decode
         params = self._layout.params
         self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
         self._order_specs = {
-            window: order_spec(params[window], capacity, self._tuning, short_q_len) for window in self._orders
+            window: order_spec(params[window], capacity, self._tuning, left_to_decode) for window in self._orders
         }
         for order in self._orders.values():
             order.header.zero_()
@@ -128,7 +135,7 @@ class PrefillState(ListState):
             signed_scale=scale <= 0,
             boxes=maps is not None,
         )
-        spec = prefill_spec(self._spec, tuning, form, after_decode=self._short_q_len > 0)
+        spec = prefill_spec(self._spec, tuning, form, after_decode=self._left_to_decode.q_len > 0)
         return Call(
             kv=weakref.ref(kv),
             layer=layer,

@@ -24,6 +24,8 @@ MAX_GROUP = 64
 
 BOX_ROW_BYTES = 128
 MAX_PIECES = 16
+COPY_ORDERS = ("in order", "keys ahead", "apart")
+"""As ``CopyOrder`` of ``fi/attention/prefill_tiles.cuh``."""
 _PATTERN_TOKENS = 8
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
@@ -38,9 +40,10 @@ class PrefillTuning:
     """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
     item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
     starting products; ``overlap``: a step's scores are started before the values of the step before, else ``parts`` of a step's
-    weights are each computed beside the values of the part before; ``keys_ahead``: a step's keys are copied before the values of
-    the step before, else after them; ``pieces``: of a tile that is left after whole rounds of tiles, at most; costs as in
-    TileKind, in any common unit.
+    weights are each computed beside the values of the part before; ``copy_order``: a step's values are copied after its keys ("in
+    order"), after those of the next step ("keys ahead"), or by a warp of their own ("apart", boxes only: what else there is comes
+    in order then); ``pieces``: of a tile that is left after whole rounds of tiles, at most; costs as in TileKind, in any common
+    unit.
 
     ``landing_stages``: of the ring for K and V that are not multiplied as they are stored; FP8 queries need it, and 0 has FP8
     K and V beside other queries copied row by row."""
@@ -54,7 +57,7 @@ class PrefillTuning:
     ping_pong: bool
     overlap: bool
     parts: int
-    keys_ahead: bool
+    copy_order: str
     pieces: int
     item_cost: int
     step_cost: int
@@ -67,7 +70,7 @@ class PrefillTuning:
             ("edge_tokens", tuple(size for size in range(16, self.tokens + 1, 16) if self.tokens % size == 0)),
             ("ping_pong", (False, True)),
             ("overlap", (False, True)),
-            ("keys_ahead", (False, True)),
+            ("copy_order", COPY_ORDERS),
             ("pieces", tuple(range(1, MAX_PIECES + 1))),
             ("landing_stages", (0, 2, 3, 4)),  # one is filled while another is read
         ):
@@ -166,7 +169,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         ping_pong=not three,
         overlap=not three,
         parts=2 if three else 1,
-        keys_ahead=not three or spec.page_size is None,
+        copy_order="keys ahead" if not three or spec.page_size is None else "apart",
         pieces=MAX_PIECES,
         item_cost=2,
         step_cost=2,

@@ -137,7 +137,7 @@ class BoxPrefixSpec(PrefixSpec):
 def prefix_spec(spec: AttentionSpec, tuning: PrefixTuning, form: CallForm) -> PrefixSpec:
     """The kernel of a call."""
     kind = BoxPrefixSpec if form.boxes else PrefixSpec
-    tiles = replace(tuning.tiles, keys_ahead=True, pieces=1)  # as its loader works
+    tiles = replace(tuning.tiles, copy_order="keys ahead", pieces=1)  # as its loader works
     return kind(**prefill_fields(spec, tiles, form), levels=True, slices=tuning.slices)
 
 

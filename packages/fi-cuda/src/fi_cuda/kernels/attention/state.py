@@ -19,7 +19,7 @@ from .call import CallForm
 from .decode import decode_spec
 from .layout import Layout
 from .order import OrderPlanner
-from .plan import DevicePlanner, fill_on_host
+from .plan import DevicePlanner, ShortSteps, fill_on_host
 from .tuning import DecodeTuning
 
 _MAX_CALLS = 4096
@@ -84,13 +84,21 @@ class Addressing(NamedTuple):
 
 class ListState:
     """The part of the ``AttentionState`` protocol that kernels share: one buffer with a work list for each distinct window
-    of the spec."""
+    of the spec. ``short``: steps other than these get no work in those lists."""
 
-    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device, layout: Layout) -> None:
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        capacity: Capacity,
+        device: torch.device,
+        layout: Layout,
+        short: ShortSteps | None = None,
+    ) -> None:
         self._spec = spec
         self._device = device
         self._layout = layout
         self._max_q_len = capacity.max_q_len
+        self._short = short
         self._buffer = buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         layout.arrivals.of(buffer).zero_()
         for slots in (layout.partials, layout.partial_rows):
@@ -100,7 +108,7 @@ class ListState:
             lists.starts.zero_()  # a worker reads its first item before it knows that it has none
         scratch, max_tiles = layout.scratch.of(buffer), layout.bounds.max_tiles
         self._planners: list[DevicePlanner | OrderPlanner] = [
-            DevicePlanner(layout.params[window], capacity, max_tiles, lists, scratch)
+            DevicePlanner(layout.params[window], capacity, max_tiles, lists, scratch, short)
             for window, lists in self._lists.items()
         ]
         for planner in self._planners:
@@ -141,7 +149,9 @@ class ListState:
         pinned = self._device.type == "cuda"
         staging = torch.empty(layout.host_bytes, dtype=torch.uint8, pin_memory=pinned)
         q_indptr, kv_lens = batch.q_indptr, batch.kv_lens
-        if bool((q_indptr.diff() > self._max_q_len).any()):  # as on the device: beyond the capacity there is no work
+        exceeds = bool((q_indptr.diff() > self._max_q_len).any())
+        is_left = self._short is not None and not self._short.hold(q_indptr, self._spec.num_kv_heads)
+        if exceeds or is_left:  # as on the device: no work
             q_indptr, kv_lens = q_indptr[:1], kv_lens[:0]
         for window, regions in layout.lists.items():
             fill_on_host(q_indptr, kv_lens, layout.params[window], regions.of(staging))
@@ -191,8 +201,10 @@ class ListState:
 class DecodeState(ListState):
     """Attention of short queries."""
 
-    def __init__(self, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> None:
-        super().__init__(spec, capacity, device, Layout.of(spec, capacity, device))
+    def __init__(
+        self, spec: AttentionSpec, capacity: Capacity, device: torch.device, short: ShortSteps | None = None
+    ) -> None:
+        super().__init__(spec, capacity, device, Layout.of(spec, capacity, device), short)
         assert isinstance(self._layout.tuning, DecodeTuning)
         self._tuning = self._layout.tuning
 

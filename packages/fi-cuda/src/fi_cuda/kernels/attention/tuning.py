@@ -132,7 +132,8 @@ def shared_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
     angles, and what aligning them may take."""
     row_bytes = (heads.head_dim * heads.stored_bytes, heads.head_dim_vo * heads.stored_bytes)
     rings = tuning.token_warps * tuning.num_stages * _stage_bytes(tuning.chunk_tokens, row_bytes)
-    barriers = -(-tuning.token_warps * tuning.num_stages * _BARRIER_BYTES // 16) * 16
+    num_barriers = tuning.token_warps * (tuning.num_stages + (tuning.row_warps > 1))  # of stages, and to meet at
+    barriers = -(-num_barriers * _BARRIER_BYTES // 16) * 16
     shared_rows = tuning.token_warps * tuning.rows
     shares = max(shared_rows * (heads.head_dim_vo + 4) * 4, tuning.num_warps * 32 * _PART_BYTES) + shared_rows * 8
     rotations = _rotation_bytes(tuning, heads)

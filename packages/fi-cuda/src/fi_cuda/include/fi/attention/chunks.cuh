@@ -3,7 +3,7 @@
 #pragma once
 
 #include "fi/attention/item.cuh"
-#include "fi/ptx/named_barrier.cuh"
+#include "fi/ptx/mbarrier.cuh"
 
 namespace fi {
 
@@ -27,14 +27,38 @@ struct WarpPlace {
 
   // First row of this warp in the tile.
   __device__ __forceinline__ int first_row() const { return kRowWarps == 1 ? 0 : row_warp * kWarpRows; }
+};
+
+// Where the warps that share chunks meet. By an mbarrier on which every lane arrives: racecheck follows that order, while it
+// reports what barriers of parts of a block have ordered.
+template <class Config>
+class ChunkMeeting {
+  static constexpr int kRowWarps = WarpPlace<Config>::kRowWarps;
+
+ public:
+  static constexpr int kBarriers = kRowWarps > 1 ? 1 : 0;  // for each of the token warps
+
+  __device__ __forceinline__ explicit ChunkMeeting(unsigned long long* barrier) : barrier_(barrier), parity_(0) {}
+
+  // By one thread.
+  __device__ __forceinline__ void init() const {
+    if constexpr (kRowWarps > 1) ptx::init_barrier(barrier_, 32 * kRowWarps);
+  }
+
   // All who share chunks are here.
-  __device__ __forceinline__ void sync() const {
+  __device__ __forceinline__ void sync() {
     if constexpr (kRowWarps == 1) {
       __syncwarp();
     } else {
-      ptx::named_barrier_sync(1 + token_warp, 32 * kRowWarps);
+      ptx::arrive(barrier_);
+      ptx::wait_barrier(barrier_, parity_);
+      parity_ ^= 1;
     }
   }
+
+ private:
+  unsigned long long* barrier_;
+  unsigned parity_;
 };
 
 // A warp's place in its share of a list of items.

@@ -1,4 +1,5 @@
-// Keys and values of prefill as boxes of tensor maps: ragged ones, and pages of 8 tokens and more. One warp issues them.
+// Keys and values of prefill as boxes of tensor maps: ragged ones, and pages of 8 tokens and more. One warp issues them, or one
+// those of keys and another those of values.
 #pragma once
 
 #include "fi/attention/prefill_table.cuh"
@@ -21,7 +22,7 @@ class BoxCopies {
   static_assert(kPageSize % kBoxTokens == 0, "a box lies in one page");
 
  public:
-  static constexpr int kWarps = 1;
+  static constexpr int kWarps = Config::kCopyOrder == kApart ? 2 : 1;
   static constexpr int kKeyArrivals = 1, kValueArrivals = 1;
   using Place = int;  // the page of a lane's box of a step
 

@@ -61,7 +61,7 @@ class PrefillConsumer {
     first_step<kEdge>(item, rows, steps, rows.by_any.high - steps.last);
     if constexpr (Config::kOverlap) {
 #pragma unroll 1
-      for (int step = 2; step < steps.num_steps; ++step) next_step<kTokens, false>(weights_, item, rows, steps, step);
+      for (int step = 1; step < steps.num_steps; ++step) next_step(item, rows, steps, step);
       if (steps.num_steps > 1) last_values<kTokens, false>(weights_, item, steps);
     } else {
 #pragma unroll 1
@@ -113,7 +113,14 @@ class PrefillConsumer {
     state_.template weigh<kWidth>(scores);
     State::template pack<kWidth>(scores, weights);
     if (Config::kOverlap && steps.num_steps > 1) {
-      next_step<kWidth, true>(weights, item, rows, steps, 1);
+      // From here on it is a step like others: keys without weights cost products once an item, another copy of the loop's body
+      // for each width costs seconds of compilation.
+#pragma unroll
+      for (int unit = 0; unit < kTokens / kStepKeys; ++unit) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) weights_[unit][part] = unit < kWidth / kStepKeys ? weights[unit][part] : 0u;
+      }
+      state_.clear_output();
     } else {
       last_values<kWidth, true>(weights, item, steps);
     }
@@ -151,17 +158,15 @@ class PrefillConsumer {
     }
   }
 
-  // The scores of `step` beside the values of the step before, of which kWidth keys have weights: `before`.
-  template <int kWidth, bool kFresh>
-  __device__ __forceinline__ void next_step(const unsigned (&before)[kWidth / kStepKeys][4], const AttentionItem& item, const Rows& rows,
-                                            const Steps& steps, int step) {
+  // The scores of `step` beside the values of the step before, whose weights are at hand.
+  __device__ __forceinline__ void next_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
     float scores[kTokens / 2], rescale[2];
     wait_full(shared_.key_ring, key_);
     if constexpr (Config::kPingPong) wait_turn();
     State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
     wait_full(shared_.value_ring, value_place());
-    if constexpr (kFresh && kDirect) clear(item.kv_end - steps.last, kWidth);
-    state_.template multiply_values<kWidth, kFresh>(before, shared_.values[value_place().stage]);
+    if (kDirect && step == 1) clear(item.kv_end - steps.last, kTokens);
+    state_.template multiply_values<kTokens, false>(weights_, shared_.values[value_place().stage]);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
     state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
@@ -227,11 +232,11 @@ class PrefillConsumer {
 
   __device__ __forceinline__ unsigned char* queries() const { return shared_.queries[query_place().stage][warpgroup_]; }
 
-  // What was not copied by the copy engine has to be shown to the products.
+  // What was not copied by the copy engine has to be shown to the products, unless who copied it did.
   template <class AnyRing, class Cursor>
   static __device__ __forceinline__ void wait_full(AnyRing& ring, Cursor cursor) {
     ring.wait_full(cursor);
-    if constexpr (!Config::kBoxes) ptx::fence_proxy_async_shared();
+    if constexpr (!Config::kBoxes && !kGathered<Config>) ptx::fence_proxy_async_shared();
   }
 
   // One arrival a warp: its lanes' products are complete, as all call wgmma_wait together.

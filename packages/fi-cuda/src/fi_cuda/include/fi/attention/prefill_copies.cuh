@@ -11,9 +11,7 @@ namespace fi {
 // Without tensor maps: whole steps leave producers too few registers for RowCopies.
 template <class Config, class Params>
 __device__ __forceinline__ auto direct_copies_of(const Params& params) {
-  using Tile = PrefillTile<Config>;
-  constexpr bool kUnconverted = sizeof(typename Config::Stored) == sizeof(typename Tile::Factor);
-  if constexpr (kUnconverted && !Tile::kLanded && !Config::kOverlap) return GatherCopies<Config, Params>(params);
+  if constexpr (kGathered<Config>) return GatherCopies<Config, Params>(params);
   else return RowCopies<Config, Params>(params);
 }
 template <class Config, class Params>

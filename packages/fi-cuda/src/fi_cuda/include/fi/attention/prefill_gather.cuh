@@ -21,13 +21,13 @@ class GatherCopies {
   static constexpr int kRowsAtOnce = kWarpThreads / kUnits;
   static constexpr int kUnitElements = 16 / static_cast<int>(sizeof(Factor));
   static constexpr int kTokens = Config::kTokens;
-  static constexpr bool kOneCursor = !Config::kKeysAhead && Config::kKeyStages == Config::kValueStages;
+  static constexpr bool kOneCursor = Config::kCopyOrder != kKeysAhead && Config::kKeyStages == Config::kValueStages;
   static constexpr bool kSameToken = kRowsAtOnce % kPageSize == 0;  // of its page, in all of a thread's rows
   static constexpr int kNone = -1;  // in the place of a page: a row that is not readable, which becomes zeros
 
  public:
   static constexpr int kWarps = kWarpgroupThreads / kWarpThreads;
-  static constexpr int kKeyArrivals = kWarpgroupThreads, kValueArrivals = kWarpgroupThreads;
+  static constexpr int kKeyArrivals = kWarps, kValueArrivals = kWarps;
   using Place = int;  // the page (ragged: row) of a row that a lane looks up
 
  private:
@@ -58,6 +58,12 @@ class GatherCopies {
     return kPaged ? table_.entries[position / kPageSize] : table_.first_row + position;
   }
 
+  // The last copies of an item.
+  __device__ __forceinline__ void leave() {
+    if (pending_ != nullptr) pass_on<0>();
+    pending_ = nullptr;
+  }
+
   __device__ __forceinline__ void load_keys(Shared& shared, int step, int place) {
     load<Config::kHeadDim>(keys_, kPaged ? params_.k_stride_page : params_.k_stride_token, params_.k_stride_token,
                            shared.keys[key_.stage], shared.key_ring, key_, step, place);
@@ -81,9 +87,21 @@ class GatherCopies {
     else return value_;
   }
 
+  // A stage is full once its threads have seen their copies arrive and shown them to the products: consumers need no fence of their
+  // own, which stood in their way from one product to the next. kLeft: 1 if other copies were started since.
+  template <int kLeft>
+  __device__ __forceinline__ void pass_on() {
+    ptx::cp_async_wait<kLeft>();
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(pending_);
+  }
+
   template <int kDim, int kStages>
   __device__ __forceinline__ void load(const Factor* from, int64 page_stride, int64 token_stride, unsigned char* stage,
                                        Ring<kStages>& ring, const RingCursor<kStages>& cursor, int step, int place) {
+    // Consumers must not wait for copies that are there until the next stage is free.
+    if (pending_ != nullptr && !__all_sync(0xffffffffu, ring.is_free(cursor))) leave();
     ring.acquire(cursor);
     const int thread = thread_anew(), unit = thread % kUnits;
     int64 page_bytes = page_stride * sizeof(Factor), token_bytes = token_stride * sizeof(Factor);
@@ -109,13 +127,16 @@ class GatherCopies {
         }
       }
     }
-    ring.arrive_when_copied(cursor);
+    ptx::cp_async_commit();
+    if (pending_ != nullptr) pass_on<1>();
+    pending_ = &ring.full[cursor.stage];
   }
 
   const Params& params_;
   RequestTable<Config, Params> table_;
   const Factor *keys_ = nullptr, *values_ = nullptr;
   int kv_end_ = 0, last_ = 0, lowest_ = 0;
+  unsigned long long* pending_ = nullptr;  // the barrier of the stage whose copies are under way
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::producer();
   RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::producer();
 };

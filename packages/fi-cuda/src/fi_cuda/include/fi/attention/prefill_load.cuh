@@ -105,11 +105,25 @@ class PrefillLoader {
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
     if constexpr (Tile::kLanded) copies_.load(shared_, steps.num_steps);
-    else if constexpr (Config::kKeysAhead) load_keys_ahead(steps.num_steps);
+    else if constexpr (Config::kCopyOrder == kApart) load_apart(steps.num_steps);
+    else if constexpr (Config::kCopyOrder == kKeysAhead) load_keys_ahead(steps.num_steps);
     else load_in_order(steps.num_steps);
+    if constexpr (kGathered<Config>) copies_.leave();
   }
 
-  // A step's keys, then its values: the order in which whole steps need stages and set them free ...
+  // Keys by one warp and values by another, each as its stages are set free ...
+  __device__ __forceinline__ void load_apart(int num_steps) {
+    auto place = copies_.place_of(0);
+#pragma unroll 1
+    for (int step = 0; step < num_steps; ++step) {
+      const auto next = copies_.place_of(min(step + 1, num_steps - 1));
+      if (is_first_) copies_.load_keys(shared_, step, place);
+      else copies_.load_values(shared_, step, place);
+      place = next;
+    }
+  }
+
+  // ... or by the same: a step's keys, then its values, the order in which whole steps need stages and set them free ...
   __device__ __forceinline__ void load_in_order(int num_steps) {
     auto place = copies_.place_of(0);
 #pragma unroll 1

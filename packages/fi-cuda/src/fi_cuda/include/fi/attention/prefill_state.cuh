@@ -150,6 +150,11 @@ class PrefillState {
   // 0, as weights are never negative; but the compiler does not know, so what depends on it comes after the exponentials.
   __device__ __forceinline__ int zero_of_weights() const { return softmax.mass[0] < 0.0f || softmax.mass[1] < 0.0f; }
 
+  __device__ __forceinline__ void clear_output() {
+#pragma unroll
+    for (int idx = 0; idx < Config::kHeadDimVo / 2; ++idx) output[idx] = 0.0f;
+  }
+
   __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
     ptx::pin_registers(output);
     if (!__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;

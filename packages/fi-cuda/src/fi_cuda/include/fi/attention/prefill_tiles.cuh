@@ -17,6 +17,15 @@ __device__ __forceinline__ int thread_anew() {
   return static_cast<int>(thread % kWarpgroupThreads);
 }
 
+// When a step's keys and values are copied, numbered as in fi_cuda.kernels.attention: values after the keys, after those of the next
+// step, or as soon as a stage is free, by a warp of their own.
+enum CopyOrder { kInOrder, kKeysAhead, kApart };
+
+// K and V come row by row, as they are stored, from producers that show them to the products.
+template <class Config>
+constexpr bool kGathered = !Config::kBoxes && !Config::kOverlap && Config::kLandingStages == 0 &&
+                           sizeof(typename Config::Stored) == sizeof(typename Config::Query);
+
 // Rows in boxes of 128 bytes, as TMA's widest swizzle lays them out; the last box of a row may be partly empty.
 constexpr int kBoxRowBytes = 128;
 

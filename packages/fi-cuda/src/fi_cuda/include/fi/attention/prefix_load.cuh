@@ -110,6 +110,7 @@ class PrefixLoader {
     }
     if (has_next) place = first_place(next_value);
     if (steps.num_steps > 0) copies_.load_values(shared_, steps.num_steps - 1, before);
+    if constexpr (kGathered<Config>) copies_.leave();
     return place;
   }
 

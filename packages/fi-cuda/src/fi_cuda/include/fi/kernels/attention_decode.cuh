@@ -32,7 +32,8 @@ struct DecodeShared {
   static constexpr int kShares = kTokenWarps * kRingBytes;
   static constexpr int kItems = kShares + static_cast<int>(sizeof(Shares<Config>));
   static constexpr int kBarriers = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
-  static constexpr int kRotations = (kBarriers + kTokenWarps * Config::kStages * 8 + 15) / 16 * 16;
+  static constexpr int kMeetings = kBarriers + kTokenWarps * Config::kStages * 8;
+  static constexpr int kRotations = (kMeetings + kTokenWarps * ChunkMeeting<Config>::kBarriers * 8 + 15) / 16 * 16;
   static constexpr int kBytes = kRotations + Rotations<Config>::kBytes + ChunkStage<Config>::kAlignment;
 };
 
@@ -71,7 +72,8 @@ __device__ __forceinline__ Rotator<Config> rotator_of(const Params& params, unsi
 // Attends to `count` items in shared memory, which the block's worker has `before` others before and `after` after.
 template <class Config, class Params, class Loader>
 __device__ __forceinline__ void attend_items(const Params& params, const Loader& loader, unsigned char* shared, int before,
-                                             int count, int after, RingCursor<Config::kStages>& place) {
+                                             int count, int after, RingCursor<Config::kStages>& place,
+                                             ChunkMeeting<Config>& meeting) {
   using Shared = DecodeShared<Config>;
   using State = DecodeState<Config, Params>;
   using Stage = ChunkStage<Config>;
@@ -94,7 +96,7 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
   // instructions from memory too.
 #pragma unroll 1
   while (true) {
-    warp.sync();  // all are through with the stage that is filled next
+    meeting.sync();  // all are through with the stage that is filled next
 #pragma unroll 1
     for (; num_due > 0 && !walk.done(); --num_due) {
       loader.load(walk, ring + next_stage * Stage::kBytes, barriers + next_stage);
@@ -109,7 +111,7 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
       ptx::wait_barrier(barriers + place.stage, place.parity);
       if (!Loader::kZeroesUnread && masked) {
         if (warp.row_warp == 0) clear_unreadable<Config>(stage, position, lowest, item.kv_end, lane);
-        if constexpr (WarpPlace<Config>::kRowWarps > 1) warp.sync();
+        if constexpr (WarpPlace<Config>::kRowWarps > 1) meeting.sync();
       }
       state.attend(params, item, rotator, stage, position, masked, lane);
       place.advance();
@@ -164,12 +166,14 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   int4 part = {};
   if (threadIdx.x < kItemParts) part = reinterpret_cast<const int4*>(&start->first)[threadIdx.x];
   const WarpPlace<Config> warp;
+  ChunkMeeting<Config> meeting(reinterpret_cast<unsigned long long*>(shared + Shared::kMeetings) + warp.token_warp);
   if (threadIdx.x % 32 == 0 && warp.row_warp == 0) {
     unsigned long long* barriers = reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers);
 #pragma unroll
     for (int stage = 0; stage < Config::kStages; ++stage) {
       ptx::init_barrier(barriers + warp.token_warp * Config::kStages + stage, loader.kArrivals);
     }
+    meeting.init();
   }
   ptx::fence_barrier_init();
   if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = part;
@@ -179,7 +183,7 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
     const int count = min(end - first, kItemsAtOnce);
     fetch_items<Config::kNumThreads>(items, list + first, first == begin, count);
     __syncthreads();
-    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place);
+    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place, meeting);
     __syncthreads();
   }
 }

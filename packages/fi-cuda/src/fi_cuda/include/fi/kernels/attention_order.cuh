@@ -9,9 +9,9 @@
 // One block. Pairs of a request and a q tile are sorted by the KV steps they visit (fewer count where warpgroups have no rows), most first: a stable counting sort in which
 // every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. Tiles of one warpgroup's rows or
 // fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
-// A batch that exceeds the limits, or with negative lengths, has no tiles; nor has one in which no request has more than kShortQLen
-// new tokens, which another kernel serves: its list is used, and empty.
-// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kShortQLen, kCausal,
+// A batch that exceeds the limits, or with negative lengths, has no tiles; nor has one with at most kMostShortTiles tiles of all heads in
+// requests of more than kShortQLen new tokens, which another kernel serves: its list is used, and empty.
+// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kShortQLen, kMostShortTiles, kCausal,
 // kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots
 // (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item).
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
@@ -91,14 +91,14 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   constexpr int kThreads = Config::kNumThreads;
   __shared__ int warp_sums[kThreads / 32];
   __shared__ int longest;
-  __shared__ bool some_long;
+  __shared__ int long_tiles;
   const int* q_indptr = static_cast<const int*>(params.q_indptr);
   const int* kv_lens = static_cast<const int*>(params.kv_lens);
   int* prefix = static_cast<int*>(params.tile_prefix);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
     longest = 0;
-    some_long = false;
+    long_tiles = 0;
   }
   __syncthreads();
   int before = 0;
@@ -113,7 +113,7 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
       if (fits) tiles = (end - begin + Config::kTileTokens - 1) / Config::kTileTokens;
       within &= fits;
       if (tiles > 0) atomicMax(&longest, kv_len);
-      if (end - begin > Config::kShortQLen) some_long = true;
+      if (end - begin > Config::kShortQLen) atomicAdd(&long_tiles, tiles);
     }
     const int inclusive = inclusive_sum_over_lanes<32>(tiles);
     if (thread % 32 == 31) warp_sums[thread / 32] = inclusive;
@@ -129,7 +129,8 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   if (thread == 0) prefix[params.num_requests] = before;
   __syncthreads();
   const int most_steps = (longest + Config::kTokens - 1) / Config::kTokens;
-  const bool has_tiles = within && before <= params.max_pairs && some_long;
+  const bool is_long = static_cast<int64>(long_tiles) * Config::kHeads > Config::kMostShortTiles;
+  const bool has_tiles = within && before <= params.max_pairs && is_long;
   return {has_tiles ? before : 0, bin_of<Config>(most_steps)};
 }
 
@@ -139,9 +140,9 @@ __device__ __forceinline__ int64 cost_of_bin(int bin) {
   return Config::kItemCost + static_cast<int64>(Config::kStepCost) * (((kOrderBins - bin) << Config::kShift) - 1);
 }
 
-// What becomes of the tiles: the first `num_whole` pairs stay whole, the others have `pieces` each.
+// What becomes of the tiles: the first `num_whole` pairs stay whole, the others have `pieces` each, taken in `rounds` of all blocks.
 struct Arrangement {
-  int is_used, num_whole, pieces;
+  int is_used, num_whole, pieces, rounds;
 };
 
 // The bin of the pair at a place of the order; `begins`: pairs before each bin.
@@ -204,10 +205,29 @@ __device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs)
       best = 1;
     }
     const int64 shares = static_cast<int64>(sums[0]) * kHeads + (Config::kPieces > 1 ? int64{2} * kPiece * kWorkers : 0);
-    if (thread == 0) found = {total * kWorkers * 10 <= shares * 11, best == 1 ? num_pairs : num_whole, best};
+    if (thread == 0) {
+      const int rounds = ((num_pairs - num_whole) * kHeads * best + kWorkers - 1) / kWorkers;
+      found = {total * kWorkers * 10 <= shares * 11, best == 1 ? num_pairs : num_whole, best, rounds};
+    }
   }
   __syncthreads();
   return found;
+}
+
+// The place among the rows of tiles in pieces of row `idx` of those whose bin it is. In every round come as many rows of a bin as in
+// any other, longer ones first: tiles of one request, of which the last takes less time if it has fewer rows, then read the same keys
+// at about the same time, and blocks have as even loads as in the order of length.
+__device__ __forceinline__ int place_in_rounds(const int* begins, const Arrangement& arrangement, int bin, int idx) {
+  const auto rows_of = [&](int other) { return (begins[other + 1] - max(begins[other], arrangement.num_whole)) * arrangement.pieces; };
+  const auto within = [&](int rounds, int num_rows) { return (rounds * num_rows + arrangement.rounds - 1) / arrangement.rounds; };
+  const int round = idx * arrangement.rounds / rows_of(bin);
+  int place = idx - within(round, rows_of(bin));
+  for (int pair = arrangement.num_whole; pair < begins[kOrderBins];) {
+    const int other = bin_at(begins, pair);
+    place += within(other < bin ? round + 1 : round, rows_of(other));
+    pair = begins[other + 1];
+  }
+  return place;
 }
 
 // The rows of a pair, whose place in the order is `place`, of head 0. Of tiles that are equally long and in pieces all first
@@ -222,12 +242,15 @@ __device__ __forceinline__ void write_rows(const Params& params, const OrderedTi
   const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
   const int stride = (num_steps + pieces - 1) / pieces * Config::kTokens;
   const int first_equal = max(begins[tile.bin], arrangement.num_whole), num_equal = begins[tile.bin + 1] - first_equal;
-  const int first_row = is_whole ? place : place + (first_equal - arrangement.num_whole) * (pieces - 1);
   const int first_slot = in_pieces * Config::kHeads * pieces;
   for (int piece = 0; piece < pieces; ++piece) {
     const int begin = min(tile.kv_begin + piece * stride, tile.kv_stop);
     const int end = is_whole ? tile.kv_stop : min(begin + stride, tile.kv_stop);
-    int4* row = items + (first_row + static_cast<int64>(piece) * num_equal) * 4;
+    int at = place;
+    if (!is_whole) {
+      at = arrangement.num_whole + place_in_rounds(begins, arrangement, tile.bin, piece * num_equal + place - first_equal);
+    }
+    int4* row = items + static_cast<int64>(at) * 4;
     row[0] = {tile.request, 0, tile.q_tile, 0};
     row[1] = {begin, end, is_whole ? -1 : first_slot + piece, 0};
     row[2] = {tile.q_begin, tile.q_len, tile.kv_len, is_whole ? -1 : in_pieces * Config::kHeads};

@@ -39,7 +39,7 @@ struct PlanTables {
 // stand requests without tokens, which add nothing.
 template <class Config, class Params, int kCount>
 struct OwnRequests {
-  static constexpr int kSums = Config::partition().max_splits > 0 ? 4 : 2;
+  static constexpr int kSums = Config::partition().max_splits > 0 ? 4 : Config::kShortOnly ? 3 : 2;
 
   int q_indptr[kCount + 1];
   int kv_lens[kCount];
@@ -68,6 +68,7 @@ struct OwnRequests {
         totals[idx][2] = own.items;
         totals[idx][3] = own.merges;
       }
+      if constexpr (kSums == 3) totals[idx][2] = is_within_limits(params, idx) ? long_tiles(idx) : plan::Int{0};
     }
   }
 
@@ -75,6 +76,12 @@ struct OwnRequests {
     const int begin = q_indptr[idx], end = q_indptr[idx + 1];
     return 0 <= begin && begin <= end && end <= params.max_q_tokens && end - begin <= params.max_q_len
         && 0 <= kv_lens[idx] && kv_lens[idx] <= params.max_kv_len;
+  }
+
+  // Tiles of the prefill kernel, if the request's new tokens are many.
+  __device__ __forceinline__ plan::Int long_tiles(int idx) const {
+    const plan::Int q_len = q_indptr[idx + 1] - q_indptr[idx];
+    return q_len > Config::kShortQLen ? plan::ceil_div(q_len, Config::kTileTokens) : plan::Int{0};
   }
 
   __device__ __forceinline__ bool within_limits(const Params& params) const {
@@ -166,6 +173,7 @@ __device__ __forceinline__ plan::Int sum_requests(const Params& params, const Pl
     for (int sum = 0; sum < kSums; ++sum) prefixes[sum][num_requests] = all[sum];
   }
   __syncthreads();
+  if constexpr (kSums == 3) within &= all[2] * line.params.num_kv_heads <= Config::kMostShortTiles;
   return within && all[1] * line.params.num_kv_heads <= params.max_tiles ? all[0] : 0;
 }
 

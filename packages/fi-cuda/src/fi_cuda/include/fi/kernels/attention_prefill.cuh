@@ -5,8 +5,7 @@
 // 2024, section 3 (roles, overlap within and between warpgroups); "stream-K" (Osama et al., 2023) for equal shares.
 // Config: Dtype (out), Query (Q), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0:
 // ragged), kTable, kTableRow, kConsumers (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
-// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kKeysAhead (keys are copied before the
-// values of the step before), kInPieces (of tiles, in the order), kParts (of a step's weights), kCausal, kWindowed, kSoftCap, kAlibi,
+// kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kCopyOrder, kInPieces (of tiles, in the order), kParts (of a step's weights), kCausal, kWindowed, kSoftCap, kAlibi,
 // kSinks, kMask, kRotaryDim, kRopePairs, kQScales, kKScales, kVScales, kLse, kSignedScale (the softmax scale may be 0 or less),
 // kProducerRegisters, kConsumerRegisters, kSharedBytes, kAfterDecode (it follows the decode kernel, which serves batches of short
 // queries). Params: those of
@@ -39,7 +38,8 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
   using Copies = decltype(copies_of<Config>(params, maps...));
   if (is_left_to_decode<Config>(params)) {
     ptx::allow_next_kernel();
-    ptx::wait_for_previous_kernel();  // whoever waits for this kernel waits for the one before too
+    // Whoever waits for this kernel waits for the one before too; the last block's multiprocessor is rarely the last one in work.
+    if (blockIdx.x == gridDim.x - 1) ptx::wait_for_previous_kernel();
     return;
   }
   if (threadIdx.x == 0) {

@@ -49,14 +49,14 @@ __device__ __forceinline__ void gated_activation(const Params& params) {
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
   const T* gate = static_cast<const T*>(params.x) + source;
-  auto gates = load_pack<Config::kVectorBytes>(gate);
+  const auto gates = load_pack<Config::kVectorBytes>(gate);
   const auto ups = load_pack<Config::kVectorBytes>(gate + Config::kWidth);
+  float values[kCount], factors[kCount];
+  to_floats(values, gates);
+  to_floats(factors, ups);
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) {
-    const float value = activate<Config::kActivation>(to_float(gates.data[e])) * to_float(ups.data[e]);
-    gates.data[e] = from_float<T>(value);
-  }
-  store_pack(static_cast<T*>(params.out) + target, gates);
+  for (int e = 0; e < kCount; ++e) values[e] = activate<Config::kActivation>(values[e]) * factors[e];
+  store_whole(static_cast<T*>(params.out) + target, rounded_pack<T>(values));
 }
 
 }  // namespace fi

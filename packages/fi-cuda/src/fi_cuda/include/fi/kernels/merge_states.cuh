@@ -32,6 +32,8 @@ struct LoadedStates {
       next_lse += lse_stride;
       next_o += o_stride;
     }
+#pragma unroll
+    for (int s = 0; s < kStates; ++s) keep_whole(o[s]);
   }
 };
 
@@ -79,17 +81,18 @@ __device__ __forceinline__ void merge_states(const Params& params) {
       const float weight = expf(loaded.lse[s] - base);
       mass += weight;
       if (weight != 0.0f) {  // a state that saw no key may hold anything
+        float values[kCount];
+        to_floats(values, loaded.o[s]);
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) total[e] += weight * to_float(loaded.o[s].data[e]);
+        for (int e = 0; e < kCount; ++e) total[e] += weight * values[e];
       }
     }
   }
 
   const float inverse = mass == 0.0f ? 0.0f : __frcp_rn(mass);
-  Pack<T, Config::kVectorBytes> merged;
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) merged.data[e] = from_float<T>(total[e] * inverse);
-  store_pack(static_cast<T*>(params.o_out) + o_to, merged);
+  for (int e = 0; e < kCount; ++e) total[e] *= inverse;
+  store_whole(static_cast<T*>(params.o_out) + o_to, rounded_pack<T>(total));
   if (first == 0) static_cast<float*>(params.lse_out)[lse_to] = base + logf(mass);  // all states empty: log(0) is -inf
 }
 

@@ -36,6 +36,9 @@ struct Ring {
   // Producer: returns once the cursor's stage may be overwritten.
   __device__ __forceinline__ void acquire(Cursor cursor) { ptx::wait_barrier(&empty[cursor.stage], cursor.parity); }
 
+  // Producer: whether acquire would return at once.
+  __device__ __forceinline__ bool is_free(Cursor cursor) { return ptx::test_barrier(&empty[cursor.stage], cursor.parity); }
+
   // Producer: arrives, and makes the stage wait for `num_bytes` of copies on the barrier returned.
   __device__ __forceinline__ unsigned long long* expect(Cursor cursor, unsigned num_bytes) {
     ptx::arrive_and_expect_bytes(&full[cursor.stage], num_bytes);
