@@ -79,7 +79,9 @@ class ClusterRowSpec(KernelSpec):
         memory = max(prefix, 4 * _RANK_BINS * 32)
         memory = max(memory, 8 * _BRACKET_TOKENS + bins * blocks) if self.bracket else memory
         memory = -(-memory // 16) * 16
-        memory += max(4 * _RANK_BINS * blocks, 16 * _COMPARED_TOKENS) + 12 * _RANK_BINS if self.bracket else 12 * _RANK_BINS
+        memory += (
+            max(4 * _RANK_BINS * blocks, 16 * _COMPARED_TOKENS) + 12 * _RANK_BINS if self.bracket else 12 * _RANK_BINS
+        )
         return memory + (16 + 16 + 8 + 8) * blocks + 112
 
     def config_lines(self) -> list[str]:

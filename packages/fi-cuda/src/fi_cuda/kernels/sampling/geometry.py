@@ -20,18 +20,19 @@ _ONE_BLOCK_BYTES = 160 * 1024
 
 class Kept(NamedTuple):
     """Most of the shared memory that a kernel keeps beside its part of a row, in blocks of a cluster of up to 8 and of 16;
-    as many as ``most_blocks`` on a multiprocessor leave it enough registers."""
+    as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``."""
 
     bytes: int
     bytes_of_16: int
-    most_blocks: int
+    most_blocks: int = 3
+    threads_of_three: int = 512
 
 
-NO_SEARCH = Kept(2 * 1024, 2 * 1024, 3)
-SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, 3)
+NO_SEARCH = Kept(2 * 1024, 2 * 1024)
+SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
 """Of kernels whose ``ClusterRowSpec.small_search`` holds."""
 
-SEARCH = Kept(36 * 1024, 44 * 1024, 2)
+SEARCH = Kept(36 * 1024, 44 * 1024, most_blocks=2)
 
 
 class Geometry(NamedTuple):
@@ -83,10 +84,13 @@ def _shared_multiprocessors(vocab_size: int, rows_held: int, kept: Kept, threads
     """The smallest cluster of which two blocks fit on a multiprocessor; three, if they do with partial rounds."""
     cluster_size = 1
     while True:
-        forms = [geometry(vocab_size, cluster_size, threads, filling) for filling in (_MOST_FILLING, 0.0)]
-        residents = [_resident(form, rows_held, kept) for form in forms]
-        if max(residents) > 1 or cluster_size == _MAX_CLUSTER:
-            form, resident = max(zip(forms, residents, strict=True), key=lambda pair: pair[1])
+        for filling in (_MOST_FILLING, 0.0):
+            form = geometry(vocab_size, cluster_size, kept.threads_of_three, filling)
+            if _resident(form, rows_held, kept) == 3:
+                return form._replace(resident_blocks=3)
+        form = geometry(vocab_size, cluster_size, threads)
+        resident = _resident(form, rows_held, kept)
+        if resident > 1 or cluster_size == _MAX_CLUSTER:
             return form._replace(resident_blocks=max(resident, 1))
         cluster_size *= 2
 

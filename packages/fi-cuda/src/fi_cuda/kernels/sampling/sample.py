@@ -145,9 +145,11 @@ def sample(
 
 def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
     """The form of a row's cluster, with as many registers as typical_p and penalties need."""
-    form = geometry_for(vocab_size, num_outputs, kept=kept_for(filters))
-    most = 1 if "typical_p" in filters else 2 if penalties else form.resident_blocks
-    return form._replace(resident_blocks=min(form.resident_blocks, most))
+    kept = kept_for(filters)
+    if penalties:
+        kept = kept._replace(most_blocks=2)
+    form = geometry_for(vocab_size, num_outputs, kept=kept)
+    return form._replace(resident_blocks=1) if "typical_p" in filters else form
 
 
 def sample_columns(

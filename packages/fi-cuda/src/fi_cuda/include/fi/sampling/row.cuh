@@ -239,7 +239,7 @@ __device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, f
   Extremes found = {minus_infinity(), -minus_infinity()};
   const Divisor divisor(temperature);
   __syncwarp();  // other lanes may have read these places from memory
-  for_each_four<Config, 1>(slice, [&](int place, float4 four) {
+  for_each_four<Config, 2>(slice, [&](int place, float4 four) {
     Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
     divisor.divide(part.data);
     if (place + 4 <= num_tokens) {
