@@ -3,13 +3,16 @@
 Two measures on the GPU, for lengths of three kinds, on which neither may depend: a graph of 64 updates divided by 64, for
 decode batches of 1 to 4096 requests; and what an update adds to a step, a graph of one and 32 layers of attention less a
 graph of the layers alone. The host's is the time until eager calls return, of a batch seen before and of a new record.
+Mode "levels": all requests share 8192 tokens, and eighths of them 1024 more.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import fi_core as fi
 import torch
@@ -21,6 +24,8 @@ PAGE_SIZE = 16
 MAX_KV_LEN = 65536
 SIZES = (1, 16, 64, 256, 1024, 4096)
 STEP_SIZES = (64, 256)
+MODES = ("balanced", "invariant", "levels")
+SHARED, NUM_GROUPS = (8192, 1024), 8
 LENGTHS: dict[str, Callable[[int], torch.Tensor]] = {
     "equal": lambda size: torch.full((size,), 2048),
     "uniform": lambda size: torch.randint(1, 4096, (size,)),
@@ -73,7 +78,7 @@ def update_times(plan: fi.Plan, batch: fi.Batch) -> tuple[float, float, float]:
 
     (on_gpu,) = gpu_times([captured(updates)], NUM_RUNS)
     again = host_time(lambda: plan.update(batch))
-    new = host_time(lambda: plan.update(fi.Batch(batch.q_indptr, batch.kv_lens, batch.table)))
+    new = host_time(lambda: plan.update(replace(batch)))
     return on_gpu / NUM_UPDATES, again, new
 
 
@@ -100,42 +105,54 @@ def step_times(plan: fi.Plan, batch: fi.Batch) -> tuple[float, float]:
     return with_update, without
 
 
-def decode_plan(size: int, batch_invariant: bool) -> tuple[fi.Plan, torch.Tensor]:
+def decode_plan(size: int, mode: str) -> tuple[fi.Plan, torch.Tensor]:
     """A plan for ``size`` requests of a token, and a page table of zeros for them."""
-    spec = fi.AttentionSpec(32, 8, 128, batch_invariant=batch_invariant)
+    spec = fi.AttentionSpec(32, 8, 128, batch_invariant=mode == "invariant")
     plan = fi.plan(
         spec,
         max_batch=size,
         max_q_tokens=size,
         max_q_len=1,
-        max_kv_len=MAX_KV_LEN,
+        max_kv_len=MAX_KV_LEN + sum(SHARED),
         device="cuda",
         backend="cuda",
+        **({"max_prefixes": 1 + NUM_GROUPS, "max_prefix_depth": 2} if mode == "levels" else {}),
     )
-    return plan, torch.zeros(size, MAX_KV_LEN // PAGE_SIZE, dtype=torch.int32, device="cuda")
+    return plan, torch.zeros(size, (MAX_KV_LEN + sum(SHARED)) // PAGE_SIZE, dtype=torch.int32, device="cuda")
 
 
-def decode_batches(size: int, table: torch.Tensor) -> Iterator[tuple[str, fi.Batch]]:
+def decode_batches(size: int, table: torch.Tensor, mode: str) -> Iterator[tuple[str, fi.Batch]]:
     """A batch of each kind of lengths."""
     for name, lengths in LENGTHS.items():
-        kv_lens = lengths(size).to("cuda", torch.int32)
-        yield name, fi.Batch(torch.arange(size + 1, dtype=torch.int32, device="cuda"), kv_lens, table)
+        kv_lens, levels = lengths(size).to("cuda", torch.int32), None
+        if mode == "levels":
+            first, second = SHARED
+            kv_lens += first + second
+            begins = [size * group // NUM_GROUPS for group in range(NUM_GROUPS + 1)]
+            groups = [(*members, first, first + second) for members in zip(begins, begins[1:], strict=False)]
+            nodes = torch.tensor([(0, size, 0, first), *groups], dtype=torch.int32, device="cuda")
+            levels = fi.SharedPrefixes(nodes)
+        yield name, fi.Batch(torch.arange(size + 1, dtype=torch.int32, device="cuda"), kv_lens, table, levels=levels)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mode", action="append", choices=MODES, help="repeatable; default: all")
+    parser.add_argument("--size", action="append", type=int, help=f"requests; repeatable; default: {SIZES}")
+    given = parser.parse_args()
     torch.manual_seed(0)
     print(f"{'requests':>8} {'lengths':>8} {'mode':>10} {'GPU us':>8} {'host us':>8} {'new record us':>13}")
-    for mode in ("balanced", "invariant"):
-        for size in SIZES:
-            plan, table = decode_plan(size, mode == "invariant")
-            for name, batch in decode_batches(size, table):
+    for mode in given.mode or MODES:
+        for size in given.size or SIZES:
+            plan, table = decode_plan(size, mode)
+            for name, batch in decode_batches(size, table, mode):
                 gpu, host, new = update_times(plan, batch)
                 print(f"{size:8} {name:>8} {mode:>10} {gpu:8.2f} {host:8.2f} {new:13.2f}", flush=True)
     print(f"\n{'requests':>8} {'lengths':>8} {'mode':>10} {'step us':>10} {'layers us':>10} {'update us':>10}")
-    for mode in ("balanced", "invariant"):
-        for size in STEP_SIZES:
-            plan, table = decode_plan(size, mode == "invariant")
-            for name, batch in decode_batches(size, table):
+    for mode in given.mode or MODES:
+        for size in sorted({*STEP_SIZES} & {*(given.size or SIZES)}):
+            plan, table = decode_plan(size, mode)
+            for name, batch in decode_batches(size, table, mode):
                 step, layers = step_times(plan, batch)
                 print(f"{size:8} {name:>8} {mode:>10} {step:10.2f} {layers:10.2f} {step - layers:10.2f}", flush=True)
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 Tokens = list[int]
+Latency = tuple[float, float]
+"""Seconds from a request's arrival to its first token, and seconds for each further one."""
 
 VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -24,6 +30,10 @@ class Engine(Protocol):
     def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
         """Greedy tokens, or drawn ones with ``sampling`` (temperature, top_k, top_p, as both engines call them); ``num_new`` of
         each prompt, or its own number for each."""
+        ...
+
+    def serve(self, requests: list[tuple[Tokens, int]], arrivals: list[float]) -> list[Latency]:
+        """Greedy answers to prompts, each with its number of new tokens; ``arrivals`` are seconds after the start, ascending."""
         ...
 
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
@@ -84,6 +94,23 @@ class VllmEngine:
         params = [self._params(max_tokens=num, **sampling) for num in nums]
         return [list(out.outputs[0].token_ids) for out in self._run(prompts, params)]
 
+    def serve(self, requests: list[tuple[Tokens, int]], arrivals: list[float]) -> list[Latency]:
+        inner, clocks = self.engine.llm_engine, [_Clock(num) for _, num in requests]
+        waiting, start = deque(range(len(requests))), time.perf_counter()
+        while waiting or inner.has_unfinished_requests():
+            while waiting and start + arrivals[waiting[0]] <= time.perf_counter():
+                number = waiting.popleft()
+                clocks[number].start = start + arrivals[number]
+                prompt, num = requests[number]
+                inner.add_request(f"{start}-{number}", {"prompt_token_ids": prompt}, self._params(max_tokens=num))
+            if not inner.has_unfinished_requests():
+                time.sleep(max(0.0, start + arrivals[waiting[0]] - time.perf_counter()))
+                continue
+            for output in inner.step():
+                if output.outputs[0].token_ids:
+                    clocks[int(output.request_id.rsplit("-", 1)[1])].tick()
+        return [clock.latency() for clock in clocks]
+
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
         found = self._run(prompts, [self._params(max_tokens=1, prompt_logprobs=0)] * len(prompts))
         return [_chosen(out.prompt_logprobs[1:], prompt[1:]) for out, prompt in zip(found, prompts, strict=True)]
@@ -105,10 +132,33 @@ class VllmEngine:
         ]
 
     def forget(self) -> None:
-        self.engine.reset_prefix_cache()
+        _until(self.engine.reset_prefix_cache)
 
     def close(self) -> None:
         del self.engine
+
+
+def _until(succeeds: Callable[[], bool], patience: float = 10.0) -> None:
+    """Call it until it does: an engine that answers before its last step ended still holds that step's pages."""
+    until = time.monotonic() + patience
+    while not succeeds():
+        if time.monotonic() > until:
+            raise TimeoutError("the prefix cache was not emptied: requests are still running")
+        time.sleep(0.05)
+
+
+class _Clock:
+    """When a request of ``num_new`` tokens got its first and its last."""
+
+    def __init__(self, num_new: int) -> None:
+        self.num_new, self.start, self.first, self.last = num_new, 0.0, 0.0, 0.0
+
+    def tick(self) -> None:
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+
+    def latency(self) -> Latency:
+        return self.first - self.start, (self.last - self.first) / max(1, self.num_new - 1)
 
 
 def _chosen(positions: Any, tokens: Tokens) -> list[float]:
@@ -145,6 +195,23 @@ class SglangEngine:
     def generate(self, prompts: list[Tokens], num_new: int | list[int], **sampling: float) -> list[Tokens]:
         return [out["output_ids"] for out in self._run(prompts, num_new, sampling)]
 
+    def serve(self, requests: list[tuple[Tokens, int]], arrivals: list[float]) -> list[Latency]:
+        inner, clocks, start = self.engine, [_Clock(num) for _, num in requests], time.perf_counter()
+
+        async def one(number: int) -> None:
+            clock, (prompt, num) = clocks[number], requests[number]
+            clock.start = start + arrivals[number]
+            await asyncio.sleep(clock.start - time.perf_counter())
+            params = {"temperature": 0.0, "max_new_tokens": num, "ignore_eos": True}
+            async for _ in await inner.async_generate(input_ids=prompt, sampling_params=params, stream=True):
+                clock.tick()
+
+        async def everything() -> None:
+            await asyncio.gather(*(one(number) for number in range(len(requests))))
+
+        inner.loop.run_until_complete(everything())
+        return [clock.latency() for clock in clocks]
+
     def prompt_logprobs(self, prompts: list[Tokens]) -> list[list[float]]:
         found = self._run(prompts, 1, return_logprob=True, logprob_start_len=0)
         return [[item[0] for item in out["meta_info"]["input_token_logprobs"][1:]] for out in found]
@@ -170,7 +237,7 @@ class SglangEngine:
         return lists
 
     def forget(self) -> None:
-        self.engine.flush_cache()
+        _until(lambda: self.engine.flush_cache().success)
 
     def close(self) -> None:
         self.engine.shutdown()

@@ -2,9 +2,9 @@
 # Accuracy, checks that nothing waits for the device and that a full cache loses nothing, throughput and latency of one engine, with fi and with its own backends.
 # usage: job.sh vllm|sglang SITE OUT [WORK]     SITE: the engine's unpacked site folder ("" where it is installed)
 #                                               WORK: models, caches and whole results (default OUT/work); OUT gets logs and tables
-# env: PYTHON (default python3), PARTS (default "accuracy no_sync pressure speed online"), KINDS (default "llama gemma2 qwen3 gpt_oss"),
+# env: PYTHON (default python3), PARTS (default "accuracy no_sync pressure speed"), KINDS (default "llama gemma2 qwen3 gpt_oss"),
 #      TOGETHER (processes at once where speed is not measured, default 6), OWN (the engine's backends for speed),
-#      SKIP (a regular expression of parts to leave out), WORKLOADS, REQUESTS, ROUNDS, RATE, KV_GIB (cache of each engine under
+#      SKIP (a regular expression of parts to leave out), WORKLOADS, REQUESTS, ROUNDS, KV_GIB (cache of each engine under
 #      speed), LIMIT (seconds for speed)
 # Every part has its own time limit, process and log; what is done by then is in OUT.
 set -u
@@ -151,7 +151,7 @@ all_pressure() { # also with every index checked on the device, and with some ca
 speed_of() { # speed_of BACKEND OF
   choose "$1"
   part "${LIMIT:-500}" "speed_$1" "$python" "$here/throughput.py" "$engine" "$work/models/llama8b" "$1" "$out/throughput.jsonl" --options "$large" \
-    --workloads "${WORKLOADS:-uniform,chat,sampled,long,prefix}" --requests "${REQUESTS:-64}" --rounds "${ROUNDS:-3}" --turns "$work/turns" --of "$2" --profile "$out/profile_$1.json"
+    --workloads "${WORKLOADS:-fixed,sampled,long,prefix,chat@16,uniform@16}" --requests "${REQUESTS:-64}" --rounds "${ROUNDS:-3}" --turns "$work/turns" --of "$2" --profile "$out/profile_$1.json"
   touch "$work/turns/ready.$1"
 }
 
@@ -161,20 +161,11 @@ speed() { # in the background: the engines load, and measure in turns when the g
   for backend in $backends; do speed_of "$backend" $(($(wc -w <<< "$backends") + 1)) & done
 }
 
-online() {
-  local backend
-  for backend in $ours ${OWN:-$own}; do
-    choose "$backend"
-    part 300 "online_$backend" "$python" "$here/online.py" "$engine" "$work/models/llama8b" "$backend" "$out/online.jsonl" \
-      --workloads chat,uniform --rate "${RATE:-8}" --requests "${REQUESTS:-64}" --options "$large"
-  done
-}
-
 kinds=${KINDS:-llama gemma2 qwen3 gpt_oss}
 draw="g = torch.Generator('cuda').manual_seed(1); torch.empty(1, dtype=torch.int64, device='cuda').random_(generator=g)"
 "$python" -c "import torch; $draw; print('a draw of a seeded request takes', g.get_offset(), 'of its generator; vLLM takes back 4')"
 "$python" "$here/models.py" llama "$work/models/llama8b" --size 8b --config-only
-parts=" ${PARTS:-accuracy no_sync pressure speed online} "
+parts=" ${PARTS:-accuracy no_sync pressure speed} "
 case $parts in *" accuracy "* | *" no_sync "* | *" pressure "*) models ;; esac
 case $parts in *" speed "*) speed ;; esac
 case $parts in *" accuracy "*) all_accuracy; references ;; esac
@@ -184,4 +175,3 @@ await
 mkdir -p "$work/turns"; touch "$work/turns/ready.gate"
 case $parts in *" accuracy "*) compare_all; tar -C "$work" -czf "$out/accuracy.tgz" $(cd "$work" && ls | grep -E '^(accuracy|reference)_.*json$') ;; esac
 wait
-case $parts in *" online "*) online ;; esac

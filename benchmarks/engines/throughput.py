@@ -1,13 +1,16 @@
-"""Output tokens a second of one engine with one attention backend, offline: all requests at once.
+"""Output tokens a second and latencies of one engine with one attention backend.
 
-usage: python throughput.py ENGINE MODEL_FOLDER BACKEND OUT.jsonl [--workloads chat,uniform,...] [--requests N]
+usage: python throughput.py ENGINE MODEL_FOLDER BACKEND OUT.jsonl [--workloads fixed,chat@16,...] [--requests N]
                             [--rounds N] [--options JSON ...] [--turns FOLDER --of N] [--profile OUT.json]
-A line of JSON for each round of each workload is appended to OUT as it comes. With --turns, N such processes, each with its own
-backend, start together and then run their rounds in turns. --profile adds where the time of decode steps goes (vLLM). Lengths are
-drawn with a fixed seed:
+A line of JSON for each round of each workload is appended to OUT as it comes. The requests of a workload arrive all at once;
+those of workload@R as a Poisson process of R a second, the same in every run, and then the line has the time to the first token
+and for each further one too. --rounds repeats the whole list. With --turns, N such processes, each with its own backend, start
+together and then run their rounds in turns. --profile adds where the time of decode steps goes (vLLM). Lengths are drawn with a
+fixed seed:
 chat     prompts and answers distributed like a chat's (log-normal, medians 200 and 180, at most 2048)
 uniform  prompts and answers uniform from 512 to 2048
-long     prompts of 32768 tokens, answers of 256 (an eighth of the requests)
+long     prompts of 32768 tokens, answers of 256 (a sixteenth of the requests)
+fixed    prompts of 1024, answers of 256
 short    prompts uniform from 64 to 256, answers of 128
 sampled  prompts and answers of 256, drawn with temperature 0.8, top-k 50, top-p 0.9 (the others are greedy)
 prefix   a common system prompt of 8192 tokens, then 128 of one's own, answers of 256
@@ -18,7 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from decode_profile import profile_decode
@@ -45,25 +50,50 @@ def requests_of(workload: str, num: int, vocab_size: int) -> list[Request]:
         return [(tokens(prompt), answer) for prompt, answer in lengths]
     if workload == "short":
         return [(tokens(length), 128) for length in torch.randint(64, 257, (num,), generator=generator).tolist()]
+    if workload == "fixed":
+        return [(tokens(1024), 256) for _ in range(num)]
     if workload == "sampled":
         return [(tokens(256), 256) for _ in range(num)]
     if workload == "long":
-        return [(tokens(32768), 256) for _ in range(max(1, num // 8))]
+        return [(tokens(32768), 256) for _ in range(max(1, num // 16))]
     if workload != "prefix":
         raise ValueError(f"no workload {workload!r}")
     common = tokens(8192)
     return [(common + tokens(128), 256) for _ in range(num)]
 
 
-def timed(engine: Engine, workload: str, requests: list[Request]) -> float:
-    """Seconds for all of them, from an empty prefix cache."""
+def arrivals_of(num: int, rate: float) -> list[float]:
+    """Seconds after the start."""
+    gaps = torch.empty(num).exponential_(rate, generator=torch.Generator().manual_seed(11))
+    return gaps.cumsum(0).tolist()
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Milliseconds, of half, nine tenths and 99 hundredths of ``values``."""
+    found = torch.tensor(values).quantile(torch.tensor([0.5, 0.9, 0.99])) * 1e3
+    return dict(zip(("p50_ms", "p90_ms", "p99_ms"), (round(value, 3) for value in found.tolist()), strict=True))
+
+
+def measure(engine: Engine, workload: str, requests: list[Request]) -> dict[str, Any]:
+    """One round, from an empty prefix cache: ``seconds`` for all requests, and latencies where they arrive one by one."""
+    name, _, rate = workload.partition("@")
     engine.forget()
     start = time.perf_counter()
-    engine.generate([prompt for prompt, _ in requests], [num for _, num in requests], **SAMPLING.get(workload, {}))
-    return time.perf_counter() - start
+    if rate:
+        found = engine.serve(requests, arrivals_of(len(requests), float(rate)))
+        latencies = {
+            "first_token": percentiles([first for first, _ in found]),
+            "further_token": percentiles([further for _, further in found]),
+        }
+    else:
+        latencies = {}
+        engine.generate([prompt for prompt, _ in requests], [num for _, num in requests], **SAMPLING.get(name, {}))
+    return {"seconds": round(time.perf_counter() - start, 4), **latencies}
 
 
-def write(options: argparse.Namespace, workload: str, number: int, requests: list[Request], seconds: float) -> None:
+def write(
+    options: argparse.Namespace, workload: str, number: int, requests: list[Request], found: dict[str, Any]
+) -> None:
     """One line of a round."""
     num_new = sum(num for _, num in requests)
     line = {
@@ -75,8 +105,8 @@ def write(options: argparse.Namespace, workload: str, number: int, requests: lis
         "requests": len(requests),
         "input_tokens": sum(len(prompt) for prompt, _ in requests),
         "output_tokens": num_new,
-        "seconds": round(seconds, 4),
-        "output_tokens_per_second": round(num_new / seconds, 1),
+        "output_tokens_per_second": round(num_new / found["seconds"], 1),
+        **found,
     }
     print(json.dumps(line), flush=True)
     with open(options.out, "a") as file:
@@ -108,12 +138,13 @@ def main() -> None:
     if options.profile and isinstance(engine, VllmEngine):
         with turns.turn():
             profile_decode(engine.engine.llm_engine, vocab_size, options.backend, options.profile)
-    for workload in options.workloads.split(","):
-        requests = requests_of(workload, options.requests, vocab_size)
-        for number in range(options.rounds):
-            with turns.turn():
-                seconds = timed(engine, workload, requests)
-            write(options, workload, number, requests, seconds)
+    done: Counter[str] = Counter()
+    for workload in options.workloads.split(",") * options.rounds:
+        requests = requests_of(workload.partition("@")[0], options.requests, vocab_size)
+        with turns.turn():
+            found = measure(engine, workload, requests)
+        write(options, workload, done[workload], requests, found)
+        done[workload] += 1
     engine.close()
 
 

@@ -22,13 +22,13 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("workload", ["chat", "uniform", "long", "prefix", "short", "sampled"])
+@pytest.mark.parametrize("workload", ["chat", "uniform", "fixed", "long", "prefix", "short", "sampled"])
 def test_workloads_are_the_same_each_time(script, workload):
     requests_of = script("throughput").requests_of
     first = requests_of(workload, 16, 1000)
-    assert first == requests_of(workload, 16, 1000) and len(first) == (2 if workload == "long" else 16)
+    assert first == requests_of(workload, 16, 1000) and len(first) == (1 if workload == "long" else 16)
     assert all(0 < num <= 2048 and 0 <= min(prompt) and max(prompt) < 1000 for prompt, num in first)
-    assert (first[0][0][:8192] == first[1][0][:8192]) == (workload in ("prefix",))
+    assert (first[0][0][:8192] == first[-1][0][:8192]) == (workload in ("prefix", "long"))
 
 
 def test_an_unknown_workload_is_an_error(script):
@@ -138,6 +138,79 @@ def test_gaps_of_an_answer(script):
     assert gaps_of([1, 4, 3], [1, 7, 9], best) == [0.0, float("inf")]
 
 
+class StepByStep:
+    """Like vLLM's LLMEngine: a step gives every running request its next token."""
+
+    def __init__(self):
+        self.left, self.made, self.added = {}, {}, []
+
+    def add_request(self, name, prompt, num):
+        self.left[name], self.made[name] = num, []
+        self.added.append((time.perf_counter(), prompt["prompt_token_ids"]))
+
+    def has_unfinished_requests(self):
+        return bool(self.left)
+
+    def step(self):
+        time.sleep(0.002)
+        outputs = []
+        for name in list(self.left):
+            self.made[name].append(0)
+            self.left[name] -= 1
+            if not self.left[name]:
+                del self.left[name]
+            outputs.append(SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=self.made[name])]))
+        return outputs
+
+
+def test_requests_arrive_one_by_one(script):
+    engine = object.__new__(script("engines").VllmEngine)
+    inner = StepByStep()
+    engine.engine = SimpleNamespace(llm_engine=inner)
+    engine._params = lambda max_tokens: max_tokens
+    begin = time.perf_counter()
+    (first, further), (second, none) = engine.serve([([1], 5), ([2], 1)], [0.0, 0.05])
+    assert [prompt for _, prompt in inner.added] == [[1], [2]] and inner.added[1][0] - begin >= 0.05
+    assert first >= 0.002 and further >= 0.002 and second >= 0.002 and none == 0.0
+
+
+def test_a_round_reports_latencies_where_requests_arrive(script):
+    throughput = script("throughput")
+    calls = []
+    engine = SimpleNamespace(
+        forget=lambda: calls.append("forget"),
+        generate=lambda prompts, nums, **sampling: calls.append((prompts, nums, sampling)),
+        serve=lambda requests, arrivals: [(arrival, 0.001) for arrival in arrivals],
+    )
+    found = throughput.measure(engine, "sampled", [([1], 2)])
+    assert set(found) == {"seconds"} and calls == ["forget", ([[1]], [2], throughput.SAMPLING["sampled"])]
+    found = throughput.measure(engine, "chat@4", [([1], 2)] * 9)
+    assert found["further_token"]["p50_ms"] == 1.0 and calls[-1] == "forget"
+    arrivals = throughput.arrivals_of(400, 4.0)
+    assert arrivals == sorted(arrivals) and 80 < arrivals[-1] < 120 and arrivals == throughput.arrivals_of(400, 4.0)
+
+
+def test_a_cache_is_emptied_when_the_last_step_has_ended(script):
+    answers = iter([False, False, True])
+    script("engines")._until(lambda: next(answers))
+    with pytest.raises(TimeoutError, match="not emptied"):
+        script("engines")._until(lambda: False, patience=0.1)
+
+
+def test_attention_of_one_layer_is_computed_exactly(script, monkeypatch):
+    rounding = script("rounding")
+    monkeypatch.setattr(rounding, "DEVICE", torch.device("cpu"))
+    kind = rounding.Kind("small", 16, window=3, sinks=True, num_heads=2, num_kv_heads=1)
+    step = rounding.step_of(kind, [2], [6])
+    found = rounding.exact(kind, step)
+    pages = step.table[0].long()
+    keys, values = (each[pages].flatten(0, 1)[3:6, 0].double() for each in (step.keys, step.values))
+    weights = torch.cat([keys @ step.q[1, 1].double() / 4, torch.tensor([3.0])]).softmax(0)[:3]
+    torch.testing.assert_close(found[1, 1], weights @ values)
+    rows = rounding.report("a", "b", {"one": found, "two": found + 1}, found)
+    assert rows[0]["rmse"] == 0.0 and rows[1]["rmse"] == pytest.approx(1) and rows[2]["differing"] == 1.0
+
+
 def test_options_of_engines(script):
     engine_options = script("engines").engine_options
     assert engine_options(['{"a": 1, "b": 2}', '{"b": null}']) == {"a": 1, "b": None}
@@ -163,7 +236,7 @@ def test_configs(script, kind, head_dim):
 
 
 def test_percentiles(script):
-    found = script("online").percentiles(torch.linspace(0.0, 0.1, 101).tolist())
+    found = script("throughput").percentiles(torch.linspace(0.0, 0.1, 101).tolist())
     assert found == {"p50_ms": 50.0, "p90_ms": 90.0, "p99_ms": 99.0}
 
 

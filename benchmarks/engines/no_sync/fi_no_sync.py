@@ -1,7 +1,7 @@
 """A plugin for vLLM and SGLang: while the adapters' code of a step runs, torch raises at every synchronisation that it knows of.
 
-Put this folder on PYTHONPATH. Each process prints, when it ends, how many calls of which methods ran guarded. The first calls of
-each method are let through, because they compile and allocate.
+Put this folder on PYTHONPATH. Each process prints, now and then and when it ends, how many calls of which methods ran guarded.
+The first calls of each method are let through, because they compile and allocate.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 LET_THROUGH = 64
+REPORT_EVERY = 256
+"""Calls of a method from one report to the next: SGLang ends its processes by a signal, which runs no ``atexit``."""
 calls: Counter[str] = Counter()
 
 
@@ -22,6 +24,8 @@ def _guarded(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def run(*arguments: Any, **named: Any) -> Any:
         calls[name] += 1
+        if calls[name] % REPORT_EVERY == 0:
+            _report()
         if calls[name] <= LET_THROUGH or not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
             return method(*arguments, **named)
         before = torch.cuda.get_sync_debug_mode()

@@ -28,19 +28,19 @@ def form(request, monkeypatch):
     sample_module._bound_to_columns.cache_clear()
 
 
-def penalties_of(seed, capacity=64):
+def penalties_of(seed, vocab_size, capacity=64):
     generator = torch.Generator().manual_seed(seed)
-    history = TokenHistory.empty(NUM_ROWS, VOCAB, capacity)
-    told = torch.randint(0, VOCAB, (NUM_ROWS, 40), generator=generator)
+    history = TokenHistory.empty(NUM_ROWS, vocab_size, capacity)
+    told = torch.randint(0, vocab_size, (NUM_ROWS, 40), generator=generator)
     told[1, :20] = 7
     reference_record(history, told, None)
-    words = (VOCAB + 31) // 32
+    words = (vocab_size + 31) // 32
     masks = torch.randint(-(2**31), 2**31, (2, NUM_ROWS, words), generator=generator).to(torch.int32)
     column = torch.rand(NUM_ROWS, generator=generator)
     return PenaltyParams(
         allowed=masks[0] | masks[1],
         bias_indptr=torch.arange(NUM_ROWS + 1, dtype=torch.int32) * 20,
-        bias_tokens=torch.rand((NUM_ROWS, VOCAB), generator=generator)
+        bias_tokens=torch.rand((NUM_ROWS, vocab_size), generator=generator)
         .topk(20, dim=1)
         .indices.to(torch.int32)
         .flatten(),
@@ -71,10 +71,22 @@ def test_typical_draws_are_those_of_the_reference(form, values, monkeypatch):
             check_draws(monkeypatch, rows_of(kind), values, order)
 
 
+@pytest.mark.parametrize("vocab_size", [1008, 1010])  # packs of 16 bytes are copied, others pass through registers
 @pytest.mark.parametrize(
-    "values", [{}, {"temperature": 0.7}, {"top_k": 50, "top_p": 0.9}], ids=["plain", "temperature", "top_k_top_p"]
+    "values",
+    [{}, {"temperature": 0.7}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}],
+    ids=lambda values: "+".join(values) or "plain",
 )
-def test_penalised_draws_are_those_of_the_reference(form, values, monkeypatch):
+def test_penalised_draws_are_those_of_the_reference(form, values, vocab_size, monkeypatch):
     slots = torch.tensor([2, -1, 0])
     for seed, kind in enumerate(KINDS):
-        check_draws(monkeypatch, rows_of(kind), values, "sequential", penalties_of(seed), slots)
+        logits, penalties = rows_of(kind, vocab_size), penalties_of(seed, vocab_size)
+        check_draws(monkeypatch, logits, values, "sequential", penalties, slots)
+        if kind == "normal":
+            check_draws(monkeypatch, logits.bfloat16(), values, "sequential", penalties, slots)
+
+
+def test_what_a_history_lacks_makes_its_row_unusable(form, monkeypatch):
+    penalties = penalties_of(0, VOCAB, capacity=30)
+    assert (penalties.history.num_entries > 30).tolist() == [True, False, True]
+    check_draws(monkeypatch, rows_of("normal"), {}, "sequential", penalties)

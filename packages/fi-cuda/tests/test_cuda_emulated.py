@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import fi_cuda.kernels
 import pytest
@@ -18,6 +18,7 @@ from fi_core.conformance import compare
 from fi_core.contract import Target
 from fi_core.registry import registry
 from fi_cuda.compile import INCLUDE_FOLDER
+from fi_cuda.kernels.attention import prefix_state
 from fi_cuda.params import ParamsLayout
 from fi_cuda.source import KernelSource
 
@@ -33,6 +34,7 @@ FEW = (
     "attention/long_fp8_products_every_feature",
     "attention/long_fp8_e4m3_d128",
     "attention/long_rope_q_d128",
+    "attention/prefix_inside_a_page",
     "append_kv/prefill",
     "rmsnorm/plain_bf16",
     "rope/half_computed_fp16",
@@ -57,7 +59,9 @@ def served_cases():
             request = operation.request(HOPPER, **case.values)
             for entry in registry().kernels(operation.name):
                 if entry.backend == "cuda" and not entry.reject(request):
-                    yield pytest.param(case, entry, id=f"{name}-{entry.name}")
+                    yield pytest.param(case, entry, None, id=f"{name}-{entry.name}")
+                    if case.values.get("levels"):
+                        yield pytest.param(case, entry, {"choose": False}, id=f"{name}-{entry.name}-as_given")
 
 
 def kernel_modules():
@@ -66,9 +70,12 @@ def kernel_modules():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("case", "entry"), list(served_cases()))
-def test_emulated_conformance(case, entry, seed, monkeypatch):
+@pytest.mark.parametrize(("case", "entry", "changes"), list(served_cases()))
+def test_emulated_conformance(case, entry, changes, seed, monkeypatch):
     emulate(monkeypatch, kernel_modules(), seed)
+    if changes is not None:  # levels of few tokens do not pay
+        tuning_for = prefix_state.prefix_tuning_for
+        monkeypatch.setattr(prefix_state, "prefix_tuning_for", lambda *given: replace(tuning_for(*given), **changes))
     trial = case.build(torch.device("cpu"), seed)
     found = trial.run(entry.load())
     for name, wanted in trial.expected().items():

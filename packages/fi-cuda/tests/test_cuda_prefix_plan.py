@@ -15,14 +15,13 @@ from emulated_kernels import EmulatedKernel
 from fi_core.ops.cases.prefixes import Forest, forests
 from fi_core.prefixes import SharedPrefixes
 from fi_core.records import AttentionSpec, Batch, Capacity
+from fi_cuda.kernels.attention import layout, prefix_plan, tuning
+from fi_cuda.kernels.attention.layout import Layout
+from fi_cuda.kernels.attention.plan import DevicePlanner, fill_on_host
 from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens
-from fi_cuda.kernels.attention.prefix import (
-    PrefixLayout,
-    PrefixPlanner,
-    PrefixTuning,
-    built_in_prefix_tuning,
-    prefix_plan_spec,
-)
+from fi_cuda.kernels.attention.prefix import PrefixTuning, built_in_prefix_tuning
+from fi_cuda.kernels.attention.prefix_plan import PrefixLayout, PrefixPlanner, prefix_plan_spec
+from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -44,14 +43,15 @@ class Planned(NamedTuple):
     layout: PrefixLayout
 
 
-def plan(spec: AttentionSpec, capacity: Capacity, batch: Batch, tuning: PrefixTuning) -> Planned:
+def plan(spec: AttentionSpec, capacity: Capacity, batch: Batch, own: PrefixTuning) -> Planned:
     """Run the planning kernel in the emulation."""
-    made = PrefixLayout.of(spec, capacity, tuning, WORKERS)
+    made = PrefixLayout.of(spec, capacity, own, WORKERS)
     buffer = torch.full((made.num_bytes,), 0xA5, dtype=torch.uint8)
-    planner = PrefixPlanner(prefix_plan_spec(spec, capacity, tuning, WORKERS), capacity, made, buffer)
+    planner = PrefixPlanner(prefix_plan_spec(spec, capacity, own, WORKERS), capacity, made, buffer)
     planner.__dict__["_kernel"] = EmulatedKernel(planner.spec)
     planner(batch)
-    num_rows, num_merged, taken, _ = made.header.of(buffer).tolist()
+    num_rows, num_merged, taken, is_used = made.header.of(buffer).tolist()
+    assert is_used in (0, 1) and (is_used or num_rows == num_merged == 0)
     assert taken == 0 and num_rows <= made.max_rows and num_merged <= capacity.max_q_tokens
     rows, segments = made.rows.of(buffer)[:num_rows], made.segments.of(buffer)[:num_merged]
     return Planned(rows.tolist(), made.tokens.of(buffer).tolist(), segments.tolist(), made)
@@ -76,19 +76,18 @@ def batch_of(q_lens, kv_lens, forest: Forest) -> Batch:
 def check(spec: AttentionSpec, q_lens, kv_lens, forest: Forest, changes=None, **more) -> Planned:
     """Every key that a token sees is in one of its items, and what items leave is merged or the output, once."""
     batch = batch_of(q_lens, kv_lens, forest)
-    tuning = replace(built_in_prefix_tuning(spec), **(changes or {}))
-    planned = plan(spec, capacity_of(q_lens, kv_lens, forest, **more), batch, tuning)
+    own = replace(built_in_prefix_tuning(spec), **(changes or {}))
+    planned = plan(spec, capacity_of(q_lens, kv_lens, forest, **more), batch, own)
     starts, tokens = batch.q_indptr.tolist(), sum(q_lens)
     request_of = np.repeat(np.arange(len(q_lens)), q_lens)
     position = [kv_lens[r] - q_lens[r] + token - starts[r] for token, r in enumerate(request_of)]
     seen = [np.zeros(kv_lens[r], dtype=int) for r in request_of]
     left, direct = Counter(), Counter()
-    tile = tuning.tiles.consumers * (WARPGROUP_ROWS // spec.group_size)
-    align = box_tokens(spec.page_size, tuning.tiles.tokens) or 1
+    tile = own.tiles.consumers * (WARPGROUP_ROWS // spec.group_size)
+    align = box_tokens(spec.page_size, own.tiles.tokens) or 1
     parts = Counter()
     for row in planned.rows:
-        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_, slices = row
-        assert slices == 1 or (kind == REQUEST and q_len <= tile // 3 and slices == 3 and slot >= 0)
+        request, _, q_tile, kind, kv_begin, kv_end, slot, kv_first, q_begin, q_len, kv_len, *_ = row
         assert 0 <= kv_begin <= kv_end <= kv_len and (kv_begin % align == 0 or kv_begin == kv_end)
         assert q_tile * tile < q_len
         for place in range(q_tile * tile, min((q_tile + 1) * tile, q_len)):
@@ -104,11 +103,10 @@ def check(spec: AttentionSpec, q_lens, kv_lens, forest: Forest, changes=None, **
                 direct[token] += 1
                 continue
             for head in range(spec.num_kv_heads):
-                for group in range(spec.group_size * slices):
-                    piece_head = group // spec.group_size * spec.num_kv_heads + head
-                    part = slot + (piece_head * q_len + place) * spec.group_size + group % spec.group_size
+                for group in range(spec.group_size):
+                    part = slot + (head * q_len + place) * spec.group_size + group
                     parts[part] += 1
-                    left[token, head, group % spec.group_size, part] += 1
+                    left[token, head, group, part] += 1
     for token in range(tokens):
         visible = position[token] + 1 if spec.causal else kv_lens[request_of[token]]
         wanted = (np.arange(len(seen[token])) < visible).astype(int)
@@ -143,15 +141,16 @@ def members_of(forest: Forest, request: int, kv_first: int) -> set[int]:
     return set()
 
 
+@pytest.mark.parametrize("choose", [False, True])
 @pytest.mark.parametrize(
     "case", [case for case in forests() if case[4].get("kv_format") is None], ids=lambda case: case[0]
 )
-def test_lists_of_the_conformance_cases(case):
+def test_lists_of_the_conformance_cases(case, choose):
     _, forest, q_lens, kv_lens, options = case
     heads = options.get("heads", (4, 2))
     spec = AttentionSpec(*heads, options.get("head_dim", 64), page_size=options.get("page_size", 16),
                          causal=options.get("causal", True))  # fmt: skip
-    check(spec, q_lens, kv_lens, forest)
+    check(spec, q_lens, kv_lens, forest, {"choose": choose})
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -172,9 +171,7 @@ def test_lists_of_random_batches(seed):
                for q_len, kv_len, first in zip(q_lens, kv_lens, shared, strict=True)]  # fmt: skip
     spec = chance.choice([SPEC, replace(SPEC, causal=False), replace(SPEC, page_size=5), AttentionSpec(7, 1, 128)])
     cheap = {"item_cost": 1, "node_item_cost": 1, "group_cost": 0}
-    changes = chance.choice([{}, cheap, {"item_cost": 200, "node_item_cost": 400}])
-    if chance.random() < 0.5 and not built_in_prefix_tuning(spec).tiles.overlap:
-        changes = {**changes, "slices": 3}
+    changes = chance.choice([{}, {"choose": False}, cheap, {"item_cost": 200, "node_item_cost": 400}])
     check(spec, q_lens, kv_lens, forest, changes)
 
 
@@ -206,8 +203,6 @@ def random_forest(chance: random.Random, count: int) -> Forest:
 def test_a_batch_that_shares_nothing_is_neither_cut_nor_merged():
     many = check(SPEC, [1] * 40, [100] * 40, Forest(()))
     assert len(many.rows) == 40 and not many.segments and all(row[6] == -1 for row in many.rows)
-    shared = check(SPEC, [1] * 40, [100] * 39 + [1], Forest(()), {"slices": 3})
-    assert len(shared.rows) == 40 and all(segments[0][2] == 3 for segments in shared.segments)
 
 
 def test_tables_of_many_requests_lie_in_global_memory():
@@ -229,6 +224,83 @@ def test_prefixes_are_cut_for_all_workers_and_suffixes_only_if_they_take_long():
     assert len(nodes) * SPEC.num_kv_heads >= WORKERS // 2 and len(planned.rows) - len(nodes) == 64
     long = check(SPEC, [1] * 4, [20000, 100, 100, 100], Forest(((0, 4, 0, 50),)))
     assert len([row for row in long.rows if row[3] == REQUEST and row[0] == 0]) >= WORKERS // 2
+
+
+def test_nodes_that_do_not_pay_are_left_to_those_within_them():
+    # Of two requests a step is worth less than the parts that it leaves, of ten it is not.
+    forest = Forest(((0, 2, 0, 100), (0, 2, 100, 3000), (2, 12, 0, 100), (12, 14, 0, 100)))
+    planned = check(SPEC, [1] * 14, [3040] * 14, forest)
+    nodes = {(row[0], row[7]) for row in planned.rows if row[3] == NODE}
+    assert nodes == {(0, 0), (2, 0)} and max(row[5] for row in planned.rows if row[3] == NODE) == 3000
+    given = check(SPEC, [1] * 14, [3040] * 14, forest, {"choose": False})
+    assert {(row[0], row[7]) for row in given.rows if row[3] == NODE} == {(0, 0), (0, 100), (2, 0), (12, 0)}
+
+
+def test_tokens_beyond_the_room_share_nothing(monkeypatch):
+    monkeypatch.setattr(prefix_plan, "_LEAST_SHARING_TOKENS", 20)
+    q_lens, kv_lens, forest = [6] * 4, [3040] * 4, Forest(((0, 2, 0, 1000), (0, 2, 1000, 2000), (2, 4, 0, 2000)))
+    capacity = {"max_batch": 8, "max_q_tokens": 40}
+    found = [
+        {
+            (row[0], row[7])
+            for row in check(SPEC, q_lens, kv_lens, forest, **capacity, max_prefix_depth=depth).rows
+            if row[3]
+        }
+        for depth in (2, 1)
+    ]
+    assert found == [{(0, 0)}, {(0, 0)}]
+
+
+class Yielding(NamedTuple):
+    is_used: bool
+    num_rows: int
+    decode: DevicePlanner
+
+
+@pytest.fixture
+def yielding(monkeypatch):
+    """The planning kernel beside the decode kernel's, for 132 blocks."""
+    monkeypatch.setattr(layout, "num_processors", lambda device: 132)
+    monkeypatch.setattr(tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
+
+    def run(spec: AttentionSpec, q_lens, kv_lens, forest: Forest) -> Yielding:
+        capacity, cpu = capacity_of(q_lens, kv_lens, forest), torch.device("cpu")
+        regions, own = Layout.of(spec, capacity, cpu), built_in_prefix_tuning(spec)
+        memory = torch.full((regions.num_bytes,), 0xA5, dtype=torch.uint8)
+        lists, scratch = regions.lists[None].of(memory), regions.scratch.of(memory)
+        decode = DevicePlanner(regions.params[None], capacity, regions.bounds.max_tiles, lists, scratch)
+        made = PrefixLayout.of(spec, capacity, own, 132)
+        buffer = torch.full((made.num_bytes,), 0xA5, dtype=torch.uint8)
+        planner = PrefixPlanner(prefix_plan_spec(spec, capacity, own, 132, decode.spec), capacity, made, buffer, decode)
+        planner.__dict__["_kernel"] = EmulatedKernel(planner.spec)
+        planner(batch_of(q_lens, kv_lens, forest))
+        num_rows, _, _, is_used = made.header.of(buffer).tolist()
+        return Yielding(is_used == 1, num_rows, decode)
+
+    return run
+
+
+def test_batches_that_are_through_sooner_without_levels_are_left_to_decode(yielding):
+    spec = AttentionSpec(32, 8, 128)
+    for count, shared, own, wanted in (
+        *((64, 8192, 256, True), (16, 2048, 256, True), (8, 1024, 512, False)),
+        *((64, 0, 2048, False), (2, 64, 2048, False)),
+    ):
+        forest = Forest(((0, count, 0, shared),) if shared else ((0, 1, 0, 64),))
+        found = yielding(spec, [1] * count, [shared + own] * count, forest)
+        assert found.is_used == wanted and (found.num_rows > 0) == wanted, (count, shared, own)
+
+
+def test_the_decode_kernels_plan_is_made_whoever_has_the_batch(yielding):
+    for kv_lens in ([100, 300, 40], [9000] * 48):
+        q_lens = [1] * len(kv_lens)
+        decode = yielding(AttentionSpec(32, 8, 128), q_lens, kv_lens, Forest(((0, len(q_lens), 0, 30),))).decode
+        expected = Layout.of(AttentionSpec(32, 8, 128), decode.capacity, torch.device("cpu"))
+        lists = expected.lists[None].of(torch.zeros(expected.num_bytes, dtype=torch.uint8))
+        batch = batch_of(q_lens, kv_lens, Forest(()))
+        fill_on_host(batch.q_indptr, batch.kv_lens, decode.params, lists)
+        num_items = int(lists.worker_indptr[-1])
+        assert num_items > 0 and torch.equal(decode.lists.items[:num_items], lists.items[:num_items])
 
 
 HOSTILE = {

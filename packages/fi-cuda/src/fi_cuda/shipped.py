@@ -18,7 +18,8 @@ from .kernels.attention.order import order_spec
 from .kernels.attention.plan import ShortSteps, plan_spec
 from .kernels.attention.prefill import prefill_spec
 from .kernels.attention.prefill_tuning import built_in_prefill_tuning, prefill_params
-from .kernels.attention.prefix import built_in_prefix_tuning, prefix_plan_spec, prefix_spec
+from .kernels.attention.prefix import built_in_prefix_tuning, prefix_spec
+from .kernels.attention.prefix_plan import prefix_plan_spec
 from .kernels.attention.tuning import built_in_tuning, partition_params
 from .kernels.copy_pages import CopyPagesSpec
 from .kernels.gated_activation import SILU, GatedActivationSpec
@@ -228,11 +229,13 @@ def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
     for spec, form in (
         (eight, CallForm(boxes=True)),
         (replace(eight, num_qo_heads=64), CallForm(boxes=True)),
-        (replace(eight, kv_format="fp8_e4m3"), scaled),
+        (replace(eight, kv_format="fp8_e4m3"), scaled._replace(boxes=True)),
     ):
-        tuning = built_in_prefix_tuning(spec)
-        yield prefix_plan_spec(spec, replace(_DECODE, max_prefixes=256), tuning, _HOPPER_PROCESSORS)
+        tuning, decode = built_in_prefix_tuning(spec), built_in_tuning(spec, _DECODE)
+        beside = plan_spec(partition_params(spec, _DECODE, decode, None, _HOPPER_PROCESSORS), _DECODE)
+        yield prefix_plan_spec(spec, replace(_DECODE, max_prefixes=256), tuning, _HOPPER_PROCESSORS, beside)
         yield prefix_spec(spec, tuning, form)
+        yield decode_spec(spec, decode, form._replace(boxes=True), yields=True)
 
 
 def _decode_specs(

@@ -22,6 +22,31 @@ INDPTR = tl.constexpr(2)
 
 
 @triton.jit
+def entries_of(
+    request, table_ptr, table_row_ptr, indptr_ptr, table_stride, TABLE: tl.constexpr, TABLE_ROW: tl.constexpr
+):  # fmt: skip
+    """Where the table's entries of a request begin."""
+    if TABLE == DENSE:
+        table_row = request
+        if TABLE_ROW:
+            table_row = tl.load(table_row_ptr + request)
+        entries_ptr = table_ptr + table_row.to(tl.int64) * table_stride
+    else:
+        entries_ptr = table_ptr + tl.load(indptr_ptr + request)
+    return entries_ptr
+
+
+@triton.jit
+def logit_scale_of(scale, k_scale_ptr, K_SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """What a product of a query and a key is multiplied by: in base 2, unless it is capped first."""
+    if K_SCALE:
+        scale = scale * tl.load(k_scale_ptr)
+    if not SOFT_CAP:
+        scale = scale * LOG2E
+    return scale
+
+
+@triton.jit
 def run_item(
     item_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     q_indptr_ptr, kv_lens_ptr, table_ptr, table_row_ptr, kv_indptr_ptr, bits_ptr, bits_indptr_ptr,
@@ -73,24 +98,14 @@ def run_item(
 
     k_head_ptr = k_ptr + kv_head.to(tl.int64) * k_stride_head
     v_head_ptr = v_ptr + kv_head.to(tl.int64) * v_stride_head
-    entries_ptr = table_ptr
-    if TABLE == DENSE:
-        table_row = request
-        if TABLE_ROW:
-            table_row = tl.load(table_row_ptr + request)
-        entries_ptr = table_ptr + table_row.to(tl.int64) * table_stride
-    elif TABLE == INDPTR:
-        entries_ptr = table_ptr + tl.load(kv_indptr_ptr + request)
-    else:
+    if TABLE == RAGGED:
+        entries_ptr = table_ptr
         first_row = tl.load(kv_indptr_ptr + request).to(tl.int64)
         k_head_ptr += first_row * k_stride_token
         v_head_ptr += first_row * v_stride_token
-
-    logit_scale = scale
-    if K_SCALE:
-        logit_scale = logit_scale * tl.load(k_scale_ptr + kv_head * k_scale_stride)
-    if not SOFT_CAP:
-        logit_scale = logit_scale * LOG2E
+    else:
+        entries_ptr = entries_of(request, table_ptr, table_row_ptr, kv_indptr_ptr, table_stride, TABLE, TABLE_ROW)
+    logit_scale = logit_scale_of(scale, k_scale_ptr + kv_head * k_scale_stride, K_SCALE, SOFT_CAP)
     slope = tl.zeros((ROWS,), tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + head) * LOG2E
@@ -139,6 +154,20 @@ def store_rows(rows, live, result, log_mass, ptr, lse_ptr, DIM_VO: tl.constexpr,
 
 
 @triton.jit
+def store_output(
+    token, head, live, result, log_mass, out_ptr, lse_ptr, out_stride_token, out_stride_head, lse_stride_token,
+    DIM_VO: tl.constexpr, BLOCK_DV: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """Store rows of the output, and of its log-sum-exp in natural units."""
+    dims = tl.arange(0, BLOCK_DV)
+    rows = out_ptr + token.to(tl.int64) * out_stride_token + head.to(tl.int64) * out_stride_head
+    stored = result.to(out_ptr.dtype.element_ty)
+    tl.store(rows[:, None] + dims[None, :], stored, mask=live[:, None] & (dims < DIM_VO)[None, :])
+    if LSE:
+        tl.store(lse_ptr + token.to(tl.int64) * lse_stride_token + head, log_mass * LN2, mask=live)
+
+
+@triton.jit
 def finish_item(
     total, top, mass, live, token, head, slot, v_scale, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     sinks_ptr, state_ptr, state_lse_ptr, state_begin, is_part, out_stride_token, out_stride_head, lse_stride_token,
@@ -161,12 +190,10 @@ def finish_item(
             top = new_top
     result, log_mass = normalised(total, top, mass, v_scale)
     if is_whole:
-        dims = tl.arange(0, BLOCK_DV)
-        rows = out_ptr + token.to(tl.int64) * out_stride_token + head.to(tl.int64) * out_stride_head
-        stored = result.to(out_ptr.dtype.element_ty)
-        tl.store(rows[:, None] + dims[None, :], stored, mask=live[:, None] & (dims < DIM_VO)[None, :])
-        if LSE:
-            tl.store(lse_ptr + token.to(tl.int64) * lse_stride_token + head, log_mass * LN2, mask=live)
+        store_output(
+            token, head, live, result, log_mass, out_ptr, lse_ptr, out_stride_token, out_stride_head, lse_stride_token,
+            DIM_VO, BLOCK_DV, LSE,
+        )  # fmt: skip
     elif slot >= 0:
         row = slot.to(tl.int64) * SLOT_ROWS + tl.arange(0, ROWS)
         store_rows(row, row >= 0, result, log_mass, partial_ptr, partial_lse_ptr, DIM_VO, BLOCK_DV)

@@ -18,10 +18,6 @@ MASK_NONE = tl.constexpr(0)
 MASK_KV = tl.constexpr(1)
 MASK_NEW = tl.constexpr(2)
 
-RAGGED = tl.constexpr(0)
-DENSE = tl.constexpr(1)
-INDPTR = tl.constexpr(2)
-
 
 @triton.jit
 def pages_at(begin, lowest, stop, shift, entries_ptr, STEP: tl.constexpr, PAGE_SIZE: tl.constexpr):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel import DENSE, normalised, store_rows
-from .kv_steps import LN2, LOG2E, MASK_KV, MASK_NONE, attend_range
+from .kernel import entries_of, logit_scale_of, normalised, store_output, store_rows
+from .kv_steps import LOG2E, MASK_KV, MASK_NONE, attend_range
 from .merge import merge_rows
 
 
@@ -52,18 +52,8 @@ def run_node(
 
     k_head_ptr = k_ptr + kv_head.to(tl.int64) * k_stride_head
     v_head_ptr = v_ptr + kv_head.to(tl.int64) * v_stride_head
-    if TABLE == DENSE:
-        table_row = request
-        if TABLE_ROW:
-            table_row = tl.load(table_row_ptr + request)
-        entries_ptr = table_ptr + table_row.to(tl.int64) * table_stride
-    else:
-        entries_ptr = table_ptr + tl.load(table_indptr_ptr + request)
-    logit_scale = scale
-    if K_SCALE:
-        logit_scale = logit_scale * tl.load(k_scale_ptr + kv_head * k_scale_stride)
-    if not SOFT_CAP:
-        logit_scale = logit_scale * LOG2E
+    entries_ptr = entries_of(request, table_ptr, table_row_ptr, table_indptr_ptr, table_stride, TABLE, TABLE_ROW)
+    logit_scale = logit_scale_of(scale, k_scale_ptr + kv_head * k_scale_stride, K_SCALE, SOFT_CAP)
     slope = tl.zeros((ROWS,), tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + head) * LOG2E
@@ -217,9 +207,8 @@ def parts_kernel(
                 total += weight[:, None] * value
             empty = mass == 0.0
             result = total / tl.where(empty, 1.0, mass)[:, None]
-            rows = out_ptr + token * out_stride_token + head.to(tl.int64) * out_stride_head
-            stored = result.to(out_ptr.dtype.element_ty)
-            tl.store(rows[:, None] + dims[None, :], stored, mask=live[:, None] & (dims < DIM_VO)[None, :])
-            if LSE:
-                lse = tl.where(empty, float("-inf"), (base + tl.log2(tl.where(empty, 1.0, mass))) * LN2)
-                tl.store(lse_ptr + token * lse_stride_token + head, lse, mask=live)
+            log_mass = tl.where(empty, float("-inf"), base + tl.log2(tl.where(empty, 1.0, mass)))
+            store_output(
+                token, head, live, result, log_mass, out_ptr, lse_ptr, out_stride_token, out_stride_head, lse_stride_token,
+                DIM_VO, BLOCK_DV, LSE,
+            )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel import store_rows
-from .kv_steps import LN2, LOG2E
+from .kernel import store_output, store_rows
+from .kv_steps import LOG2E
 
 
 @triton.jit
@@ -57,7 +57,6 @@ def merge_kernel(
     serves any batch. Sinks join here exactly once, unless (LEVELS) the tile is a request's own part: then they do where its
     parts are merged."""
     SLOT_ROWS: tl.constexpr = BIG_ROWS if BIG_ROWS > ROWS else ROWS
-    dims = tl.arange(0, BLOCK_DV)
     num_merges = tl.load(num_merges_ptr)
     for merge in range(tl.program_id(0), num_merges, tl.num_programs(0)):
         record = merges_ptr + merge * 8
@@ -90,11 +89,10 @@ def merge_kernel(
                 SLOT_ROWS, BLOCK_ROWS, PIECES, DIM_VO, BLOCK_DV,
             )  # fmt: skip
             if own_begin == 0:
-                rows = out_ptr + token * out_stride_token + head.to(tl.int64) * out_stride_head
-                wanted = live[:, None] & (dims < DIM_VO)[None, :]
-                tl.store(rows[:, None] + dims[None, :], result.to(out_ptr.dtype.element_ty), mask=wanted)
-                if LSE:
-                    tl.store(lse_ptr + token * lse_stride_token + head, lse * LN2, mask=live)
+                store_output(
+                    token, head, live, result, lse, out_ptr, lse_ptr, out_stride_token, out_stride_head, lse_stride_token,
+                    DIM_VO, BLOCK_DV, LSE,
+                )  # fmt: skip
             else:
                 state_row = (state_begin + token) * HEADS + head
                 store_rows(state_row, live, result, lse, state_ptr, state_lse_ptr, DIM_VO, BLOCK_DV)

@@ -128,6 +128,10 @@ def forests() -> Iterator[ForestCase]:
     yield _case("fp16", order, five, (8, 1), **wide, dtype=torch.float16, features={"lse"})
     yield _case("three_levels", Forest(((0, 6, 0, 130), (0, 4, 130, 200), (1, 3, 200, 333))), (1,) * 6, (40, 0), **wide)
     yield _case("many_requests", Forest(((0, 70, 0, 200), (10, 60, 200, 280))), (1,) * 70, (5, 9, 0), **wide)
+    # A backend that leaves levels out where they cost more than they save has reason to use these.
+    yield _case(
+        "worth_it", Forest(((0, 48, 0, 2600), (8, 40, 2600, 3000))), (1,) * 48, (40, 3), **wide, features={"lse"}
+    )
     yield _case("mixed", order, (1, 9, 1, 5, 33), (8, 1), **wide, features={"lse"})
     yield _case("verify", order, (4, 4, 1, 0, 4), (8, 1), **wide, features={"lse"}, strided=True)
     yield _case("append", order, (20, 16, 7, 1, 17), (80, 1), **wide)

@@ -79,6 +79,26 @@ def counts_in_32_bits(params: PartitionParams, capacity: Capacity) -> bool:
     return max(largest) <= _NARROW_LIMIT
 
 
+LIST_PARAMS = (
+    ("scratch", "output"),
+    ("starts", "output"),
+    ("items", "output"),
+    ("worker_indptr", "output"),
+    ("merges", "output"),
+    ("num_merges", "output"),
+    ("max_tiles", "int64"),
+)
+"""Of a plan's kernel, where the lists are; see ``DevicePlanner.outputs``."""
+LIMIT_PARAMS = (
+    ("max_q_tokens", "int32"),
+    ("max_q_len", "int32"),
+    ("max_kv_len", "int32"),
+    ("num_requests", "int32"),
+    ("window", "int32"),
+)
+"""What a batch may be, and what it is."""
+
+
 class ShortSteps(NamedTuple):
     """Steps that the decode kernel serves under a plan that has the prefill kernel too: those with at most ``most_tiles`` of the
     latter's tiles (``tile_tokens`` new tokens of a request and KV head) in requests of more than ``q_len`` new tokens."""
@@ -120,24 +140,7 @@ class AttentionPlanSpec(KernelSpec):
     stem: ClassVar = "attention_plan"
     overlapping: ClassVar = True
     include_folders: ClassVar[tuple[Path, ...]] = (INCLUDE_FOLDER, include_folder())
-    layout: ClassVar = ParamsLayout(
-        (
-            ("q_indptr", "pointer"),
-            ("kv_lens", "pointer"),
-            ("scratch", "output"),
-            ("starts", "output"),
-            ("items", "output"),
-            ("worker_indptr", "output"),
-            ("merges", "output"),
-            ("num_merges", "output"),
-            ("max_tiles", "int64"),
-            ("max_q_tokens", "int32"),
-            ("max_q_len", "int32"),
-            ("max_kv_len", "int32"),
-            ("num_requests", "int32"),
-            ("window", "int32"),
-        )
-    )
+    layout: ClassVar = ParamsLayout((("q_indptr", "pointer"), ("kv_lens", "pointer"), *LIST_PARAMS, *LIMIT_PARAMS))
 
     @property
     def num_threads(self) -> int:
@@ -157,7 +160,10 @@ class AttentionPlanSpec(KernelSpec):
         return self.num_workers // _WORKERS_PER_BLOCK + 1
 
     def source(self) -> KernelSource:
-        made = super().source()
+        return self.with_count_type(super().source())
+
+    def with_count_type(self, made: KernelSource) -> KernelSource:
+        """The text with the type in which the kernel counts."""
         return replace(made, text=f"#define FI_PARTITION_INT int\n{made.text}") if self.narrow else made
 
     def config_lines(self) -> list[str]:
@@ -232,30 +238,34 @@ class DevicePlanner:
         self._kernel  # noqa: B018
 
     @cached_property
-    def _spec(self) -> AttentionPlanSpec:
+    def spec(self) -> AttentionPlanSpec:
         return plan_spec(self.params, self.capacity, self.short)
 
     @cached_property
     def _kernel(self) -> LaunchableKernel:
-        return kernel_for(self._spec, self.lists.items.device)
+        return kernel_for(self.spec, self.lists.items.device)
 
     @cached_property
     def _launch(self) -> RepeatedLaunch:
-        return self._kernel.repeated(self.lists.items.device, self._spec.num_blocks)
+        return self._kernel.repeated(self.lists.items.device, self.spec.num_blocks)
 
     @cached_property
-    def _outputs(self) -> tuple[int, ...]:
+    def outputs(self) -> tuple[int, ...]:
+        """Values of LIST_PARAMS."""
+        return self.scratch.data_ptr(), *(tensor.data_ptr() for tensor in self.lists), self.max_tiles
+
+    @cached_property
+    def _limits(self) -> tuple[int, ...]:
         capacity = self.capacity
         limits = (capacity.max_q_tokens, capacity.max_q_len, capacity.max_kv_len)
-        addresses = (tensor.data_ptr() for tensor in self.lists)
-        return self.scratch.data_ptr(), *addresses, self.max_tiles, *(min(limit, _INT32_MAX) for limit in limits)
+        return tuple(min(limit, _INT32_MAX) for limit in limits)
 
     def __call__(self, q_indptr: Tensor, kv_lens: Tensor) -> None:
         """Plan int32 ``q_indptr`` [B + 1] and ``kv_lens`` [B] on the lists' device; legal in CUDA-graph capture once
         loaded. A batch beyond the capacity, or with negative lengths, gets no work."""
         launch, given = self._launch, (q_indptr.data_ptr(), kv_lens.data_ptr(), kv_lens.shape[0])
         if launch.packed_for != given:
-            launch.pack(*given[:2], *self._outputs, given[2], self.params.window or 0)
+            launch.pack(*given[:2], *self.outputs, *self._limits, given[2], self.params.window or 0)
             launch.packed_for = given
         launch.launch()
 

@@ -1,5 +1,8 @@
 """Attention whose batches may share prefixes, as a plan's kernel: a list of nodes' and requests' tiles, one launch a call. A
-batch without levels is served as if the plan had none, and so are calls with a window, which see few of the shared keys."""
+batch without levels is served as if the plan had none, and so are calls with a window, which see few of the shared keys. Where
+levels do not pay, as the planner finds on the GPU, the decode kernel has the batch: it is launched behind and looks.
+
+The order is so because whoever is second has its blocks' start to pay, and levels are usually named where they pay."""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ from .boxes import column_maps_of
 from .call import CallForm
 from .prefill_state import attention_prefill
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, box_tokens
-from .prefix import PrefixLayout, PrefixPlanner, prefix_plan_spec, prefix_spec, prefix_tuning_for
-from .state import Addressing, Call, address_of, attention_decode, cache_strides_of, scale_of
-from .tuning import num_processors
+from .prefix import prefix_spec, prefix_tuning_for
+from .prefix_plan import PrefixLayout, PrefixPlanner, prefix_plan_spec
+from .state import Addressing, Call, DecodeState, address_of, attention_decode, cache_strides_of, scale_of
+from .tuning import memory_gbs, num_processors
 
 _MAX_CALLS = 4096
 MAX_SHORT_QUERY = 16
@@ -60,15 +64,22 @@ class PrefixState:
         self._buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         for region in (layout.header, layout.barrier):
             region.of(self._buffer).zero_()
+        self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
+        # With other kernels than decode's nothing is gained: they have tiles as long as a node's.
+        self._decode = self._unshared if isinstance(self._unshared, DecodeState) and tuning.choose else None
+        beside = self._decode.planner_of(None) if self._decode and None in spec.windows else None
         self._planner = PrefixPlanner(
-            prefix_plan_spec(spec, capacity, tuning, self._num_workers), capacity, layout, self._buffer
+            prefix_plan_spec(
+                *(spec, capacity, tuning, self._num_workers),
+                *(None if beside is None else beside.spec, memory_gbs(device)),
+            ),
+            *(capacity, layout, self._buffer, beside),
         )
         self._planner.load()  # compiling and loading would not be legal in a capture
-        self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
         self._levels: SharedPrefixes | None = None
         self._addressing: Addressing | None = None
         self._calls: dict[tuple[int, int, bool], Call] = {}
-        self._box_tokens = box_tokens(spec.page_size, tuning.tiles.tokens) if spec.kv_dtype == spec.dtype else None
+        self._box_tokens = box_tokens(spec.page_size, tuning.tiles.tokens)
         self._query_box = Box((1, spec.group_size, BOX_ROW_BYTES // spec.dtype.itemsize))
 
     @property
@@ -86,14 +97,16 @@ class PrefixState:
         )
 
     def update(self, batch: Batch) -> None:
-        """Plan on the device, one launch; tensors on the CPU are copied there first."""
+        """Plan on the device, one launch (and one a window); tensors on the CPU are copied there first."""
         self._levels = batch.levels
         if batch.levels is None:
             self._unshared.update(batch)
             return
-        if any(window is not None for window in self._spec.windows):
-            self._unshared.update(replace(batch, levels=None))
         here = _on_device(batch, self._device)
+        if any(window is not None for window in self._spec.windows):
+            self._unshared.update(here)
+        elif self._decode is not None:
+            self._decode.take(here)
         self._planner(here)
         before, now = self._addressing, Addressing.of(here, self._device)
         if before is None or (before.has_rows, before.mask_columns) != (now.has_rows, now.mask_columns):
@@ -102,7 +115,7 @@ class PrefixState:
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
         if self._levels is None or layer.window is not None:
-            self._unshared.run(q, kv, layer, out, lse)
+            self._run_unshared(q, kv, layer, out, lse, 0)
             return
         addressing = self._addressing
         assert addressing is not None, "the plan calls update first"
@@ -130,6 +143,16 @@ class PrefixState:
             queries,
             *call.maps,
         )
+        if self._decode is not None:
+            self._run_unshared(q, kv, layer, out, lse, self._planner.used_address)
+
+    def _run_unshared(
+        self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None, yields_to: int
+    ) -> None:
+        """Without levels; if there is ``yields_to``, only where the int at that address is 0."""
+        if self._decode is not None:
+            self._decode.yields_to = yields_to
+        self._unshared.run(q, kv, layer, out, lse)
 
     def _remembered(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         """What calls with this cache and layer share: found, or made by ``_prepare``."""

@@ -86,6 +86,10 @@ class ListState:
     """The part of the ``AttentionState`` protocol that kernels share: one buffer with a work list for each distinct window
     of the spec. ``short``: steps other than these get no work in those lists."""
 
+    yields_to = 0
+    """For the next calls, if there is one: the address of an int that is not 0 where the kernel before in the stream has the
+    batch."""
+
     def __init__(
         self,
         spec: AttentionSpec,
@@ -117,7 +121,7 @@ class ListState:
         self._batch: Batch | None = None
         self._addressing: Addressing | None = None
         self._num_addressings = 0
-        self._calls: dict[tuple[int, int, bool], PackedCall] = {}
+        self._calls: dict[tuple[int, int, bool, int], PackedCall] = {}
         self._planner = "not yet updated"
 
     @property
@@ -134,8 +138,12 @@ class ListState:
             self._planner = "device, one kernel a work list"
             for planner in self._planners:
                 planner(batch.q_indptr, batch.kv_lens)
-            if self._batch is batch:
-                return  # its addresses are known
+        self.take(batch)
+
+    def take(self, batch: Batch) -> None:
+        """Remember where a batch lies, whose lists another kernel may have filled."""
+        if self._batch is batch and not batch.kv_lens.is_cpu:
+            return  # its addresses are known
         self._batch = batch
         before, now = self._addressing, Addressing.of(batch, self._device)
         if before is None or (before.has_rows, before.mask_columns) != (now.has_rows, now.mask_columns):
@@ -179,7 +187,7 @@ class ListState:
 
     def _remembered(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> PackedCall:
         """What calls with this cache and layer share: found, or made by ``_prepare``."""
-        key = (id(kv), id(layer), not with_lse)
+        key = (id(kv), id(layer), not with_lse, self.yields_to)
         call = self._calls.get(key)
         if call is None or call.kv() is not kv:
             shared = self._prepare(kv, layer, with_lse)
@@ -207,6 +215,12 @@ class DecodeState(ListState):
         super().__init__(spec, capacity, device, Layout.of(spec, capacity, device), short)
         assert isinstance(self._layout.tuning, DecodeTuning)
         self._tuning = self._layout.tuning
+
+    def planner_of(self, window: int | None) -> DevicePlanner:
+        """What fills the lists of a window of the spec."""
+        planner = self._planners[list(self._lists).index(window)]
+        assert isinstance(planner, DevicePlanner)
+        return planner
 
     def describe(self) -> Sequence[str]:
         layout, tuning = self._layout, self._tuning
@@ -269,8 +283,12 @@ class DecodeState(ListState):
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
-            kernel=kernel_for(decode_spec(self._spec, self._tuning, form), self._device),
-            workspace=(*map(address_of, lists[:2]), *(region.of(self._buffer).data_ptr() for region in workspace)),
+            kernel=kernel_for(decode_spec(self._spec, self._tuning, form, self.yields_to != 0), self._device),
+            workspace=(
+                *map(address_of, lists[:2]),
+                *(region.of(self._buffer).data_ptr() for region in workspace),
+                self.yields_to,
+            ),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(
                 *(

@@ -7,16 +7,21 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
+from cuda.bindings import driver
 from fi_core.contract import target_of
 from fi_core.errors import ArgumentError
 from fi_core.records import AttentionSpec, Capacity
 from fi_core.registry import registry
 from fi_scheduler.partition import UNLIMITED_ROWS, PartitionParams, TileKind, plan_params
 
+from ...launch import check
+
 TUNED_OP = "attention_decode"
 """What ``fi_tuning`` is asked for."""
 
 HOPPER_SHARED_BYTES = 227 << 10
+HOPPER_MEMORY_GBS = 3350.0
+"""Of an H100."""
 
 _ROW_CHOICES = (8, 16, 32, 64, 128)
 _WARP_ROWS = (8, 16)
@@ -159,6 +164,19 @@ def shared_limit(device: torch.device) -> int:
     """Shared memory a block of a CUDA device may have."""
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs leave the attribute out
     return int(properties.shared_memory_per_block_optin)
+
+
+def memory_gbs(device: torch.device) -> float:
+    """GB/s of the device's memory by its data sheet: two transfers a clock of each line."""
+    if device.type != "cuda":
+        return HOPPER_MEMORY_GBS
+    names = driver.CUdevice_attribute
+    rate, width = names.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, names.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH
+    found = [driver.cuDeviceGetAttribute(name, device.index or 0) for name in (rate, width)]
+    for status, _ in found:
+        check(status, f"attributes of {device}")
+    (_, kilohertz), (_, bits) = found
+    return float(2 * kilohertz * 1e3 * bits / 8 / 1e9)
 
 
 def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> DecodeTuning:

@@ -15,7 +15,7 @@ from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import PENALTY_FIELDS, FilteringSpec, address, kept_for, penalty_values
-from .geometry import Geometry, geometry_for
+from .geometry import SMALL_SEARCH, Geometry, geometry_for
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ def sample(
 
 
 def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
-    """The form of a row's cluster, with as many registers as typical_p and penalties need."""
+    """The form of a row's cluster, with as many registers as typical_p needs, and the shared memory of penalties."""
     kept = kept_for(filters)
-    if penalties:
+    if penalties and kept is SMALL_SEARCH:
         kept = kept._replace(most_blocks=2)
     form = geometry_for(vocab_size, num_outputs, kept=kept)
     return form._replace(resident_blocks=1) if "typical_p" in filters else form

@@ -17,8 +17,7 @@ struct alignas(16) AttentionItem {
   int q_begin, q_len, kv_len;
   int merge_idx;  // of the split tile; with slot -1: -1
   int head_slot, tail_begin, tail_end;  // the tile's pieces: head_slot, then tail_begin .. tail_end - 1
-  int slices;  // with shared prefixes: warpgroups that share a step's keys, each for all rows; a row of the order of tiles has the
-               // slots of a head here, if the tile is in pieces; else 0
+  int head_slots;  // a row of the order of tiles has the slots of a head here, if the tile is in pieces; else 0
 
   __device__ __forceinline__ int num_pieces() const { return 1 + tail_end - tail_begin; }
   // Its number among the pieces of its tile; 0 for a whole tile.

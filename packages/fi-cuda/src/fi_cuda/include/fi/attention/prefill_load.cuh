@@ -1,32 +1,30 @@
 // The producer of prefill: brings a worker's items, their queries, keys and values into shared memory.
 #pragma once
 
+#include "fi/attention/list_load.cuh"
 #include "fi/attention/order.cuh"
 #include "fi/attention/prefill_copies.cuh"
-#include "fi/ptx/named_barrier.cuh"
-#include "fi/ptx/tma.cuh"
 
 namespace fi {
 
-// Copies: what copies_of gives. Its warps, which alone call run(), walk the list side by side; the first one brings the queries
-// (map: token, head, element).
 template <class Config, class Params, class Copies>
-class PrefillLoader {
-  using Tile = PrefillTile<Config>;
-  using Shared = PrefillShared<Config>;
-  static constexpr int kColumns = Shared::kRecordLanes;
+class PrefillLoader : ListLoader<Config, Params, Copies> {
+  using Base = ListLoader<Config, Params, Copies>;
+  using typename Base::Shared;
+  using typename Base::Tile;
+  using Base::copies_, Base::is_first_, Base::item_, Base::kColumns, Base::lane_, Base::params_, Base::queries_, Base::query_,
+      Base::shared_;
   // Of an item's row.
   static constexpr int kHeadColumn = 1, kSlotColumn = 6, kMergeColumn = 11, kFirstPieceColumn = 12, kSlotsColumn = 15;
 
  public:
   __device__ __forceinline__ PrefillLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
-      : params_(params), queries_(queries), copies_(copies), shared_(shared),
-        lane_(static_cast<int>(threadIdx.x) % kWarpThreads), is_first_(warp_idx() == 0) {}
+      : Base(params, queries, copies, shared) {}
 
   __device__ __forceinline__ void run() {
     if (static_cast<const OrderHeader*>(params_.order)->is_used) take_tiles();
     else work_through_share();
-    if (is_first_) end_list();
+    if (is_first_) Base::end_list();
   }
 
  private:
@@ -38,11 +36,12 @@ class PrefillLoader {
     const auto row_of = [&](int tile) {
       return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
+    int& counter = static_cast<OrderHeader*>(params_.order)->taken;
     int tile = static_cast<int>(blockIdx.x);
     int mine = row_of(tile);
 #pragma unroll 1
     while (tile < total) {
-      const int next = next_tile(total);
+      const int next = Base::told(Base::asked(counter), counter, total);
       const int its_row = row_of(next);
       load_item(of_head(mine, tile % num_heads));
       tile = next;
@@ -61,25 +60,6 @@ class PrefillLoader {
       if (column == kSlotsColumn) value = 0;
     }
     return value;
-  }
-
-  // Every block that took a tile is told once that there is none, so `total` are taken in all, and the last one resets.
-  __device__ __forceinline__ int next_tile(int total) {
-    int taken = 0;
-    if (is_first_ && lane_ == 0) {
-      int* counter = &static_cast<OrderHeader*>(params_.order)->taken;
-      taken = atomicAdd(counter, 1);
-      if (taken == total - 1) *counter = 0;
-    }
-    if constexpr (Copies::kWarps > 1) {
-      turn_ ^= 1;  // the place before is still read
-      if (is_first_ && lane_ == 0) shared_.taken[turn_] = taken;
-      ptx::named_barrier_sync(kProducerBarrier, Copies::kWarps * kWarpThreads);
-      taken = shared_.taken[turn_];
-    } else {
-      taken = __shfl_sync(0xffffffffu, taken, 0);
-    }
-    return static_cast<int>(gridDim.x) + taken;
   }
 
   __device__ __forceinline__ void work_through_share() {
@@ -150,9 +130,7 @@ class PrefillLoader {
   }
 
   __device__ __forceinline__ void load_queries(const AttentionItem& item, int value) {
-    shared_.query_ring.acquire(query_);
-    if (lane_ < kColumns) reinterpret_cast<int*>(&shared_.items[item_.stage])[lane_] = value;
-    if (0 < lane_ && lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
+    Base::put_item(value);
     if (lane_ == 0) {
       constexpr int kBytes = Config::kConsumers * Tile::kKeyColumns * Tile::kGroupRows * kBoxRowBytes;
       unsigned long long* full = shared_.query_ring.expect(query_, kBytes);
@@ -169,22 +147,6 @@ class PrefillLoader {
     query_.advance();
     item_.advance();
   }
-
-  __device__ __forceinline__ void end_list() {
-    shared_.query_ring.acquire(query_);
-    if (lane_ == 0) shared_.items[item_.stage].request = kNoRequest;
-    if (lane_ < kColumns) ptx::arrive(&shared_.query_ring.full[query_.stage]);
-  }
-
-  const Params& params_;
-  const ptx::TensorMap& queries_;
-  Copies copies_;
-  Shared& shared_;
-  const int lane_;
-  const bool is_first_;
-  int turn_ = 0;
-  RingCursor<Config::kQueryStages> query_ = RingCursor<Config::kQueryStages>::producer();
-  RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::producer();
 };
 
 }  // namespace fi

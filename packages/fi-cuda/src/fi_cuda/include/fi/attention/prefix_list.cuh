@@ -10,18 +10,18 @@
 namespace fi {
 
 // Rows of the list are AttentionItem without a head, each a tile of every KV head: nodes' first, then requests'. `slot` is the
-// first row of partial results of the item's piece (with slices: of the first, the others' follow), or -1: the tile is whole.
+// first row of partial results of the item's piece, or -1: the tile is whole.
 // `q_begin` of a node counts in the list of tokens.
 struct alignas(16) PrefixHeader {
   int num_rows;
   int num_merged;  // tokens whose parts are merged
   int taken;       // tiles taken beyond the first of each block; 0 between launches
-  int reserved;
+  int is_used;     // 0: the list is empty, and the decode kernel, if it is launched behind, has the batch
 };
 
 enum PrefixItemKind { kRequestItem, kNodeItem };
 
-// Where partial results of a token's rows lie: of piece (or slice of one) p, KV head h and head g of its group in row
+// Where partial results of a token's rows lie: of piece p, KV head h and head g of its group in row
 // first + (p * num_kv_heads + h) * head_rows + g. A token's segments end with one of no pieces, or with their capacity.
 struct alignas(16) PartSegment {
   int first, head_rows, num_pieces;

@@ -1,78 +1,72 @@
 // The producer of attention with shared prefixes: takes tiles from the list and brings their queries, keys and values.
 #pragma once
 
+#include "fi/attention/list_load.cuh"
 #include "fi/attention/prefill_copies.cuh"
 #include "fi/attention/prefix_list.cuh"
-#include "fi/ptx/named_barrier.cuh"
-#include "fi/ptx/tma.cuh"
 
 namespace fi {
 
-// Copies: as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token at a time
-// (map: token, head, element); rows past a tile's tokens hold what was there before and reach no result.
+// Copies: as for PrefillLoader. The tokens of a node lie anywhere, so queries come a token at a time; rows past a tile's tokens
+// hold what was there before and reach no result.
 template <class Config, class Params, class Copies>
-class PrefixLoader {
-  using Tile = PrefillTile<Config>;
-  using Shared = PrefillShared<Config>;
-  static constexpr int kColumns = sizeof(AttentionItem) / sizeof(int);
+class PrefixLoader : ListLoader<Config, Params, Copies> {
+  using Base = ListLoader<Config, Params, Copies>;
+  using typename Base::Shared;
+  using typename Base::Tile;
+  using Base::copies_, Base::is_first_, Base::item_, Base::kColumns, Base::lane_, Base::params_, Base::queries_, Base::query_,
+      Base::shared_;
   static constexpr int kHeadColumn = 1;  // of an item's row
 
  public:
   __device__ __forceinline__ PrefixLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
-      : params_(params), queries_(queries), copies_(copies), shared_(shared),
-        lane_(static_cast<int>(threadIdx.x) % kWarpThreads), is_first_(warp_idx() == 0) {}
+      : Base(params, queries, copies, shared) {}
 
   // The next tile of the list, again and again; heads of a row stand side by side.
   __device__ __forceinline__ void run() {
     const int* rows = static_cast<const int*>(params_.rows);
     const int num_heads = params_.num_kv_heads;
+    const auto with_head = [&](int tile, int row) { return lane_ % kColumns == kHeadColumn ? tile % num_heads : row; };
+    // There is room for a row of every block, so the first is read beside the list's length.
+    int tile = static_cast<int>(blockIdx.x);
+    int mine = rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns];
     const int total = static_cast<const PrefixHeader*>(params_.header)->num_rows * num_heads;
     const auto row_of = [&](int tile) {
       return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
-    const auto with_head = [&](int tile, int row) { return lane_ % kColumns == kHeadColumn ? tile % num_heads : row; };
-    int tile = static_cast<int>(blockIdx.x);
-    if (tile < total) {
-      int mine = row_of(tile);
-      int next = told(asked(), total);
-      int its_row = row_of(next);
+    if constexpr (Tile::kLanded) {
+      // Producers that change what landed have no registers to look further ahead.
+#pragma unroll 1
+      while (tile < total) {
+        const int next = Base::told(Base::asked(counter()), counter(), total), its_row = row_of(next);
+        load_landed(with_head(tile, mine));
+        tile = next;
+        mine = its_row;
+      }
+    } else if (tile < total) {
+      int answer = Base::asked(counter()), next = 0, its_row = 0;
       auto place = first_place(with_head(tile, mine));
+      // Told while the tile's first keys are under way, and at once asked again: an answer takes as long as a step's keys.
+      const auto look_ahead = [&] {
+        next = Base::told(answer, counter(), total);
+        its_row = row_of(next);
+        answer = next < total ? Base::asked(counter()) : 0;
+      };
 #pragma unroll 1
       while (true) {
-        // Asked for while this tile is loaded: the answer takes as long as a step's keys.
-        const int answer = next < total ? asked() : 0;
-        place = load_item(with_head(tile, mine), with_head(next, its_row), next < total, place);
+        load_item(with_head(tile, mine), place, look_ahead, [&] {
+          if (next < total) place = first_place(with_head(next, its_row));
+        });
         if (next >= total) break;
         tile = next;
         mine = its_row;
-        next = told(answer, total);
-        its_row = row_of(next);
       }
     }
-    if (is_first_) end_list();
+    if (is_first_) Base::end_list();
   }
 
  private:
-  // Asks for a further tile; the first lane of the first warp knows the answer.
-  __device__ __forceinline__ int asked() const {
-    if (!is_first_ || lane_ != 0) return 0;
-    return atomicAdd(&static_cast<PrefixHeader*>(params_.header)->taken, 1);
-  }
-
-  // What was asked for, to all. Every block that took a tile is told once that there is none, so `total` are taken in all, and the
-  // last one resets.
-  __device__ __forceinline__ int told(int taken, int total) {
-    if (is_first_ && lane_ == 0 && taken == total - 1) static_cast<PrefixHeader*>(params_.header)->taken = 0;
-    if constexpr (Copies::kWarps > 1) {
-      turn_ ^= 1;  // the place before is still read
-      if (is_first_ && lane_ == 0) shared_.taken[turn_] = taken;
-      ptx::named_barrier_sync(kProducerBarrier, Copies::kWarps * kWarpThreads);
-      taken = shared_.taken[turn_];
-    } else {
-      taken = __shfl_sync(0xffffffffu, taken, 0);
-    }
-    return static_cast<int>(gridDim.x) + taken;
-  }
+  __device__ __forceinline__ int& counter() const { return static_cast<PrefixHeader*>(params_.header)->taken; }
 
   // What the copies need of an item's row.
   __device__ __forceinline__ AttentionItem copied(int value) const {
@@ -84,41 +78,53 @@ class PrefixLoader {
     return item;
   }
 
+  __device__ __forceinline__ void load_landed(int value) {
+    if (is_first_) load_queries(value);
+    const AttentionItem item = copied(value);
+    const ItemSteps<Config> steps(item, params_.window);
+    copies_.enter(item, steps);
+    copies_.load(shared_, steps.num_steps);
+  }
+
   // Where an item's first step is copied from.
-  __device__ __forceinline__ typename Copies::Place first_place(int value) const {
+  __device__ __forceinline__ auto first_place(int value) const {
     const AttentionItem item = copied(value);
     Copies ahead = copies_;
     ahead.enter(item, ItemSteps<Config>(item, params_.window));
     return ahead.place_of(0);
   }
 
-  // Loads an item whose first step is copied from `place`; returns the next one's, looked up before this one's last values are
-  // waited for.
-  __device__ __forceinline__ typename Copies::Place load_item(int value, int next_value, bool has_next, typename Copies::Place place) {
+  // Loads an item whose first step is copied from `place`. `find_next`, some time after `look_ahead` and before the item's last values
+  // are waited for, makes `place` the next one's.
+  template <class Place, class LookAhead, class FindNext>
+  __device__ __forceinline__ void load_item(int value, Place& place, LookAhead look_ahead, FindNext find_next) {
     if (is_first_) load_queries(value);
     const AttentionItem item = copied(value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
-    auto before = place;
+    Place before = place;
+    if (steps.num_steps > 0) {
+      place = copies_.place_of(min(1, steps.num_steps - 1));
+      copies_.load_keys(shared_, 0, before);
+    }
+    look_ahead();
 #pragma unroll 1
-    for (int step = 0; step < steps.num_steps; ++step) {
-      const auto next = copies_.place_of(min(step + 1, steps.num_steps - 1));
+    for (int step = 1; step < steps.num_steps; ++step) {
+      const Place next = copies_.place_of(min(step + 1, steps.num_steps - 1));
       copies_.load_keys(shared_, step, place);
-      if (step > 0) copies_.load_values(shared_, step - 1, before);
+      copies_.load_values(shared_, step - 1, before);
       before = place;
       place = next;
     }
-    if (has_next) place = first_place(next_value);
+    find_next();
     if (steps.num_steps > 0) copies_.load_values(shared_, steps.num_steps - 1, before);
     if constexpr (kGathered<Config>) copies_.leave();
-    return place;
   }
 
   // The item is read from where it is put: a producer's thread has few registers.
   __device__ __forceinline__ void load_queries(int value) {
-    shared_.query_ring.acquire(query_);
+    Base::put_item(value);
     const AttentionItem& item = shared_.items[item_.stage];
-    if (lane_ < kColumns) reinterpret_cast<int*>(&shared_.items[item_.stage])[lane_] = value;
     __syncwarp();
     const int count = min(item.q_len - item.q_tile * Tile::kTileTokens, Tile::kTileTokens);
     if (lane_ == 0) shared_.query_ring.expect(query_, count * Tile::kKeyColumns * Tile::kGroup * kBoxRowBytes);
@@ -138,24 +144,6 @@ class PrefixLoader {
     query_.advance();
     item_.advance();
   }
-
-  __device__ __forceinline__ void end_list() {
-    shared_.query_ring.acquire(query_);
-    if (lane_ == 0) {
-      shared_.items[item_.stage].request = kNoRequest;
-      ptx::arrive(&shared_.query_ring.full[query_.stage]);
-    }
-  }
-
-  const Params& params_;
-  const ptx::TensorMap& queries_;
-  Copies copies_;
-  Shared& shared_;
-  const int lane_;
-  const bool is_first_;
-  int turn_ = 0;
-  RingCursor<Config::kQueryStages> query_ = RingCursor<Config::kQueryStages>::producer();
-  RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::producer();
 };
 
 }  // namespace fi

@@ -14,53 +14,72 @@ struct alignas(16) PrefixNode {
 
 // A node's query tokens are [t_begin, t_begin + num_tokens) of the list of tokens.
 struct alignas(16) NodeWork {
-  int t_begin, num_tokens, kv_first, kv_end;
-  int request;  // whose table is read
-  int parent;   // the innermost node around it, or -1
-  int fits;     // it is shared by several, and begins where its parent ends
-  int pieces;   // of each of its tiles; 0: not used
-  int first_row, first_part;
+  int member_begin, member_end, kv_begin, kv_end;  // as given; no members: it is not what SharedPrefixes says
+  int kv_first;  // its keys begin there: those of nodes around it that are not worth it are its own
+  int t_begin, num_tokens, steps;
+  int parent;      // the innermost node around it, or -1
+  int state;       // NodeState
+  int pieces;      // of each of its tiles; 0: not used
+  int first_part;
+  int tiles, step_cost;  // of all of them
   int reserved[2];
 };
-
-struct alignas(16) RequestWork {
-  int t_begin;   // its first token in the list of tokens
-  int node;      // the innermost that is used, or -1: its keys are all its own
-  int own_first; // its own keys begin there
-  int pieces;
-  int first_row, first_part, first_merged;
-  int reserved;
+enum NodeState : int {
+  kFits = 1,  // several share it, and it begins where its parent ends
+  kPays = 2,
 };
 
-// What a planning block keeps of nodes and requests, and what stands before each place of the order: in one stretch of memory.
-struct PrefixTables {
-  NodeWork* nodes;
-  RequestWork* requests;
-  int *place_tokens, *place_members;
+// A place of the order, and its request.
+struct alignas(16) PlaceWork {
+  int request, q_begin, q_len, kv_len;
+  int t_begin;         // its first token in the list of tokens
+  int members_before;  // places before it whose requests take part
+  int node;            // the innermost that is used, or -1: its keys are all its own
+  int own_first;       // its own keys begin there
+  int steps, pieces;   // of its own keys
+  int first_part;      // or -1: none
+  int first_merged;
 
-  __device__ __forceinline__ PrefixTables(void* memory, int num_nodes, int num_requests) {
-    nodes = static_cast<NodeWork*>(memory);
-    requests = reinterpret_cast<RequestWork*>(nodes + num_nodes);
-    place_tokens = reinterpret_cast<int*>(requests + num_requests);
-    place_members = place_tokens + num_requests + 1;
+  // Longer ones read their keys once for a whole tile anyway.
+  template <class Config>
+  __device__ __forceinline__ bool takes_part() const {
+    return 0 < q_len && q_len <= Config::kQueryTokens;
   }
 };
 
-// What the steps of a planning block share.
-struct PrefixSums {
-  unsigned long long node_cost, own_cost, best;
-  int longest_node, longest_own;
-  int node_parts, own_chunk;
+// What a planning block keeps, in one stretch of memory. `first_rows` of the nodes, then of the places.
+struct PrefixTables {
+  NodeWork* nodes;
+  PlaceWork* places;
+  int* first_rows;
+
+  __device__ __forceinline__ PrefixTables(void* memory, int num_nodes, int num_requests) {
+    nodes = static_cast<NodeWork*>(memory);
+    places = reinterpret_cast<PlaceWork*>(nodes + num_nodes);
+    first_rows = reinterpret_cast<int*>(places + num_requests + 1);
+  }
 };
+
+// Costs of a batch, added up over its requests and nodes. Tokens are those of K and V.
+struct BatchCost {
+  static constexpr int kCount = 5;
+  float own;       // of tiles of requests' own keys, in the units of the costs
+  float attended;  // picoseconds, if every request attends for itself
+  float tokens, shared, again;  // of all requests; of nodes; read more than once
+};
+
+// Of non-negative numbers: dividing these by a constant takes half the instructions.
+__device__ __forceinline__ int quotient(int number, unsigned by) { return static_cast<int>(static_cast<unsigned>(number) / by); }
+__device__ __forceinline__ int tiles_of(int num_tokens, unsigned tile_tokens) {
+  return quotient(num_tokens + static_cast<int>(tile_tokens) - 1, tile_tokens);
+}
 
 // Steps of keys from the unit in which `first` lies.
 template <class Config>
 __device__ __forceinline__ int steps_from(int first, int end) {
-  const int begin = first / Config::kAlign * Config::kAlign;
-  return end > begin ? (end - begin + Config::kTokens - 1) / Config::kTokens : 0;
+  const int begin = quotient(first, Config::kAlign) * Config::kAlign;
+  return end > begin ? tiles_of(end - begin, Config::kTokens) : 0;
 }
-
-__device__ __forceinline__ int tiles_of(int num_tokens, int tile_tokens) { return (num_tokens + tile_tokens - 1) / tile_tokens; }
 
 // What a step of a tile costs, by the warpgroups that have rows of it.
 template <class Config>
@@ -71,28 +90,38 @@ __device__ __forceinline__ int step_cost(int num_tokens) {
 
 // A step of all tiles of `num_tokens` tokens.
 template <class Config>
-__device__ __forceinline__ int64 step_cost_of_all(int num_tokens) {
-  const int whole = num_tokens / Config::kTileTokens, rest = num_tokens % Config::kTileTokens;
-  return static_cast<int64>(whole) * step_cost<Config>(Config::kTileTokens) + (rest > 0 ? step_cost<Config>(rest) : 0);
+__device__ __forceinline__ int step_cost_of_all(int num_tokens) {
+  const int whole = quotient(num_tokens, Config::kQueryTokens), rest = num_tokens - whole * Config::kQueryTokens;
+  constexpr int kWhole = Config::kStepCost + (Config::kConsumers - 1) * Config::kGroupCost;
+  return whole * kWhole + (rest > 0 ? step_cost<Config>(rest) : 0);
 }
 
-// The index of the last of `count` ascending values, one a record, that is at most `value`.
-template <class Record>
-__device__ __forceinline__ int last_at_most(const Record* records, int Record::*field, int count, int value) {
+// The index of the last of `count` ascending values that is at most `value`.
+template <class ValueOf>
+__device__ __forceinline__ int last_at_most(int count, int value, ValueOf value_of) {
   int low = 0, high = count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (records[middle].*field <= value) low = middle;
+    if (value_of(middle) <= value) low = middle;
     else high = middle;
   }
   return low;
 }
 
+// A value of each warp of the block, in the lane of its number; `scratch` in shared memory. Lanes beyond have T().
+template <int kThreads, class T>
+__device__ __forceinline__ T of_all_warps(const T* scratch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return lane < kThreads / 32 ? scratch[lane] : T();
+}
+
 // Exclusive prefix sums of `value_of(idx)` (kCount ints) over [0, count): `place(idx, before, own)` is called for every idx; `total`
-// goes on from what it holds. All threads of the block call it.
+// goes on from what it holds. All threads of the block call it; what they wrote is seen by all when it returns.
 template <int kThreads, int kCount, class ValueOf, class Place>
 __device__ __forceinline__ void scan_over(int count, int (&total)[kCount], ValueOf value_of, Place place) {
-  __shared__ int scratch[kCount][kThreads / 32];
+  constexpr int kWarps = kThreads / 32;
+  __shared__ int warp_sums[kCount][kWarps];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll 1
   for (int first = 0; first < count; first += kThreads) {
     const int idx = first + static_cast<int>(threadIdx.x);
@@ -100,13 +129,45 @@ __device__ __forceinline__ void scan_over(int count, int (&total)[kCount], Value
     if (idx < count) value_of(idx, own);
 #pragma unroll
     for (int sum = 0; sum < kCount; ++sum) {
-      const Prefix<int> prefix = prefix_over_threads<kThreads>(own[sum], scratch[sum]);
-      before[sum] = total[sum] + prefix.exclusive;
-      total[sum] += prefix.total;
+      const int inclusive = inclusive_sum_over_lanes<32>(own[sum]);
+      before[sum] = inclusive - own[sum];
+      if (threadIdx.x % 32 == 31) warp_sums[sum][warp] = inclusive;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int sum = 0; sum < kCount; ++sum) {
+      const int of_warp = of_all_warps<kThreads>(warp_sums[sum]), through = inclusive_sum_over_lanes<kWarps>(of_warp);
+      before[sum] += total[sum] + __shfl_sync(0xffffffffu, through - of_warp, warp);
+      total[sum] += __shfl_sync(0xffffffffu, through, kWarps - 1);
     }
     if (idx < count) place(idx, before, own);
     __syncthreads();
   }
+}
+
+// The sum of what the threads of a block have, in a fixed order; all of them call it.
+template <int kThreads>
+__device__ __forceinline__ BatchCost sum_over_block(const BatchCost& mine) {
+  constexpr int kWarps = kThreads / 32, kCount = BatchCost::kCount;
+  __shared__ float warp_sums[kCount][kWarps];
+  const float(&values)[kCount] = reinterpret_cast<const float(&)[kCount]>(mine);
+  BatchCost total = {};
+#pragma unroll
+  for (int idx = 0; idx < kCount; ++idx) {
+    float sum = values[idx];
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (threadIdx.x % 32 == 0) warp_sums[idx][threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int idx = 0; idx < kCount; ++idx) {
+    float sum = of_all_warps<kThreads>(warp_sums[idx]);
+#pragma unroll
+    for (int distance = kWarps / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    reinterpret_cast<float(&)[kCount]>(total)[idx] = __shfl_sync(0xffffffffu, sum, 0);
+  }
+  return total;
 }
 
 }  // namespace fi

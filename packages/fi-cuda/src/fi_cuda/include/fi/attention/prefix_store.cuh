@@ -22,24 +22,17 @@ class PrefixStore : public PrefillStore<Config, Params> {
     const PartialRow rows[2] = {state.softmax.row(0), state.softmax.row(1)};
     const float scale = Base::value_scale(item);
     if (item.slot < 0) Base::store(item, rows, state.output, scale);
-    else leave_parts(item, rows, state.output, scale, item.slot, Base::warpgroup_ * Tile::kGroupTokens);
-  }
-
-  // The warpgroup's slice of an item: parts of the rows that all of them share.
-  __device__ __forceinline__ void finish_slice(const AttentionItem& item, State& state) const {
-    const PartialRow rows[2] = {state.softmax.row(0), state.softmax.row(1)};
-    const int slice_rows = Base::params_.num_kv_heads * item.q_len * Tile::kGroup;
-    leave_parts(item, rows, state.output, Base::value_scale(item), item.slot + Base::warpgroup_ * slice_rows, 0);
+    else leave_parts(item, rows, state.output, scale);
   }
 
  private:
   // Normalised rows and their log-sum-exps in base 2; a row without keys has -inf and zeros.
   __device__ __forceinline__ void leave_parts(const AttentionItem& item, const PartialRow (&rows)[2],
-                                              const float (&output)[kOutputs], float scale, int slot, int first_token) const {
+                                              const float (&output)[kOutputs], float scale) const {
     // Rows of a tile stand side by side, as its tokens do.
-    const int before = item.q_tile * Tile::kTileTokens + first_token;
+    const int before = item.q_tile * Tile::kTileTokens + Base::warpgroup_ * Tile::kGroupTokens;
     const int num_rows = min((item.q_len - before) * Tile::kGroup, Tile::kGroupRows);
-    const int64 first = slot + (static_cast<int64>(item.kv_head) * item.q_len + before) * Tile::kGroup;
+    const int64 first = item.slot + (static_cast<int64>(item.kv_head) * item.q_len + before) * Tile::kGroup;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       if (Base::row_of(row) >= num_rows) continue;

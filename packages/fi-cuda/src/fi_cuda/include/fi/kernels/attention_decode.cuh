@@ -8,8 +8,8 @@
 // Config: Dtype (q, out), Stored (K, V), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kRows
 // (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
 // kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps), kRowWarps (warps that share a tile's
-// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys. Params: those of
-// fi_cuda.kernels.attention.decode.
+// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys, kYields (the kernel before in the stream may
+// have the batch). Params: those of fi_cuda.kernels.attention.decode.
 #pragma once
 
 #include "fi/attention/load_boxes.cuh"
@@ -148,6 +148,14 @@ __device__ __forceinline__ BoxLoader<Config, Params> loader_of(
   return BoxLoader<Config, Params>(params, keys, values);
 }
 
+// Whether the kernel before in the stream has the batch. It has waited for all kernels before it, the planner's among them, so that
+// this may be read without waiting for its end.
+template <class Config, class Params>
+__device__ __forceinline__ bool is_left_to_another(const Params& params) {
+  if constexpr (!Config::kYields) return false;
+  return *static_cast<const int*>(params.yields_to) != 0;
+}
+
 // `maps`: none, or those of K and V.
 template <class Config, class Params, class... Maps>
 __device__ __forceinline__ void attention_decode(const Params& params, const Maps&... maps) {
@@ -156,6 +164,11 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   unsigned char* shared = unaligned + (-ptx::shared_address(unaligned) & (ChunkStage<Config>::kAlignment - 1));
   const auto loader = loader_of<Config>(params, maps...);
   AttentionItem* items = reinterpret_cast<AttentionItem*>(shared + Shared::kItems);
+  if (is_left_to_another<Config>(params)) {
+    ptx::allow_next_kernel();
+    ptx::wait_for_previous_kernel();  // whoever waits for this kernel waits for the one before too
+    return;
+  }
   if (threadIdx.x == 0) (ptx::prefetch_tensor_map(&maps), ...);
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();

@@ -5,12 +5,14 @@
 // those of attention_prefill.cuh. Rows with several parts are merged when every block has done its tiles; the launch is
 // cooperative. Sources: Juravsky et al., "Hydragen", 2024 (rows of all members against shared keys); Ye et al., "Cascade
 // Inference", 2024 (levels, merged by their log-sum-exps); "stream-K" (Osama et al., 2023).
-// Config: as attention_prefill.cuh, with kLevels, and kSlices: warpgroups that share the keys of a step where one has all rows, 1 for none. Params: those of fi_cuda.kernels.attention.prefix.
+// Config: as attention_prefill.cuh, with kLevels. Params: those of fi_cuda.kernels.attention.prefix.
 #pragma once
 
-#include "fi/attention/prefix_consume.cuh"
+#include "fi/attention/prefill_consume.cuh"
 #include "fi/attention/prefix_load.cuh"
+#include "fi/attention/prefix_store.cuh"
 #include "fi/ptx/dependent_launch.cuh"
+#include "fi/ptx/relaxed.cuh"
 
 namespace fi {
 
@@ -21,16 +23,21 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   using Roles = WarpgroupRoles<Config::kConsumers, Config::kProducerRegisters, Config::kConsumerRegisters>;
   extern __shared__ __align__(128) unsigned char unaligned[];
   Shared& shared = *reinterpret_cast<Shared*>(unaligned + (-ptx::shared_address(unaligned) & 1023u));
-  static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes && !PrefillTile<Config>::kLanded);
+  static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes);
   using Copies = decltype(copies_of<Config>(params, maps...));
   if (threadIdx.x == 0) {
-    shared.template init<Copies>(1);
+    shared.template init<Copies>(Shared::kRecordLanes);
     ptx::prefetch_tensor_map(&queries);
     (ptx::prefetch_tensor_map(&maps), ...);
   }
   __syncthreads();
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
+  // The block's first tile is on its way while it is asked whether there is any.
+  if (threadIdx.x == 0) {
+    ptx::prefetch_to_l2(static_cast<const AttentionItem*>(params.rows) + blockIdx.x / params.num_kv_heads);
+  }
+  if (static_cast<const PrefixHeader*>(params.header)->num_rows == 0) return;
   Roles::run(
       [&] {
         if (warp_idx() < Copies::kWarps) {
@@ -38,7 +45,7 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
         }
       },
       [&](int warpgroup) {
-        PrefixConsumer<Config, Params>(params, shared, warpgroup).run();
+        PrefillConsumer<Config, Params, PrefixStore<Config, Params>>(params, shared, warpgroup).run();
         PrefixMerger<Config, Params>(params, static_cast<int>(threadIdx.x) - kWarpgroupThreads).run();
       });
 }

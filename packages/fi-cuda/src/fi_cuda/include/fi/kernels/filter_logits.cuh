@@ -70,7 +70,6 @@ struct FilterStage {
     normalise(filters, params.vocab_size);
     shared.filters = filters;
   }
-  __device__ __forceinline__ unsigned word(int) const { return 0xffffffffu; }
 };
 
 template <class Config, class Params>

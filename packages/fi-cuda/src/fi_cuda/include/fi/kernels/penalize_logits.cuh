@@ -12,39 +12,23 @@
 
 namespace fi {
 
-template <class Params>
-struct PenaltyStage {
-  static constexpr bool kMasks = true;
-  const Params& params;
-  int index;
-  int64 slot;
-  PenaltyRow<Params> row;
-
-  __device__ __forceinline__ PenaltyStage(const Params& params, int index, PenaltyScalars* scalars)
-      : params(params), index(index) {
-    row.scalars = scalars;
-    slot = params.slots == nullptr ? index : static_cast<const int64*>(params.slots)[index];
-  }
-  __device__ __forceinline__ void begun() { row.find(params, index, slot); }
-  __device__ __forceinline__ unsigned word(int token) const { return slot < 0 ? 0xffffffffu : row.word(params, index, token); }
-};
-
 // Repetition, frequency and presence of one token by dense counts.
-template <class Params>
-__device__ __forceinline__ float penalised_by_counts(const Params& params, const PenaltyRow<Params>& at, int token, float value) {
+template <class Config, class Params>
+__device__ __forceinline__ float penalised_by_counts(const Params& params, const PenaltyPatch<Config, Params>& at, int token,
+                                                     float value) {
   const int* prompt = static_cast<const int*>(params.prompt_counts);
   const int* output = static_cast<const int*>(params.output_counts);
-  const int said = output == nullptr ? 0 : output[at.history * params.output_stride + token];
+  const int said = output == nullptr ? 0 : output[at.shared.history * params.output_stride + token];
   if (params.repetition != nullptr) {
-    const bool asked = prompt != nullptr && prompt[at.history * params.prompt_stride + token] != 0;
-    const float factor = static_cast<const float*>(params.repetition)[at.place];
+    const bool asked = prompt != nullptr && prompt[at.shared.history * params.prompt_stride + token] != 0;
+    const float factor = static_cast<const float*>(params.repetition)[at.shared.place];
     if (asked || said != 0) value = value > 0.0f ? __fdiv_rn(value, factor) : value * factor;
   }
   if (params.frequency != nullptr) {
-    const float each = static_cast<const float*>(params.frequency)[at.place];
+    const float each = static_cast<const float*>(params.frequency)[at.shared.place];
     value = __fsub_rn(value, __fmul_rn(each, static_cast<float>(said)));
   }
-  if (params.presence != nullptr && said > 0) value = __fsub_rn(value, static_cast<const float*>(params.presence)[at.place]);
+  if (params.presence != nullptr && said > 0) value = __fsub_rn(value, static_cast<const float*>(params.presence)[at.shared.place]);
   return value;
 }
 
@@ -61,20 +45,21 @@ __device__ __forceinline__ void penalize_logits(const Params& params) {
   const int64 index = blockIdx.x / Config::kParts;
   const int first_token = static_cast<int>(blockIdx.x % Config::kParts) * kTokens;
   ptx::wait_for_previous_kernel();
-  __shared__ PenaltyScalars scalars;
-  PenaltyStage<Params> stage(params, static_cast<int>(index), &scalars);
+  const int64 slot = params.slots == nullptr ? index : static_cast<const int64*>(params.slots)[index];
+  const bool changed = slot >= 0;
   const T* logits = static_cast<const T*>(params.logits) + index * params.logits_stride;
-  load_slice<Config>(logits, first_token, params.vocab_size, slice, stage);
-  ptx::allow_next_kernel();
-  const PenaltyRow<Params>& at = stage.row;
-  const bool changed = stage.slot >= 0;
+  __shared__ PenaltyShared<kTokens> kept;
+  PenaltyPatch<Config, Params> patch(params, kept, slice, first_token);
   if (changed) {
-    const int num_tokens = min(params.vocab_size - first_token, kTokens);
-    PenaltyPatch<Config::kNumThreads, Params>{params, at, slice, first_token, num_tokens}.apply();
+    PenaltyStage<Config, Params> stage{patch, static_cast<int>(index), slot};
+    load_slice<Config>(logits, first_token, params.vocab_size, slice, stage);
+    patch.apply();
   } else {
+    load_slice<Config>(logits, first_token, params.vocab_size, slice);
     __syncthreads();
   }
-  const bool fits = !changed || scalars.fits(params.capacity);
+  ptx::allow_next_kernel();
+  const bool fits = !changed || patch.fits();
   T* out = static_cast<T*>(params.out) + index * params.out_stride;
   for_each_four<Config, 1>(slice, [&](int place, float4 four) {
     const int token = first_token + place;
@@ -86,7 +71,7 @@ __device__ __forceinline__ void penalize_logits(const Params& params) {
 #pragma unroll
       for (int idx = 0; idx < kCount; ++idx) {
         float value = fits ? logits[e + idx] : minus_infinity();
-        if (Config::kDense && changed) value = penalised_by_counts(params, at, token + e + idx, value);
+        if (Config::kDense && changed) value = penalised_by_counts(params, patch, token + e + idx, value);
         pack.data[idx] = from_float<T>(value);
       }
       store_pack(out + token + e, pack);

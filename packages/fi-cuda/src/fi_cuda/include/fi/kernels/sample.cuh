@@ -22,13 +22,12 @@ namespace fi {
 // An output's parameters, loaded while its row is: by one thread, into the block's shared memory.
 template <class Config, class Params>
 struct SampleStage {
-  static constexpr bool kMasks = Config::kPenalties;
+  static constexpr bool kMasks = false;
 
   const Params& params;
   ClusterShared<Config>& shared;
   int output;
   int64 slot;
-  typename Choose<Config::kPenalties, PenaltyRow<Params>, NoPenalties>::Type penalties;
 
   __device__ __forceinline__ SampleStage(const Params& params, ClusterShared<Config>& shared, int output)
       : params(params), shared(shared), output(output), slot(output) {
@@ -40,11 +39,6 @@ struct SampleStage {
   // While the row is under way. A slot, which decides addresses, has been.
   __device__ __forceinline__ void begun() {
     if (threadIdx.x == 0) load(slot > 0 ? slot : 0);
-    if constexpr (Config::kPenalties) {
-      __shared__ PenaltyScalars scalars;
-      penalties.scalars = &scalars;
-      penalties.find(params, output, slot);
-    }
   }
 
   __device__ __forceinline__ void load(int64 place) {
@@ -57,10 +51,19 @@ struct SampleStage {
     shared.filters = filters;
     shared.random = random_bits(seed, position, sample, Purpose::kDraw);
   }
+};
 
-  __device__ __forceinline__ unsigned word(int token) const {
-    if constexpr (Config::kPenalties) return penalties.word(params, output, token);
-    return 0xffffffffu;
+// The same of a row with penalties.
+template <class Config, class Params>
+struct PenalisedSampleStage : PenaltyStage<Config, Params> {
+  SampleStage<Config, Params>& plain;
+
+  __device__ __forceinline__ PenalisedSampleStage(SampleStage<Config, Params>& plain, PenaltyPatch<Config, Params>& patch)
+      : PenaltyStage<Config, Params>{patch, plain.output, plain.slot}, plain(plain) {}
+
+  __device__ __forceinline__ void begun() {
+    plain.begun();
+    PenaltyStage<Config, Params>::begun();
   }
 };
 
@@ -141,19 +144,15 @@ struct SampleKernel {
   __device__ __forceinline__ void run() {
     SampleStage<Config, Params> stage(params, row.shared, output);
     const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + source() * params.logits_stride;
-    Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice, stage);
+    bool fits = true;
+    const Extremes extremes = load(logits, stage, fits);
     ptx::allow_next_kernel();
     __syncthreads();
     const RowFilters& filters = row.shared.filters;
     const bool typical = Config::kTypicalP && filters.typical_p < 1.0f;
     const bool listed = Config::kTopK && ShortList<Config>::serves(filters) && !typical;
-    float temperature = filters.temperature;
-    if constexpr (Config::kPenalties) {
-      extremes = penalise(stage.penalties, extremes, temperature);
-      temperature = 1.0f;
-    }
-    row.share(extremes, params.vocab_size, temperature, listed);
-    if (!row.usable() || !filters.valid) {
+    row.share(extremes, params.vocab_size, filters.temperature, listed);
+    if (!row.usable() || !filters.valid || !fits) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
@@ -195,15 +194,20 @@ struct SampleKernel {
     row.locate(mass, end.amount, [&](int place) { write(row.first_token + place); });
   }
 
-  // Penalties and temperature; returns the thread's new extremes.
-  template <class Penalties>
-  __device__ __forceinline__ Extremes penalise(const Penalties& penalties, Extremes loaded, float temperature) {
+  // The row into the slice, penalties too; returns this thread's extremes. `fits`: its history has what it needs.
+  __device__ __forceinline__ Extremes load(const typename Config::Dtype* logits, SampleStage<Config, Params>& stage, bool& fits) {
     float* slice = row.shared.slice;
-    const int left = params.vocab_size - row.first_token;
-    const int num_tokens = max(0, min(left, RowShape<Config>::kBlockTokens));
-    const PenaltyPatch<kThreads, Params> patch{params, penalties, slice, row.first_token, num_tokens};
-    if (!patch.apply()) loaded.largest = no_logit();
-    return settle_slice<Config>(slice, loaded, temperature);
+    if constexpr (Config::kPenalties) {
+      __shared__ PenaltyShared<RowShape<Config>::kBlockTokens> kept;
+      PenaltyPatch<Config, Params> patch(params, kept, slice, row.first_token);
+      PenalisedSampleStage<Config, Params> penalised(stage, patch);
+      const Extremes unpatched = load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
+      patch.apply();
+      fits = patch.fits();
+      return patch.settle(unpatched);
+    } else {
+      return load_slice<Config>(logits, row.first_token, params.vocab_size, slice, stage);
+    }
   }
 
   // False, in all blocks, if the list cannot decide the row.

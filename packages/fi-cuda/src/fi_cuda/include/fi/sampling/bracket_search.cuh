@@ -44,11 +44,12 @@ struct BracketSearch {
     const int bin = search.boundary_bin;
     const bool few = search.num_ranked <= kComparedTokens;
     if (bin >= 0 && wish != Wish::kNothing) sum_before(bin);
-    if (bin < 0 || !(few || find_tied(bins, bin))) {
+    if (bin < 0) {
       // Every block has read the sums before others may be sent.
       row.meet();
       return false;
     }
+    if (!few && !find_tied(bins, bin)) return false;  // they met in there: the same messages must not follow at once
     if (few) {
       send_tokens(bins, bin);
       row.mailbox.receive(kList, sizeof(RankedToken) * static_cast<unsigned>(search.num_ranked));

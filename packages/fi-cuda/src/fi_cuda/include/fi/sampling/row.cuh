@@ -85,14 +85,24 @@ __device__ __forceinline__ Pack<T, kBytes> load_once(const T* address) {
   }
 }
 
-// What happens to a row on its way into the slice: nothing. A stage's `begun` is called when the first loads are under way,
-// so that what it loads comes with them; word(token) has a bit for each of the 32 tokens around `token` (lowest bit: the one
-// that 32 divides), set for those that stay.
+// What happens to a row on its way into the slice: nothing. A stage's `begun` is called by all threads when the first loads are
+// under way, so that what it loads comes with them. With kMasks, which it may share with the block, allowed(place) has bits for
+// the tokens from `place` up to the next multiple of 32, set for those that stay, and patched(place) those that
+// are no part of the extremes yet.
 struct PlainStage {
   static constexpr bool kMasks = false;
   __device__ __forceinline__ void begun() {}
-  __device__ __forceinline__ unsigned word(int) const { return 0xffffffffu; }
 };
+
+// A token on its way, number `e` of a pack with these bits: -inf if it does not stay. Taken for the extremes, of which the
+// smallest may be less than it is where a token is patched.
+template <class Config, bool kMasks>
+__device__ __forceinline__ float pass(Extremes& found, float logit, unsigned allowed, unsigned patched, int e) {
+  if (kMasks && (allowed >> e & 1) == 0) logit = minus_infinity();
+  found.largest = ptx::max_or_nan(found.largest, kMasks && (patched >> e & 1) != 0 ? minus_infinity() : logit);
+  if (Config::kSmallest) found.smallest = fminf(found.smallest, logit);
+  return logit;
+}
 
 // load_slice of elements that need no conversion. All of a thread's copies are under way at once and take no registers; each
 // thread then reads what it copied itself, so no barrier is needed.
@@ -126,9 +136,15 @@ __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token
 #pragma unroll 4
   for (int offset = 0; offset < left; offset += 128) {
     const float4 four = *reinterpret_cast<const float4*>(to + offset);
-    const float logits[4] = {four.x, four.y, four.z, four.w};
+    Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
+    unsigned allowed = 0xfu, patched = 0;
+    if constexpr (Stage::kMasks) {
+      allowed = stage.allowed(first + offset);
+      patched = stage.patched(first + offset);
+    }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) found.template take<Config>(logits[e]);
+    for (int e = 0; e < 4; ++e) part.data[e] = pass<Config, Stage::kMasks>(found, part.data[e], allowed, patched, e);
+    if (Stage::kMasks && (allowed & 0xfu) != 0xfu) store_pack(to + offset, part);
   }
   return found;
 }
@@ -139,14 +155,15 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
                                                float* slice, Stage& stage) {
   using T = typename Config::Dtype;
   using Shape = RowShape<Config>;
-  if constexpr (sizeof(T) == 4 && Config::kVectorBytes == 16 && !Stage::kMasks) {
+  if constexpr (sizeof(T) == 4 && Config::kVectorBytes == 16) {
     return copy_slice<Config>(row, first_token, vocab_size, slice, stage);
   }
   constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
   constexpr int kPerRound = 32 * kCount;
   constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;
   // Beside other blocks less in flight is enough, and leaves registers.
-  constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kMasks && sizeof(T) < 4 ? 2 : 4;
+  constexpr int kNarrow = Config::kResidentBlocks == 2 ? 2 : 1;  // packs of more tokens
+  constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kMasks && sizeof(T) < 4 ? kNarrow : 4;
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   Extremes found = {minus_infinity(), -minus_infinity()};
@@ -159,16 +176,6 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
       if (offset < Shape::kWarpTokens && token < vocab_size) held[idx] = load_once<T, Config::kVectorBytes>(row + token);
     }
     if (first_round == 0) stage.begun();
-    unsigned words[kBatch];
-    if constexpr (Stage::kMasks) {
-#pragma unroll
-      for (int idx = 0; idx < kBatch; ++idx) {
-        const int offset = (first_round + idx) * kPerRound + lane * kCount;
-        const int token = first_token + warp * Shape::kWarpTokens + offset;
-        // A pack never crosses a word: parts and packs begin at multiples of its tokens.
-        if (offset < Shape::kWarpTokens && token < vocab_size) words[idx] = stage.word(token) >> (token & 31);
-      }
-    }
 #pragma unroll
     for (int idx = 0; idx < kBatch; ++idx) {
       const int offset = (first_round + idx) * kPerRound + lane * kCount;
@@ -176,11 +183,16 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
       if (offset < Shape::kWarpTokens) {
         const bool inside = first_token + place < vocab_size;
         Pack<float, (kCount < 4 ? kCount : 4) * 4> part;
+        unsigned allowed = 0, patched = 0;
+        if constexpr (Stage::kMasks) {
+          // A pack never crosses a word: parts and packs begin at multiples of its tokens.
+          allowed = stage.allowed(place);
+          patched = stage.patched(place);
+        }
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          float logit = inside ? to_float(held[idx].data[e]) : no_logit();
-          if (Stage::kMasks && inside && (words[idx] >> e & 1) == 0) logit = minus_infinity();
-          if (inside) found.template take<Config>(logit);
+          float logit = no_logit();
+          if (inside) logit = pass<Config, Stage::kMasks>(found, to_float(held[idx].data[e]), allowed, patched, e);
           part.data[e % 4] = logit;
           if (e % 4 == 3 || e == kCount - 1) store_pack(slice + place + e / 4 * 4, part);
         }
