@@ -136,7 +136,7 @@ def prefill_cases() -> Iterator[Case]:
 
 
 def prefill_fp8_cases() -> Iterator[Case]:
-    """Whole prompts in FP8, of Q, K and V or of K and V alone, and with RoPE of Q; plain attention beside."""
+    """Whole prompts in FP8, of Q, K and V or of K and V alone; plain attention beside."""
     ragged = replace(LLAMA, page_size=None)
     stored = replace(ragged, kv_format="fp8_e4m3")
     fp8 = replace(stored, q_format="fp8_e4m3")
@@ -151,7 +151,6 @@ def prefill_fp8_cases() -> Iterator[Case]:
         ("page1 fp8", replace(fp8, page_size=1)),
         ("fp8-kv", stored),
         ("page16 fp8-kv", replace(stored, page_size=16)),
-        ("rope-q", replace(ragged, rope=FusedRope(128))),
         ("plain", ragged),
     ):
         shapes.append((f"B4 S4096 h32/8 d128 causal=1 {suffix}", shape, [4096] * 4))
@@ -161,17 +160,21 @@ def prefill_fp8_cases() -> Iterator[Case]:
 
 def prefill_feature_cases() -> Iterator[Case]:
     """Features beside plain attention of the same shapes: what visits fewer keys should take as much less."""
-    for head_dim in (128, 256):
+    ragged = replace(LLAMA, page_size=None)
+    for head_dim in (64, 128, 256):
         for suffix, changes in (
             ("no feature", {}),
             ("sinks", {"sinks": True}),
+            ("alibi", {"alibi": True}),
+            ("rope-q", {"rope": FusedRope(head_dim)}),
             ("softcap", {"soft_cap": 50.0}),
-            ("window1024", {"window": 1024}),
-            ("window128", {"window": 128}),
+            *((f"window{window}", {"window": window}) for window in (128, 512, 1024)),
         ):
-            shape = replace(LLAMA, page_size=None, head_dim=head_dim, **changes)
             name = f"prefill B4 S4096 h32/8 d{head_dim} causal=1 {suffix}"
-            yield _prefill(name, shape, [4096] * 4, "prefill_features")
+            yield _prefill(name, replace(ragged, head_dim=head_dim, **changes), [4096] * 4, "prefill_features")
+    for window in (1024, 4096):
+        name = f"prefill B1 S16384 h32/8 d128 causal=1 window{window}"
+        yield _prefill(name, replace(ragged, window=window), [16384], "prefill_features")
 
 
 def append_cases() -> Iterator[Case]:

@@ -30,8 +30,9 @@ MIXED_Q_LEN = 512
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads, dims and cache of a model; ``page_size`` None: ragged K and V. ``window``, ``soft_cap`` and ``sinks`` as in
-    fi.LayerArgs (sinks are random); ``q_format`` and ``rope`` as in fi.AttentionSpec."""
+    """Heads, dims and cache of a model; ``page_size`` None: ragged K and V. ``window``, ``soft_cap``, ``sinks`` and
+    ``alibi`` as in fi.LayerArgs (sinks are random, slopes those of the paper); ``q_format`` and ``rope`` as in
+    fi.AttentionSpec."""
 
     num_qo_heads: int = 32
     num_kv_heads: int = 8
@@ -42,6 +43,7 @@ class Shape:
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
+    alibi: bool = False
     q_format: QFormat = "same"
     rope: FusedRope | None = None
 
@@ -52,7 +54,7 @@ class Shape:
 
     @property
     def spec(self) -> AttentionSpec:
-        features = {name for name in ("soft_cap", "sinks") if getattr(self, name)}
+        features = {name for name in ("soft_cap", "sinks", "alibi") if getattr(self, name)}
         return AttentionSpec(
             self.num_qo_heads,
             self.num_kv_heads,
@@ -128,7 +130,9 @@ def make_inputs(device: torch.device, shape: Shape, q_lens: Sequence[int], kv_le
     angles = None if rope is None else RopeTable.make(RopeConfig(rope.rotary_dim, pairs=rope.pairs), device)
     q_scale = None if shape.q_format == "same" else 0.5
     sinks = drawn if shape.sinks else None
-    layer = LayerArgs(soft_cap=shape.soft_cap, sinks=sinks, q_scale=q_scale, rope=angles)
+    heads_before = torch.arange(shape.num_qo_heads, dtype=torch.float32, device=device)
+    slopes = torch.exp2(-8 / shape.num_qo_heads * (heads_before + 1)) if shape.alibi else None
+    layer = LayerArgs(soft_cap=shape.soft_cap, sinks=sinks, alibi_slopes=slopes, q_scale=q_scale, rope=angles)
     return AttentionInputs(shape, layer, tuple(q_lens), tuple(kv_lens), q, kv, batch, pages)
 
 

@@ -21,7 +21,8 @@ def _find(options: PeerOptions) -> str:
 
 def _attention(problem: Problem) -> Mapping[str, Maker]:
     inputs: AttentionInputs = problem.inputs
-    shape, plain = inputs.shape, not (inputs.shape.window or inputs.shape.soft_cap or inputs.shape.sinks)
+    shape = inputs.shape
+    plain = not (shape.window or shape.soft_cap or shape.sinks or shape.alibi or shape.rope)
     # is_causal is top-left aligned: the same only where queries and keys are equally many.
     if shape.page_size is not None or not plain or len(set(inputs.kv_lens)) > 1 or inputs.q_lens != inputs.kv_lens:
         return {}

@@ -54,7 +54,8 @@ def _forward(inputs: AttentionInputs, table: Tensor | None, kv_starts: Tensor | 
 def _attention(problem: Problem) -> Mapping[str, Maker]:
     inputs: AttentionInputs = problem.inputs
     shape = inputs.shape
-    if shape.rope is not None or (shape.kv_format != "bf16") != (shape.q_format != "same"):  # FP8 keys need FP8 queries
+    mixed = (shape.kv_format != "bf16") != (shape.q_format != "same")  # FP8 keys need FP8 queries
+    if shape.alibi or shape.rope is not None or mixed:
         return {}
     starts = None if inputs.batch.table is not None else int32(offsets(inputs.kv_lens), inputs.q.device)
 

@@ -164,7 +164,7 @@ def _attention(problem: Problem) -> Mapping[str, Maker]:
         if inputs.shape.kv_format == "bf16":
             found = {"flashinfer-cascade": _cascade(inputs), "flashinfer-cascade-fa2": _cascade(inputs, "fa2")}
         return found | ({"flashinfer-fa2-tc": _decode(inputs, True)} if inputs.is_decode else {})
-    if inputs.shape.sinks or inputs.shape.rotates_or_reads_fp8_queries:
+    if inputs.shape.sinks or inputs.shape.alibi or inputs.shape.rotates_or_reads_fp8_queries:
         return {}
     if inputs.is_decode:
         return {"flashinfer-fa2": _decode(inputs, False), "flashinfer-fa2-tc": _decode(inputs, True)}

@@ -31,7 +31,7 @@ SPECS = {
     "causal": AttentionSpec(32, 8, 128),
     "one head": AttentionSpec(8, 1, 128),
     "full": AttentionSpec(32, 8, 128, causal=False),
-    "window": AttentionSpec(28, 4, 128, windows=(300,)),
+    "window": AttentionSpec(28, 4, 128, windows=(1000,)),
     "no groups": AttentionSpec(2, 2, 256),
 }
 
@@ -43,7 +43,7 @@ class Lists:
         self.window = spec.windows[0]
         self.tuning = replace(built_in_prefill_tuning(spec), pieces=pieces)
         self.params = prefill_params(spec, CAPACITY, self.tuning, self.window, workers)
-        self.spec = order_spec(self.params, CAPACITY, self.tuning)
+        self.spec = order_spec(self.params, CAPACITY, self.tuning, spec.page_size)
         self.max_tiles = PartitionBounds.from_capacity(self.params, CAPACITY).max_tiles
 
     def empty(self, device="cpu"):

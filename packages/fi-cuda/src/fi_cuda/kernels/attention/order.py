@@ -18,7 +18,7 @@ from ...launch import LaunchableKernel, RepeatedLaunch
 from ...params import ParamsLayout
 from ...spec import KernelSpec, kernel_for
 from .plan import ITEM_WIDTH, NO_STEPS, ShortSteps
-from .prefill_tuning import PrefillTuning
+from .prefill_tuning import PrefillTuning, first_key_unit
 
 HEADER_WIDTH = 4
 """int32 columns of a list's head: rows, whether the list is used, tiles taken, 0."""
@@ -46,14 +46,15 @@ class OrderList(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionOrderSpec(KernelSpec):
-    """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, workers, all KV heads, ``pieces`` of a
-    tile at most and ``slots`` for all of them, costs as in TileKind, that of a piece beyond an item's; ``shift``: tiles whose
-    steps differ in lower bits only count as equally long; ``short_q_len`` and ``most_short_tiles``: batches that ShortSteps
-    holds have an empty list."""
+    """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, ``unit`` of the position at which a tile's
+    keys begin under a window, workers, all KV heads, ``pieces`` of a tile at most and ``slots`` for all of them, costs as in
+    TileKind, that of a piece beyond an item's; ``shift``: tiles whose steps differ in lower bits only count as equally long;
+    ``short_q_len`` and ``most_short_tiles``: batches that ShortSteps holds have an empty list."""
 
     tile_tokens: int
     group_tokens: int
     tokens: int
+    unit: int
     short_q_len: int
     most_short_tiles: int
     causal: bool
@@ -110,16 +111,21 @@ class AttentionOrderSpec(KernelSpec):
 
 
 def order_spec(
-    params: PartitionParams, capacity: Capacity, tuning: PrefillTuning, short: ShortSteps = NO_STEPS
+    params: PartitionParams,
+    capacity: Capacity,
+    tuning: PrefillTuning,
+    page_size: int | None,
+    short: ShortSteps = NO_STEPS,
 ) -> AttentionOrderSpec:
-    """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups; ``short``: steps that
-    another kernel serves."""
+    """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups, over pages of ``page_size``
+    (None: ragged K and V); ``short``: steps that another kernel serves."""
     (kind,) = params.kinds
     most_steps = -(-capacity.max_kv_len // kind.kv_tokens) + 1
     return AttentionOrderSpec(
         tile_tokens=kind.q_rows // params.group_size,
         group_tokens=kind.q_rows // params.group_size // tuning.consumers,
         tokens=kind.kv_tokens,
+        unit=first_key_unit(page_size, kind.kv_tokens),
         short_q_len=short.q_len,
         most_short_tiles=short.most_tiles,
         causal=params.causal,
@@ -256,6 +262,8 @@ def _tiles(
     """(bin, row) of every tile of a KV head, in the order of the requests."""
     lengths = zip(kv_lens, itertools.pairwise(q_indptr), strict=True)
     longest = max((kv_len for kv_len, (begin, end) in lengths if end > begin), default=0)
+    if window is not None:
+        longest = min(longest, min(longest, window) + spec.tile_tokens + spec.unit)
     first_bin = spec.bin_of(-(-longest // spec.tokens))
     for request, kv_len in enumerate(kv_lens):
         q_begin, q_len = q_indptr[request], q_indptr[request + 1] - q_indptr[request]
@@ -264,7 +272,7 @@ def _tiles(
             stop = max(offset + min(begin + spec.tile_tokens, q_len), 0) if spec.causal else kv_len
             start = 0
             if window is not None:
-                start = min(max(offset + begin - window + 1, 0), stop) // spec.tokens * spec.tokens
+                start = min(max(offset + begin - window + 1, 0), stop) // spec.unit * spec.unit
             steps = -(-(stop - start) // spec.tokens)
             place = spec.bin_of(spec.full_steps(steps, q_len - begin))
             if q_len - begin <= spec.group_tokens:

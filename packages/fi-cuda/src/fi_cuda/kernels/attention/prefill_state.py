@@ -51,7 +51,8 @@ class PrefillState(ListState):
         params = self._layout.params
         self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
         self._order_specs = {
-            window: order_spec(params[window], capacity, self._tuning, left_to_decode) for window in self._orders
+            window: order_spec(params[window], capacity, self._tuning, spec.page_size, left_to_decode)
+            for window in self._orders
         }
         for order in self._orders.values():
             order.header.zero_()

@@ -27,6 +27,7 @@ MAX_PIECES = 16
 COPY_ORDERS = ("in order", "keys ahead", "apart")
 """As ``CopyOrder`` of ``fi/attention/prefill_tiles.cuh``."""
 _PATTERN_TOKENS = 8
+_FIRST_KEY_UNIT = 16
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
@@ -99,6 +100,13 @@ def box_tokens(page_size: int | None, tokens: int) -> int | None:
     return box if fits and box % _PATTERN_TOKENS == 0 else None
 
 
+def first_key_unit(page_size: int | None, tokens: int) -> int:
+    """What the position of a tile's first key is a multiple of: copies of pages must not cross their borders, others may begin
+    anywhere. The less, the fewer keys before a window are multiplied."""
+    box = None if page_size is None else box_tokens(page_size, tokens)
+    return box or min(_FIRST_KEY_UNIT, tokens)
+
+
 class HeadBytes(NamedTuple):
     """What of a spec decides how much shared memory a tuning takes: dims, and bytes of an element of Q."""
 
@@ -168,7 +176,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         query_stages=2,
         ping_pong=not three,
         overlap=not three,
-        parts=2 if three else 1,
+        parts=_parts(spec, widest) if three else 1,
         copy_order="keys ahead" if not three or spec.page_size is None else "apart",
         pieces=MAX_PIECES,
         item_cost=2,
@@ -183,6 +191,13 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     if fp8 and widest <= _SHORT_HEAD_DIM:  # whose output leaves room for the scores of a second step
         tuning = replace(tuning, overlap=True, parts=1)
     return tuning
+
+
+def _parts(spec: AttentionSpec, widest: int) -> int:
+    """Of a step's weights: the more exponentials there are for its products, the smaller."""
+    if widest <= _SHORT_HEAD_DIM:
+        return 8
+    return 4 if spec.q_is_fp8 or "soft_cap" in spec.features else 2
 
 
 def prefill_params(

@@ -13,6 +13,7 @@ inline void wgmma_commit() { emulated::self->products.close(); }
 template <int kGroups>
 inline void wgmma_wait() {
   emulated::self->products.complete(kGroups);
+  __syncwarp();  // .sync.aligned: one lane may speak for its warp afterwards
 }
 template <class Values>
 inline void pin_registers(Values&) {}

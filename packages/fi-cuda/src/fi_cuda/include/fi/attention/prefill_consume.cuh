@@ -28,7 +28,7 @@ class PrefillConsumer {
 
  public:
   __device__ __forceinline__ PrefillConsumer(const Params& params, Shared& shared, int warpgroup)
-      : params_(params), shared_(shared), warpgroup_(warpgroup), store_(params, shared.flags + warpgroup, warpgroup) {}
+      : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void run() {
     if (Config::kPingPong && warpgroup_ == Config::kConsumers - 1) pass_turn();
@@ -53,7 +53,7 @@ class PrefillConsumer {
     state_.begin(score_of(item));
     if (steps.num_steps == 0) {
       release(shared_.query_ring, query_place());
-      store_.finish(item, state_);
+      store().finish(item, state_);
       return;
     }
     if constexpr (Config::kRotaryDim > 0) rotate_queries(params_, item, rows, queries(), kOwnBarrier + warpgroup_);
@@ -67,13 +67,7 @@ class PrefillConsumer {
 #pragma unroll 1
       for (int step = 1; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
     }
-    store_.finish(item, state_);
-  }
-
-  // Whether some row does not see all keys of a step.
-  static __device__ __forceinline__ bool masked(const Rows& rows, const Steps& steps, int step) {
-    const int position = steps.position(step);
-    return position < rows.by_all.low || position + kTokens > rows.by_all.high;
+    store().finish(item, state_);
   }
 
   // A warpgroup without rows of the item only keeps the rings and the turns going.
@@ -103,13 +97,14 @@ class PrefillConsumer {
         return;
       }
     }
-    float scores[kWidth / 2], rescale[2];
+    float scores[kWidth / 2];
     unsigned weights[kWidth / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
     State::template multiply_keys<kWidth>(scores, queries(), shared_.keys[key_.stage]);
     ptx::wgmma_wait<0>();
     release_keys(steps, 0);
-    state_.template score<kWidth>(scores, params_, item, rows.first, steps.last, true, rescale);
+    state_.template make_scores<kWidth>(scores, params_, item, rows, steps.last);
+    state_.raise_first(scores);
     state_.template weigh<kWidth>(scores);
     State::template pack<kWidth>(scores, weights);
     if (Config::kOverlap && steps.num_steps > 1) {
@@ -136,8 +131,9 @@ class PrefillConsumer {
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
-    state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
-    state_.rescale_output(rescale);
+    state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
+    if (state_.raise(scores, rescale)) state_.rescale_output(rescale);
+    state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
     weigh_and_multiply<0>(scores, weights);
@@ -146,12 +142,12 @@ class PrefillConsumer {
     release_values();
   }
 
-  // The weights of a step in parts, each beside the products of the part before.
+  // The weights of a step in parts, each beside the products of the part before; those of the first are there.
   template <int kPart>
   __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / kStepKeys][4]) {
     constexpr int kParts = Config::kParts;
     if constexpr (kPart < kParts) {
-      state_.template weigh<kTokens, kPart, kParts>(scores);
+      if constexpr (kPart > 0) state_.template weigh<kTokens, kPart, kParts>(scores);
       State::template pack<kTokens, kPart, kParts>(scores, weights);
       state_.template multiply_values<kTokens, false, kPart, kParts>(weights, shared_.values[value_place().stage]);
       weigh_and_multiply<kPart + 1>(scores, weights);
@@ -169,12 +165,14 @@ class PrefillConsumer {
     state_.template multiply_values<kTokens, false>(weights_, shared_.values[value_place().stage]);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
-    state_.template score<kTokens>(scores, params_, item, rows.first, steps.position(step), masked(rows, steps, step), rescale);
+    state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
+    const bool raised = state_.raise(scores, rescale);
     state_.template weigh<kTokens>(scores);
     release_keys(steps, step, state_.zero_of_weights());
     ptx::wgmma_wait<0>();
     release_values();
-    state_.rescale_output(rescale);
+    ptx::pin_registers(state_.output);
+    if (raised) state_.rescale_output(rescale);
     State::template pack<kTokens>(scores, weights_);
   }
 
@@ -260,7 +258,7 @@ class PrefillConsumer {
     for (int row = 0; row < PrefillScore<Config>::kUnits; ++row) {
       float its = scale;
       if constexpr (Config::kQScales) {
-        its *= static_cast<const float*>(params_.q_scales)[store_.head_of(item, row) * params_.q_scale_stride];
+        its *= static_cast<const float*>(params_.q_scales)[store().head_of(item, row) * params_.q_scale_stride];
       }
       score.unit[row] = Config::kSoftCap ? params_.soft_cap : Config::kSignedScale ? 1.0f : its;
       score.inner[row] = Config::kSoftCap ? its / params_.soft_cap : its;
@@ -268,17 +266,19 @@ class PrefillConsumer {
     if constexpr (Config::kAlibi) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float slope = static_cast<const float*>(params_.slopes)[store_.head_of(item, row)];
+        const float slope = static_cast<const float*>(params_.slopes)[store().head_of(item, row)];
         score.slope[row] = slope / score.unit[row % PrefillScore<Config>::kUnits];
       }
     }
     return score;
   }
 
+  // Made where it is used: kept from item to item, its numbers would take registers from the scores.
+  __device__ __forceinline__ Store store() const { return Store(params_, shared_.flags + warpgroup_, warpgroup_); }
+
   const Params& params_;
   Shared& shared_;
   const int warpgroup_;
-  Store store_;
   State state_;
   unsigned weights_[kTokens / kStepKeys][4];  // of the step before, with kOverlap
   RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::consumer();

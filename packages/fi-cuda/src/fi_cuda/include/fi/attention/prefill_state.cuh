@@ -15,7 +15,7 @@
 
 namespace fi {
 
-// The scores of one step, by features that are there; `offset` is what ALiBi adds at the step's first column. Rows differ
+// The scores of one step, by features that are there; of what ALiBi adds, the part that differs from column to column. Rows differ
 // where each query head has a scale of its own.
 template <class Config>
 struct PrefillScore {
@@ -25,11 +25,11 @@ struct PrefillScore {
   float inner[kUnits];  // what raw products are multiplied by before the cap, or where that is not above 0
   float slope[2];
 
-  __device__ __forceinline__ float operator()(float raw, float offset, int column, int row) const {
+  __device__ __forceinline__ float operator()(float raw, int column, int row) const {
     float score = raw;
     if constexpr (Config::kSoftCap) score = ptx::tanh_approx(raw * inner[row % kUnits]);
     else if constexpr (Config::kSignedScale) score = raw * inner[row % kUnits];
-    if constexpr (Config::kAlibi) score = score + fmaf(slope[row], static_cast<float>(column), offset);
+    if constexpr (Config::kAlibi) score = fmaf(slope[row], static_cast<float>(column), score);
     return score;
   }
 };
@@ -90,31 +90,48 @@ class PrefillState {
     ptx::wgmma_commit();
   }
 
-  // Makes scores of a step's products with kWidth keys at `position`, and takes their largest into account; `rescale` is what the
-  // output so far has to be multiplied by.
+  // Makes scores of a step's products with kWidth keys at `position`; `rows`: those of the warpgroup.
   template <int kWidth>
-  __device__ __forceinline__ void score(float (&scores)[kWidth / 2], const Params& params, const AttentionItem& item,
-                                        int first_token, int position, bool masked, float (&rescale)[2]) {
+  __device__ __forceinline__ void make_scores(float (&scores)[kWidth / 2], const Params& params, const AttentionItem& item,
+                                              const GroupRows<Config, Params>& rows, int position) {
     ptx::pin_registers(scores);
     if constexpr (!PrefillScore<Config>::kPlain) {
-      float offset[2] = {};
       if constexpr (Config::kAlibi) {
-        const ThreadPlace place(first_token);
+        const ThreadPlace place(rows.first);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           const int distance = position + place.column - query_position(place.tokens[row], item.q_len, item.kv_len);
-          offset[row] = score_.slope[row] * static_cast<float>(distance);
+          shift_[row] = score_.slope[row] * static_cast<float>(distance);
         }
       }
 #pragma unroll
       for (int idx = 0; idx < kWidth / 2; ++idx) {
-        scores[idx] = score_(scores[idx], offset[Rows::row(idx)], idx / 4 * 8 + idx % 2, Rows::row(idx));
+        scores[idx] = score_(scores[idx], idx / 4 * 8 + idx % 2, Rows::row(idx));
       }
     }
-    if (masked) hide(params, item, first_token, position, scores);
+    // Not in most steps.
+    if (position < rows.by_all.low || position + kWidth > rows.by_all.high) hide(params, item, rows, position, scores);
+  }
+
+  // Takes the largest of the warp's scores into account. Most steps raise no row's top: one vote says so, and only where a lane objects
+  // do lanes compare what they have. Whether any was raised; `rescale` is what the output has to be multiplied by.
+  template <int kCount>
+  __device__ __forceinline__ bool raise(const float (&scores)[kCount], float (&rescale)[2]) {
+    rescale[0] = rescale[1] = 1.0f;
+    float limits[2];
+    softmax.find_limits(kSlack, limits);
+    shift(limits);
+    if (!__any_sync(0xffffffffu, softmax.template may_exceed<Rows>(scores, limits))) return false;
     float tops[2];
-    softmax.template find_tops<Rows>(scores, tops);
+    find_tops(scores, tops);
     softmax.raise_lazily(tops, kSlack, rescale);
+    return true;
+  }
+
+  // Likewise of an item's first step.
+  template <int kCount>
+  __device__ __forceinline__ void raise_first(const float (&scores)[kCount]) {
+    find_tops(scores, softmax.top);
   }
 
   // Puts the weights of part kPart of kParts of a step's kWidth keys in the place of the scores.
@@ -124,7 +141,10 @@ class PrefillState {
     if constexpr (kFirst < kEnd) {
       constexpr int kBegin = kFirst * kStepKeys / 2, kCount = (kEnd - kFirst) * kStepKeys / 2;
       float(&part)[kCount] = reinterpret_cast<float(&)[kCount]>(scores[kBegin]);
-      softmax.template weigh<Rows>(part);
+      float base[2];
+      softmax.find_bases(base);
+      shift(base);
+      softmax.template weigh<Rows>(part, base);
     }
   }
 
@@ -156,13 +176,29 @@ class PrefillState {
   }
 
   __device__ __forceinline__ void rescale_output(const float (&rescale)[2]) {
-    ptx::pin_registers(output);
-    if (!__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) return;
 #pragma unroll
     for (int idx = 0; idx < Config::kHeadDimVo / 2; ++idx) output[idx] *= rescale[Rows::row(idx)];
   }
 
  private:
+  template <int kCount>
+  __device__ __forceinline__ void find_tops(const float (&scores)[kCount], float (&tops)[2]) const {
+    softmax.template find_own_tops<Rows>(scores, tops);
+    if constexpr (Config::kAlibi) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) tops[row] += shift_[row];
+    }
+    softmax.agree_on_tops(tops);
+  }
+
+  // Base-2 logits of the step's scores in the place of those with all that ALiBi adds.
+  __device__ __forceinline__ void shift(float (&logits)[2]) const {
+    if constexpr (Config::kAlibi) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) logits[row] -= softmax.factor[row % PrefillScore<Config>::kUnits] * shift_[row];
+    }
+  }
+
   // The tokens of the thread's rows and its first column. What only few steps need is computed there: kept from step to step it
   // would take registers from the scores.
   struct ThreadPlace {
@@ -180,11 +216,14 @@ class PrefillState {
     }
   };
 
-  // -inf in the place of the scores of tokens that their rows do not see.
+  // -inf in the place of the scores of tokens that their rows do not see. Columns of which every row sees all are passed by, so
+  // that an edge costs what lies at it.
   template <int kCount>
-  static __device__ __forceinline__ void hide(const Params& params, const AttentionItem& item, int first_token, int position,
-                                              float (&scores)[kCount]) {
-    const ThreadPlace place(first_token);
+  static __device__ __forceinline__ void hide(const Params& params, const AttentionItem& item, const GroupRows<Config, Params>& rows,
+                                              int position, float (&scores)[kCount]) {
+    constexpr int kUnit = 16;  // scores of 32 columns
+    const int all_low = rows.by_all.low - position, all_high = rows.by_all.high - position;
+    const ThreadPlace place(rows.first);
     const auto& tokens = place.tokens;
     position += place.column;
     int low[2], high[2];
@@ -193,23 +232,22 @@ class PrefillState {
       const ColumnLimits seen = GroupRows<Config, Params>::rule(params).limits(
           query_position(tokens[row], item.q_len, item.kv_len), item.kv_len);
       low[row] = seen.low - position;
+      if constexpr (Config::kLevels) low[row] = max(low[row], item.kv_first - position);
       high[row] = min(seen.high, item.kv_end) - position;
     }
 #pragma unroll
-    for (int idx = 0; idx < kCount; ++idx) {
-      const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
-      bool visible = column < high[row];
-      if constexpr (Config::kWindowed) visible = visible && column >= low[row];
-      if constexpr (Config::kMask != kNoMask) {
-        if (visible && tokens[row] < item.q_len) visible = mask_row(params, item, tokens[row]).visible(position + column);
-      }
-      scores[idx] = fi::masked(scores[idx], visible);
-    }
-    if constexpr (Config::kLevels) {
-      const int first = item.kv_first - position;
-      if (first <= -place.column) return;  // beyond it once more for a few steps costs less than a bound kept for all
+    for (int unit = 0; unit < kCount; unit += kUnit) {
+      if (unit * 2 >= all_low && (unit + kUnit) * 2 <= all_high) continue;
 #pragma unroll
-      for (int idx = 0; idx < kCount; ++idx) scores[idx] = fi::masked(scores[idx], idx / 4 * 8 + idx % 2 >= first);
+      for (int idx = unit; idx < unit + kUnit && idx < kCount; ++idx) {
+        const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
+        bool visible = column < high[row];
+        if constexpr (Config::kWindowed || Config::kLevels) visible = visible && column >= low[row];
+        if constexpr (Config::kMask != kNoMask) {
+          if (visible && tokens[row] < item.q_len) visible = mask_row(params, item, tokens[row]).visible(position + column);
+        }
+        scores[idx] = fi::masked(scores[idx], visible);
+      }
     }
   }
 
@@ -220,6 +258,7 @@ class PrefillState {
   }
 
   PrefillScore<Config> score_;
+  float shift_[2];  // what ALiBi adds to all of a lane's scores of a step, in units of scores
 };
 
 }  // namespace fi

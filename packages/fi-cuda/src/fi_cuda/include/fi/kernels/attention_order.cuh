@@ -11,7 +11,8 @@
 // fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
 // A batch that exceeds the limits, or with negative lengths, has no tiles; nor has one with at most kMostShortTiles tiles of all heads in
 // requests of more than kShortQLen new tokens, which another kernel serves: its list is used, and empty.
-// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kShortQLen, kMostShortTiles, kCausal,
+// Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kUnit (of a tile's first
+// key, under a window), kShortQLen, kMostShortTiles, kCausal,
 // kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots
 // (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item).
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
@@ -67,7 +68,7 @@ __device__ __forceinline__ OrderedTile tile_at(const Params& params, int first_b
   tile.kv_stop = Config::kCausal ? max(offset + min(begin + Config::kTileTokens, tile.q_len), 0) : tile.kv_len;
   tile.kv_begin = 0;
   if constexpr (Config::kWindowed) {
-    tile.kv_begin = min(max(offset + begin - params.window + 1, 0), tile.kv_stop) / Config::kTokens * Config::kTokens;
+    tile.kv_begin = min(max(offset + begin - params.window + 1, 0), tile.kv_stop) / Config::kUnit * Config::kUnit;
   }
   const int num_steps = (tile.kv_stop - tile.kv_begin + Config::kTokens - 1) / Config::kTokens;
   const int left = tile.q_len - begin;
@@ -128,7 +129,9 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   }
   if (thread == 0) prefix[params.num_requests] = before;
   __syncthreads();
-  const int most_steps = (longest + Config::kTokens - 1) / Config::kTokens;
+  int most_keys = longest;
+  if constexpr (Config::kWindowed) most_keys = min(longest, min(longest, params.window) + Config::kTileTokens + Config::kUnit);
+  const int most_steps = (most_keys + Config::kTokens - 1) / Config::kTokens;
   const bool is_long = static_cast<int64>(long_tiles) * Config::kHeads > Config::kMostShortTiles;
   const bool has_tiles = within && before <= params.max_pairs && is_long;
   return {has_tiles ? before : 0, bin_of<Config>(most_steps)};

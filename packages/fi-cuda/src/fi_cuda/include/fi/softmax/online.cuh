@@ -109,10 +109,18 @@ struct OnlineSoftmax {
   // `raise`.
   template <class Map, int kCount>
   __device__ __forceinline__ void find_tops(const float (&scores)[kCount], float (&tops)[kRows]) const {
+    find_own_tops<Map>(scores, tops);
+    agree_on_tops(tops);
+  }
+  // The same in two halves: of the lane's own scores, then over the row's lanes.
+  template <class Map, int kCount>
+  __device__ __forceinline__ void find_own_tops(const float (&scores)[kCount], float (&tops)[kRows]) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) tops[row] = minus_infinity();
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) tops[Map::row(idx)] = fmaxf(tops[Map::row(idx)], scores[idx]);
+  }
+  __device__ __forceinline__ void agree_on_tops(float (&tops)[kRows]) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       tops[row] = reduce_over_lanes<kLanes, kLaneStride>(tops[row], LargestNumber());
@@ -143,12 +151,47 @@ struct OnlineSoftmax {
     raise(needed, rescale);
   }
 
+  // Base-2 logits up to which raise_lazily changes nothing.
+  __device__ __forceinline__ void find_limits(float slack, float (&limits)[kRows]) const {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) limits[row] = fmaf(top[row], factor[row % kUnits], slack * kLog2E);
+  }
+  // Whether one of the lane's scores may be above its row's limit; where a limit is not above 0, it always may. Bits of floats above 0
+  // are ordered as they are, and of integers three are compared at once.
+  template <class Map, int kCount>
+  __device__ __forceinline__ bool may_exceed(const float (&scores)[kCount], const float (&limits)[kRows]) const {
+    constexpr int kChains = 2;  // of a row, side by side, so that none is long
+    int tops[kChains][kRows] = {}, held[kRows] = {}, seen[kRows] = {};
+#pragma unroll
+    for (int idx = 0; idx < kCount; ++idx) {
+      const int row = Map::row(idx), bits = __float_as_int(scores[idx]), turn = seen[row]++;
+      int& its = tops[turn / 2 % kChains][row];
+      if (turn % 2 == 0) held[row] = bits;
+      else its = max(max(its, held[row]), bits);
+    }
+    bool any = false;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float highest = __int_as_float(max(tops[0][row], tops[1][row])) * factor[row % kUnits];
+      any |= !(limits[row] > 0.0f && highest <= limits[row]);
+    }
+    return any;
+  }
+
   // Puts the weights 2^(factor * (score - top)) in the place of a tile's scores, none above top, and sums them up.
   template <class Map, int kCount>
   __device__ __forceinline__ void weigh(float (&scores)[kCount]) {
     float base[kRows];
+    find_bases(base);
+    weigh<Map>(scores, base);
+  }
+  // The same for other bases than those of the tops, in base-2 logits.
+  __device__ __forceinline__ void find_bases(float (&base)[kRows]) const {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) base[row] = finite_base(top[row] * factor[row % kUnits]) - kLift;
+  }
+  template <class Map, int kCount>
+  __device__ __forceinline__ void weigh(float (&scores)[kCount], const float (&base)[kRows]) {
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) {
       scores[idx] = ptx::exp2_approx(fmaf(scores[idx], factor[Map::row(idx) % kUnits], -base[Map::row(idx)]));
