@@ -157,6 +157,9 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(SHAPES))
     parser.add_argument("--rates", type=Path, help="rates that fit_sharing.py wrote (default: those of the engine)")
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="numbers of samples")
+    parser.add_argument(
+        "--kinds", nargs="+", default=["common", "separate"], choices=["common", "separate"], help="of prompts"
+    )
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--fit", action="store_true", help="measure the rates of FI_BACKEND first")
     parser.add_argument("--out", type=Path, help="where the rows go, as JSON")
@@ -178,6 +181,7 @@ def main() -> None:
     numbers, num_steps = ([1, 4], 10) if options.short else (options.samples, options.steps)
     workloads = [Workload("common", count) for count in numbers]
     workloads.insert(len(workloads) - 1, Workload("separate", 4, 16 if options.short else NUM_PROMPTS))
+    workloads = [workload for workload in workloads if workload.kind in options.kinds]
     rows, shared = [], circumstances(device, {}, options.commit)
     for workload in workloads:
         rows.append(

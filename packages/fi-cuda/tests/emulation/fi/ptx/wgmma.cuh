@@ -10,11 +10,10 @@ namespace fi::ptx {
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulated::self->products.close(); }
-// The lanes of a warp pass it together: one that arrives at a barrier behind it speaks for the products of all.
 template <int kGroups>
 inline void wgmma_wait() {
   emulated::self->products.complete(kGroups);
-  emulated::exchange(0xffffffffu, 0u);
+  __syncwarp();  // .sync.aligned: one lane may speak for its warp afterwards
 }
 template <class Values>
 inline void pin_registers(Values&) {}
