@@ -3,7 +3,8 @@
 import pytest
 import torch
 from fi_cuda.kernels.sampling.filter_logits import FilterLogitsSpec
-from fi_cuda.kernels.sampling.geometry import geometry_for
+from fi_cuda.kernels.sampling.forms import kept_for
+from fi_cuda.kernels.sampling.geometry import NO_SEARCH, SEARCH, SMALL_SEARCH, geometry_for
 from fi_cuda.kernels.sampling.sample import SampleSpec
 from fi_cuda.kernels.sampling.top_k import TopKSpec
 from fi_cuda.kernels.sampling.verify import VerifySpec
@@ -19,8 +20,9 @@ VOCABULARIES = (1, 2, 97, 1024, 1025, 4096, 4097, 32000, 50257, 128256, 151936, 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 @pytest.mark.parametrize("num_rows", [1, 8, 9, 32, 33, 4096])
-def test_a_cluster_holds_its_row(vocab_size, num_rows):
-    form = geometry_for(vocab_size, num_rows)
+@pytest.mark.parametrize("kept", [NO_SEARCH, SMALL_SEARCH, SEARCH])
+def test_a_cluster_holds_its_row(vocab_size, num_rows, kept):
+    form = geometry_for(vocab_size, num_rows, kept=kept)
     warps = form.cluster_size * form.num_threads // 32
     assert warps * form.warp_tokens >= vocab_size
     # Slices begin at multiples of 16 bytes in any dtype.
@@ -33,11 +35,12 @@ def test_a_cluster_holds_its_row(vocab_size, num_rows):
 def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
     every = frozenset({"top_k", "top_p", "min_p"})
     form = geometry_for(vocab_size, num_rows)
+    filtering = geometry_for(vocab_size, num_rows, kept=kept_for(every))
     two_rows = geometry_for(min(vocab_size, 2**18), num_rows, rows_held=2)  # the entry serves no more
     specs = (
-        SampleSpec.of(torch.float32, 16, form, every),
-        SampleSpec.of(torch.float32, 16, geometry_for(vocab_size, num_rows, search=False), frozenset()),
-        FilterLogitsSpec.of(torch.float32, 16, form, every, 16, True),
+        SampleSpec.of(torch.float32, 16, filtering, every),
+        SampleSpec.of(torch.float32, 16, geometry_for(vocab_size, num_rows, kept=NO_SEARCH), frozenset()),
+        FilterLogitsSpec.of(torch.float32, 16, filtering, every, 16, True),
         TopKSpec(torch.float32, 16, *form, 2048, False),
         VerifySpec(torch.float32, 16, *form, tree=True, proposals=False),
         VerifySpec(torch.float32, 16, *two_rows, tree=False, proposals=True),
@@ -52,5 +55,5 @@ def test_few_rows_are_spread_and_many_share_multiprocessors():
     few, some, many = (geometry_for(128256, rows) for rows in (1, 16, 256))
     assert (few.cluster_size, some.cluster_size, many.cluster_size) == (16, 8, 8)
     assert (few.resident_blocks, some.resident_blocks, many.resident_blocks) == (1, 1, 2)
-    assert geometry_for(128256, 256, search=False).resident_blocks == 3
+    assert all(geometry_for(128256, 256, kept=kept).resident_blocks == 3 for kept in (NO_SEARCH, SMALL_SEARCH))
     assert geometry_for(32000, 256).cluster_size == 2

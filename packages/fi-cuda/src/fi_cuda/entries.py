@@ -193,10 +193,6 @@ _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
 _LARGE_TOP_K = {"large_top_k": "top_k", "logprobs_of_many": "logprobs"}
 _SAMPLING_OPERATIONS = {"sample_columns": "sample", "sample_typical": "sample", **_LARGE_TOP_K}
 """Of kernels that are not named like it."""
-_UNSEEN = -90
-"""Priority of kernels that have not run on a GPU in their present form: other backends' are preferred, and conformance runs
-these too."""
-_SAMPLING_PRIORITIES = dict.fromkeys(("sample_columns", "sample_typical", "logprobs_of_many"), _UNSEEN)
 
 _SAMPLING_MODULES = {
     "sample_columns": "sample",
@@ -227,7 +223,6 @@ SAMPLING_ENTRIES: list[KernelEntry] = [
         _sampling_loader(name),
         devices=("cuda",),
         min_capability=BARRIER_CAPABILITY,
-        priority=_SAMPLING_PRIORITIES.get(name, 0),
         conditions=(Condition("a Hopper GPU", _on_hopper), *_SAMPLING_CONDITIONS.get(name, ())),
     )
     for name, rules in _SAMPLING_RULES.items()

@@ -27,7 +27,7 @@ from .kernels.merge_states import MergeStatesSpec
 from .kernels.rmsnorm import RmsNormSpec
 from .kernels.rope import spec_for as rope_spec_for
 from .kernels.sampling.filter_logits import FilterLogitsSpec
-from .kernels.sampling.forms import searches
+from .kernels.sampling.forms import kept_for
 from .kernels.sampling.geometry import geometry_for
 from .kernels.sampling.penalize_logits import PenalizeLogitsSpec
 from .kernels.sampling.record_tokens import RecordTokensSpec
@@ -143,11 +143,11 @@ def _sampling_specs() -> Iterator[KernelSpec]:
     dtype, usual = torch.float32, frozenset({"top_k", "top_p"})
     for vocab_size in VOCABULARIES:
         for num_rows in _SAMPLED_ROWS:
-            yield SampleSpec.of(dtype, VECTOR_BYTES, geometry_for(vocab_size, num_rows), usual)
+            yield SampleSpec.of(dtype, VECTOR_BYTES, geometry_for(vocab_size, num_rows, kept=kept_for(usual)), usual)
     every = frozenset({"top_k", "top_p", "min_p"})
     for num_rows in _SAMPLED_ROWS:
         for filters in (frozenset[str](), frozenset({"top_p"})):
-            form = geometry_for(128256, num_rows, search=searches(filters))
+            form = geometry_for(128256, num_rows, kept=kept_for(filters))
             yield SampleSpec.of(dtype, VECTOR_BYTES, form, filters)
         for filters, penalties in (
             (usual, True),
@@ -155,12 +155,13 @@ def _sampling_specs() -> Iterator[KernelSpec]:
             (frozenset[str](), True),
             (every | {"typical_p"}, True),
         ):
-            form, typical = column_form(128256, num_rows, filters), "typical_p" in filters
+            form, typical = column_form(128256, num_rows, filters, penalties), "typical_p" in filters
             yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, typical, penalties)
-        form = geometry_for(128256, num_rows)
+        form = geometry_for(128256, num_rows, kept=kept_for(every))
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
         for probs in (False, True):
             yield FilterLogitsSpec.of(dtype, VECTOR_BYTES, form, every, VECTOR_BYTES, probs)
+        form = geometry_for(128256, num_rows)
         for logprobs in (False, True):
             yield TopKSpec(dtype, VECTOR_BYTES, *form, 0, logprobs)
         for tree in (False, True):

@@ -14,7 +14,7 @@ from ...launch import LaunchableKernel
 from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
-from .forms import FilteringSpec, address, searches
+from .forms import FilteringSpec, address, kept_for
 from .geometry import Geometry, geometry_for
 
 
@@ -62,7 +62,7 @@ def _bound(
 def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
     """The ``FilterLogits`` protocol of fi-core, a cluster a row; ``out`` may be the logits."""
     device, (num_rows, vocab_size) = logits.device, logits.shape
-    chosen = geometry_for(vocab_size, num_rows, search=searches(filters.active))
+    chosen = geometry_for(vocab_size, num_rows, kept=kept_for(filters.active))
     vectors = (vector_bytes(logits, multiple_of=vocab_size), vector_bytes(out, multiple_of=vocab_size))
     kernel = _bound(device, logits.dtype, vectors, chosen, filters.active, kind == "probs")
     kernel.launch(

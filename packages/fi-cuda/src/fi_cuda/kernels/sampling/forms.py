@@ -10,10 +10,10 @@ from fi_core.sampling import PenaltyParams
 from torch import Tensor
 
 from ...spec import KernelSpec
-from .geometry import Geometry
+from .geometry import NO_SEARCH, SEARCH, SMALL_SEARCH, Geometry, Kept
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
-_RANK_BINS, _LOCAL_TOKENS, _LIST_PER_BLOCK, _MESSAGES = 64, 1024, 128, 9
+_RANK_BINS, _LOCAL_TOKENS, _BRACKET_TOKENS, _COMPARED_TOKENS, _MESSAGES = 64, 1024, 512, 128, 9
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,17 @@ class ClusterRowSpec(KernelSpec):
 
     @property
     def bracket(self) -> bool:
-        """Whether it looks for the end of a kept mass (``BracketSearch``), which takes a histogram for each thread."""
+        """Whether it looks for the end of a kept mass with ``BracketSearch``."""
+        return False
+
+    @property
+    def small_search(self) -> bool:
+        """Whether ``PrefixSearch`` serves no more than the rows that ``BracketSearch`` cannot, in less shared memory."""
+        return False
+
+    @property
+    def groups(self) -> bool:
+        """Whether ``ShortList`` serves some of its rows, which needs the largest logits of groups of tokens."""
         return False
 
     @property
@@ -57,18 +67,30 @@ class ClusterRowSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         warps, blocks = self.block_threads // 32, self.cluster_blocks
-        exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 32
-        listed = max(256 * _RANK_BINS, 8 * _LIST_PER_BLOCK * blocks) + 8 * _LOCAL_TOKENS
-        searched = max(listed, _RANK_BINS * self.block_threads if self.bracket else 0)
-        searched += 16 * max(_RANK_BINS * blocks, 512) + 8 * _RANK_BINS + (16 + 16) * blocks + 128
-        searched += 32 * blocks + 8 * warps if self.bracket else 48
-        return 4 * warps * self.warp_tokens + exchanged + (searched if self.search else 0)
+        exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 56
+        return 4 * warps * self.warp_tokens + 16 + exchanged + (self._searched_bytes if self.search else 0)
+
+    @property
+    def _searched_bytes(self) -> int:
+        """Of ``SearchShared``."""
+        blocks, small, bins = self.cluster_blocks, self.small_search, 8 * _RANK_BINS
+        columns, listed, local, histograms = (8, 64, 1, 1) if small else (32, 128, _LOCAL_TOKENS + 1, 2)
+        prefix = max(bins * columns, 8 * blocks * listed) + histograms * max(bins * blocks, 4096) + 8 * local
+        memory = max(prefix, 4 * _RANK_BINS * 32)
+        memory = max(memory, 8 * _BRACKET_TOKENS + bins * blocks) if self.bracket else memory
+        memory = -(-memory // 16) * 16
+        memory += (
+            max(4 * _RANK_BINS * blocks, 16 * _COMPARED_TOKENS) + 12 * _RANK_BINS if self.bracket else 12 * _RANK_BINS
+        )
+        return memory + (16 + 16 + 8 + 8) * blocks + 112
 
     def config_lines(self) -> list[str]:
         derived = (
             f"static constexpr int kSharedBytes = {self.shared_bytes};",
             f"static constexpr bool kSearch = {str(self.search).lower()};",
+            f"static constexpr bool kGroups = {str(self.groups).lower()};",
             f"static constexpr bool kBracket = {str(self.bracket).lower()};",
+            f"static constexpr bool kSmallSearch = {str(self.small_search).lower()};",
             f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
         )
         return [*super().config_lines(), *derived]
@@ -87,8 +109,16 @@ class FilteringSpec(ClusterRowSpec):
         return self.top_k or self.top_p
 
     @property
+    def groups(self) -> bool:
+        return self.top_k
+
+    @property
     def bracket(self) -> bool:
         return self.top_p
+
+    @property
+    def small_search(self) -> bool:
+        return True
 
     @classmethod
     def of(
@@ -104,9 +134,11 @@ class FilteringSpec(ClusterRowSpec):
         return cls(dtype, vector, *geometry, *used, *more)
 
 
-def searches(filters: frozenset[str]) -> bool:
-    """Whether a kernel with these filters looks for the last token that they keep; min_p alone is a limit."""
-    return bool(filters & {"top_k", "top_p", "typical_p"})
+def kept_for(filters: frozenset[str]) -> Kept:
+    """What a kernel with these filters keeps to look for the last token that they keep; min_p alone is a limit."""
+    if "typical_p" in filters:
+        return SEARCH
+    return SMALL_SEARCH if filters & {"top_k", "top_p"} else NO_SEARCH
 
 
 def address(tensor: Tensor | None) -> int:

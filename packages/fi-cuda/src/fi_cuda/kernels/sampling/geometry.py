@@ -12,16 +12,27 @@ _ROUND, _MOST_FILLING = 128, 0.03
 
 _MAX_CLUSTER = 16
 _FEW_ROWS, _SOME_ROWS = 8, 32
-_TWO_BLOCKS_BYTES = 80 * 1024
-"""Slices of rows up to which two blocks fit on a multiprocessor, whatever else the kernels keep."""
-
-_TWO_SEARCHES_BYTES = 79 * 1024
-_EXCHANGED_BYTES = 1024
-"""The same of kernels that search, less what they exchange with each block of the cluster."""
+_MULTIPROCESSOR_BYTES, _RESERVED_BYTES = 228 * 1024, 1024
+"""Shared memory of a Hopper multiprocessor, and what each of its blocks takes besides its own."""
 
 _ONE_BLOCK_BYTES = 160 * 1024
-_THREE_BLOCKS_BYTES = 72 * 1024
-"""Likewise three blocks, of kernels that keep little else."""
+
+
+class Kept(NamedTuple):
+    """Most of the shared memory that a kernel keeps beside its part of a row, in blocks of a cluster of up to 8 and of 16;
+    as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``."""
+
+    bytes: int
+    bytes_of_16: int
+    most_blocks: int = 3
+    threads_of_three: int = 512
+
+
+NO_SEARCH = Kept(2 * 1024, 2 * 1024)
+SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
+"""Of kernels whose ``ClusterRowSpec.small_search`` holds."""
+
+SEARCH = Kept(36 * 1024, 44 * 1024, most_blocks=2)
 
 
 class Geometry(NamedTuple):
@@ -39,18 +50,17 @@ class Geometry(NamedTuple):
         return 4 * self.num_threads // 32 * self.warp_tokens
 
 
-def geometry(vocab_size: int, cluster_size: int, num_threads: int) -> Geometry:
-    """The least parts that hold ``vocab_size`` tokens, one block a multiprocessor."""
+def geometry(vocab_size: int, cluster_size: int, num_threads: int, most_filling: float = _MOST_FILLING) -> Geometry:
+    """The least parts that hold ``vocab_size`` tokens, one block a multiprocessor; whole rounds if parts grow by no more than
+    the share ``most_filling``."""
     warps = cluster_size * num_threads // 32
     tokens = -(-vocab_size // warps)
     rounded, whole = (-(-tokens // granule) * granule for granule in (_GRANULE, _ROUND))
-    fits = whole <= (1 + _MOST_FILLING) * tokens
-    return Geometry(cluster_size, num_threads, whole if fits else rounded, 1)
+    return Geometry(cluster_size, num_threads, whole if whole <= (1 + most_filling) * tokens else rounded, 1)
 
 
-def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, search: bool = True) -> Geometry:
-    """What measured best on an H100 (docs/kernels/sampling.md) for ``num_rows`` clusters that hold ``rows_held`` rows each;
-    ``search``: of a kernel that looks for the last token that a filter keeps.
+def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, kept: Kept = SEARCH) -> Geometry:
+    """What measured best (docs/kernels/sampling.md) for ``num_rows`` clusters that hold ``rows_held`` rows each.
 
     Few rows are spread over as many multiprocessors as a cluster may have; of many, two or three blocks of different rows share
     one, so that one row is read while another is searched.
@@ -58,17 +68,34 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, search: boo
     threads = 128 if vocab_size <= 1024 else 256 if vocab_size <= 4096 else 512
     if vocab_size <= 4096:
         return geometry(vocab_size, 1, threads)
-    many = num_rows > _SOME_ROWS
-    cluster_size = 1 if many else _MAX_CLUSTER if num_rows <= _FEW_ROWS else _MAX_CLUSTER // 2
-    if not many:
-        while cluster_size > 1 and vocab_size <= cluster_size * 2048:
-            cluster_size //= 2
+    if num_rows > _SOME_ROWS:
+        return _shared_multiprocessors(vocab_size, rows_held, kept, threads)
+    cluster_size = _MAX_CLUSTER if num_rows <= _FEW_ROWS else _MAX_CLUSTER // 2
+    while cluster_size > 1 and vocab_size <= cluster_size * 2048:
+        cluster_size //= 2
     while True:
-        two_blocks = _TWO_SEARCHES_BYTES - _EXCHANGED_BYTES * cluster_size if search else _TWO_BLOCKS_BYTES
         found = geometry(vocab_size, cluster_size, threads)
-        held = rows_held * found.slice_bytes
-        if cluster_size == _MAX_CLUSTER or held <= (two_blocks if many else _ONE_BLOCK_BYTES):
-            break
+        if cluster_size == _MAX_CLUSTER or rows_held * found.slice_bytes <= _ONE_BLOCK_BYTES:
+            return found
         cluster_size *= 2
-    resident = 1 if not many or held > two_blocks else 2 if search or held > _THREE_BLOCKS_BYTES else 3
-    return found._replace(resident_blocks=resident)
+
+
+def _shared_multiprocessors(vocab_size: int, rows_held: int, kept: Kept, threads: int) -> Geometry:
+    """The smallest cluster of which two blocks fit on a multiprocessor; three, if they do with partial rounds."""
+    cluster_size = 1
+    while True:
+        for filling in (_MOST_FILLING, 0.0):
+            form = geometry(vocab_size, cluster_size, kept.threads_of_three, filling)
+            if _resident(form, rows_held, kept) == 3:
+                return form._replace(resident_blocks=3)
+        form = geometry(vocab_size, cluster_size, threads)
+        resident = _resident(form, rows_held, kept)
+        if resident > 1 or cluster_size == _MAX_CLUSTER:
+            return form._replace(resident_blocks=max(resident, 1))
+        cluster_size *= 2
+
+
+def _resident(form: Geometry, rows_held: int, kept: Kept) -> int:
+    beside = kept.bytes if form.cluster_size < _MAX_CLUSTER else kept.bytes_of_16
+    fitting = _MULTIPROCESSOR_BYTES // (rows_held * form.slice_bytes + beside + _RESERVED_BYTES)
+    return min(fitting, kept.most_blocks)

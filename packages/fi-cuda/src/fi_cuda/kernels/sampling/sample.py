@@ -14,8 +14,8 @@ from ...launch import LaunchableKernel
 from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
-from .forms import PENALTY_FIELDS, FilteringSpec, address, penalty_values, searches
-from .geometry import Geometry, geometry_for
+from .forms import PENALTY_FIELDS, FilteringSpec, address, kept_for, penalty_values
+from .geometry import SMALL_SEARCH, Geometry, geometry_for
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class ColumnSampleSpec(FilteringSpec):
     def bracket(self) -> bool:
         # The search for typical tokens begins where another's messages end, which a bracket's do elsewhere.
         return super().bracket and not self.typical_p
+
+    @property
+    def small_search(self) -> bool:
+        return not self.typical_p
 
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), "static constexpr bool kColumns = true;"]
@@ -133,15 +137,18 @@ def sample(
 ) -> None:
     """The ``Sample`` protocol of fi-core, a cluster an output; its entry admits neither penalties nor slots."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    form = geometry_for(vocab_size, num_outputs, search=searches(filters.active))
+    form = geometry_for(vocab_size, num_outputs, kept=kept_for(filters.active))
     vector = vector_bytes(logits, multiple_of=vocab_size)
     kernel = _bound(device, logits.dtype, vector, form, filters.active)
     kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens))
 
 
-def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str]) -> Geometry:
-    """The form of a row's cluster, with as many registers as typical_p needs."""
-    form = geometry_for(vocab_size, num_outputs, search=searches(filters))
+def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
+    """The form of a row's cluster, with as many registers as typical_p needs, and the shared memory of penalties."""
+    kept = kept_for(filters)
+    if penalties and kept is SMALL_SEARCH:
+        kept = kept._replace(most_blocks=2)
+    form = geometry_for(vocab_size, num_outputs, kept=kept)
     return form._replace(resident_blocks=1) if "typical_p" in filters else form
 
 
@@ -156,7 +163,7 @@ def sample_columns(
 ) -> None:
     """The ``Sample`` protocol of fi-core with all of its parts, a cluster an output."""
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
-    form = column_form(vocab_size, num_outputs, filters.active)
+    form = column_form(vocab_size, num_outputs, filters.active, bool(penalties.active))
     vector = vector_bytes(logits, multiple_of=vocab_size)
     kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, bool(penalties.active))
     kernel.launch(

@@ -45,6 +45,10 @@ class TopKSpec(ClusterRowSpec):
     )
 
     @property
+    def groups(self) -> bool:
+        return True
+
+    @property
     def shared_bytes(self) -> int:
         return -(-super().shared_bytes // 16) * 16 + 8 * self.sorted
 

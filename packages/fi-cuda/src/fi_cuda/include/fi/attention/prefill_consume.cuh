@@ -28,7 +28,7 @@ class PrefillConsumer {
 
  public:
   __device__ __forceinline__ PrefillConsumer(const Params& params, Shared& shared, int warpgroup)
-      : params_(params), shared_(shared), warpgroup_(warpgroup), store_(params, shared.flags + warpgroup, warpgroup) {}
+      : params_(params), shared_(shared), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void run() {
     if (Config::kPingPong && warpgroup_ == Config::kConsumers - 1) pass_turn();
@@ -53,7 +53,7 @@ class PrefillConsumer {
     state_.begin(score_of(item));
     if (steps.num_steps == 0) {
       release(shared_.query_ring, query_place());
-      store_.finish(item, state_);
+      store().finish(item, state_);
       return;
     }
     if constexpr (Config::kRotaryDim > 0) rotate_queries(params_, item, rows, queries(), kOwnBarrier + warpgroup_);
@@ -67,7 +67,7 @@ class PrefillConsumer {
 #pragma unroll 1
       for (int step = 1; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
     }
-    store_.finish(item, state_);
+    store().finish(item, state_);
   }
 
   // A warpgroup without rows of the item only keeps the rings and the turns going.
@@ -258,7 +258,7 @@ class PrefillConsumer {
     for (int row = 0; row < PrefillScore<Config>::kUnits; ++row) {
       float its = scale;
       if constexpr (Config::kQScales) {
-        its *= static_cast<const float*>(params_.q_scales)[store_.head_of(item, row) * params_.q_scale_stride];
+        its *= static_cast<const float*>(params_.q_scales)[store().head_of(item, row) * params_.q_scale_stride];
       }
       score.unit[row] = Config::kSoftCap ? params_.soft_cap : Config::kSignedScale ? 1.0f : its;
       score.inner[row] = Config::kSoftCap ? its / params_.soft_cap : its;
@@ -266,17 +266,19 @@ class PrefillConsumer {
     if constexpr (Config::kAlibi) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float slope = static_cast<const float*>(params_.slopes)[store_.head_of(item, row)];
+        const float slope = static_cast<const float*>(params_.slopes)[store().head_of(item, row)];
         score.slope[row] = slope / score.unit[row % PrefillScore<Config>::kUnits];
       }
     }
     return score;
   }
 
+  // Made where it is used: kept from item to item, its numbers would take registers from the scores.
+  __device__ __forceinline__ Store store() const { return Store(params_, shared_.flags + warpgroup_, warpgroup_); }
+
   const Params& params_;
   Shared& shared_;
   const int warpgroup_;
-  Store store_;
   State state_;
   unsigned weights_[kTokens / kStepKeys][4];  // of the step before, with kOverlap
   RingCursor<Shared::kItems> item_ = RingCursor<Shared::kItems>::consumer();

@@ -20,8 +20,8 @@ class PrefillStore {
 
  public:
   __device__ __forceinline__ PrefillStore(const Params& params, int* flag, int warpgroup)
-      : params_(params), flag_(flag), warpgroup_(warpgroup), lane_(static_cast<int>(threadIdx.x) % kWarpThreads),
-        first_row_(static_cast<int>(threadIdx.x) / kWarpThreads % 4 * 16 + lane_ / 4) {}
+      : params_(params), flag_(flag), warpgroup_(warpgroup), lane_(thread_anew() % kWarpThreads),
+        first_row_(thread_anew() / kWarpThreads * 16 + lane_ / 4) {}
 
   // Called by all threads of the warpgroup.
   __device__ __forceinline__ void finish(const AttentionItem& item, State& state) const {

@@ -55,6 +55,23 @@ __device__ __forceinline__ int first_of_largest(ClusterRow<Config>& row) {
   return first;
 }
 
+// A row's parameters, loaded by one thread while the row is.
+template <class Config, class Params>
+struct FilterStage {
+  static constexpr bool kMasks = false;
+
+  const Params& params;
+  ClusterShared<Config>& shared;
+  int index;
+
+  __device__ __forceinline__ void begun() const {
+    if (threadIdx.x != 0) return;
+    RowFilters filters = load_filters<Config>(params, index);
+    normalise(filters, params.vocab_size);
+    shared.filters = filters;
+  }
+};
+
 template <class Config, class Params>
 __device__ __forceinline__ void filter_logits(const Params& params) {
   static_assert(sizeof(ClusterShared<Config>) <= Config::kSharedBytes);
@@ -62,10 +79,11 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   const int index = static_cast<int>(blockIdx.x) / Config::kClusterBlocks;
   ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
-  RowFilters filters = load_filters<Config>(params, index);
   const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + index * params.logits_stride;
-  const Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice);
-  normalise(filters, params.vocab_size);
+  FilterStage<Config, Params> stage{params, row.shared, index};
+  const Extremes extremes = load_slice<Config>(logits, row.first_token, params.vocab_size, row.shared.slice, stage);
+  __syncthreads();
+  const RowFilters& filters = row.shared.filters;
   row.share(extremes, params.vocab_size, filters.temperature, false);
   ptx::allow_next_kernel();
 
@@ -89,9 +107,10 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
     if constexpr (Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total);
     if (!known) prefix = kept_prefix(row, filters, kWish, total);
   }
+  const float min_p = filters.min_p;
   const auto kept_weight = [&](int token, float logit) {
     const float weight = row.weight(logit);
-    const bool heavy = !Config::kMinP || weight >= filters.min_p;
+    const bool heavy = !Config::kMinP || weight >= min_p;
     return prefix.has(logit, token) && heavy ? weight : 0.0f;
   };
   if constexpr (Config::kProbs) {
@@ -100,11 +119,11 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
       uint64 before;
       total.amount = row.sum_over_blocks(before);
     }
-    const float scale = 1.0f / static_cast<float>(total.amount);
-    write_slice(row, params, [&](int token, float logit) { return float_mass_of(kept_weight(token, logit)) * scale; });
+    const float scale = 4294967296.0f / static_cast<float>(total.amount);
+    write_slice(row, params, [&](int token, float logit) { return truncated(kept_weight(token, logit)) * scale; });
   } else {
     write_slice(row, params, [&](int token, float logit) {
-      const bool kept = prefix.has(logit, token) && (filters.min_p <= 0.0f || weight_of(row.largest - logit) >= filters.min_p);
+      const bool kept = prefix.has(logit, token) && (min_p <= 0.0f || weight_of(row.largest - logit) >= min_p);
       return kept ? logit : minus_infinity();
     });
   }

@@ -19,7 +19,7 @@
 
 namespace fi {
 
-// An output's parameters, loaded while its row is.
+// An output's parameters, loaded while its row is: by one thread, into the block's shared memory.
 template <class Config, class Params>
 struct SampleStage {
   static constexpr bool kMasks = false;
@@ -28,7 +28,6 @@ struct SampleStage {
   ClusterShared<Config>& shared;
   int output;
   int64 slot;
-  RowFilters filters;
 
   __device__ __forceinline__ SampleStage(const Params& params, ClusterShared<Config>& shared, int output)
       : params(params), shared(shared), output(output), slot(output) {
@@ -39,15 +38,18 @@ struct SampleStage {
 
   // While the row is under way. A slot, which decides addresses, has been.
   __device__ __forceinline__ void begun() {
-    const int64 place = slot > 0 ? slot : 0;
-    filters = load_filters<Config>(params, place);
-    if (threadIdx.x == 0) make_random(place);
+    if (threadIdx.x == 0) load(slot > 0 ? slot : 0);
   }
 
-  __device__ __forceinline__ void make_random(int64 place) {
+  __device__ __forceinline__ void load(int64 place) {
+    RowFilters filters = load_filters<Config>(params, place);
     const int64 seed = static_cast<const int64*>(params.seed)[place];
     const int64 position = static_cast<const int64*>(params.position)[output];
-    shared.random = random_bits(seed, position, static_cast<const int*>(params.sample)[place], Purpose::kDraw);
+    const int sample = static_cast<const int*>(params.sample)[place];
+    normalise(filters, params.vocab_size);
+    if (slot < 0) filters.valid = false;
+    shared.filters = filters;
+    shared.random = random_bits(seed, position, sample, Purpose::kDraw);
   }
 };
 
@@ -145,9 +147,8 @@ struct SampleKernel {
     bool fits = true;
     const Extremes extremes = load(logits, stage, fits);
     ptx::allow_next_kernel();
-    RowFilters filters = stage.filters;
-    normalise(filters, params.vocab_size);
-    if (Config::kColumns && stage.slot < 0) filters.valid = false;
+    __syncthreads();
+    const RowFilters& filters = row.shared.filters;
     const bool typical = Config::kTypicalP && filters.typical_p < 1.0f;
     const bool listed = Config::kTopK && ShortList<Config>::serves(filters) && !typical;
     row.share(extremes, params.vocab_size, filters.temperature, listed);
@@ -173,9 +174,10 @@ struct SampleKernel {
     if constexpr (Config::kTopK || Config::kTopP) {
       if (!known) prefix = kept_prefix(row, filters, wish, end);
     }
+    const float min_p = filters.min_p;
     const auto kept_weight = [&](int place, float logit) {
       const float weight = row.weight(logit);
-      return prefix.has(logit, row.first_token + place) && weight >= filters.min_p ? weight : 0.0f;
+      return prefix.has(logit, row.first_token + place) && weight >= min_p ? weight : 0.0f;
     };
     if constexpr (Config::kTypicalP) {
       if (typical) return draw_typical(filters, kept_weight);

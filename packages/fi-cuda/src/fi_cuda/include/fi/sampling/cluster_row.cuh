@@ -4,6 +4,7 @@
 #include "fi/random/philox.cuh"
 #include "fi/sampling/exchange.cuh"
 #include "fi/sampling/row.cuh"
+#include "fi/sampling/row_filters.cuh"
 #include "fi/sampling/weight.cuh"
 #include "fi/tile/scan.cuh"
 
@@ -37,10 +38,9 @@ __device__ __forceinline__ RankPrefix shorter(RankPrefix first, RankPrefix secon
 }
 
 constexpr int kRankBins = 64;
-constexpr int kListPerBlock = 128;
-constexpr int kLocalTokens = 1024;
 constexpr int kGroupBins = 256;
 constexpr int kMaxGroups = 256;
+constexpr int kComparedTokens = 128;
 
 // What a block found among the tokens at a boundary.
 struct BoundaryShare {
@@ -49,56 +49,75 @@ struct BoundaryShare {
   int unused;
 };
 
-// Masses of a block's tokens: of all, of those above a bracket of logits, and of those in it, and how many these are.
-struct alignas(16) BracketShare {
-  uint64 total, above, listed, count;
+// A token's place in the rank order, larger first, and what it weighs.
+struct alignas(16) RankedToken {
+  uint64 rank_key, amount;
 };
 
-// What finding the last token that a filter keeps needs.
+// What finding the last token that a filter keeps needs. Where top_p is alone PrefixSearch only serves rows that BracketSearch
+// cannot, and is small, so that three blocks fit on a multiprocessor.
 template <class Config>
 struct alignas(16) SearchShared {
   static constexpr int kBlocks = Config::kClusterBlocks;
+  static constexpr bool kSmall = Config::kSmallSearch;
+  static constexpr int kColumns = kSmall ? 8 : 32;
+  static constexpr int kListPerBlock = kSmall ? 64 : 128;
+  static constexpr int kLocalTokens = kSmall ? 0 : 1024;
+  static constexpr int kHistograms = kSmall ? 1 : 2;
   static constexpr int kPartWords = kBlocks * kRankBins > 512 ? kBlocks * kRankBins : 512;
-  static constexpr int kCandidates = Config::kBracket ? kRankBins * Config::kNumThreads / 8 : 2;
+  static constexpr int kBracketTokens = Config::kBracket ? 512 : 1;
+  static constexpr int kBracketBlocks = Config::kBracket ? kBlocks : 1;
 
-  // Of PrefixSearch a histogram with a column for each lane, so that lanes never collide: amounts as their lower 16 bits and the
-  // rest, whose sums fit 32 bits; in the first block then the list of tokens at the boundary, (logit, token), a part for each
-  // block; and this block's tokens in the bin that the first level chose, if they fit. Of BracketSearch a histogram with a column
-  // for each thread, then in the first block the list of tokens in the bracket. Before either, the block's groups on their way
-  // to the others.
   union {
     struct {
+      // A histogram with a column for each lane, or a few, so that lanes hardly collide: amounts as their lower 16 bits and the
+      // rest, whose sums fit 32 bits. In the first block then the list of tokens at the boundary, (logit, token), a part for each
+      // block.
       union {
-        unsigned columns[2][kRankBins][32];
+        unsigned columns[2][kRankBins][kColumns];
         uint2 list[kBlocks * kListPerBlock];
       };
-      uint2 local[kLocalTokens];
+      // Every block's histogram, [block][bin]; twice where a second may come before the first is read. Before that the largest
+      // logits of all groups and their histogram; after it the few tokens that are ranked.
+      union {
+        uint64 parts[kHistograms][kPartWords];
+        struct {
+          float groups[kMaxGroups];
+          unsigned group_bins[kGroupBins];
+        };
+      };
+      uint2 local[kLocalTokens + 1];  // this block's tokens in the bin that the first level chose, if they fit
     };
+    // Of BracketSearch numbers of tokens, with a column for each lane; then this block's tokens in the bracket, (logit, token), and
+    // every block's histogram of theirs, [block][bin]: masses, and from kCountShift on numbers.
     unsigned counts[kRankBins][32];
-    uint2 candidates[kCandidates];
-    uint4 own_groups[kMaxGroups / 4];
-  };
-  // Every block's histogram, [block][bin], twice, because a second may come before the first is read. Before that the largest
-  // logits of all groups and their histogram; after it the few tokens that are ranked.
-  union {
-    uint64 parts[2][kPartWords];
     struct {
-      float groups[kMaxGroups];
-      unsigned group_bins[kGroupBins];
+      uint2 bracket_tokens[kBracketTokens];
+      uint64 bracket_parts[kBracketBlocks][kRankBins];
     };
+    uint4 own_groups[kMaxGroups / 4];  // on their way to the others
   };
-  alignas(16) uint64 own_bins[kRankBins];
+  // Of BracketSearch, one after the other: every block's numbers; the row's tokens in the bin that was chosen.
+  union {
+    unsigned count_parts[kBracketBlocks][kRankBins];
+    RankedToken boundary[Config::kBracket ? kComparedTokens : 1];
+  };
+  // A histogram on its way to all blocks; of BracketSearch then this block's of the bracket: masses as limbs, and numbers.
+  union {
+    alignas(16) uint64 own_bins[kRankBins];
+    unsigned bracket_bins[3][Config::kBracket ? kRankBins : 1];
+  };
   BoundaryShare shares[kBlocks];
-  BracketShare sums[Config::kBracket ? kBlocks : 1];
-  uint64 warp_listed[Config::kBracket ? RowShape<Config>::kWarps : 1];
-  float2 bracket;          // logits from which and up to which it lasts
-  uint4 found;             // RankPrefix and Answer
-  uint64 above[kBlocks];   // mass of each block's tokens before the boundary
-  unsigned kept[2][kBlocks];  // and of the kept ones at it, lower 16 bits and the rest
+  uint4 sums[kBracketBlocks];  // masses of each block's tokens: of all, from kCountShift on their number in the bracket; above it
+  float2 bracket;              // logits from which and up to which it lasts
+  uint4 found;                 // RankPrefix and Answer
+  uint64 above[kBlocks];       // mass of each block's tokens before the boundary
+  unsigned kept[2][kBlocks];   // and of the kept ones at it, lower 16 bits and the rest
   uint64 boundary_wanted;
   int boundary_bin;
   int local_count;  // tokens of this block in the chosen bin
   int list_count;   // tokens that this block put on the list
+  int list_before;  // tokens on it of blocks before this one
   RankPrefix own_found;
   int num_ranked;
 };
@@ -115,7 +134,7 @@ struct ClusterShared {
   static constexpr int kGroups = kBlocks * kWarps * kWarpGroups;
   static_assert(kGroups <= kMaxGroups && kWarps * kWarpGroups % 4 == 0);
 
-  alignas(16) float slice[RowShape<Config>::kBlockTokens];
+  alignas(16) float slice[RowShape<Config>::kSliceFloats];
   alignas(16) typename Choose<Config::kSearch, SearchShared<Config>, NoSearchShared>::Type search;
   uint64 mail[kNumMessages];
   uint2 extremes[kBlocks];  // largest and smallest logit of each block
@@ -124,6 +143,7 @@ struct ClusterShared {
   uint64 scratch[kWarps];
   uint64 token;  // from the block that drew it
   RandomBits random;
+  RowFilters filters;  // one thread loads them, and registers hold what is needed next
   float warp_largest[kWarps], warp_smallest[kWarps];
 };
 
@@ -155,16 +175,17 @@ struct ClusterRow {
         vocab_size(0),
         largest(0.0f),
         smallest(0.0f) {
+    end_slice<Config>(shared.slice);
     mailbox.open();
   }
 
   // Makes the row's extremes known to all blocks, and with `with_groups` the largest logits of all groups. The mailbox has
   // been opened by all.
   __device__ __forceinline__ void share_extremes(Extremes mine, bool with_groups, Message kind = kExtremes) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     const float in_warp = largest_of_warp(mine.largest);
     const float least = smallest_of_warp(mine.smallest);
-    if constexpr (Config::kSearch) {
+    if constexpr (Config::kGroups) {
       const auto larger = [](float first, float second) { return ptx::max_or_nan(first, second); };
       const float group = reduce_over_lanes<Shared::kGroupLanes>(mine.largest, larger);
       float* own = reinterpret_cast<float*>(shared.search.own_groups);
@@ -182,7 +203,7 @@ struct ClusterRow {
                           make_uint2(__float_as_uint(block_largest), __float_as_uint(block_smallest)));
     }
     constexpr int kFours = kWarps * Shared::kWarpGroups / 4;
-    if constexpr (Config::kSearch) {
+    if constexpr (Config::kGroups) {
       if (with_groups) {
         uint4* fours = reinterpret_cast<uint4*>(shared.search.groups) + rank * kFours;
 #pragma unroll 1
@@ -244,7 +265,7 @@ struct ClusterRow {
   template <class Weight>
   __device__ __forceinline__ void sum_masses_over_warps(Weight weight) {
     MassSum masses;
-    for_each_four<Config>(shared.slice, [&](int place, float4 four) {
+    for_each_four<Config, 4>(shared.slice, [&](int place, float4 four) {
       const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) masses.add(weight(place + e, logits[e]));
@@ -270,13 +291,13 @@ struct ClusterRow {
 
   // The prefix sums of what sum_over_warps found, a warp's in each of the first kWarps lanes of every warp.
   __device__ __forceinline__ Prefix<uint64> prefix_over_warps(const uint64* amounts) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     return prefix_over_lanes<32>(lane < kWarps ? amounts[lane] : 0);
   }
 
   // After sum_over_warps: the sum of the row, and of the blocks before this one. This block's own is shared.block_amount[rank].
   __device__ __forceinline__ uint64 sum_over_blocks(uint64& before) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     if (threadIdx.x < 32) {
       const uint64 own = sum_over_warp(lane < kWarps ? shared.warp_amount[lane] : 0);
       mailbox.send_to_all(kAmounts, &shared.block_amount[rank], own);
@@ -294,7 +315,7 @@ struct ClusterRow {
 
   // Sum over the block of numbers below 2^46. The previous use of `scratch` is behind a barrier.
   __device__ __forceinline__ uint64 sum_over_block(uint64 value) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     value = sum_over_warp(value);
     if (lane == 0) shared.scratch[threadIdx.x / 32] = value;
     __syncthreads();
@@ -304,7 +325,7 @@ struct ClusterRow {
   // A thread's place in the prefix sums over the block.
   __device__ __forceinline__ Prefix<uint64> prefix_over_block(uint64 value) {
     const Prefix<uint64> inside = prefix_over_lanes<32>(value);
-    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int warp = static_cast<int>(threadIdx.x / 32);
     if (threadIdx.x % 32 == 0) shared.scratch[warp] = inside.total;
     __syncthreads();
     const Prefix<uint64> warps = prefix_over_warps(shared.scratch);

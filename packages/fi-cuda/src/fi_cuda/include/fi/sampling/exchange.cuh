@@ -50,11 +50,20 @@ struct Mailbox {
     if (lane < kBlocks) send(kind, lane, place, value);
   }
 
-  // Waits for `num_bytes` sent to this block. All threads; a __syncthreads lies between two of one kind.
+  // Waits for `num_bytes` sent to this block. All threads, for which it is a barrier too: one warp asks the message's barrier, as
+  // asking takes instructions, of which the other blocks on the multiprocessor could make use.
   __device__ __forceinline__ void receive(Message kind, unsigned num_bytes) {
+    if constexpr (kBlocks > 1) receive_in_first_warp(kind, num_bytes);
+    __syncthreads();
+  }
+
+  // The same without the barrier, up to which only the first warp may read.
+  __device__ __forceinline__ void receive_in_first_warp(Message kind, unsigned num_bytes) {
     if constexpr (kBlocks > 1) {
-      if (threadIdx.x == 0) ptx::arrive_and_expect_bytes(&barriers[kind], num_bytes);
-      ptx::wait_barrier(&barriers[kind], phases >> kind & 1);
+      if (threadIdx.x < 32) {
+        if (threadIdx.x == 0) ptx::arrive_and_expect_bytes(&barriers[kind], num_bytes);
+        ptx::wait_barrier(&barriers[kind], phases >> kind & 1);
+      }
       phases ^= 1u << kind;
     } else {
       __syncthreads();

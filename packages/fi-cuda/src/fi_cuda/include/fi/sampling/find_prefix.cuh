@@ -16,7 +16,10 @@ namespace fi {
 template <class Config>
 struct PrefixSearch {
   using Row = ClusterRow<Config>;
+  using Shared = SearchShared<Config>;
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
+  static constexpr int kColumns = Shared::kColumns, kListPerBlock = Shared::kListPerBlock;
+  static constexpr int kLocalTokens = Shared::kLocalTokens;
 
   Row& row;
   RankPrefix considered;  // only these tokens are weighed
@@ -29,7 +32,7 @@ struct PrefixSearch {
   __device__ __forceinline__ void clear() {
     auto& columns = row.shared.search.columns;
 #pragma unroll 1
-    for (int idx = static_cast<int>(threadIdx.x); idx < 2 * kRankBins * 32 / 4; idx += kThreads) {
+    for (int idx = static_cast<int>(threadIdx.x); idx < 2 * kRankBins * kColumns / 4; idx += kThreads) {
       reinterpret_cast<uint4*>(columns)[idx] = make_uint4(0, 0, 0, 0);
     }
     __syncthreads();
@@ -38,15 +41,16 @@ struct PrefixSearch {
   // The first level, over the whole slice.
   __device__ __forceinline__ void add_slice(const RankScale& scale) {
     auto& columns = row.shared.search.columns;
-    static_assert(sizeof(columns[0][0]) == 128 && kRankBins == 64);
+    constexpr int kBinBytes = sizeof(columns[0][0]);
     unsigned char* low = reinterpret_cast<unsigned char*>(columns[0]);
     unsigned char* high = reinterpret_cast<unsigned char*>(columns[1]);
-    const unsigned lane_bytes = threadIdx.x % 32 * 4;
-    // Adding 2^16, rounded down, leaves multiples of 2^-7: the whole part times 128, which is a bin's bytes, is in place. NaN and
-    // what lies further off go to the last bin.
+    const unsigned lane_bytes = threadIdx.x % kColumns * 4;
+    // Adding this, rounded down, leaves multiples of 1 / kBinBytes: the whole part times a bin's bytes is in place. NaN and what lies
+    // further off go to the last bin.
+    constexpr float kWhole = 8388608.0f / kBinBytes;
     const auto offset = [&](float shortfall) {
-      const float bin = __fadd_rd(fminf(shortfall * scale.per_unit, kRankBins - 1), 65536.0f);
-      return (__float_as_uint(bin) & 0x1f80u) | lane_bytes;
+      const float bin = __fadd_rd(fminf(shortfall * scale.per_unit, kRankBins - 1), kWhole);
+      return (__float_as_uint(bin) & ((kRankBins - 1) * kBinBytes)) | lane_bytes;
     };
     const auto add = [&](float shortfall, uint2 limbs) {
       const unsigned at = offset(shortfall);
@@ -91,7 +95,7 @@ struct PrefixSearch {
   // The same from the slice, one place after the other.
   template <class Visit>
   __device__ __forceinline__ void visit_slice(const RankScale& scale, Visit visit) {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int first = warp * RowShape<Config>::kWarpTokens;
 #pragma unroll 1
     for (int place = first + lane; place < first + RowShape<Config>::kWarpTokens; place += 32) {
@@ -104,6 +108,11 @@ struct PrefixSearch {
   // Fills the local list with the tokens of bin `outer` of the first level.
   __device__ __forceinline__ void gather_chosen(const RankScale& scale) {
     auto& search = row.shared.search;
+    if constexpr (kLocalTokens == 0) {
+      if (threadIdx.x == 0) search.local_count = 1;  // does not fit
+      __syncthreads();
+      return;
+    }
     // Their places are from low up to high; the last bin has no end.
     const float low = static_cast<float>(scale.outer);
     const float high = scale.outer < kRankBins - 1 ? low + 1.0f : no_logit();
@@ -130,7 +139,7 @@ struct PrefixSearch {
 
   __device__ __forceinline__ void add_chosen(const RankScale& scale) {
     auto& search = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % kColumns);
     for_each_chosen(scale, [&](float logit, int) {
       const int bin = scale.bin(logit);
       const uint2 limbs = by_count ? make_uint2(1, 0) : mass_limbs(weight_of(row.largest - logit));
@@ -139,19 +148,26 @@ struct PrefixSearch {
     });
   }
 
+  __device__ __forceinline__ uint64* parts_of(const RankScale& scale) const {
+    return row.shared.search.parts[Shared::kHistograms == 1 || scale.outer < 0 ? 0 : 1];
+  }
+
   // Every block's histogram from the columns into search.parts of all blocks; leaves the columns clear.
   __device__ __forceinline__ void share_bins(const RankScale& scale) {
     auto& search = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     __syncthreads();
-    uint64* parts = search.parts[scale.outer < 0 ? 0 : 1];
+    uint64* parts = parts_of(scale);
     const Message kind = scale.outer < 0 ? kParts : kPartsAgain;
 #pragma unroll 1
     for (int bin = warp; bin < kRankBins; bin += kWarps) {
-      const unsigned low = __reduce_add_sync(0xffffffffu, search.columns[0][bin][lane]);
-      const unsigned high = __reduce_add_sync(0xffffffffu, search.columns[1][bin][lane]);
-      search.columns[0][bin][lane] = 0;
-      search.columns[1][bin][lane] = 0;
+      const auto taken = [&](unsigned& amount) {
+        const unsigned mine = lane < kColumns ? amount : 0;
+        if (lane < kColumns) amount = 0;
+        return __reduce_add_sync(0xffffffffu, mine);
+      };
+      const unsigned low = taken(search.columns[0][bin][lane % kColumns]);
+      const unsigned high = taken(search.columns[1][bin][lane % kColumns]);
       if (lane == 0) search.own_bins[bin] = low + (static_cast<uint64>(high) << 16);
     }
     __syncthreads();
@@ -169,7 +185,7 @@ struct PrefixSearch {
   template <class TargetOf>
   __device__ __forceinline__ int boundary_bin(const RankScale& scale, TargetOf target_of, uint64& wanted) {
     auto& search = row.shared.search;
-    const uint64* parts = search.parts[scale.outer < 0 ? 0 : 1];
+    const uint64* parts = parts_of(scale);
     if (threadIdx.x < 32) {
       const int lane = static_cast<int>(threadIdx.x);
       uint64 first = 0, second = 0;
@@ -199,9 +215,7 @@ struct PrefixSearch {
   // Sends the tokens of `bin` to the first block and what was found to all: their number, smallest and largest logit.
   // Returns that of the whole row; `fits`: the first block has them all.
   __device__ __forceinline__ BoundaryShare collect(const RankScale& scale, int bin, bool& fits) {
-    auto& shared = row.shared;
-    auto& search = shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    auto& search = row.shared.search;
     float low = -minus_infinity(), high = minus_infinity();
     for_each_chosen(scale, [&](float logit, int token) {
       if (scale.bin(logit) != bin) return;
@@ -213,31 +227,8 @@ struct PrefixSearch {
                          make_uint2(__float_as_uint(logit), static_cast<unsigned>(token)));
       }
     });
-    low = smallest_of_warp(low);
-    high = largest_of_warp(high);
-    if (lane == 0) {
-      shared.warp_smallest[warp] = low;
-      shared.warp_largest[warp] = high;
-    }
-    __syncthreads();
-    if (warp == 0) {
-      low = smallest_of_warp(shared.warp_smallest[lane % kWarps]);
-      high = largest_of_warp(shared.warp_largest[lane % kWarps]);
-      const unsigned count = static_cast<unsigned>(search.list_count);
-      row.mailbox.send_to_all(kShares, reinterpret_cast<uint4*>(&search.shares[row.rank]),
-                              make_uint4(count, __float_as_uint(low), __float_as_uint(high), 0u));
-    }
-    row.mailbox.receive(kShares, kBlocks * 16);
-    BoundaryShare sum = {0, -minus_infinity(), minus_infinity(), 0};
-    int listed = 0;
-#pragma unroll 2
-    for (int block = 0; block < kBlocks; ++block) {
-      const BoundaryShare share = search.shares[block];
-      listed += min(share.count, kListPerBlock);
-      sum.count += share.count;
-      sum.smallest = fminf(sum.smallest, share.smallest);
-      sum.largest = fmaxf(sum.largest, share.largest);
-    }
+    int listed;
+    const BoundaryShare sum = share_boundary(row, low, high, listed);
     fits = listed == sum.count && sum.count <= kComparedTokens;
     if (row.rank == 0) row.mailbox.receive(kList, 8u * static_cast<unsigned>(listed));
     return sum;
@@ -277,14 +268,14 @@ struct PrefixSearch {
   __device__ __forceinline__ void sum_above(int outer, int inner) {
     static_assert(kBlocks <= kWarps || kBlocks == 1);
     auto& search = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     if (warp < kBlocks) {
       uint64 sum = 0;
 #pragma unroll
       for (int half = 0; half < kRankBins; half += 32) {
         const int bin = lane + half;
         if (bin < outer) sum += search.parts[0][warp * kRankBins + bin];
-        if (bin < inner) sum += search.parts[1][warp * kRankBins + bin];
+        if (bin < inner) sum += search.parts[Shared::kHistograms - 1][warp * kRankBins + bin];
       }
       sum = sum_over_warp(sum);
       if (lane == 0) {
@@ -301,7 +292,7 @@ struct PrefixSearch {
     auto& search = row.shared.search;
     const RankedToken* tokens = gather_list(row, [&](float logit) { return amount_of(logit); });
     const int place = compared_place<kThreads>();
-    const bool leads = place < count && static_cast<int>(threadIdx.x) % kComparers<kThreads> == 0;
+    const bool leads = place < count && threadIdx.x % kComparers<kThreads> == 0;
     const RankedToken own = place < count ? tokens[place] : RankedToken{0, 0};
     int rank;
     const uint64 before = compare_with_all<kThreads>(tokens, count, own, rank);
@@ -323,13 +314,7 @@ struct PrefixSearch {
     const unsigned lane = threadIdx.x;
     uint64 kept = 0;
     if (lane < kBlocks) kept = search.above[lane] + search.kept[0][lane] + (static_cast<uint64>(search.kept[1][lane]) << 16);
-    const Prefix<uint64> prefix = prefix_over_lanes<32>(kept);
-    Answer end = {0, prefix.total};
-    if (wish == Wish::kDraw) {
-      const uint64 target = static_cast<uint64>(scale_bits(row.shared.random, static_cast<int64>(prefix.total)));
-      end.block = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, target < prefix.inclusive))) - 1;
-      end.amount = target - __shfl_sync(0xffffffffu, prefix.exclusive, static_cast<int>(end.block));
-    }
+    const Answer end = answer_of(wish, kept, row.shared.random);
     Answer none;
     const RankPrefix found = read_message(search.found, none);
     __syncwarp();  // all have read what the next line overwrites
@@ -360,6 +345,7 @@ struct PrefixSearch {
       scale.outer = boundary_bin(scale, target_of, wanted);
       if (scale.outer < 0) return all_considered();
       gather_chosen(scale);
+      if constexpr (Shared::kHistograms == 1) row.meet();  // all have read the first one
     } else if (threadIdx.x == 0) {
       row.shared.search.local_count = kLocalTokens + 1;
     }

@@ -100,7 +100,7 @@ struct FirstK {
       const RankedToken own = place < count ? tokens[place] : RankedToken{0, 0};
       int rank;
       compare_with_all<kThreads>(tokens, count, own, rank);
-      if (place < count && place < base + kComparedTokens && rank < k && static_cast<int>(threadIdx.x) % kParts == 0) {
+      if (place < count && place < base + kComparedTokens && rank < k && threadIdx.x % kParts == 0) {
         write(rank, logit_of(own.rank_key), static_cast<int>(token_of(own.rank_key)));
       }
     }

@@ -5,22 +5,15 @@
 
 namespace fi {
 
-constexpr int kComparedTokens = 128;
-
 // Lanes that share the comparisons of one token (a power of 2), so that kComparedTokens of them keep a block busy.
 template <int kThreads>
-constexpr int kComparers = kThreads >= 4 * kComparedTokens ? 4 : kThreads >= 2 * kComparedTokens ? 2 : 1;
+constexpr unsigned kComparers = kThreads >= 4 * kComparedTokens ? 4 : kThreads >= 2 * kComparedTokens ? 2 : 1;
 
 // Which of kComparedTokens this thread compares; as many or more: none.
 template <int kThreads>
 __device__ __forceinline__ int compared_place() {
-  return static_cast<int>(threadIdx.x) / kComparers<kThreads>;
+  return static_cast<int>(threadIdx.x / kComparers<kThreads>);
 }
-
-// A token's place in the rank order, larger first, and what it weighs.
-struct alignas(16) RankedToken {
-  uint64 rank_key, amount;
-};
 
 __device__ __forceinline__ RankedToken ranked_token(float logit, int token, uint64 amount) {
   return {static_cast<uint64>(order_key(logit)) << 32 | (0xffffffffu - static_cast<unsigned>(token)), amount};
@@ -44,7 +37,7 @@ __device__ __forceinline__ uint64 compare_with_all(const RankedToken* tokens, in
   rank = 0;
   uint64 before = 0;
 #pragma unroll 2
-  for (int idx = static_cast<int>(threadIdx.x) % kComparers<kThreads>; idx < count; idx += kComparers<kThreads>) {
+  for (int idx = static_cast<int>(threadIdx.x % kComparers<kThreads>); idx < count; idx += kComparers<kThreads>) {
     const RankedToken other = tokens[idx];
     if (other.rank_key > own.rank_key) {
       ++rank;
@@ -62,14 +55,14 @@ __device__ __forceinline__ RankedToken* gather_list(ClusterRow<Config>& row, Amo
   auto& search = row.shared.search;
   static_assert(sizeof(RankedToken) * kMaxRanked <= sizeof(search.parts[0]));
   RankedToken* tokens = ranked_tokens(row.shared);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int lane = static_cast<int>(threadIdx.x % 32);
   // A warp for each block's part.
 #pragma unroll 1
-  for (int block = static_cast<int>(threadIdx.x) / 32; block < Row::kBlocks; block += Row::kWarps) {
+  for (int block = static_cast<int>(threadIdx.x / 32); block < Row::kBlocks; block += Row::kWarps) {
     const int place = __reduce_add_sync(0xffffffffu, lane < block ? search.shares[lane % Row::kBlocks].count : 0);
 #pragma unroll 1
     for (int idx = lane; idx < search.shares[block].count; idx += 32) {
-      const uint2 entry = search.list[block * kListPerBlock + idx];
+      const uint2 entry = search.list[block * SearchShared<Config>::kListPerBlock + idx];
       const float logit = __uint_as_float(entry.x);
       tokens[place + idx] = ranked_token(logit, static_cast<int>(entry.y), amount_of(logit));
     }

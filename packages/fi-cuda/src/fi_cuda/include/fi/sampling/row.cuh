@@ -14,36 +14,54 @@ struct RowShape {
   static constexpr int kWarps = Config::kNumThreads / 32;
   static constexpr int kWarpTokens = Config::kWarpTokens;
   static constexpr int kBlockTokens = kWarps * kWarpTokens;
-  static constexpr int kRounds = (kWarpTokens + 127) / 128;
+  static constexpr int kRounds = (kWarpTokens + 127) / 128, kFullRounds = kWarpTokens / 128;
+  static constexpr int kSliceFloats = kBlockTokens + 4;
 };
 
 constexpr int kNoPlace = 0x3fffffff;
 
 __device__ __forceinline__ float no_logit() { return __int_as_float(0x7fffffff); }
 
-// The place, a multiple of 4, of this thread's part of the slice whose turn is round `round`; kNoPlace if it has none.
+// The place, a multiple of 4, of this thread's part of the slice whose turn is round `round`, one of all lanes.
 template <class Config>
-__device__ __forceinline__ int place_of_round(int round) {
-  using Shape = RowShape<Config>;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int offset = (round * 32 + lane) * 4;
-  return Shape::kWarpTokens % 128 == 0 || offset < Shape::kWarpTokens ? warp * Shape::kWarpTokens + offset : kNoPlace;
+__device__ __forceinline__ int place_of_full_round(int round) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  return warp * RowShape<Config>::kWarpTokens + (round * 32 + lane) * 4;
 }
 
-// The four logits there; at kNoPlace no_logit.
-__device__ __forceinline__ float4 four_at(const float* slice, int place) {
-  const float none = no_logit();
-  return place == kNoPlace ? make_float4(none, none, none, none) : *reinterpret_cast<const float4*>(slice + place);
+// The same of the last round, of some lanes; kNoPlace for the others.
+template <class Config>
+__device__ __forceinline__ int place_of_partial_round() {
+  using Shape = RowShape<Config>;
+  const bool has = Shape::kFullRounds * 128 + static_cast<int>(threadIdx.x % 32) * 4 < Shape::kWarpTokens;
+  return has ? place_of_full_round<Config>(Shape::kFullRounds) : kNoPlace;
+}
+
+// The four logits there; at kNoPlace those behind the slice, no_logit each.
+template <class Config>
+__device__ __forceinline__ float4 four_behind(const float* slice, int place) {
+  return *reinterpret_cast<const float4*>(slice + (place == kNoPlace ? RowShape<Config>::kBlockTokens : place));
+}
+
+// Before the first of four_behind, and a barrier.
+template <class Config>
+__device__ __forceinline__ void end_slice(float* slice) {
+  if (RowShape<Config>::kWarpTokens % 128 != 0 && threadIdx.x < 4) slice[RowShape<Config>::kBlockTokens + threadIdx.x] = no_logit();
 }
 
 // Calls visit(place, four logits as float4) for each place of this thread's part of the slice. All lanes of a warp call it
 // together, with kNoPlace too.
 template <class Config, int kUnroll = 2, class Visit>
 __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
+  using Shape = RowShape<Config>;
 #pragma unroll kUnroll
-  for (int round = 0; round < RowShape<Config>::kRounds; ++round) {
-    const int place = place_of_round<Config>(round);
-    visit(place, four_at(slice, place));
+  for (int round = 0; round < Shape::kFullRounds; ++round) {
+    const int place = place_of_full_round<Config>(round);
+    visit(place, *reinterpret_cast<const float4*>(slice + place));
+  }
+  if (Shape::kRounds > Shape::kFullRounds) {
+    const int place = place_of_partial_round<Config>();
+    visit(place, four_behind<Config>(slice, place));
   }
 }
 
@@ -91,15 +109,17 @@ __device__ __forceinline__ float pass(Extremes& found, float logit, unsigned all
 template <class Config, class Stage>
 __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token, int vocab_size, float* slice, Stage& stage) {
   using Shape = RowShape<Config>;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int first = warp * Shape::kWarpTokens + lane * 4, room = Shape::kWarpTokens - lane * 4;
   const float* from = row + first_token + first;
   float* to = slice + first;
   const int left = min(vocab_size - first_token - first, room);  // a pack lies in the vocabulary whole or not at all
-  if (Shape::kWarpTokens % 128 == 0 && left == room) {
+  if (left == room) {
     // Addresses are constants beside these two.
 #pragma unroll
-    for (int offset = 0; offset < Shape::kWarpTokens; offset += 128) ptx::cp_async_16(to + offset, from + offset, true);
+    for (int offset = 0; offset < Shape::kWarpTokens; offset += 128) {
+      if (offset + 128 <= Shape::kWarpTokens || offset < room) ptx::cp_async_16(to + offset, from + offset, true);
+    }
   } else {
 #pragma unroll 1
     for (int offset = 0; offset < left; offset += 128) ptx::cp_async_16(to + offset, from + offset, true);
@@ -145,7 +165,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   constexpr int kNarrow = Config::kResidentBlocks == 2 ? 2 : 1;  // packs of more tokens
   constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kMasks && sizeof(T) < 4 ? kNarrow : 4;
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   Extremes found = {minus_infinity(), -minus_infinity()};
   for (int first_round = 0; first_round < kRounds; first_round += kBatch) {
     Pack<T, Config::kVectorBytes> held[kBatch];
@@ -189,20 +209,58 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   return load_slice<Config>(row, first_token, vocab_size, slice, stage);
 }
 
+// Quotients by a divisor whose reciprocal is known, as a division rounds them: the reciprocal rounded to nearest leaves a product
+// within 2 units in the last place, and two exact remainders correct it (Markstein, "Computation of elementary functions on the IBM
+// RISC System/6000 processor", 1990, section 5). Numbers whose remainders might be subnormal or overflow are divided one by one.
+struct Divisor {
+  float value, reciprocal;
+  bool moderate;
+
+  __device__ __forceinline__ explicit Divisor(float value)
+      : value(value), reciprocal(__frcp_rn(value)), moderate(value > 9.5e-7f && value < 1.0e6f) {}
+
+  __device__ __forceinline__ float quotient(float number) const {
+    float found = number * reciprocal;
+    found = fmaf(fmaf(-found, value, number), reciprocal, found);
+    return fmaf(fmaf(-found, value, number), reciprocal, found);
+  }
+  __device__ __forceinline__ void divide(float (&numbers)[4]) const {
+    const float largest = fmaxf(fmaxf(fabsf(numbers[0]), fabsf(numbers[1])), fmaxf(fabsf(numbers[2]), fabsf(numbers[3])));
+    const float least = fminf(fminf(fabsf(numbers[0]), fabsf(numbers[1])), fminf(fabsf(numbers[2]), fabsf(numbers[3])));
+    if (moderate && least > 1e-18f && largest < 1e18f) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) numbers[e] = quotient(numbers[e]);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {
+        const float number = e < 2 ? (e == 0 ? numbers[0] : numbers[1]) : (e == 2 ? numbers[2] : numbers[3]);
+        const float found = __fdiv_rn(number, value);
+        if (e == 0) numbers[0] = found;
+        if (e == 1) numbers[1] = found;
+        if (e == 2) numbers[2] = found;
+        if (e == 3) numbers[3] = found;
+      }
+    }
+  }
+};
+
 // Divides this thread's part of the slice, `num_tokens` of whose places are in the vocabulary, by `temperature`; returns the
 // new extremes.
 template <class Config>
 __device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, float temperature) {
   Extremes found = {minus_infinity(), -minus_infinity()};
+  const Divisor divisor(temperature);
   __syncwarp();  // other lanes may have read these places from memory
-  for_each_four<Config, 1>(slice, [&](int place, float4 four) {
+  for_each_four<Config, 2>(slice, [&](int place, float4 four) {
     Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
+    divisor.divide(part.data);
+    if (place + 4 <= num_tokens) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      part.data[e] = __fdiv_rn(part.data[e], temperature);
-      if (place + e < num_tokens) {
-        found.largest = ptx::max_or_nan(found.largest, part.data[e]);
-        found.smallest = fminf(found.smallest, part.data[e]);
+      for (int e = 0; e < 4; ++e) found.template take<Config>(part.data[e]);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 3; ++e) {
+        if (place + e < num_tokens) found.template take<Config>(e == 0 ? part.data[0] : e == 1 ? part.data[1] : part.data[2]);
       }
     }
     if (place != kNoPlace) store_pack(slice + place, part);

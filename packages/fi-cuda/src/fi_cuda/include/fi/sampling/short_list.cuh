@@ -10,12 +10,12 @@
 
 namespace fi {
 
-
 template <class Config>
 struct ShortList {
   using Row = ClusterRow<Config>;
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
   static constexpr int kGroups = ClusterShared<Config>::kGroups;
+  static constexpr int kListPerBlock = SearchShared<Config>::kListPerBlock;
   static constexpr int kMaxK = kGroups / 2 < kMaxRanked / 2 ? kGroups / 2 : kMaxRanked / 2;
 
   Row& row;
@@ -27,7 +27,7 @@ struct ShortList {
   // Collects the tokens; returns their number, or -1 if they do not fit, or with `all` if some of the first k have no mass.
   __device__ __forceinline__ int collect(int top_k, bool all) {
     auto& shared = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     unsigned* bins = shared.group_bins;
 #pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kGroupBins; idx += kThreads) bins[idx] = 0;
@@ -36,7 +36,15 @@ struct ShortList {
       shared.boundary_bin = kGroupBins;
     }
     __syncthreads();
-    const float bottom = fmaxf(row.largest - kMasslessShortfall, row.smallest);
+    // The smallest of the groups' logits that is one: where rows have no tails, few tokens lie above it.
+    const float massless = row.largest - kMasslessShortfall;
+    float least = -minus_infinity();
+#pragma unroll 1
+    for (int idx = lane; idx < kGroups; idx += 32) {
+      const float logit = shared.groups[idx];
+      if (logit > minus_infinity()) least = fminf(least, logit);
+    }
+    float bottom = fmaxf(massless, smallest_of_warp(least));
     const float per_unit = row.largest > bottom ? kGroupBins / (row.largest - bottom) : 0.0f;
 #pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kGroups; idx += kThreads) {
@@ -68,6 +76,7 @@ struct ShortList {
     __syncthreads();
     const int bin = shared.boundary_bin;
     if (all && bin == kGroupBins) return -1;
+    if (bin == kGroupBins) bottom = massless;  // fewer groups than top_k have a token with mass
     const float limit = bin >= kGroupBins - 1 ? -minus_infinity() : static_cast<float>(bin + 1);
     for_each_four<Config, 4>(row.shared.slice, [&](int place, float4 four) {
       const float highest = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
@@ -108,7 +117,7 @@ struct ShortList {
     constexpr int kSweeps = kMaxRanked / kComparedTokens;
     constexpr int kParts = kComparers<kThreads>;
     const int first = compared_place<kThreads>();
-    const bool leads = static_cast<int>(threadIdx.x) % kParts == 0 && first < kComparedTokens;
+    const bool leads = threadIdx.x % kParts == 0 && first < kComparedTokens;
     RankedToken own[kSweeps];
     int rank[kSweeps];
     uint64 before[kSweeps];
@@ -146,7 +155,7 @@ struct ShortList {
         const unsigned mine = token_of(own[sweep].rank_key);
         uint64 sum = 0;  // of the tokens before this one in index order
 #pragma unroll 2
-        for (int idx = static_cast<int>(threadIdx.x) % kParts; idx < count; idx += kParts) {
+        for (int idx = static_cast<int>(threadIdx.x % kParts); idx < count; idx += kParts) {
           const RankedToken other = tokens[idx];
           if (token_of(other.rank_key) < mine) sum += other.amount;
         }

@@ -74,11 +74,11 @@ struct MassSumAbove {
   }
 };
 
-// The mass as a float, exactly: weights have 24 bits.
-__device__ __forceinline__ float float_mass_of(float weight) {
-  const float mass = weight * 4294967296.0f;
-  // Adding 2^23, rounded down, and taking it away again truncates smaller numbers.
-  return mass < 8388608.0f ? __fadd_rd(mass, 8388608.0f) - 8388608.0f : mass;
+// The mass as a float, exactly, times 2^-32: weights have 24 bits, so only those below 2^-9 have something to lose.
+__device__ __forceinline__ float truncated(float weight) {
+  constexpr float kLimit = 1.0f / 512;
+  const float multiple = __fadd_rd(weight, kLimit) - kLimit;  // floats from 2^-9 to 2^-8 are multiples of 2^-32
+  return weight < kLimit ? multiple : weight;
 }
 
 __device__ __forceinline__ uint64 mass_at(float shortfall) { return mass_of(weight_of(shortfall)); }
