@@ -43,11 +43,11 @@ def on_host(monkeypatch):
     """Makes the bindings run their kernels on the host, with a form of a row's cluster."""
     modules = (sample_module, filter_module, top_k_module)
 
-    def prepare(form):
+    def prepare(form, seed=3):
         for module in modules:
             module._bound.cache_clear()
             monkeypatch.setattr(module, "geometry_for", lambda vocab, *_, **__: geometry(vocab, *form))
-        emulate(monkeypatch, modules, seed=3)
+        emulate(monkeypatch, modules, seed=seed)
 
     yield prepare
     for module in modules:
@@ -104,6 +104,14 @@ def test_probabilities_are_renormalised_over_what_top_p_keeps(on_host):
         reference_filter(logits, filters, "probs", expected)
         assert torch.equal(out > 0, expected > 0), kind
         assert torch.allclose(out, expected, rtol=1e-5, atol=1e-9), kind
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_many_unlike_tokens_in_one_bin_are_searched_in_full(on_host, seed):
+    on_host(TWO_BLOCKS, seed)
+    tokens = torch.arange(VOCAB).expand(2, VOCAB)
+    # Each of 64 bins is far wider than what lies between them.
+    check_draws(torch.where(tokens < 40, 3.0 + tokens / 40, 1 + 1e-6 * (tokens % 7)), {"top_p": 0.9})
 
 
 @pytest.mark.parametrize("k", [50, 600, 2048])
