@@ -14,7 +14,6 @@ from fi_cuda.kernels.append_kv import AppendShape, num_units, spec_for
 from fi_cuda.kernels.merge_states import MergeStatesSpec
 from fi_cuda.kernels.rmsnorm import RmsNormSpec
 from fi_cuda.kernels.rows import vector_bytes
-from fi_cuda.kernels.sampling.top_k import SORTED_IN_ROW
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -191,9 +190,8 @@ def test_entries_declare_every_field_of_their_operation():
     for entry in (*ENTRIES, *SAMPLING_ENTRIES):
         check_entry(entry, operations)
     assert len({entry.op for entry in ENTRIES}) == len(ENTRIES) == 8
-    # Three kernels draw: one for rows alone, one from columns and with penalties, one for typical_p too. Two find tokens, few or
-    # many, and two their log-probabilities.
-    assert len({entry.op for entry in SAMPLING_ENTRIES}) == len(SAMPLING_ENTRIES) - 4 == 8
+    # Two kernels draw: one for rows alone, one from columns, with penalties and typical_p.
+    assert len({entry.op for entry in SAMPLING_ENTRIES}) == len(SAMPLING_ENTRIES) - 1 == 8
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.op)
@@ -214,20 +212,18 @@ def test_entry_serves_every_conformance_case_but_float64(entry):
 @pytest.mark.parametrize("entry", SAMPLING_ENTRIES, ids=lambda entry: entry.name)
 def test_sampling_serves_every_conformance_case_but_float64_and_typical_p(entry):
     operation = next(operation for operation in OPERATIONS if operation.name == entry.op)
-    served, many = 0, entry.name in ("large_top_k", "logprobs_of_many")
+    served = 0
     for case in operation.cases():
         reasons = entry.reject(operation.request(Target("cuda", (9, 0)), **case.values))
         outside = case.values.get("dtype") == torch.float64
-        outside |= "typical_p" in case.values.get("filters", ()) and entry.name != "sample_typical"
+        outside |= "typical_p" in case.values.get("filters", ()) and entry.name != "sample_columns"
         if entry.name == "sample":
             outside |= bool(case.values["penalties"] or case.values["slots"])
-        if entry.op in ("top_k", "logprobs"):
-            outside |= (case.values["k" if entry.op == "top_k" else "top_n"] > SORTED_IN_ROW) != many
         assert bool(reasons) == outside, (case.name, reasons)
         served += not reasons
-    assert served > (0 if many else 5)
+    assert served > 5
     typical = operation.request(Target("cuda", (9, 0)), **operation.typical)
-    assert many or not entry.reject(typical)
+    assert not entry.reject(typical)
     assert entry.reject(operation.request(Target("cuda", (8, 9)), **operation.typical))
 
 
@@ -237,9 +233,7 @@ def test_entries_import_no_kernel_and_load_the_right_function():
         "print(' '.join(entry.load().__name__ for entry in (*e.ENTRIES, *e.SAMPLING_ENTRIES)))"
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=100, check=True)
-    assert result.stdout.split() == [
-        {"sample_typical": "sample_columns"}.get(entry.name, entry.name) for entry in (*ENTRIES, *SAMPLING_ENTRIES)
-    ]
+    assert result.stdout.split() == [entry.name for entry in (*ENTRIES, *SAMPLING_ENTRIES)]
 
 
 FROM_AMPERE_ON = {

@@ -110,7 +110,7 @@ def test_a_row_draws_the_same_alone_and_in_any_batch():
 @pytest.mark.parametrize("k", [513, 1000, 2048])
 @pytest.mark.parametrize("kind", ["normal", "narrow", "tied", "few"])
 def test_many_tokens_are_ranked_like_the_reference(kind, k):
-    from fi_cuda.kernels.sampling.top_k import large_top_k, logprobs_of_many
+    from fi_cuda.kernels.sampling.top_k import logprobs, top_k
 
     def outputs(num_rows):
         values = torch.full((num_rows, k), -7.0, device="cuda")
@@ -119,12 +119,12 @@ def test_many_tokens_are_ranked_like_the_reference(kind, k):
     for num_rows in (3, 40):
         logits = rows_of(kind, num_rows, VOCAB)
         found, expected = outputs(num_rows), outputs(num_rows)
-        large_top_k(logits, found.values, found.indices)
+        top_k(logits, found.values, found.indices)
         reference_top_k(logits, expected.values, expected.indices)
         assert torch.equal(found.indices, expected.indices) and torch.equal(found.values, expected.values)
         tokens = torch.arange(num_rows, device="cuda") * 1001
         found, expected = outputs(num_rows), outputs(num_rows)
-        logprobs_of_many(logits, tokens, found)
+        logprobs(logits, tokens, found)
         reference_logprobs(logits, tokens, expected)
         assert torch.equal(found.indices, expected.indices)
         assert torch.allclose(found.values, expected.values, rtol=1e-5, atol=1e-5)

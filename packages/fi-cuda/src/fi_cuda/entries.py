@@ -155,12 +155,10 @@ def _on_hopper(request: Request) -> bool:
 
 def _sampling_loader(name: str) -> Callable[[], Any]:
     module = _SAMPLING_MODULES.get(name, name)
-    function = "sample_columns" if name == "sample_typical" else name
-    return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), function)
+    return lambda: getattr(importlib.import_module(f"fi_cuda.kernels.sampling.{module}"), name)
 
 
-_FEW_TOP_K, _MAX_TOP_K = 512, 2048
-"""Most tokens that are sorted in shared memory which the kernel has anyway, and most that are sorted at all."""
+_MAX_TOP_K = 2048  # they are sorted in the shared memory of one block
 
 _VOCABULARY: Mapping[str, Rule] = {**_FLOATS, "vocab_size": Between(1, MAX_VOCAB)}
 _FILTERING: Mapping[str, Rule] = {
@@ -169,17 +167,17 @@ _FILTERING: Mapping[str, Rule] = {
     "order": OneOf("sequential", "joint"),
 }
 
-_IN_COLUMNS: Mapping[str, Rule] = {"penalties": SubsetOf(*PENALTIES), "slots": OneOf(False, True)}
-
 _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
     "sample": {**_FILTERING, "penalties": SubsetOf(), "slots": OneOf(False)},
-    "sample_columns": {**_FILTERING, **_IN_COLUMNS},
-    "sample_typical": {**_FILTERING, **_IN_COLUMNS, "filters": SubsetOf(*FILTERS)},
+    "sample_columns": {
+        **_FILTERING,
+        "filters": SubsetOf(*FILTERS),
+        "penalties": SubsetOf(*PENALTIES),
+        "slots": OneOf(False, True),
+    },
     "filter_logits": {**_FILTERING, "kind": OneOf("logits", "probs")},
-    "top_k": {**_VOCABULARY, "k": Between(1, _FEW_TOP_K)},
-    "large_top_k": {**_VOCABULARY, "k": Between(_FEW_TOP_K + 1, _MAX_TOP_K)},
-    "logprobs": {**_VOCABULARY, "top_n": Between(0, _FEW_TOP_K)},
-    "logprobs_of_many": {**_VOCABULARY, "top_n": Between(_FEW_TOP_K + 1, _MAX_TOP_K)},
+    "top_k": {**_VOCABULARY, "k": Between(1, _MAX_TOP_K)},
+    "logprobs": {**_VOCABULARY, "top_n": Between(0, _MAX_TOP_K)},
     "penalize_logits": {**_VOCABULARY, "parts": SubsetOf(*PENALTIES), "counts": OneOf("none", "dense", "sparse")},
     "record_tokens": {"capacity": Between(1)},
     "verify_chain": {
@@ -190,18 +188,10 @@ _SAMPLING_RULES: Mapping[str, Mapping[str, Rule]] = {
     "verify_tree": {"vocab_size": Between(1, MAX_VOCAB), "num_draft": Anything()},
 }
 
-_LARGE_TOP_K = {"large_top_k": "top_k", "logprobs_of_many": "logprobs"}
-_SAMPLING_OPERATIONS = {"sample_columns": "sample", "sample_typical": "sample", **_LARGE_TOP_K}
+_SAMPLING_OPERATIONS = {"sample_columns": "sample"}
 """Of kernels that are not named like it."""
 
-_SAMPLING_MODULES = {
-    "sample_columns": "sample",
-    "sample_typical": "sample",
-    "logprobs": "top_k",
-    **dict.fromkeys(_LARGE_TOP_K, "top_k"),
-    "verify_chain": "verify",
-    "verify_tree": "verify",
-}
+_SAMPLING_MODULES = {"sample_columns": "sample", "logprobs": "top_k", "verify_chain": "verify", "verify_tree": "verify"}
 
 _MAX_TWO_ROWS = 2**18  # of which a cluster holds two
 

@@ -89,13 +89,3 @@ def top_k(logits: Tensor, values: Tensor, indices: Tensor) -> None:
 def logprobs(logits: Tensor, tokens: Tensor, out: LogprobsOut) -> None:
     """The ``Logprobs`` protocol of fi-core, top_n likewise."""
     _launch(logits, tokens, out.values, out.indices, out.chosen)
-
-
-def large_top_k(logits: Tensor, values: Tensor, indices: Tensor) -> None:
-    """``top_k`` for k beyond SORTED_IN_ROW, which is an entry of its own."""
-    _launch(logits, None, values, indices, None)
-
-
-def logprobs_of_many(logits: Tensor, tokens: Tensor, out: LogprobsOut) -> None:
-    """``logprobs`` for top_n beyond SORTED_IN_ROW, likewise."""
-    _launch(logits, tokens, out.values, out.indices, out.chosen)
