@@ -60,6 +60,11 @@ class ClusterRowSpec(KernelSpec):
         return False
 
     @property
+    def penalised(self) -> bool:
+        """Whether penalties change the row while it is loaded, for which bits of its tokens lie where later a search does."""
+        return False
+
+    @property
     def needs_smallest(self) -> bool:
         """Whether the kernel reads a row's smallest element."""
         return self.search
@@ -68,7 +73,10 @@ class ClusterRowSpec(KernelSpec):
     def shared_bytes(self) -> int:
         warps, blocks = self.block_threads // 32, self.cluster_blocks
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 56
-        return 4 * warps * self.warp_tokens + 16 + exchanged + (self._searched_bytes if self.search else 0)
+        beside = self._searched_bytes if self.search else 0
+        if self.penalised:
+            beside = max(beside, -(-(32 + warps * self.warp_tokens // 4) // 16) * 16)
+        return 4 * warps * self.warp_tokens + 16 + exchanged + beside
 
     @property
     def _searched_bytes(self) -> int:
@@ -91,6 +99,7 @@ class ClusterRowSpec(KernelSpec):
             f"static constexpr bool kGroups = {str(self.groups).lower()};",
             f"static constexpr bool kBracket = {str(self.bracket).lower()};",
             f"static constexpr bool kSmallSearch = {str(self.small_search).lower()};",
+            f"static constexpr bool kPenalised = {str(self.penalised).lower()};",
             f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
         )
         return [*super().config_lines(), *derived]

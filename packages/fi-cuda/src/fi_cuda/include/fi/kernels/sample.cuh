@@ -5,7 +5,7 @@
 // exchanged first. Rows with a small top_k are then decided by the first block (short_list.cuh); others find the last token
 // that their filters keep (find_prefix.cuh), sum up the kept masses, and draw in index order.
 // Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTopK, kTopP, kMinP, kTypicalP: which filters some row
-// uses; kColumns: parameters lie in columns from which slots may pick; with it kPenalties: penalties change the rows on their way
+// uses; kColumns: parameters lie in columns from which slots may pick; with it kPenalised: penalties change the rows on their way
 // in (fi/sampling/penalties.cuh, which has their Params).
 // Params: logits [rows, vocab_size]; rows (int32, or int64 if wide_rows; null: in order); temperature, top_p, min_p float32
 // and top_k int32 [outputs], temperature or null; seed, sample, position [outputs]; tokens int64 [outputs]. With kColumns also
@@ -22,7 +22,7 @@ namespace fi {
 // An output's parameters, loaded while its row is: by one thread, into the block's shared memory.
 template <class Config, class Params>
 struct SampleStage {
-  static constexpr bool kMasks = false;
+  static constexpr bool kChanges = false;
 
   const Params& params;
   ClusterShared<Config>& shared;
@@ -35,6 +35,8 @@ struct SampleStage {
       if (params.slots != nullptr) slot = static_cast<const int64*>(params.slots)[output];
     }
   }
+
+  __device__ __forceinline__ void asked() {}
 
   // While the row is under way. A slot, which decides addresses, has been.
   __device__ __forceinline__ void begun() {
@@ -151,7 +153,7 @@ struct SampleKernel {
     const RowFilters& filters = row.shared.filters;
     const bool typical = Config::kTypicalP && filters.typical_p < 1.0f;
     const bool listed = Config::kTopK && ShortList<Config>::serves(filters) && !typical;
-    row.share(extremes, params.vocab_size, filters.temperature, listed);
+    row.share(extremes, params.vocab_size, Config::kPenalised ? 1.0f : filters.temperature, listed);
     if (!row.usable() || !filters.valid || !fits) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
@@ -194,17 +196,16 @@ struct SampleKernel {
     row.locate(mass, end.amount, [&](int place) { write(row.first_token + place); });
   }
 
-  // The row into the slice, penalties too; returns this thread's extremes. `fits`: its history has what it needs.
+  // The row into the slice, with penalties divided by its temperature too; returns this thread's extremes. `fits`: its history has what it needs.
   __device__ __forceinline__ Extremes load(const typename Config::Dtype* logits, SampleStage<Config, Params>& stage, bool& fits) {
     float* slice = row.shared.slice;
-    if constexpr (Config::kPenalties) {
-      __shared__ PenaltyShared<RowShape<Config>::kBlockTokens> kept;
-      PenaltyPatch<Config, Params> patch(params, kept, slice, row.first_token);
+    if constexpr (Config::kPenalised) {
+      PenaltyPatch<Config, Params> patch(params, row.shared.penalties, slice, row.first_token);
       PenalisedSampleStage<Config, Params> penalised(stage, patch);
-      const Extremes unpatched = load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
+      load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
       patch.apply();
       fits = patch.fits();
-      return patch.settle(unpatched);
+      return patch.settle(row.shared.filters.temperature);
     } else {
       return load_slice<Config>(logits, row.first_token, params.vocab_size, slice, stage);
     }
