@@ -8,7 +8,7 @@ from fi_core.reference.sampling.draw import sample
 from fi_core.sampling import DrawKeys, FilterParams
 
 ERROR = 2.0**-12
-VOCAB, NUM_ROWS = 400, 600
+VOCAB, NUM_ROWS = 400, 400
 SETTINGS = {
     "plain": {},
     "temperature": {"temperature": 0.7},

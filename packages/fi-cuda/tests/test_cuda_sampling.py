@@ -79,7 +79,9 @@ def test_every_weight_is_within_three_units_in_the_last_place():
     last = torch.tensor(22.25).view(torch.int32).item()
     step = 2**26
     for begin in range(0, last + 1, step):
-        shortfalls = torch.arange(begin, min(begin + step, last + 1), dtype=torch.int32, device="cuda").view(torch.float32)
+        shortfalls = torch.arange(begin, min(begin + step, last + 1), dtype=torch.int32, device="cuda").view(
+            torch.float32
+        )
         weights, masses = kernel_weights(shortfalls)
         expected = exponential(shortfalls)
         units = weights.view(torch.int32) - expected.view(torch.int32)

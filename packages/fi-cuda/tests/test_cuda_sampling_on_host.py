@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import kernel_exponential
+import pytest
 import torch
 from emulated_kernels import emulate
 from fi_core.reference.sampling import masses as reference_masses
@@ -108,7 +108,9 @@ def test_probabilities_are_renormalised_over_what_top_p_keeps(on_host):
         assert torch.allclose(out, expected, rtol=1e-5, atol=1e-9), kind
 
 
-@pytest.mark.parametrize("values", [{}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9}], ids=lambda values: "+".join(values) or "plain")
+@pytest.mark.parametrize(
+    "values", [{}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9}], ids=lambda values: "+".join(values) or "plain"
+)
 def test_nothing_but_the_exponential_makes_draws_differ(on_host, values, monkeypatch):
     on_host(TWO_BLOCKS)
     emulate(monkeypatch, [kernel_exponential])

@@ -13,16 +13,14 @@ from torch import Tensor
 
 from ...random import PURPOSE_DRAW, random_bits, scale_bits, scale_fraction
 from ...sampling import DrawKeys, FilterParams
-from .draw import map_columns, sample
+from .draw import Columns, map_columns, sample
 from .masses import Weights
 
 _LEAST_WEIGHT = 2.0**-33
 """No exponential that is nearly right gives mass to weights below it."""
 
 
-def boundary_distance(
-    tokens: Tensor, logits: Tensor, filters: FilterParams, keys: DrawKeys, error: float
-) -> Tensor:
+def boundary_distance(tokens: Tensor, logits: Tensor, filters: FilterParams, keys: DrawKeys, error: float) -> Tensor:
     """float64 [N]: 0 where ``tokens`` int64 [N] are the reference's for ``logits`` [N, V]; elsewhere how far, in fixed-point
     mass, the random target is from the token drawn, as a multiple of what an exponential with a relative error of up to
     ``error`` can move it. Above 1 such a kernel cannot have drawn it; infinite where no such kernel keeps it.
@@ -34,13 +32,16 @@ def boundary_distance(
     sample(logits, filters, keys, None, expected)
     found = torch.zeros(tokens.shape, dtype=torch.float64)
     for row in (tokens != expected).nonzero().squeeze(1).tolist():
-        one = slice(row, row + 1)
-        filters_of_row, key = (map_columns(record, lambda column: column[one]) for record in (filters, keys))
+        filters_of_row, key = _row(filters, row), _row(keys, row)
         if int(expected[row]) < 0 or int(tokens[row]) < 0 or _is_greedy(filters_of_row):
             found[row] = torch.inf  # no exponential has a part in it
         else:
-            found[row] = _distance_of_row(int(tokens[row]), logits[one], filters_of_row, key, error)
+            found[row] = _distance_of_row(int(tokens[row]), logits[row : row + 1], filters_of_row, key, error)
     return found
+
+
+def _row(record: Columns, row: int) -> Columns:
+    return map_columns(record, lambda column: column[row : row + 1])
 
 
 def _is_greedy(filters: FilterParams) -> bool:
