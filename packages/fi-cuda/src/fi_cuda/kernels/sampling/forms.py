@@ -10,7 +10,7 @@ from fi_core.sampling import PenaltyParams
 from torch import Tensor
 
 from ...spec import KernelSpec
-from .geometry import NO_SEARCH, SEARCH, SMALL_SEARCH, Geometry, Kept
+from .geometry import NO_SEARCH, SMALL_SEARCH, Geometry, Kept
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
 _RANK_BINS, _LOCAL_TOKENS, _BRACKET_TOKENS, _COMPARED_TOKENS, _MESSAGES = 64, 1024, 512, 128, 9
@@ -145,9 +145,7 @@ class FilteringSpec(ClusterRowSpec):
 
 def kept_for(filters: frozenset[str]) -> Kept:
     """What a kernel with these filters keeps to look for the last token that they keep; min_p alone is a limit."""
-    if "typical_p" in filters:
-        return SEARCH
-    return SMALL_SEARCH if filters & {"top_k", "top_p"} else NO_SEARCH
+    return SMALL_SEARCH if filters & {"top_k", "top_p", "typical_p"} else NO_SEARCH
 
 
 def address(tensor: Tensor | None) -> int:

@@ -73,12 +73,7 @@ class ColumnSampleSpec(FilteringSpec):
 
     @property
     def bracket(self) -> bool:
-        # The search for typical tokens begins where another's messages end, which a bracket's do elsewhere.
-        return super().bracket and not self.typical_p
-
-    @property
-    def small_search(self) -> bool:
-        return not self.typical_p
+        return super().bracket or self.typical_p
 
     def config_lines(self) -> list[str]:
         return [*super().config_lines(), "static constexpr bool kColumns = true;"]
@@ -148,12 +143,11 @@ def sample(
 
 
 def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
-    """The form of a row's cluster, with as many registers as typical_p needs, and the shared memory of penalties."""
+    """The form of a row's cluster, with the shared memory of penalties."""
     kept = kept_for(filters)
     if penalties and kept is NO_SEARCH:
         kept = NO_SEARCH_PENALISED
-    form = geometry_for(vocab_size, num_outputs, kept=kept)
-    return form._replace(resident_blocks=1) if "typical_p" in filters else form
+    return geometry_for(vocab_size, num_outputs, kept=kept)
 
 
 def sample_columns(

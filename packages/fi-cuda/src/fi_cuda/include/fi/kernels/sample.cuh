@@ -130,16 +130,15 @@ struct SampleKernel {
   // Of the typical tokens that the other filters keep too.
   template <class Weight>
   __device__ __forceinline__ void draw_typical(const RowFilters& filters, Weight kept_weight) {
-    const TypicalSet kept = TypicalSearch<Config>{row}.find(
-        [&](int place, float logit) {
-          return filters.joint ? weight_of(row.largest - logit) : kept_weight(place, logit);
-        },
+    TypicalSearch<Config> search{row};
+    const bool alone = filters.top_k == 0 && !filters.has_top_p() && filters.min_p <= 0.0f;
+    const TypicalSet kept = search.find(
+        filters.typical_p, alone,
+        [&](int place, float logit) { return filters.joint ? row.weight(logit) : kept_weight(place, logit); },
         [&](uint64 total) { return RowFilters::share_of(filters.typical_p, total); });
+    if (search.answer.known()) return draw_kept(kept, search.answer);
     draw(
-        [&](int place, float logit) {
-          const bool has = kept.has(row.largest - logit, row.first_token + place);
-          return has ? kept_weight(place, logit) : 0.0f;
-        },
+        [&](int place, float logit) { return kept.has(logit, row.first_token + place) ? kept_weight(place, logit) : 0.0f; },
         Answer{});
   }
 
@@ -169,7 +168,7 @@ struct SampleKernel {
     Answer end;
     const Wish wish = typical ? Wish::kNothing : Wish::kDraw;
     bool known = false;
-    if constexpr (Config::kBracket) {
+    if constexpr (Config::kBracket && Config::kTopP) {
       known = kept_by_bracket(row, filters, wish, prefix, end);
       if (known && !typical && filters.min_p <= 0.0f) return draw_kept(prefix, end);
     }
@@ -187,11 +186,12 @@ struct SampleKernel {
     draw(kept_weight, end);
   }
 
-  // By all blocks, after a bracket's answer; only the one that it names has work.
-  __device__ __forceinline__ void draw_kept(RankPrefix prefix, Answer end) {
+  // By all blocks, after a bracket's answer, of a RankPrefix or a TypicalSet; only the block that it names has work.
+  template <class Kept>
+  __device__ __forceinline__ void draw_kept(const Kept& kept, Answer end) {
     if (static_cast<int>(end.block) != row.rank) return;
     const auto mass = [&](int place, float logit) {
-      return mass_limbs(prefix.has(logit, row.first_token + place) ? row.weight(logit) : 0.0f);
+      return mass_limbs(kept.has(logit, row.first_token + place) ? row.weight(logit) : 0.0f);
     };
     row.locate(mass, end.amount, [&](int place) { write(row.first_token + place); });
   }

@@ -124,13 +124,14 @@ __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token
   }
   ptx::cp_async_wait<0>();
   Extremes found = {minus_infinity(), -minus_infinity()};
-  if (Stage::kChanges) return found;
+  if constexpr (!Stage::kChanges) {
 #pragma unroll 4
-  for (int offset = 0; offset < left; offset += 128) {
-    const float4 four = *reinterpret_cast<const float4*>(to + offset);
-    const float logits[4] = {four.x, four.y, four.z, four.w};
+    for (int offset = 0; offset < left; offset += 128) {
+      const float4 four = *reinterpret_cast<const float4*>(to + offset);
+      const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) found.template take<Config>(logits[e]);
+      for (int e = 0; e < 4; ++e) found.template take<Config>(logits[e]);
+    }
   }
   return found;
 }
