@@ -36,8 +36,6 @@ struct SampleStage {
     }
   }
 
-  __device__ __forceinline__ void asked() {}
-
   // While the row is under way. A slot, which decides addresses, has been.
   __device__ __forceinline__ void begun() {
     if (threadIdx.x == 0) load(slot > 0 ? slot : 0);
