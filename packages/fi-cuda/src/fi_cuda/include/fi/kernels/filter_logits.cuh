@@ -58,12 +58,13 @@ __device__ __forceinline__ int first_of_largest(ClusterRow<Config>& row) {
 // A row's parameters, loaded by one thread while the row is.
 template <class Config, class Params>
 struct FilterStage {
-  static constexpr bool kMasks = false;
+  static constexpr bool kChanges = false;
 
   const Params& params;
   ClusterShared<Config>& shared;
   int index;
 
+  __device__ __forceinline__ void asked() const {}
   __device__ __forceinline__ void begun() const {
     if (threadIdx.x != 0) return;
     RowFilters filters = load_filters<Config>(params, index);

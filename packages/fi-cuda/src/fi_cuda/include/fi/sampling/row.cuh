@@ -85,24 +85,14 @@ __device__ __forceinline__ Pack<T, kBytes> load_once(const T* address) {
   }
 }
 
-// What happens to a row on its way into the slice: nothing. A stage's `begun` is called by all threads when the first loads are
-// under way, so that what it loads comes with them. With kMasks, which it may share with the block, allowed(place) has bits for
-// the tokens from `place` up to the next multiple of 32, set for those that stay, and patched(place) those that
-// are no part of the extremes yet.
+// What happens to a row on its way into the slice: nothing. `asked` is called by all threads before the first loads of the row and
+// `begun` when they are under way, so that what a stage loads comes with them. One that kChanges the row does so afterwards, and
+// takes the extremes then.
 struct PlainStage {
-  static constexpr bool kMasks = false;
+  static constexpr bool kChanges = false;
+  __device__ __forceinline__ void asked() {}
   __device__ __forceinline__ void begun() {}
 };
-
-// A token on its way, number `e` of a pack with these bits: -inf if it does not stay. Taken for the extremes, of which the
-// smallest may be less than it is where a token is patched.
-template <class Config, bool kMasks>
-__device__ __forceinline__ float pass(Extremes& found, float logit, unsigned allowed, unsigned patched, int e) {
-  if (kMasks && (allowed >> e & 1) == 0) logit = minus_infinity();
-  found.largest = ptx::max_or_nan(found.largest, kMasks && (patched >> e & 1) != 0 ? minus_infinity() : logit);
-  if (Config::kSmallest) found.smallest = fminf(found.smallest, logit);
-  return logit;
-}
 
 // load_slice of elements that need no conversion. All of a thread's copies are under way at once and take no registers; each
 // thread then reads what it copied itself, so no barrier is needed.
@@ -114,6 +104,7 @@ __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token
   const float* from = row + first_token + first;
   float* to = slice + first;
   const int left = min(vocab_size - first_token - first, room);  // a pack lies in the vocabulary whole or not at all
+  stage.asked();
   if (left == room) {
     // Addresses are constants beside these two.
 #pragma unroll
@@ -133,23 +124,19 @@ __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token
   }
   ptx::cp_async_wait<0>();
   Extremes found = {minus_infinity(), -minus_infinity()};
+  if constexpr (!Stage::kChanges) {
 #pragma unroll 4
-  for (int offset = 0; offset < left; offset += 128) {
-    const float4 four = *reinterpret_cast<const float4*>(to + offset);
-    Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
-    unsigned allowed = 0xfu, patched = 0;
-    if constexpr (Stage::kMasks) {
-      allowed = stage.allowed(first + offset);
-      patched = stage.patched(first + offset);
-    }
+    for (int offset = 0; offset < left; offset += 128) {
+      const float4 four = *reinterpret_cast<const float4*>(to + offset);
+      const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) part.data[e] = pass<Config, Stage::kMasks>(found, part.data[e], allowed, patched, e);
-    if (Stage::kMasks && (allowed & 0xfu) != 0xfu) store_pack(to + offset, part);
+      for (int e = 0; e < 4; ++e) found.template take<Config>(logits[e]);
+    }
   }
   return found;
 }
 
-// Reads this thread's part of the slice that begins at `first_token`. Returns the thread's extremes.
+// Reads this thread's part of the slice that begins at `first_token`. Returns the thread's extremes, unless the stage changes them.
 template <class Config, class Stage>
 __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row, int first_token, int vocab_size,
                                                float* slice, Stage& stage) {
@@ -163,10 +150,11 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;
   // Beside other blocks less in flight is enough, and leaves registers.
   constexpr int kNarrow = Config::kResidentBlocks == 2 ? 2 : 1;  // packs of more tokens
-  constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kMasks && sizeof(T) < 4 ? kNarrow : 4;
+  constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kChanges && sizeof(T) < 4 ? kNarrow : 4;
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   Extremes found = {minus_infinity(), -minus_infinity()};
+  stage.asked();
   for (int first_round = 0; first_round < kRounds; first_round += kBatch) {
     Pack<T, Config::kVectorBytes> held[kBatch];
 #pragma unroll
@@ -183,16 +171,13 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
       if (offset < Shape::kWarpTokens) {
         const bool inside = first_token + place < vocab_size;
         Pack<float, (kCount < 4 ? kCount : 4) * 4> part;
-        unsigned allowed = 0, patched = 0;
-        if constexpr (Stage::kMasks) {
-          // A pack never crosses a word: parts and packs begin at multiples of its tokens.
-          allowed = stage.allowed(place);
-          patched = stage.patched(place);
-        }
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
           float logit = no_logit();
-          if (inside) logit = pass<Config, Stage::kMasks>(found, to_float(held[idx].data[e]), allowed, patched, e);
+          if (inside) {
+            logit = to_float(held[idx].data[e]);
+            if (!Stage::kChanges) found.template take<Config>(logit);
+          }
           part.data[e % 4] = logit;
           if (e % 4 == 3 || e == kCount - 1) store_pack(slice + place + e / 4 * 4, part);
         }
