@@ -106,36 +106,40 @@ struct SampleKernel {
   }
 
   // The first token in index order whose inclusive cumulative mass exceeds the random target; weight(place, logit) is 0 for
-  // tokens that are not kept. Where it is known which block has it, the others have no work.
+  // tokens that are not kept. Where it is known which block has it, the others have no work. False, in all blocks, if none is kept.
   template <class Weight>
-  __device__ __forceinline__ void draw(Weight weight, Answer end) {
-    if (end.known() && static_cast<int>(end.block) != row.rank) return;
+  __device__ __forceinline__ bool draw(Weight weight, Answer end) {
+    if (end.known() && static_cast<int>(end.block) != row.rank) return true;
     row.read_rank();
     row.sum_masses_over_warps(weight);
     uint64 target = end.amount;
     if (!end.known()) {
       uint64 before;
       const uint64 total = row.sum_over_blocks(before);
-      if (Config::kTypicalP && total == 0) return write_first_of_largest();  // joint filters may leave nothing
+      if (Config::kTypicalP && total == 0) return false;  // joint filters may leave nothing
       target = static_cast<uint64>(scale_bits(row.shared.random, static_cast<int64>(total)));
-      if (target < before || target >= before + row.shared.block_amount[row.rank]) return;
+      if (target < before || target >= before + row.shared.block_amount[row.rank]) return true;
       target -= before;
     }
     row.locate([&](int place, float logit) { return mass_limbs(weight(place, logit)); }, target,
                [&](int place) { write(row.first_token + place); });
+    return true;
   }
 
-  // Of the typical tokens that the other filters keep too.
+  // Of the typical tokens that the other filters keep too. False, in all blocks, if there are none.
   template <class Weight>
-  __device__ __forceinline__ void draw_typical(const RowFilters& filters, Weight kept_weight) {
+  __device__ __forceinline__ bool draw_typical(const RowFilters& filters, Weight kept_weight) {
     TypicalSearch<Config> search{row};
     const bool alone = filters.top_k == 0 && !filters.has_top_p() && filters.min_p <= 0.0f;
     const TypicalSet kept = search.find(
         filters.typical_p, alone,
         [&](int place, float logit) { return filters.joint ? row.weight(logit) : kept_weight(place, logit); },
         [&](uint64 total) { return RowFilters::share_of(filters.typical_p, total); });
-    if (search.answer.known()) return draw_kept(kept, search.answer);
-    draw(
+    if (search.answer.known()) {
+      draw_kept(kept, search.answer);
+      return true;
+    }
+    return draw(
         [&](int place, float logit) { return kept.has(logit, row.first_token + place) ? kept_weight(place, logit) : 0.0f; },
         Answer{});
   }
@@ -155,12 +159,16 @@ struct SampleKernel {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
-    if (filters.greedy) return write_first_of_largest();
+    if (filters.greedy || !drawn(filters, typical, listed)) write_first_of_largest();
+  }
+
+  // By the filters' rules. False, in all blocks, if they keep nothing.
+  __device__ __forceinline__ bool drawn(const RowFilters& filters, bool typical, bool listed) {
     if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP && !Config::kTypicalP) {
       return draw([&](int, float logit) { return row.weight(logit); }, Answer{});
     }
     if constexpr (Config::kTopK) {
-      if (listed && drawn_from_list(filters)) return;
+      if (listed && drawn_from_list(filters)) return true;
     }
     RankPrefix prefix = every_token();
     Answer end;
@@ -168,7 +176,10 @@ struct SampleKernel {
     bool known = false;
     if constexpr (Config::kBracket && Config::kTopP) {
       known = kept_by_bracket(row, filters, wish, prefix, end);
-      if (known && !typical && filters.min_p <= 0.0f) return draw_kept(prefix, end);
+      if (known && !typical && filters.min_p <= 0.0f) {
+        draw_kept(prefix, end);
+        return true;
+      }
     }
     if constexpr (Config::kTopK || Config::kTopP) {
       if (!known) prefix = kept_prefix(row, filters, wish, end);
@@ -181,7 +192,7 @@ struct SampleKernel {
     if constexpr (Config::kTypicalP) {
       if (typical) return draw_typical(filters, kept_weight);
     }
-    draw(kept_weight, end);
+    return draw(kept_weight, end);
   }
 
   // By all blocks, after a bracket's answer, of a RankPrefix or a TypicalSet; only the block that it names has work.
