@@ -126,22 +126,18 @@ struct SampleKernel {
     return true;
   }
 
-  // Of the typical tokens that the other filters keep too. False, in all blocks, if there are none.
+  // The typical tokens; of those that the other filters keep, unless all filters look at the whole row. `end` answers a draw from
+  // them if it is known.
   template <class Weight>
-  __device__ __forceinline__ bool draw_typical(const RowFilters& filters, Weight kept_weight) {
+  __device__ __forceinline__ TypicalSet typical_set(const RowFilters& filters, Weight kept_weight, Answer& end) {
     TypicalSearch<Config> search{row};
     const bool alone = filters.top_k == 0 && !filters.has_top_p() && filters.min_p <= 0.0f;
-    const TypicalSet kept = search.find(
+    const TypicalSet found = search.find(
         filters.typical_p, alone,
         [&](int place, float logit) { return filters.joint ? row.weight(logit) : kept_weight(place, logit); },
         [&](uint64 total) { return RowFilters::share_of(filters.typical_p, total); });
-    if (search.answer.known()) {
-      draw_kept(kept, search.answer);
-      return true;
-    }
-    return draw(
-        [&](int place, float logit) { return kept.has(logit, row.first_token + place) ? kept_weight(place, logit) : 0.0f; },
-        Answer{});
+    end = search.answer;
+    return found;
   }
 
   __device__ __forceinline__ void run() {
@@ -190,7 +186,16 @@ struct SampleKernel {
       return prefix.has(logit, row.first_token + place) && weight >= min_p ? weight : 0.0f;
     };
     if constexpr (Config::kTypicalP) {
-      if (typical) return draw_typical(filters, kept_weight);
+      // One copy of the draw's code serves rows without the filter too.
+      TypicalSet kept = {{row.largest, 0.0f}, every_token()};
+      if (typical) kept = typical_set(filters, kept_weight, end);
+      if (typical && end.known()) {
+        draw_kept(kept, end);
+        return true;
+      }
+      return draw(
+          [&](int place, float logit) { return kept.has(logit, row.first_token + place) ? kept_weight(place, logit) : 0.0f; },
+          end);
     }
     return draw(kept_weight, end);
   }
