@@ -76,7 +76,7 @@ class ColumnSampleSpec(FilteringSpec):
         return super().bracket or self.typical_p
 
     def config_lines(self) -> list[str]:
-        return [*super().config_lines(), "static constexpr bool kColumns = true;"]
+        return [*super().config_lines(), "static constexpr bool kColumns = true, kDense = false;"]
 
 
 @lru_cache(maxsize=1024)

@@ -72,6 +72,7 @@ struct SampleKernel {
   using Row = ClusterRow<Config>;
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kThreads = Config::kNumThreads;
+  static constexpr bool kFilters = Config::kTopK || Config::kTopP || Config::kMinP || Config::kTypicalP;
 
   const Params& params;
   Row& row;
@@ -150,17 +151,26 @@ struct SampleKernel {
     const RowFilters& filters = row.shared.filters;
     const bool typical = Config::kTypicalP && filters.typical_p < 1.0f;
     const bool listed = Config::kTopK && ShortList<Config>::serves(filters) && !typical;
-    row.share(extremes, params.vocab_size, Config::kPenalised ? 1.0f : filters.temperature, listed);
+    // Penalties have divided the row. Without filters each logit's weight is needed once or twice, and the division then.
+    const Divisor divisor(Config::kPenalised ? 1.0f : filters.temperature);
+    const bool late = !kFilters && divisor.value != 1.0f && divisor.moderate;
+    row.share(extremes, params.vocab_size, late ? 1.0f : divisor.value, listed);
+    if (late) row.largest = __fdiv_rn(row.largest, divisor.value);
     if (!row.usable() || !filters.valid || !fits) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
-    if (filters.greedy || !drawn(filters, typical, listed)) write_first_of_largest();
+    if (late) {
+      // Quotients may be NaN where they overflow, and inexact where their size is below 1e-24: without mass, and all alike.
+      draw([&](int, float logit) { return weight_or_none(row.largest - divisor.quotient(logit)); }, Answer{});
+    } else if (filters.greedy || !drawn(filters, typical, listed)) {
+      write_first_of_largest();
+    }
   }
 
   // By the filters' rules. False, in all blocks, if they keep nothing.
   __device__ __forceinline__ bool drawn(const RowFilters& filters, bool typical, bool listed) {
-    if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP && !Config::kTypicalP) {
+    if constexpr (!kFilters) {
       return draw([&](int, float logit) { return row.weight(logit); }, Answer{});
     }
     if constexpr (Config::kTopK) {
