@@ -154,7 +154,7 @@ all_pressure() { # also with every index checked on the device, and with some ca
     return 0
   fi
   beside pressure pressure_shadow llama '{}' FI_SHADOW=0.02
-  beside pressure pressure_ngram llama '{"logits_processors": null, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}}'
+  beside pressure pressure_ngram llama '{"logits_processors": null, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 4}}'
   beside pressure pressure_v2_runner qwen3 '{"logits_processors": null}' VLLM_USE_V2_MODEL_RUNNER=1
 }
 

@@ -132,7 +132,7 @@ def main() -> None:
     print("started in", round(time.perf_counter() - started, 1), "s", flush=True)
     turns.wait(options.backend)
     with turns.turn():
-        warm = [prompt for prompt, _ in requests_of("short", 8, vocab_size)]
+        warm = [prompt for prompt, _ in requests_of("short", options.requests, vocab_size)]  # kernels differ by rows
         for sampling in ({}, *SAMPLING.values()):
             engine.generate(warm, 8, **sampling)
     if options.profile:
