@@ -170,7 +170,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     tuning = PrefillTuning(
         consumers=3 if three else 2,
         tokens=tokens,
-        # Where steps overlap, each width of the first one is a copy of the second one's code too: two take 1.6 s to compile, four 2.1.
+        # Where steps overlap, each width of the first has its copy of the next: two take 1.6 s to compile, four 2.1.
         edge_tokens=64 if widest > _NARROW_HEAD_DIM and tokens == 128 else 32,
         key_stages=4 if fp8 else 2 if three else 3,
         value_stages=3 if fp8 else 2,
