@@ -84,6 +84,7 @@ class PrefillConsumer {
         }
       }
       shared_.value_ring.wait_full(value_place());
+      __syncwarp();  // nothing else keeps a lane from falling behind what the first one releases
       release_values();
     }
   }
@@ -123,7 +124,7 @@ class PrefillConsumer {
 
   // A step on its own: its scores, then its values.
   __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
-    float scores[kTokens / 2], rescale[2];
+    float scores[kTokens / 2];
     unsigned weights[kTokens / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
     if constexpr (Config::kPingPong) wait_turn();
@@ -131,8 +132,8 @@ class PrefillConsumer {
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
-    state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
-    if (state_.raise(scores, rescale)) state_.rescale_output(rescale);
+    state_.make_and_raise(scores, params_, item, rows, steps.position(step),
+                          [&](const float (&rescale)[2]) { state_.rescale_output(rescale); });
     state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
@@ -165,8 +166,12 @@ class PrefillConsumer {
     state_.template multiply_values<kTokens, false>(weights_, shared_.values[value_place().stage]);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
-    state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
-    const bool raised = state_.raise(scores, rescale);
+    bool raised = false;
+    state_.make_and_raise(scores, params_, item, rows, steps.position(step), [&](const float (&its)[2]) {
+      raised = true;
+      rescale[0] = its[0];
+      rescale[1] = its[1];
+    });
     state_.template weigh<kTokens>(scores);
     release_keys(steps, step, state_.zero_of_weights());
     ptx::wgmma_wait<0>();

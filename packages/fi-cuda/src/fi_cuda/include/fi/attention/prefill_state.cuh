@@ -34,6 +34,19 @@ struct PrefillScore {
   }
 };
 
+// A soft cap as part of the exponent, where no score is far from 0: cap * tanh(x) = cap * x * (1st + 3rd * x^2), and a step's largest
+// score is found before it is capped, as tanh keeps the order. Within kBound the error is 2^-11 of the logit, the hardware tanh's
+// own; beyond it, and where scores are masked, scores are capped one by one and the exponent is theirs (`third` 0).
+struct BentLogits {
+  static constexpr float kBound = 0.4f, kFirst = 0.9996017f, kThird = -0.3131727f;
+  float first, third;
+
+  // Base-2 logit of a raw product.
+  __device__ __forceinline__ float operator()(float raw, float base = 0.0f) const {
+    return fmaf(raw, fmaf(raw * raw, third, first), -base);
+  }
+};
+
 template <class Config, class Params>
 class PrefillState {
  public:
@@ -45,6 +58,7 @@ class PrefillState {
   // Weights in e4m3 are at most 448 and lose bits below 2^-6: as large as fits, 2^8 e^kSlack.
   static constexpr int kLift = Tile::kFp8 ? 8 : 0;
   static constexpr float kSlack = Tile::kFp8 ? 0.55f : 5.0f;
+  static constexpr bool kBent = Config::kSoftCap && !Config::kAlibi && !Config::kSignedScale && PrefillScore<Config>::kUnits == 1;
 
   float output[Config::kHeadDimVo / 2];
   OnlineSoftmax<2, 4, 1, PrefillScore<Config>::kUnits, kLift> softmax;
@@ -110,7 +124,28 @@ class PrefillState {
       }
     }
     // Not in most steps.
-    if (position < rows.by_all.low || position + kWidth > rows.by_all.high) hide(params, item, rows, position, scores);
+    if (is_masked<kWidth>(rows, position)) hide(params, item, rows, position, scores);
+  }
+
+  // Makes scores of a full step's products and takes the largest of the warp's into account, as make_scores and raise do; where a
+  // top was raised, calls on_raise(rescale).
+  template <class OnRaise>
+  __device__ __forceinline__ void make_and_raise(float (&scores)[kTokens / 2], const Params& params, const AttentionItem& item,
+                                                 const GroupRows<Config, Params>& rows, int position, OnRaise on_raise) {
+    float rescale[2];
+    if constexpr (!kBent) {
+      make_scores<kTokens>(scores, params, item, rows, position);
+      if (raise(scores, rescale)) on_raise(rescale);
+    } else {
+      ptx::pin_registers(scores);
+      is_bent_ = !is_masked<kTokens>(rows, position) && !__any_sync(0xffffffffu, bends_too_far(scores));
+      if (!is_bent_) {
+        make_scores<kTokens>(scores, params, item, rows, position);
+        if (raise(scores, rescale)) on_raise(rescale);
+        straighten(scores);
+      }
+      ptx::pin_registers(scores);  // what follows is not to be begun on either side of the branch: it would take registers
+    }
   }
 
   // Takes the largest of the warp's scores into account. Most steps raise no row's top: one vote says so, and only where a lane objects
@@ -130,8 +165,12 @@ class PrefillState {
 
   // Likewise of an item's first step.
   template <int kCount>
-  __device__ __forceinline__ void raise_first(const float (&scores)[kCount]) {
+  __device__ __forceinline__ void raise_first(float (&scores)[kCount]) {
     find_tops(scores, softmax.top);
+    if constexpr (kBent) {
+      is_bent_ = false;
+      straighten(scores);
+    }
   }
 
   // Puts the weights of part kPart of kParts of a step's kWidth keys in the place of the scores.
@@ -144,7 +183,12 @@ class PrefillState {
       float base[2];
       softmax.find_bases(base);
       shift(base);
-      softmax.template weigh<Rows>(part, base);
+      if constexpr (kBent) {
+        const BentLogits logits = is_bent_ ? bent_logits() : BentLogits{softmax.factor[0], 0.0f};
+        softmax.template weigh_by<Rows>(part, [&](float score, int row) { return logits(score, base[row]); });
+      } else {
+        softmax.template weigh<Rows>(part, base);
+      }
     }
   }
 
@@ -181,6 +225,46 @@ class PrefillState {
   }
 
  private:
+  template <int kWidth>
+  static __device__ __forceinline__ bool is_masked(const GroupRows<Config, Params>& rows, int position) {
+    return position < rows.by_all.low || position + kWidth > rows.by_all.high;
+  }
+
+  __device__ __forceinline__ BentLogits bent_logits() const {
+    const float inner = score_.inner[0], first = softmax.factor[0] * inner;
+    return {first * BentLogits::kFirst, first * inner * inner * BentLogits::kThird};
+  }
+
+  // Whether one of a step's raw products is out of bounds, or may be above its row's limit.
+  template <int kCount>
+  __device__ __forceinline__ bool bends_too_far(const float (&scores)[kCount]) {
+    const BentLogits logits = bent_logits();
+    float limits[2], highest[2];
+    softmax.find_limits(kSlack, limits);
+    softmax.template find_highest<Rows>(scores, highest);
+    // Bits of floats below 0 are larger than those of others, and ordered as their magnitudes.
+    unsigned lowest[4] = {};
+#pragma unroll
+    for (int idx = 0; idx < kCount; idx += 2) {
+      unsigned& its = lowest[idx / 2 % 4];
+      its = max(max(its, __float_as_uint(scores[idx])), __float_as_uint(scores[idx + 1]));
+    }
+    const float inner = score_.inner[0], farthest = __uint_as_float(max(max(lowest[0], lowest[1]), max(lowest[2], lowest[3])));
+    bool any = !(fabsf(farthest) * inner <= BentLogits::kBound);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      any |= !(highest[row] * inner <= BentLogits::kBound && limits[row] > 0.0f && logits(highest[row]) <= limits[row]);
+    }
+    return any;
+  }
+
+  // What is masked becomes finite, as 0 times infinity is not 0.
+  template <int kCount>
+  __device__ __forceinline__ void straighten(float (&scores)[kCount]) {
+#pragma unroll
+    for (int idx = 0; idx < kCount; ++idx) scores[idx] = scores[idx] == minus_infinity() ? -1e18f : scores[idx];
+  }
+
   template <int kCount>
   __device__ __forceinline__ void find_tops(const float (&scores)[kCount], float (&tops)[2]) const {
     softmax.template find_own_tops<Rows>(scores, tops);
@@ -258,6 +342,7 @@ class PrefillState {
   }
 
   PrefillScore<Config> score_;
+  bool is_bent_;
   float shift_[2];  // what ALiBi adds to all of a lane's scores of a step, in units of scores
 };
 
