@@ -34,11 +34,11 @@ struct PrefillScore {
   }
 };
 
-// A soft cap as part of the exponent, where no score is far from 0: cap * tanh(x) = cap * x * (1st + 3rd * x^2), and a step's largest
-// score is found before it is capped, as tanh keeps the order. Within kBound the error is 2^-11 of the logit, the hardware tanh's
-// own; beyond it, and where scores are masked, scores are capped one by one and the exponent is theirs (`third` 0).
+// A soft cap as part of the exponent, where no score is far from 0: cap * tanh(x) = cap * x * (first + third * x^2), and a step's
+// largest score is found before it is capped, as tanh keeps the order. Within kBound the error is 2^-12.9 of the logit (the hardware's
+// tanh: 2^-11); beyond it, and where scores are masked, scores are capped one by one and the exponent is theirs, with `third` 0.
 struct BentLogits {
-  static constexpr float kBound = 0.4f, kFirst = 0.9996017f, kThird = -0.3131727f;
+  static constexpr float kBound = 0.3f, kFirst = 0.9998702f, kThird = -0.3217133f;
   float first, third;
 
   // Base-2 logit of a raw product.
@@ -58,7 +58,9 @@ class PrefillState {
   // Weights in e4m3 are at most 448 and lose bits below 2^-6: as large as fits, 2^8 e^kSlack.
   static constexpr int kLift = Tile::kFp8 ? 8 : 0;
   static constexpr float kSlack = Tile::kFp8 ? 0.55f : 5.0f;
-  static constexpr bool kBent = Config::kSoftCap && !Config::kAlibi && !Config::kSignedScale && PrefillScore<Config>::kUnits == 1;
+  // Beside overlapped steps the hardware's tanh costs nothing that this would save.
+  static constexpr bool kBent = Config::kSoftCap && !Config::kOverlap && !Config::kAlibi && !Config::kSignedScale &&
+                                PrefillScore<Config>::kUnits == 1;
 
   float output[Config::kHeadDimVo / 2];
   OnlineSoftmax<2, 4, 1, PrefillScore<Config>::kUnits, kLift> softmax;
@@ -120,7 +122,7 @@ class PrefillState {
       }
 #pragma unroll
       for (int idx = 0; idx < kWidth / 2; ++idx) {
-        scores[idx] = score_(scores[idx], idx / 4 * 8 + idx % 2, Rows::row(idx));
+        scores[idx] = score_(scores[idx], column_of(idx), Rows::row(idx));
       }
     }
     // Not in most steps.
@@ -138,11 +140,20 @@ class PrefillState {
       if (raise(scores, rescale)) on_raise(rescale);
     } else {
       ptx::pin_registers(scores);
-      is_bent_ = !is_masked<kTokens>(rows, position) && !__any_sync(0xffffffffu, bends_too_far(scores));
-      if (!is_bent_) {
-        make_scores<kTokens>(scores, params, item, rows, position);
-        if (raise(scores, rescale)) on_raise(rescale);
-        straighten(scores);
+      const bool masked = is_masked<kTokens>(rows, position);
+      bool far, exceeds;
+      look_at(scores, far, exceeds);
+      is_bent_ = true;
+      if (masked || __any_sync(0xffffffffu, far || exceeds)) {
+        is_bent_ = !masked && !__any_sync(0xffffffffu, far);
+        if (is_bent_) {
+          raise_bent(scores, rescale);
+          on_raise(rescale);
+        } else {
+          make_scores<kTokens>(scores, params, item, rows, position);
+          if (raise(scores, rescale)) on_raise(rescale);
+          straighten(scores);
+        }
       }
       ptx::pin_registers(scores);  // what follows is not to be begun on either side of the branch: it would take registers
     }
@@ -235,10 +246,9 @@ class PrefillState {
     return {first * BentLogits::kFirst, first * inner * inner * BentLogits::kThird};
   }
 
-  // Whether one of a step's raw products is out of bounds, or may be above its row's limit.
+  // Whether one of the lane's raw products is out of bounds, and whether one may be above its row's limit.
   template <int kCount>
-  __device__ __forceinline__ bool bends_too_far(const float (&scores)[kCount]) {
-    const BentLogits logits = bent_logits();
+  __device__ __forceinline__ void look_at(const float (&scores)[kCount], bool& far, bool& exceeds) const {
     float limits[2], highest[2];
     softmax.find_limits(kSlack, limits);
     softmax.template find_highest<Rows>(scores, highest);
@@ -250,19 +260,33 @@ class PrefillState {
       its = max(max(its, __float_as_uint(scores[idx])), __float_as_uint(scores[idx + 1]));
     }
     const float inner = score_.inner[0], farthest = __uint_as_float(max(max(lowest[0], lowest[1]), max(lowest[2], lowest[3])));
-    bool any = !(fabsf(farthest) * inner <= BentLogits::kBound);
+    const BentLogits logits = bent_logits();
+    far = !(fabsf(farthest) * inner <= BentLogits::kBound);
+    exceeds = false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      any |= !(highest[row] * inner <= BentLogits::kBound && limits[row] > 0.0f && logits(highest[row]) <= limits[row]);
+      far |= !(highest[row] * inner <= BentLogits::kBound);
+      exceeds |= !(limits[row] > 0.0f && logits(highest[row]) <= limits[row]);
     }
-    return any;
+  }
+
+  // As raise, where all of the warp's raw products are within bounds.
+  template <int kCount>
+  __device__ __forceinline__ void raise_bent(const float (&scores)[kCount], float (&rescale)[2]) {
+    const BentLogits logits = bent_logits();
+    float tops[2];
+    softmax.template find_own_tops<Rows>(scores, tops);
+    softmax.agree_on_tops(tops);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) tops[row] = logits(tops[row]) / softmax.factor[0];
+    softmax.raise_lazily(tops, kSlack, rescale);
   }
 
   // What is masked becomes finite, as 0 times infinity is not 0.
   template <int kCount>
   __device__ __forceinline__ void straighten(float (&scores)[kCount]) {
 #pragma unroll
-    for (int idx = 0; idx < kCount; ++idx) scores[idx] = scores[idx] == minus_infinity() ? -1e18f : scores[idx];
+    for (int idx = 0; idx < kCount; ++idx) scores[idx] = ptx::max_or_nan(scores[idx], -1e18f);
   }
 
   template <int kCount>
@@ -321,12 +345,18 @@ class PrefillState {
     }
 #pragma unroll
     for (int unit = 0; unit < kCount; unit += kUnit) {
-      if (unit * 2 >= all_low && (unit + kUnit) * 2 <= all_high) continue;
+      const int end = unit + kUnit < kCount ? unit + kUnit : kCount;
+      if constexpr (Config::kWindowed || Config::kLevels) {
+        if (unit * 2 < all_low) {
 #pragma unroll
-      for (int idx = unit; idx < unit + kUnit && idx < kCount; ++idx) {
-        const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
+          for (int idx = unit; idx < end; ++idx) scores[idx] = fi::masked(scores[idx], column_of(idx) >= low[Rows::row(idx)]);
+        }
+      }
+      if ((unit + kUnit) * 2 <= all_high) continue;
+#pragma unroll
+      for (int idx = unit; idx < end; ++idx) {
+        const int row = Rows::row(idx), column = column_of(idx);
         bool visible = column < high[row];
-        if constexpr (Config::kWindowed || Config::kLevels) visible = visible && column >= low[row];
         if constexpr (Config::kMask != kNoMask) {
           if (visible && tokens[row] < item.q_len) visible = mask_row(params, item, tokens[row]).visible(position + column);
         }
@@ -334,6 +364,9 @@ class PrefillState {
       }
     }
   }
+
+  // Beyond the thread's first.
+  static __device__ __forceinline__ constexpr int column_of(int idx) { return idx / 4 * 8 + idx % 2; }
 
   static __device__ __forceinline__ PackedMaskRow mask_row(const Params& params, const AttentionItem& item, int token) {
     const unsigned char* bits = static_cast<const unsigned char*>(params.mask_bits) +
