@@ -144,7 +144,7 @@ class PrefillConsumer {
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
-    state_.make_and_raise(scores, params_, item, rows, steps.position(step),
+    state_.make_and_raise(scores, params_, item, rows, steps.position(step), step,
                           [&](const float (&rescale)[2]) { state_.rescale_output(rescale); });
     state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
@@ -179,7 +179,7 @@ class PrefillConsumer {
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
     bool raised = false;
-    state_.make_and_raise(scores, params_, item, rows, steps.position(step), [&](const float (&its)[2]) {
+    state_.make_and_raise(scores, params_, item, rows, steps.position(step), step, [&](const float (&its)[2]) {
       raised = true;
       rescale[0] = its[0];
       rescale[1] = its[1];

@@ -58,6 +58,9 @@ class PrefillState {
   // Weights in e4m3 are at most 448 and lose bits below 2^-6: as large as fits, 2^8 e^kSlack.
   static constexpr int kLift = Tile::kFp8 ? 8 : 0;
   static constexpr float kSlack = Tile::kFp8 ? 0.55f : 5.0f;
+  // An item's first keys raise nearly every row's top, slack or not, and short rows have no others: there the base is the top, so
+  // that the largest weight is exactly 1, as in other implementations.
+  static constexpr int kFollowedKeys = Tile::kFp8 ? 0 : 256;
   // Beside overlapped steps the hardware's tanh costs nothing that this would save.
   static constexpr bool kBent = Config::kSoftCap && !Config::kOverlap && !Config::kAlibi && !Config::kSignedScale &&
                                 PrefillScore<Config>::kUnits == 1;
@@ -130,28 +133,28 @@ class PrefillState {
   }
 
   // Makes scores of a full step's products and takes the largest of the warp's into account, as make_scores and raise do; where a
-  // top was raised, calls on_raise(rescale).
+  // top may have been raised, calls on_raise(rescale).
   template <class OnRaise>
   __device__ __forceinline__ void make_and_raise(float (&scores)[kTokens / 2], const Params& params, const AttentionItem& item,
-                                                 const GroupRows<Config, Params>& rows, int position, OnRaise on_raise) {
+                                                 const GroupRows<Config, Params>& rows, int position, int step, OnRaise on_raise) {
     float rescale[2];
     if constexpr (!kBent) {
       make_scores<kTokens>(scores, params, item, rows, position);
-      if (raise(scores, rescale)) on_raise(rescale);
+      if (raise(scores, step, rescale)) on_raise(rescale);
     } else {
       ptx::pin_registers(scores);
       const bool masked = is_masked<kTokens>(rows, position);
       bool far, exceeds;
       look_at(scores, far, exceeds);
       is_bent_ = true;
-      if (masked || __any_sync(0xffffffffu, far || exceeds)) {
+      if (masked || is_followed(step) || __any_sync(0xffffffffu, far || exceeds)) {
         is_bent_ = !masked && !__any_sync(0xffffffffu, far);
         if (is_bent_) {
-          raise_bent(scores, rescale);
+          raise_bent(scores, slack_of(step), rescale);
           on_raise(rescale);
         } else {
           make_scores<kTokens>(scores, params, item, rows, position);
-          if (raise(scores, rescale)) on_raise(rescale);
+          if (raise(scores, step, rescale)) on_raise(rescale);
           straighten(scores);
         }
       }
@@ -159,18 +162,21 @@ class PrefillState {
     }
   }
 
-  // Takes the largest of the warp's scores into account. Most steps raise no row's top: one vote says so, and only where a lane objects
-  // do lanes compare what they have. Whether any was raised; `rescale` is what the output has to be multiplied by.
+  // Takes the largest of the warp's scores of step `step` into account. After the first keys most steps raise no row's top: one vote
+  // says so, and only where a lane objects do lanes compare what they have. Whether any may have been raised; `rescale` is what the
+  // output has to be multiplied by.
   template <int kCount>
-  __device__ __forceinline__ bool raise(const float (&scores)[kCount], float (&rescale)[2]) {
-    rescale[0] = rescale[1] = 1.0f;
-    float limits[2];
-    softmax.find_limits(kSlack, limits);
-    shift(limits);
-    if (!__any_sync(0xffffffffu, softmax.template may_exceed<Rows>(scores, limits))) return false;
+  __device__ __forceinline__ bool raise(const float (&scores)[kCount], int step, float (&rescale)[2]) {
+    if (!is_followed(step)) {
+      rescale[0] = rescale[1] = 1.0f;
+      float limits[2];
+      softmax.find_limits(kSlack, limits);
+      shift(limits);
+      if (!__any_sync(0xffffffffu, softmax.template may_exceed<Rows>(scores, limits))) return false;
+    }
     float tops[2];
     find_tops(scores, tops);
-    softmax.raise_lazily(tops, kSlack, rescale);
+    softmax.raise_lazily(tops, slack_of(step), rescale);
     return true;
   }
 
@@ -241,6 +247,9 @@ class PrefillState {
     return position < rows.by_all.low || position + kWidth > rows.by_all.high;
   }
 
+  static __device__ __forceinline__ bool is_followed(int step) { return step < kFollowedKeys / kTokens; }
+  static __device__ __forceinline__ float slack_of(int step) { return is_followed(step) ? 0.0f : kSlack; }
+
   __device__ __forceinline__ BentLogits bent_logits() const {
     const float inner = score_.inner[0], first = softmax.factor[0] * inner;
     return {first * BentLogits::kFirst, first * inner * inner * BentLogits::kThird};
@@ -272,14 +281,14 @@ class PrefillState {
 
   // As raise, where all of the warp's raw products are within bounds.
   template <int kCount>
-  __device__ __forceinline__ void raise_bent(const float (&scores)[kCount], float (&rescale)[2]) {
+  __device__ __forceinline__ void raise_bent(const float (&scores)[kCount], float slack, float (&rescale)[2]) {
     const BentLogits logits = bent_logits();
     float tops[2];
     softmax.template find_own_tops<Rows>(scores, tops);
     softmax.agree_on_tops(tops);
 #pragma unroll
     for (int row = 0; row < 2; ++row) tops[row] = logits(tops[row]) / softmax.factor[0];
-    softmax.raise_lazily(tops, kSlack, rescale);
+    softmax.raise_lazily(tops, slack, rescale);
   }
 
   // What is masked becomes finite, as 0 times infinity is not 0.
