@@ -15,15 +15,18 @@ from torch import Tensor
 from ...entries import LONG_ATTENTION_ENTRIES, MAX_SHORT_QUERY
 from .plan import ShortSteps
 from .prefill_state import PrefillState, attention_prefill
-from .prefill_tuning import prefill_tuning_for
+from .prefill_tuning import WARPGROUP_ROWS, prefill_tuning_for
 from .state import DecodeState, attention_decode
 from .tuning import built_in_tuning
 
-_MANY_ROWS = 64
-"""Packed rows of a request up to which the decode kernel reads K and V at the memory's pace."""
-_FEW_TILES = 11
-"""Tiles of the prefill kernel with more rows, up to which they are too few to keep a GPU busy: the decode kernel is faster
+_MANY_ROWS, _TALL_ROWS = 32, 64
+"""Packed rows of a request up to which the decode kernel reads K and V at the memory's pace, and up to which it is not yet bound
+by products alone."""
+_FEW_TILES = 31
+"""Tiles of the prefill kernel with many rows, up to which they are too few to keep a GPU busy: the decode kernel is faster
 (docs/kernels/decode.md)."""
+_TALL_WEIGHT = 3
+"""As how many of those a tile with tall rows counts, of which fewer are enough."""
 
 
 def short_capacity(spec: AttentionSpec, capacity: Capacity) -> Capacity:
@@ -42,12 +45,22 @@ def has_short_path(spec: AttentionSpec) -> bool:
 
 
 def has_long_path(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> bool:
-    """Whether the prefill kernel has a part in plans for short queries: those of so many rows that a step may be bound by
-    products, unless they are batch-invariant."""
+    """Whether the prefill kernel has a part in plans for short queries: those of so many rows and tiles that a step may be bound
+    by products, unless they are batch-invariant."""
     if spec.batch_invariant or spec.group_size * capacity.max_q_len <= _MANY_ROWS:
+        return False
+    # A tile has a warpgroup's rows at least.
+    tiles = capacity.max_batch * spec.num_kv_heads * -(-spec.group_size * capacity.max_q_len // WARPGROUP_ROWS)
+    if tiles * (_TALL_WEIGHT if spec.group_size * capacity.max_q_len > _TALL_ROWS else 1) <= _FEW_TILES:
         return False
     request = attention_request(spec, MAX_SHORT_QUERY + 1, device)
     return any(not entry.reject(request) for entry in LONG_ATTENTION_ENTRIES)
+
+
+def _decode_steps(spec: AttentionSpec, tile_tokens: int) -> ShortSteps:
+    """The steps that the decode kernel serves under a plan of short queries that has the prefill kernel too."""
+    group = spec.group_size
+    return ShortSteps(_MANY_ROWS // group, _FEW_TILES, tile_tokens, _TALL_ROWS // group, _TALL_WEIGHT)
 
 
 class ShortAttention:
@@ -64,8 +77,11 @@ class ShortAttention:
         if not has_long_path(spec, capacity, where):
             return attention_decode.plan(spec, capacity, device)
         tile_tokens = prefill_tuning_for(spec, where).kind(spec.group_size).q_rows // spec.group_size
-        steps = ShortSteps(max(_MANY_ROWS // spec.group_size, 1), _FEW_TILES, tile_tokens)
-        text = f"steps of at most {_FEW_TILES} tiles in requests of more than {steps.q_len} new tokens"
+        steps = _decode_steps(spec, tile_tokens)
+        text = (
+            f"steps of at most {_FEW_TILES} tiles in requests of more than {steps.q_len} new tokens ({_TALL_WEIGHT} for one"
+            f" of more than {steps.tall_q_len})"
+        )
         return MixedState(DecodeState(spec, capacity, where, steps), PrefillState(spec, capacity, where, steps), text)
 
 

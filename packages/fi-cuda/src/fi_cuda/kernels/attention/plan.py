@@ -101,17 +101,31 @@ LIMIT_PARAMS = (
 
 class ShortSteps(NamedTuple):
     """Steps that the decode kernel serves under a plan that has the prefill kernel too: those with at most ``most_tiles`` of the
-    latter's tiles (``tile_tokens`` new tokens of a request and KV head) in requests of more than ``q_len`` new tokens."""
+    latter's tiles (``tile_tokens`` new tokens of a request and KV head) in requests of more than ``q_len`` new tokens, where
+    a tile of a request of more than ``tall_q_len`` counts ``tall_weight`` times."""
 
     q_len: int = 0
     most_tiles: int = 0
     tile_tokens: int = 1
+    tall_q_len: int = 0
+    tall_weight: int = 1
+
+    def weights(self, q_lens: Tensor) -> Tensor:
+        """How often tiles of requests with these new tokens count."""
+        return (q_lens > self.q_len) * (1 + (q_lens > self.tall_q_len) * (self.tall_weight - 1))
 
     def hold(self, q_indptr: Tensor, heads: int) -> bool:
         """Whether the step with these offsets on the CPU, int32 [B + 1], is one."""
         q_lens = q_indptr.diff()
         tiles = -(-q_lens // self.tile_tokens)
-        return int(tiles[q_lens > self.q_len].sum()) * heads <= self.most_tiles
+        return int((tiles * self.weights(q_lens)).sum()) * heads <= self.most_tiles
+
+    def constants(self) -> str:
+        """Of the planner's ``Config``, which counts likewise (``fi/attention/order.cuh``)."""
+        return (
+            f"static constexpr int kShortQLen = {self.q_len}, kMostShortTiles = {self.most_tiles}, "
+            f"kTileTokens = {self.tile_tokens}, kTallQLen = {self.tall_q_len}, kTallWeight = {self.tall_weight};"
+        )
 
 
 NO_STEPS = ShortSteps()
@@ -179,8 +193,7 @@ class AttentionPlanSpec(KernelSpec):
             f"static constexpr int kWorkersPerBlock = {_WORKERS_PER_BLOCK};",
             f"static constexpr int kSharedRequests = {self.shared_requests};",
             f"static constexpr bool kShortOnly = {str(self.short is not None).lower()};",
-            f"static constexpr int kShortQLen = {short.q_len}, kMostShortTiles = {short.most_tiles}, "
-            f"kTileTokens = {short.tile_tokens};",
+            short.constants(),
             "static __device__ constexpr fi::scheduler::Params partition() {",
             f"  return {{{', '.join(map(str, head + tail))}, {{{kinds}}}}};",
             "}",

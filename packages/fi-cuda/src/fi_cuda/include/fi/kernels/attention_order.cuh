@@ -10,9 +10,10 @@
 // every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. Tiles of one warpgroup's rows or
 // fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
 // A batch that exceeds the limits, or with negative lengths, has no tiles; nor has one with at most kMostShortTiles tiles of all heads in
-// requests of more than kShortQLen new tokens, which another kernel serves: its list is used, and empty.
+// requests of more than kShortQLen new tokens (of more than kTallQLen: they count kTallWeight times), which another kernel serves:
+// its list is used, and empty.
 // Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kUnit (of a tile's first
-// key, under a window), kShortQLen, kMostShortTiles, kCausal,
+// key, under a window), kShortQLen, kMostShortTiles, kTallQLen, kTallWeight, kCausal,
 // kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots
 // (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item).
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
@@ -114,7 +115,7 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
       if (fits) tiles = (end - begin + Config::kTileTokens - 1) / Config::kTileTokens;
       within &= fits;
       if (tiles > 0) atomicMax(&longest, kv_len);
-      if (end - begin > Config::kShortQLen) atomicAdd(&long_tiles, tiles);
+      if (end - begin > Config::kShortQLen) atomicAdd(&long_tiles, tiles * weight_of_tile<Config>(end - begin));
     }
     const int inclusive = inclusive_sum_over_lanes<32>(tiles);
     if (thread % 32 == 31) warp_sums[thread / 32] = inclusive;
