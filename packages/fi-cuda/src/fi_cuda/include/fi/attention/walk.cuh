@@ -34,10 +34,32 @@ class ChunkWalk {
   static constexpr int kTokenWarps = WarpPlace<Config>::kTokenWarps;
 
  public:
-  __device__ __forceinline__ ChunkWalk(const Params& params, const AttentionItem* items, int num_items)
-      : params_(params), items_(items), num_items_(num_items), item_(-1), chunk_(0), num_chunks_(0), turn_{0}, held_(0),
-        lane_(static_cast<int>(threadIdx.x % 32)), warp_(WarpPlace<Config>().token_warp) {
+  __device__ __forceinline__ ChunkWalk(const Params& params, const AttentionItem* items)
+      : params_(params), items_(items), num_items_(0), held_(0), lane_(static_cast<int>(threadIdx.x % 32)),
+        warp_(WarpPlace<Config>().token_warp) {
+    leave();
+  }
+
+  // Before the walk: the first item's pages are looked up, while the item itself is on its way into shared memory.
+  __device__ __forceinline__ void enter_first(const AttentionItem& item) {
+    item_ = 0;
+    num_chunks_ = num_chunks_of<kTokens>(item);
+    chunk_ = warp_;
+    if (chunk_ < num_chunks_) {
+      enter(item);
+      if constexpr (kPaged) look_up();
+    }
+  }
+  // Begins with the first of these items, or goes on with it where it has been entered.
+  __device__ __forceinline__ void walk_over(int num_items) {
+    num_items_ = num_items;
     find_chunk();
+  }
+  // To where other items are next.
+  __device__ __forceinline__ void leave() {
+    item_ = -1;
+    chunk_ = num_chunks_ = 0;
+    turn_ = {0};
   }
 
   __device__ __forceinline__ bool done() const { return item_ >= num_items_; }

@@ -72,8 +72,8 @@ __device__ __forceinline__ Rotator<Config> rotator_of(const Params& params, unsi
 // Attends to `count` items in shared memory, which the block's worker has `before` others before and `after` after.
 template <class Config, class Params, class Loader>
 __device__ __forceinline__ void attend_items(const Params& params, const Loader& loader, unsigned char* shared, int before,
-                                             int count, int after, RingCursor<Config::kStages>& place,
-                                             ChunkMeeting<Config>& meeting) {
+                                             int count, int after, ChunkWalk<Config, Params>& walk,
+                                             RingCursor<Config::kStages>& place, ChunkMeeting<Config>& meeting) {
   using Shared = DecodeShared<Config>;
   using State = DecodeState<Config, Params>;
   using Stage = ChunkStage<Config>;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
       reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp.token_warp * Config::kStages;
   const AttentionItem* items = reinterpret_cast<const AttentionItem*>(shared + Shared::kItems);
   ItemFinisher<Config, Params> finisher(params, *reinterpret_cast<Shares<Config>*>(shared + Shared::kShares));
-  ChunkWalk<Config, Params> walk(params, items, count);
+  walk.walk_over(count);
   const Rotator<Config> rotator = rotator_of<Config>(params, shared + Shared::kRotations);
   int next_stage = place.stage, num_due = warp.row_warp == 0 ? Config::kStages : 0;
   ChunkTurn<Shared::kTokenWarps> turn = {0};
@@ -174,8 +174,10 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   ptx::allow_next_kernel();
   const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
   const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
-  // The first item lies beside its range, and both are on their way while the barriers are made.
+  // The first item lies beside its range, and both are on their way while the barriers are made. Every thread has the item, so
+  // that its pages are looked up before it is in shared memory.
   const int begin = start->begin, end = start->end;
+  const AttentionItem first_item = start->first;
   int4 part = {};
   if (threadIdx.x < kItemParts) part = reinterpret_cast<const int4*>(&start->first)[threadIdx.x];
   const WarpPlace<Config> warp;
@@ -189,6 +191,8 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
     meeting.init();
   }
   ptx::fence_barrier_init();
+  ChunkWalk<Config, Params> walk(params, items);
+  if (begin < end) walk.enter_first(first_item);
   if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = part;
   if constexpr (Rotations<Config>::kKeys) rotator_of<Config>(params, shared + Shared::kRotations).fill_table();
   auto place = RingCursor<Config::kStages>::consumer();
@@ -196,7 +200,8 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
     const int count = min(end - first, kItemsAtOnce);
     fetch_items<Config::kNumThreads>(items, list + first, first == begin, count);
     __syncthreads();
-    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place, meeting);
+    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, walk, place, meeting);
+    walk.leave();
     __syncthreads();
   }
 }
