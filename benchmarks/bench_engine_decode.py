@@ -1,9 +1,9 @@
 """What a decode step of the engine consists of, with our CUDA kernels, with Triton's, and with Triton's for all but attention:
 ``python benchmarks/bench_engine_decode.py --out FOLDER [--shape llama-3.1-8b ...] [--steps 64] [--model smollm2-135m=PATH]``.
 
-Models of random weights where no file is given; steps are timed on the host from token to token. A row's ``families`` are microseconds a step in
-kernels of each kind, from the profiler, where a CUDA kernel that overlaps the one before counts its wait for it: what our
-other kernels save is the step with attention alone less the step with all.
+Models of random weights where no file is given; steps are timed on the host from token to token. A row's ``families`` are
+microseconds a step in kernels of each kind, from the profiler, where a CUDA kernel that overlaps the one before counts its
+wait for it: what our other kernels save is the step with attention alone less the step with all.
 """
 
 from __future__ import annotations
