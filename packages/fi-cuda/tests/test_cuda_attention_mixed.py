@@ -158,6 +158,8 @@ def on_hopper(monkeypatch):
         ((64, 8), 5, {}, True),
         ((64, 2), 1, {}, False),
         ((64, 1), 1, {}, True),  # 64 rows
+        ((64, 8), 8, {"kv_format": "fp8_e4m3"}, False),
+        ((64, 8), 9, {"kv_format": "fp8_e4m3"}, True),
         ((128, 1), 16, {}, False),  # too many heads for a warpgroup
         ((64, 8), 16, {"batch_invariant": True}, False),
         ((64, 8), 16, {"rope": FusedRope(64)}, True),
@@ -184,7 +186,8 @@ STEPS = {  # 8 tiles a request of all heads
     "two of as many rows as are not": ([8] * 2, True),
     "three with many rows": ([5] * 3, True),
     "four with many rows": ([5] * 4, False),
-    "a tall request and one with many rows": ([16, 5], False),
+    "a tall request and one with many rows": ([16, 5], True),
+    "a tall request and two with many rows": ([16, 5, 5], False),
     "four with many rows, and many with few": ([4] * 20 + [8] * 4 + [1] * 5, False),
     "many with few rows": ([4] * 38, True),
     "nothing": ([], True),
@@ -196,7 +199,7 @@ STEPS = {  # 8 tiles a request of all heads
     [
         ((64, 8), (3, 8), False),
         ((64, 8), (4, 8), True),
-        ((64, 8), (1, 16), True),
+        ((64, 8), (1, 16), True),  # two tiles a head, were they small
         ((64, 1), (5, 2), False),
         ((64, 1), (6, 2), True),
     ],
@@ -214,7 +217,7 @@ def test_the_number_of_tall_tiles_decides_on_the_host(name, launches, on_hopper)
     assert made.workspace[0].numel() + made.workspace[1].numel() == attention_short.workspace_bytes(
         VERIFY, VERIFY_CAPACITY, "cpu"
     )
-    assert "at most 31 tiles in requests of more than 4 new tokens (3 for one of more than 8): the decode" in "\n".join(
+    assert "at most 31 tiles in requests of more than 4 new tokens (11 of more than 8): the decode" in "\n".join(
         made.describe()
     )
     made.update(batch_of(q_lens, [200] * len(q_lens)))
@@ -250,7 +253,7 @@ def test_the_number_of_tall_tiles_decides_on_the_device():
 
 def test_an_emulated_step_of_either_kind_is_right(monkeypatch, on_hopper):
     emulate(monkeypatch, [order, layout, plan, prefill_state, prefill_tuning, state, tuning])
-    monkeypatch.setattr(mixed_state, "_FEW_TILES", 3)
+    monkeypatch.setattr(mixed_state, "_FEW", 11)
     spec = AttentionSpec(16, 1, 64, features=frozenset({"lse"}))
     made = attention_short.plan(spec, Capacity(3, 48, 16, 200), "cpu")
     generator = torch.Generator().manual_seed(0)

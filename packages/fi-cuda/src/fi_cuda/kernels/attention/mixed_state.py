@@ -21,12 +21,10 @@ from .tuning import built_in_tuning
 
 _MANY_ROWS, _TALL_ROWS = 32, 64
 """Packed rows of a request up to which the decode kernel reads K and V at the memory's pace, and up to which it is not yet bound
-by products alone."""
-_FEW_TILES = 31
-"""Tiles of the prefill kernel with many rows, up to which they are too few to keep a GPU busy: the decode kernel is faster
-(docs/kernels/decode.md)."""
-_TALL_WEIGHT = 3
-"""As how many of those a tile with tall rows counts, of which fewer are enough."""
+by products alone; in FP8, whose elements the prefill kernel converts, the latter alone matter."""
+_FEW, _MANY_WEIGHT, _TALL_WEIGHT = 95, 3, 8
+"""What the prefill kernel's tiles weigh with many and with tall rows, and up to which sum they are too few to keep a GPU busy:
+the decode kernel is faster with 31 of the former or 11 of the latter (docs/kernels/decode.md)."""
 
 
 def short_capacity(spec: AttentionSpec, capacity: Capacity) -> Capacity:
@@ -47,11 +45,13 @@ def has_short_path(spec: AttentionSpec) -> bool:
 def has_long_path(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> bool:
     """Whether the prefill kernel has a part in plans for short queries: those of so many rows and tiles that a step may be bound
     by products, unless they are batch-invariant."""
-    if spec.batch_invariant or spec.group_size * capacity.max_q_len <= _MANY_ROWS:
+    steps = _decode_steps(spec, 1)
+    if spec.batch_invariant or capacity.max_q_len <= steps.q_len:
         return False
-    # A tile has a warpgroup's rows at least.
-    tiles = capacity.max_batch * spec.num_kv_heads * -(-spec.group_size * capacity.max_q_len // WARPGROUP_ROWS)
-    if tiles * (_TALL_WEIGHT if spec.group_size * capacity.max_q_len > _TALL_ROWS else 1) <= _FEW_TILES:
+    tiles = (
+        capacity.max_batch * spec.num_kv_heads * -(-spec.group_size * capacity.max_q_len // WARPGROUP_ROWS)
+    )  # at most
+    if tiles * (steps.tall_weight if capacity.max_q_len > steps.tall_q_len else steps.weight) <= steps.most:
         return False
     request = attention_request(spec, MAX_SHORT_QUERY + 1, device)
     return any(not entry.reject(request) for entry in LONG_ATTENTION_ENTRIES)
@@ -59,8 +59,9 @@ def has_long_path(spec: AttentionSpec, capacity: Capacity, device: torch.device)
 
 def _decode_steps(spec: AttentionSpec, tile_tokens: int) -> ShortSteps:
     """The steps that the decode kernel serves under a plan of short queries that has the prefill kernel too."""
-    group = spec.group_size
-    return ShortSteps(_MANY_ROWS // group, _FEW_TILES, tile_tokens, _TALL_ROWS // group, _TALL_WEIGHT)
+    tall = _TALL_ROWS // spec.group_size
+    many = tall if spec.kv_is_fp8 else _MANY_ROWS // spec.group_size
+    return ShortSteps(many, _FEW, tile_tokens, tall, _MANY_WEIGHT, _TALL_WEIGHT)
 
 
 class ShortAttention:
@@ -79,8 +80,8 @@ class ShortAttention:
         tile_tokens = prefill_tuning_for(spec, where).kind(spec.group_size).q_rows // spec.group_size
         steps = _decode_steps(spec, tile_tokens)
         text = (
-            f"steps of at most {_FEW_TILES} tiles in requests of more than {steps.q_len} new tokens ({_TALL_WEIGHT} for one"
-            f" of more than {steps.tall_q_len})"
+            f"steps of at most {_FEW // _MANY_WEIGHT} tiles in requests of more than {steps.q_len} new tokens"
+            f" ({_FEW // _TALL_WEIGHT} of more than {steps.tall_q_len})"
         )
         return MixedState(DecodeState(spec, capacity, where, steps), PrefillState(spec, capacity, where, steps), text)
 

@@ -1,5 +1,5 @@
-// The head of a list of tiles, longest first, from which the blocks of a launch take one after the other; and how tiles count
-// where two kernels share steps.
+// The head of a list of tiles, longest first, from which the blocks of a launch take one after the other; and what tiles
+// weigh where two kernels share steps.
 #pragma once
 
 namespace fi {
@@ -11,11 +11,11 @@ struct alignas(16) OrderHeader {
   int reserved;
 };
 
-// How often a tile of a request with `q_len` new tokens counts among those that make a step the prefill kernel's.
+// What a tile of a request with `q_len` new tokens weighs among those that make a step the prefill kernel's.
 template <class Config>
 __device__ __forceinline__ int weight_of_tile(int q_len) {
   if (q_len <= Config::kShortQLen) return 0;
-  return q_len > Config::kTallQLen ? Config::kTallWeight : 1;
+  return q_len > Config::kTallQLen ? Config::kTallWeight : Config::kManyWeight;
 }
 
 }  // namespace fi

@@ -34,37 +34,13 @@ class ChunkWalk {
   static constexpr int kTokenWarps = WarpPlace<Config>::kTokenWarps;
 
  public:
-  __device__ __forceinline__ ChunkWalk(const Params& params, const AttentionItem* items)
-      : params_(params), items_(items), num_items_(0), held_(0), lane_(static_cast<int>(threadIdx.x % 32)),
-        warp_(WarpPlace<Config>().token_warp) {
-    leave();
-  }
-
-  // Walks over the first item while all are on their way into shared memory.
-  __device__ __forceinline__ void enter_first(const AttentionItem& item) {
-    item_ = 0;
-    num_items_ = 1;
-    num_chunks_ = num_chunks_of<kTokens>(item);
-    chunk_ = warp_;
-    if (chunk_ < num_chunks_) {
-      enter(item);
-      if constexpr (kPaged) look_up();
-    }
-  }
-  // Goes on over all that are in shared memory.
-  __device__ __forceinline__ void walk_over(int num_items) {
-    num_items_ = num_items;
+  __device__ __forceinline__ ChunkWalk(const Params& params, const AttentionItem* items, int num_items)
+      : params_(params), items_(items), num_items_(num_items), item_(-1), chunk_(0), num_chunks_(0), turn_{0}, held_(0),
+        lane_(static_cast<int>(threadIdx.x % 32)), warp_(WarpPlace<Config>().token_warp) {
     find_chunk();
   }
-  // To where other items are next.
-  __device__ __forceinline__ void leave() {
-    item_ = -1;
-    num_items_ = 0;
-    chunk_ = num_chunks_ = 0;
-    turn_ = {0};
-  }
 
-  __device__ __forceinline__ bool done() const { return chunk_ >= num_chunks_; }
+  __device__ __forceinline__ bool done() const { return item_ >= num_items_; }
   __device__ __forceinline__ int lane() const { return lane_; }
   __device__ __forceinline__ int kv_head() const { return kv_head_; }
   // The chunk's first position, and the row of the ragged K and V that is the request's first.
@@ -92,9 +68,8 @@ class ChunkWalk {
   // Moves on to the next item while this warp has no chunk left in the present one, and looks up pages.
   __device__ __forceinline__ void find_chunk() {
     while (chunk_ >= num_chunks_) {
-      if (item_ + 1 >= num_items_) return;
-      ++item_;
       turn_.pass(num_chunks_);
+      if (++item_ >= num_items_) return;
       num_chunks_ = num_chunks_of<kTokens>(items_[item_]);
       chunk_ = turn_.first_chunk(warp_);
       if (chunk_ < num_chunks_) enter(items_[item_]);

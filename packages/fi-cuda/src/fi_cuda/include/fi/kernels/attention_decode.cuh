@@ -9,7 +9,7 @@
 // (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
 // kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps), kRowWarps (warps that share a tile's
 // rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys, kYields (the kernel before in the stream may
-// have the batch). Params: those of fi_cuda.kernels.attention.decode.
+// have the batch), kReadOnce (no request has a second tile, which would read its K and V again). Params: those of fi_cuda.kernels.attention.decode.
 #pragma once
 
 #include "fi/attention/load_boxes.cuh"
@@ -37,15 +37,15 @@ struct DecodeShared {
   static constexpr int kBytes = kRotations + Rotations<Config>::kBytes + ChunkStage<Config>::kAlignment;
 };
 
-// Sends the block's next items on their way into shared memory.
+constexpr int kItemParts = sizeof(AttentionItem) / 16;
+
+// The block's next items into shared memory, from number `have` to number `count`.
 template <int kThreads>
-__device__ __forceinline__ void fetch_items(AttentionItem* items, const AttentionItem* list, int count) {
-  constexpr int kParts = sizeof(AttentionItem) / 16;
+__device__ __forceinline__ void fetch_items(AttentionItem* items, const AttentionItem* list, int have, int count) {
 #pragma unroll 1
-  for (int part = static_cast<int>(threadIdx.x); part < count * kParts; part += kThreads) {
-    ptx::cp_async_16(reinterpret_cast<int4*>(items) + part, reinterpret_cast<const int4*>(list) + part, true);
+  for (int part = have * kItemParts + static_cast<int>(threadIdx.x); part < count * kItemParts; part += kThreads) {
+    reinterpret_cast<int4*>(items)[part] = reinterpret_cast<const int4*>(list)[part];
   }
-  ptx::cp_async_commit();
 }
 
 // Zeros in the place of values that are not readable: a weight of zero does not cancel a NaN.
@@ -69,12 +69,11 @@ __device__ __forceinline__ Rotator<Config> rotator_of(const Params& params, unsi
   return Rotator<Config>(shared, static_cast<const float*>(params.inv_freq), params.rope_factor);
 }
 
-// Attends to `count` items on their way into shared memory, which the block's worker has `before` others before and `after` after;
-// `walk` may be in the first.
+// Attends to `count` items in shared memory, which the block's worker has `before` others before and `after` after.
 template <class Config, class Params, class Loader>
 __device__ __forceinline__ void attend_items(const Params& params, const Loader& loader, unsigned char* shared, int before,
-                                             int count, int after, ChunkWalk<Config, Params>& walk,
-                                             RingCursor<Config::kStages>& place, ChunkMeeting<Config>& meeting) {
+                                             int count, int after, RingCursor<Config::kStages>& place,
+                                             ChunkMeeting<Config>& meeting) {
   using Shared = DecodeShared<Config>;
   using State = DecodeState<Config, Params>;
   using Stage = ChunkStage<Config>;
@@ -85,7 +84,7 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
       reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp.token_warp * Config::kStages;
   const AttentionItem* items = reinterpret_cast<const AttentionItem*>(shared + Shared::kItems);
   ItemFinisher<Config, Params> finisher(params, *reinterpret_cast<Shares<Config>*>(shared + Shared::kShares));
-  bool items_here = false;
+  ChunkWalk<Config, Params> walk(params, items, count);
   const Rotator<Config> rotator = rotator_of<Config>(params, shared + Shared::kRotations);
   int next_stage = place.stage, num_due = warp.row_warp == 0 ? Config::kStages : 0;
   ChunkTurn<Shared::kTokenWarps> turn = {0};
@@ -97,9 +96,7 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
   // instructions from memory too.
 #pragma unroll 1
   while (true) {
-    // All are through with the stage that is filled next; at first none has been filled, nor is known where to meet.
-    if (WarpPlace<Config>::kRowWarps == 1 || items_here) meeting.sync();
-    else __syncwarp();
+    meeting.sync();  // all are through with the stage that is filled next
 #pragma unroll 1
     for (; num_due > 0 && !walk.done(); --num_due) {
       loader.load(walk, ring + next_stage * Stage::kBytes, barriers + next_stage);
@@ -120,13 +117,6 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
       place.advance();
       chunk += Shared::kTokenWarps;
       num_due = warp.row_warp == 0;
-      continue;
-    }
-    if (!items_here) {
-      ptx::cp_async_wait<0>();
-      __syncthreads();
-      walk.walk_over(count);
-      items_here = true;
       continue;
     }
     AttentionItem next = {};
@@ -184,10 +174,10 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   ptx::allow_next_kernel();
   const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
   const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
-  // The first item lies beside its range, and both are on their way while the barriers are made. Every thread has it, so that its
-  // first keys are asked for before the items are in shared memory.
+  // The first item lies beside its range, and both are on their way while the barriers are made.
   const int begin = start->begin, end = start->end;
-  const AttentionItem first_item = start->first;
+  int4 part = {};
+  if (threadIdx.x < kItemParts) part = reinterpret_cast<const int4*>(&start->first)[threadIdx.x];
   const WarpPlace<Config> warp;
   ChunkMeeting<Config> meeting(reinterpret_cast<unsigned long long*>(shared + Shared::kMeetings) + warp.token_warp);
   if (threadIdx.x % 32 == 0 && warp.row_warp == 0) {
@@ -199,15 +189,14 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
     meeting.init();
   }
   ptx::fence_barrier_init();
-  ChunkWalk<Config, Params> walk(params, items);
-  if (begin < end) walk.enter_first(first_item);
+  if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = part;
   if constexpr (Rotations<Config>::kKeys) rotator_of<Config>(params, shared + Shared::kRotations).fill_table();
   auto place = RingCursor<Config::kStages>::consumer();
   for (int first = begin; first < end; first += kItemsAtOnce) {
     const int count = min(end - first, kItemsAtOnce);
-    fetch_items<Config::kNumThreads>(items, list + first, count);
-    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, walk, place, meeting);
-    walk.leave();
+    fetch_items<Config::kNumThreads>(items, list + first, first == begin, count);
+    __syncthreads();
+    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place, meeting);
     __syncthreads();
   }
 }

@@ -79,7 +79,7 @@ struct OwnRequests {
         && 0 <= kv_lens[idx] && kv_lens[idx] <= params.max_kv_len;
   }
 
-  // Tiles of the prefill kernel as they count, if the request's new tokens are many.
+  // What the request's tiles of the prefill kernel weigh.
   __device__ __forceinline__ plan::Int long_tiles(int idx) const {
     const int q_len = q_indptr[idx + 1] - q_indptr[idx];
     return plan::ceil_div(q_len, Config::kTileTokens) * weight_of_tile<Config>(q_len);
@@ -174,7 +174,7 @@ __device__ __forceinline__ plan::Int sum_requests(const Params& params, const Pl
     for (int sum = 0; sum < kSums; ++sum) prefixes[sum][num_requests] = all[sum];
   }
   __syncthreads();
-  if constexpr (kSums == 3) within &= all[2] * line.params.num_kv_heads <= Config::kMostShortTiles;
+  if constexpr (kSums == 3) within &= all[2] * line.params.num_kv_heads <= Config::kMostShort;
   return within && all[1] * line.params.num_kv_heads <= params.max_tiles ? all[0] : 0;
 }
 
