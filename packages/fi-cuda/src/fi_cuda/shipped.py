@@ -239,12 +239,17 @@ def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
 
 
 def _decode_specs(
-    spec: AttentionSpec, capacity: Capacity, form: CallForm, window: int | None = None, boxes: bool = True
+    spec: AttentionSpec,
+    capacity: Capacity,
+    form: CallForm,
+    window: int | None = None,
+    boxes: bool = True,
+    signals: bool = False,
 ) -> Iterator[KernelSpec]:
     """What a plan launches: the planning kernel and the kernel of its calls."""
     tuning = built_in_tuning(spec, capacity)
     yield plan_spec(partition_params(spec, capacity, tuning, window, _HOPPER_PROCESSORS), capacity)
-    yield decode_spec(spec, tuning, form._replace(boxes=boxes))
+    yield decode_spec(spec, tuning, form._replace(boxes=boxes), signals=signals)
 
 
 def _prefill_specs(
@@ -254,7 +259,7 @@ def _prefill_specs(
     params = prefill_params(spec, _PREFILL, tuning, window, _HOPPER_PROCESSORS)
     short = short_capacity(spec, _PREFILL)
     short_boxes = tokens_of_box(spec.page_size, built_in_tuning(spec, short).chunk_tokens) is not None
-    yield from _decode_specs(spec, short, form, window, short_boxes)
+    yield from _decode_specs(spec, short, form, window, short_boxes, signals=True)
     yield plan_spec(params, _PREFILL)
     yield order_spec(params, _PREFILL, tuning, spec.page_size, ShortSteps(short.max_q_len))
-    yield prefill_spec(spec, tuning, form._replace(boxes=boxes), after_decode=True)
+    yield prefill_spec(spec, tuning, form._replace(boxes=boxes), decode_blocks=_HOPPER_PROCESSORS)

@@ -82,7 +82,8 @@ class ShortAttention:
             f"steps of at most {_FEW_TILES} tiles in requests of more than {steps.q_len} new tokens ({_TALL_WEIGHT} for one"
             f" of more than {steps.tall_q_len})"
         )
-        return MixedState(DecodeState(spec, capacity, where, steps), PrefillState(spec, capacity, where, steps), text)
+        decode = DecodeState(spec, capacity, where, steps)
+        return MixedState(decode, PrefillState(spec, capacity, where, steps, decode.num_blocks), text)
 
 
 class MixedAttention:
@@ -100,7 +101,8 @@ class MixedAttention:
         where, short = torch.device(device), short_capacity(spec, capacity)
         text = f"steps of at most {short.max_q_len} new tokens a request"
         steps = ShortSteps(short.max_q_len)  # others are beyond the decode kernel's capacity
-        return MixedState(DecodeState(spec, short, where), PrefillState(spec, capacity, where, steps), text)
+        decode = DecodeState(spec, short, where)
+        return MixedState(decode, PrefillState(spec, capacity, where, steps, decode.num_blocks), text)
 
 
 class MixedState:
@@ -108,6 +110,7 @@ class MixedState:
     decode kernel serves."""
 
     def __init__(self, short: DecodeState, long: PrefillState, steps: str) -> None:
+        short.arrived = long.arrived
         self._short = short
         self._long = long
         self._steps = steps
@@ -121,7 +124,10 @@ class MixedState:
         self._long.update(batch)
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
-        # The kernel that usually has more to do starts last, so that the other's end is not waited for after it.
+        if q.shape[0] == 0:
+            return
+        # The kernel that usually has more to do starts last, so that the other's end is not waited for after it: it waits for the
+        # word of the other's blocks alone, so each call starts both.
         self._short.run(q, kv, layer, out, lse)
         self._long.run(q, kv, layer, out, lse)
 

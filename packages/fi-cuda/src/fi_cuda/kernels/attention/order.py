@@ -21,7 +21,8 @@ from .plan import ITEM_WIDTH, NO_STEPS, ShortSteps
 from .prefill_tuning import PrefillTuning, first_key_unit
 
 HEADER_WIDTH = 4
-"""int32 columns of a list's head: rows, whether the list is used, tiles taken, 0."""
+"""int32 columns of a list's head: rows, whether the list is used, tiles taken, blocks of the decode kernel that are through."""
+ARRIVED_COLUMN = 3
 
 _SLOTS_A_WORKER = 3
 

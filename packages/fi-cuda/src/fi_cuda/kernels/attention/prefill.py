@@ -24,8 +24,8 @@ _REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
 class PrefillSpec(KernelSpec):
     """What is compiled into a prefill kernel: element types, head shape, addressing and RoPE as for decode, tile (``consumers``
     warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
-    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), and the features of the call. ``after_decode``: it is
-    launched behind the decode kernel, which serves batches of short queries."""
+    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), and the features of the call. ``decode_blocks``: of the
+    decode kernel behind which it is launched, which serves batches of short queries (0: none)."""
 
     dtype: torch.dtype
     query: torch.dtype
@@ -57,13 +57,13 @@ class PrefillSpec(KernelSpec):
     mask: int
     rotary_dim: int
     rope_pairs: int
+    decode_blocks: int
     q_scales: bool
     k_scales: bool
     v_scales: bool
     lse: bool
     signed_scale: bool = False
     levels: bool = False
-    after_decode: bool = False
 
     stem: ClassVar = "attention_prefill"
     overlapping: ClassVar = True
@@ -137,13 +137,14 @@ class BoxPrefillSpec(PrefillSpec):
     tensor_maps: ClassVar = ("queries", "keys", "values")
 
 
-def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm, after_decode: bool = False) -> PrefillSpec:
-    """The kernel of a call; ``after_decode`` as in PrefillSpec."""
-    fields = prefill_fields(spec, tuning, form)
-    return (BoxPrefillSpec if form.boxes else PrefillSpec)(**fields, after_decode=after_decode)
+def prefill_spec(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm, decode_blocks: int = 0) -> PrefillSpec:
+    """The kernel of a call; ``decode_blocks`` as in PrefillSpec."""
+    return (BoxPrefillSpec if form.boxes else PrefillSpec)(**prefill_fields(spec, tuning, form, decode_blocks))
 
 
-def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -> dict[str, Any]:
+def prefill_fields(
+    spec: AttentionSpec, tuning: PrefillTuning, form: CallForm, decode_blocks: int = 0
+) -> dict[str, Any]:
     """The fields of a call's spec, by name."""
     rope = spec.rope
     landing_stages = tuning.landing_stages if spec.q_is_fp8 or form.boxes else 0
@@ -154,6 +155,7 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         query=spec.q_dtype,
         rotary_dim=0 if rope is None else rope.rotary_dim,
         rope_pairs=ROPE_PAIRS[None if rope is None else rope.pairs],
+        decode_blocks=decode_blocks,
         q_scales=form.q_scales,
         consumers=tuning.consumers,
         tokens=tuning.tokens,

@@ -16,7 +16,7 @@ from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
 from .call import CallForm
 from .layout import Layout
-from .order import OrderPlanner, fill_order_on_host, order_spec
+from .order import ARRIVED_COLUMN, OrderPlanner, fill_order_on_host, order_spec
 from .plan import NO_STEPS, ShortSteps
 from .prefill import prefill_spec
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens
@@ -35,7 +35,8 @@ class PrefillAttention:
 
 class PrefillState(ListState):
     """Attention of long queries, and of batches in which some are short. Steps that ``left_to_decode``
-    holds get no work: a decode kernel that each call follows has it."""
+    holds get no work: a decode kernel of ``decode_blocks`` blocks that each call follows has it, which counts them in
+    ``arrived``."""
 
     def __init__(
         self,
@@ -43,11 +44,12 @@ class PrefillState(ListState):
         capacity: Capacity,
         device: torch.device,
         left_to_decode: ShortSteps = NO_STEPS,
+        decode_blocks: int = 0,
     ) -> None:
         super().__init__(spec, capacity, device, Layout.of_prefill(spec, capacity, device))
         assert isinstance(self._layout.tuning, PrefillTuning)
         self._tuning = self._layout.tuning
-        self._left_to_decode = left_to_decode
+        self._decode_blocks = decode_blocks
         params = self._layout.params
         self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
         self._order_specs = {
@@ -66,6 +68,11 @@ class PrefillState(ListState):
         self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens) if by_boxes else None
         elements = BOX_ROW_BYTES // spec.q_dtype.itemsize
         self._query_box = Box((WARPGROUP_ROWS // spec.group_size, spec.group_size, elements))
+
+    @property
+    def arrived(self) -> dict[int | None, int]:
+        """By window, the address of the int that counts blocks of the decode kernel (``fi/attention/order.cuh``)."""
+        return {window: order.header[ARRIVED_COLUMN].data_ptr() for window, order in self._orders.items()}
 
     def describe(self) -> Sequence[str]:
         layout, tuning = self._layout, self._tuning
@@ -136,7 +143,7 @@ class PrefillState(ListState):
             signed_scale=scale <= 0,
             boxes=maps is not None,
         )
-        spec = prefill_spec(self._spec, tuning, form, after_decode=self._left_to_decode != NO_STEPS)
+        spec = prefill_spec(self._spec, tuning, form, self._decode_blocks)
         return Call(
             kv=weakref.ref(kv),
             layer=layer,

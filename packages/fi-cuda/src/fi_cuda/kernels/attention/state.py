@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -201,6 +202,11 @@ class ListState:
         raise AssertionError(f"{type(self).__name__} does not define _prepare")
 
     @property
+    def num_blocks(self) -> int:
+        """Of a call's launch."""
+        return self._num_workers
+
+    @property
     def _addresses(self) -> Addressing:
         assert self._addressing is not None, "the plan calls update first"
         return self._addressing
@@ -208,6 +214,9 @@ class ListState:
 
 class DecodeState(ListState):
     """Attention of short queries."""
+
+    arrived: Mapping[int | None, int] = MappingProxyType({})
+    """By window, the address of the int in which the kernel after in the stream counts the blocks that are through."""
 
     def __init__(
         self, spec: AttentionSpec, capacity: Capacity, device: torch.device, short: ShortSteps | None = None
@@ -283,11 +292,14 @@ class DecodeState(ListState):
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
-            kernel=kernel_for(decode_spec(self._spec, self._tuning, form, self.yields_to != 0), self._device),
+            kernel=kernel_for(
+                decode_spec(self._spec, self._tuning, form, self.yields_to != 0, bool(self.arrived)), self._device
+            ),
             workspace=(
                 *map(address_of, lists[:2]),
                 *(region.of(self._buffer).data_ptr() for region in workspace),
                 self.yields_to,
+                self.arrived.get(layer.window, 0),
             ),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(

@@ -8,7 +8,7 @@ struct alignas(16) OrderHeader {
   int num_rows;  // of the list, each of which is a tile, or a piece of one, of every KV head
   int is_used;   // 0: every block has a share of its own
   int taken;     // tiles taken beyond the first of each block; 0 between launches
-  int reserved;
+  int arrived;   // blocks of the decode kernel before that are through; 0 between launches
 };
 
 // How often a tile of a request with `q_len` new tokens counts among those that make a step the prefill kernel's.

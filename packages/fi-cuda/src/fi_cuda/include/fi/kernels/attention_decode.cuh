@@ -9,7 +9,7 @@
 // (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
 // kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps), kRowWarps (warps that share a tile's
 // rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys, kYields (the kernel before in the stream may
-// have the batch). Params: those of fi_cuda.kernels.attention.decode.
+// have the batch), kSignals (the kernel after counts the blocks that are through). Params: those of fi_cuda.kernels.attention.decode.
 #pragma once
 
 #include "fi/attention/load_boxes.cuh"
@@ -209,6 +209,9 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
     attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, walk, place, meeting);
     walk.leave();
     __syncthreads();
+  }
+  if constexpr (Config::kSignals) {
+    if (threadIdx.x == 0) ptx::red_release(static_cast<int*>(params.arrived), 1);  // after what all threads wrote
   }
 }
 

@@ -7,14 +7,15 @@
 // ragged), kTable, kTableRow, kConsumers (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
 // kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kCopyOrder, kInPieces (of tiles, in the order), kParts (of a step's weights), kCausal, kWindowed, kSoftCap, kAlibi,
 // kSinks, kMask, kRotaryDim, kRopePairs, kQScales, kKScales, kVScales, kLse, kSignedScale (the softmax scale may be 0 or less),
-// kProducerRegisters, kConsumerRegisters, kSharedBytes, kAfterDecode (it follows the decode kernel, which serves batches of short
-// queries). Params: those of
+// kProducerRegisters, kConsumerRegisters, kSharedBytes, kDecodeBlocks (of the decode kernel that it follows, which serves batches of short
+// queries; 0: of none). Params: those of
 // fi_cuda.kernels.attention.prefill.
 #pragma once
 
 #include "fi/attention/prefill_consume.cuh"
 #include "fi/attention/prefill_load.cuh"
 #include "fi/ptx/dependent_launch.cuh"
+#include "fi/ptx/fence.cuh"
 
 namespace fi {
 
@@ -22,7 +23,7 @@ namespace fi {
 // planner's among them, so that the head of the list may be read without waiting for its end.
 template <class Config, class Params>
 __device__ __forceinline__ bool is_left_to_decode(const Params& params) {
-  if constexpr (!Config::kAfterDecode) return false;
+  if constexpr (Config::kDecodeBlocks == 0) return false;
   const OrderHeader* order = static_cast<const OrderHeader*>(params.order);
   return order->is_used && order->num_rows == 0;
 }
@@ -38,8 +39,13 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
   using Copies = decltype(copies_of<Config>(params, maps...));
   if (is_left_to_decode<Config>(params)) {
     ptx::allow_next_kernel();
-    // Whoever waits for this kernel waits for the one before too; the last block's multiprocessor is rarely the last one in work.
-    if (blockIdx.x == gridDim.x - 1) ptx::wait_for_previous_kernel();
+    // Whoever waits for this kernel waits for the one before too. By its blocks' word that they are through, which comes sooner than
+    // the end of its launch; to the last block, whose multiprocessor is rarely the last one in work.
+    if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
+      OrderHeader* order = static_cast<OrderHeader*>(params.order);
+      while (ptx::load_acquire(&order->arrived) != Config::kDecodeBlocks) {}
+      order->arrived = 0;
+    }
     return;
   }
   if (threadIdx.x == 0) {
@@ -49,6 +55,9 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
   }
   __syncthreads();
   ptx::wait_for_previous_kernel();
+  if constexpr (Config::kDecodeBlocks > 0) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) static_cast<OrderHeader*>(params.order)->arrived = 0;
+  }
   ptx::allow_next_kernel();
   Roles::run(
       [&] {
