@@ -51,6 +51,7 @@ extern "C" __global__ void probe(const __grid_constant__ TensorMap map, char* gl
   tma_store_3d(&map, s, n, 2, 3);
   tma_store_4d(&map, s, n, 2, 3, 4);
   tma_store_5d(&map, s, n, 2, 3, 4, 5);
+  bulk_copy_to_neighbour(address_in_cluster(s, 1), s, 64, address_in_cluster(bar, 1));
   bulk_store(global, s, 64);
   bulk_commit();
   bulk_wait_read<1>();

@@ -78,6 +78,12 @@ class Layout:
     partial_rows: Region
     num_bytes: int
 
+    @property
+    def num_blocks(self) -> int:
+        """Of the attention kernel: a worker each, or a cluster of them."""
+        some = next(iter(self.params.values()))
+        return some.num_workers * (self.tuning.cluster if isinstance(self.tuning, PrefillTuning) else 1)
+
     @classmethod
     def of(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
         """The layout of a decode plan; raises CapacityError where no work list can hold the capacity."""
@@ -99,7 +105,7 @@ class Layout:
         params = {
             window: prefill_params(spec, capacity, tuning, window, processors) for window in dict.fromkeys(spec.windows)
         }
-        slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers)
+        slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.groups)
         return cls._arranged(tuning, params, capacity, slots)
 
     @classmethod

@@ -123,7 +123,7 @@ def order_spec(
     most_steps = -(-capacity.max_kv_len // kind.kv_tokens) + 1
     return AttentionOrderSpec(
         tile_tokens=kind.q_rows // params.group_size,
-        group_tokens=kind.q_rows // params.group_size // tuning.consumers,
+        group_tokens=kind.q_rows // params.group_size // tuning.groups,
         tokens=kind.kv_tokens,
         unit=first_key_unit(page_size, kind.kv_tokens),
         short_q_len=short.q_len,

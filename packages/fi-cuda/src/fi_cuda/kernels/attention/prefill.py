@@ -25,7 +25,7 @@ class PrefillSpec(KernelSpec):
     """What is compiled into a prefill kernel: element types, head shape, addressing and RoPE as for decode, tile (``consumers``
     warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
     of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), and the features of the call. ``after_decode``: it is
-    launched behind the decode kernel, which serves batches of short queries."""
+    launched behind the decode kernel, which serves batches of short queries. ``cluster``: blocks that share a tile."""
 
     dtype: torch.dtype
     query: torch.dtype
@@ -64,6 +64,7 @@ class PrefillSpec(KernelSpec):
     signed_scale: bool = False
     levels: bool = False
     after_decode: bool = False
+    cluster: int = 1
 
     stem: ClassVar = "attention_prefill"
     overlapping: ClassVar = True
@@ -104,6 +105,10 @@ class PrefillSpec(KernelSpec):
     @property
     def blocks_per_multiprocessor(self) -> int:
         return 1
+
+    @property
+    def cluster_size(self) -> int:
+        return self.cluster
 
     @property
     def shared_bytes(self) -> int:
@@ -169,4 +174,5 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         parts=tuning.parts,
         in_pieces=tuning.pieces > 1,
         signed_scale=form.signed_scale,
+        cluster=tuning.cluster,
     )

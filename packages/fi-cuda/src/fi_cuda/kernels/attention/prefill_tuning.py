@@ -46,6 +46,8 @@ class PrefillTuning:
     in order then); ``pieces``: of a tile that is left after whole rounds of tiles, at most; costs as in TileKind, in any common
     unit.
 
+    ``cluster``: blocks that share a tile of as many times the rows: each gathers its part of the keys and copies it to the others.
+
     ``landing_stages``: of the ring for K and V that are not multiplied as they are stored; FP8 queries need it, and 0 has FP8
     K and V beside other queries copied row by row."""
 
@@ -63,6 +65,7 @@ class PrefillTuning:
     item_cost: int
     step_cost: int
     landing_stages: int = 0
+    cluster: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -74,6 +77,7 @@ class PrefillTuning:
             ("copy_order", COPY_ORDERS),
             ("pieces", tuple(range(1, MAX_PIECES + 1))),
             ("landing_stages", (0, 2, 3, 4)),  # one is filled while another is read
+            ("cluster", (1, 2)),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
@@ -82,12 +86,17 @@ class PrefillTuning:
                 raise ArgumentError(f"tuning.{name}", "an int of at least 1", getattr(self, name))
 
     @property
+    def groups(self) -> int:
+        """Warpgroups that share a tile."""
+        return self.cluster * self.consumers
+
+    @property
     def slot_rows(self) -> int:
-        return self.consumers * WARPGROUP_ROWS
+        return self.groups * WARPGROUP_ROWS
 
     def kind(self, group_size: int) -> TileKind:
         """The only kind of q tile: as many whole tokens as the warpgroups hold."""
-        rows = self.consumers * (WARPGROUP_ROWS // group_size * group_size)
+        rows = self.groups * (WARPGROUP_ROWS // group_size * group_size)
         return TileKind(rows, self.tokens, UNLIMITED_ROWS, self.item_cost, self.step_cost)
 
 
@@ -123,7 +132,7 @@ def prefill_shared_bytes(tuning: PrefillTuning, heads: HeadBytes) -> int:
     """Shared memory of a block: rings of queries, keys and values, items and barriers, and what aligning them may take."""
     dims = (heads.head_dim, heads.head_dim_vo)
     key_columns, value_columns = (-(-dim * heads.query // BOX_ROW_BYTES) for dim in dims)
-    queries = tuning.query_stages * tuning.slot_rows * key_columns
+    queries = tuning.query_stages * tuning.consumers * WARPGROUP_ROWS * key_columns
     keys = tuning.key_stages * tuning.tokens * key_columns
     # FP8 values lie transposed: rows of 128 tokens, one a dim.
     transposed = -(-tuning.tokens // BOX_ROW_BYTES) * heads.head_dim_vo
@@ -151,6 +160,9 @@ def prefill_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuni
     if spec.q_is_fp8 > (tuning.landing_stages > 0) or (tuning.landing_stages > 0) > (spec.q_is_fp8 or may_land):
         expected = "2 or more with FP8 queries, 0 where K and V are multiplied as they are stored or come row by row"
         raise ArgumentError("tuning.landing_stages", expected, tuning.landing_stages)
+    if tuning.cluster > 1 and not _is_gathered(spec, tuning):
+        expected = "1 where K and V come as boxes, are changed on their way, or have other dims than one another"
+        raise ArgumentError("tuning.cluster", expected, tuning.cluster)
     if size > limit:
         raise ArgumentError("tuning.key_stages", f"rings that fit into {limit} bytes", size)
     return tuning
@@ -193,6 +205,13 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     return tuning
 
 
+def _is_gathered(spec: AttentionSpec, tuning: PrefillTuning) -> bool:
+    """Whether K and V come row by row as they are stored, whatever cache a call has."""
+    as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
+    boxes = box_tokens(spec.page_size, tuning.tokens) is not None
+    return as_stored and not boxes and not tuning.overlap and spec.head_dim == spec.head_dim_vo
+
+
 def _parts(spec: AttentionSpec, widest: int) -> int:
     """Of a step's weights: the more exponentials there are for its products, the smaller."""
     if widest <= _SHORT_HEAD_DIM:
@@ -204,4 +223,5 @@ def prefill_params(
     spec: AttentionSpec, capacity: Capacity, tuning: PrefillTuning, window: int | None, processors: int
 ) -> PartitionParams:
     """The scheduler's parameters for one window of ``spec``."""
-    return plan_params(spec, capacity, window, (tuning.kind(spec.group_size),), tuning.slot_rows, processors)
+    kinds = (tuning.kind(spec.group_size),)
+    return plan_params(spec, capacity, window, kinds, tuning.slot_rows, processors // tuning.cluster)

@@ -44,9 +44,9 @@ class PrefixTuning:
 
 
 def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefixTuning:
-    """The parameters for a plan: the prefill kernel's tiles, and what ``fi_tuning`` returns for "attention_prefix". Raises
+    """The parameters for a plan: the prefill kernel's tiles, of a block each, and what ``fi_tuning`` returns for "attention_prefix". Raises
     ArgumentError for unknown names or values."""
-    built_in = PrefixTuning(prefill_tuning_for(spec, device))
+    built_in = PrefixTuning(replace(prefill_tuning_for(spec, device), cluster=1))
     given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
     names = [item.name for item in fields(PrefixTuning)][1:]
     unknown = set(given or ()) - set(names)

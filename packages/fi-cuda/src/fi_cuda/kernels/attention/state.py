@@ -117,7 +117,7 @@ class ListState:
         ]
         for planner in self._planners:
             planner.load()  # compiling and loading would not be legal in a capture
-        self._num_workers = layout.params[spec.windows[0]].num_workers
+        self._num_blocks = layout.num_blocks
         self._batch: Batch | None = None
         self._addressing: Addressing | None = None
         self._num_addressings = 0
@@ -191,7 +191,7 @@ class ListState:
         call = self._calls.get(key)
         if call is None or call.kv() is not kv:
             shared = self._prepare(kv, layer, with_lse)
-            call = PackedCall(shared.kv, shared, shared.kernel.repeated(self._device, self._num_workers))
+            call = PackedCall(shared.kv, shared, shared.kernel.repeated(self._device, self._num_blocks))
             if len(self._calls) >= _MAX_CALLS:
                 self._calls.clear()
             self._calls[key] = call

@@ -17,6 +17,14 @@ inline void bulk_load(void* shared, const void* global, unsigned num_bytes, unsi
   bulk_load(shared, global, num_bytes, barrier);
 }
 
+inline void bulk_copy_to_neighbour(unsigned address, const void* shared, unsigned num_bytes, unsigned barrier) {
+  if (address % 16 || shared_address(shared) % 16 || num_bytes % 16) emulated::fail("an unaligned bulk copy");
+  emulated::later([=] {
+    std::memcpy(emulated::shared_pointer(address), shared, num_bytes);
+    complete_bytes(barrier_word(barrier), num_bytes);
+  });
+}
+
 // Stores read at once: what waits for them needs no more.
 inline void bulk_store(void* global, const void* shared, unsigned num_bytes) { std::memcpy(global, shared, num_bytes); }
 inline void bulk_commit() {}

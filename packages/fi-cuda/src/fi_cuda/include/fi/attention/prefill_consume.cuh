@@ -44,7 +44,7 @@ class PrefillConsumer {
 
  protected:
   __device__ __forceinline__ void attend(const AttentionItem& item) {
-    const Rows rows(params_, item, warpgroup_);
+    const Rows rows(params_, item, group_of_tile<Config>(warpgroup_));
     const Steps steps(item, params_.window);
     if (rows.first >= rows.end) {
       skip(steps);
@@ -210,13 +210,13 @@ class PrefillConsumer {
   // The keys are free, and with the last step the queries. `zero` is 0: an arrival is not moved across a wait for products, so
   // what `zero` is made of is computed before the wait that follows, beside those products.
   __device__ __forceinline__ void release_keys(const Steps& steps, int step, int zero = 0) {
-    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(&shared_.key_ring.empty[key_.stage] + zero);
+    release_in_cluster(&shared_.key_ring.empty[key_.stage] + zero);
     if constexpr (!kTogether) key_.advance();
     if (step == steps.num_steps - 1) release(shared_.query_ring, query_place());
   }
 
   __device__ __forceinline__ void release_values() {
-    release(shared_.value_ring, value_place());
+    release_in_cluster(&shared_.value_ring.empty[value_place().stage]);
     value_place().advance();
   }
 
@@ -242,6 +242,16 @@ class PrefillConsumer {
   template <class AnyRing, class Cursor>
   static __device__ __forceinline__ void release(AnyRing& ring, Cursor cursor) {
     if (threadIdx.x % kWarpThreads == 0) ring.release(cursor);
+  }
+
+  // Likewise of a stage that every block of the cluster writes to.
+  static __device__ __forceinline__ void release_in_cluster(unsigned long long* barrier) {
+    const unsigned lane = threadIdx.x % kWarpThreads;
+    if constexpr (Tile::kCluster > 1) {
+      if (lane < Tile::kCluster) ptx::arrive_in_cluster(barrier, lane);
+    } else {
+      if (lane == 0) ptx::arrive(barrier);
+    }
   }
 
   __device__ __forceinline__ void wait_turn() const {
@@ -275,7 +285,7 @@ class PrefillConsumer {
   }
 
   // Made where it is used: kept from item to item, its numbers would take registers from the scores.
-  __device__ __forceinline__ Store store() const { return Store(params_, shared_.flags + warpgroup_, warpgroup_); }
+  __device__ __forceinline__ Store store() const { return Store(params_, shared_.flags + warpgroup_, warpgroup_, group_of_tile<Config>(warpgroup_)); }
 
   const Params& params_;
   Shared& shared_;

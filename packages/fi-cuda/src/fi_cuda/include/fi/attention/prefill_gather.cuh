@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fi/attention/prefill_table.cuh"
+#include "fi/ptx/bulk_copy.cuh"
 #include "fi/ptx/cp_async.cuh"
 #include "fi/tile/swizzle.cuh"
 
@@ -31,9 +32,11 @@ class GatherCopies {
   using Place = int;  // the page (ragged: row) of a row that a lane looks up
 
  private:
-  static constexpr int kWarpRows = kTokens / kWarps;
+  static constexpr int kCluster = Tile::kCluster;
+  static constexpr int kWarpRows = kTokens / kWarps / kCluster;
   static constexpr int kRounds = kWarpRows / kRowsAtOnce;
-  static_assert(kTokens % (kWarps * kRowsAtOnce) == 0 && kRounds <= kUnits, "a lane looks up one row a step");
+  static_assert(kTokens % (kCluster * kWarps * kRowsAtOnce) == 0 && kRounds <= kUnits, "a lane looks up one row a step");
+  static constexpr unsigned kWarpBytes = kWarpRows * kBoxRowBytes;  // of a column
   static_assert(sizeof(typename Config::Stored) == sizeof(Factor));
 
  public:
@@ -76,9 +79,14 @@ class GatherCopies {
   }
 
  private:
-  // A thread's row of round 0, within a step.
+  // A thread's row of round 0, within a step: a cluster's blocks copy a part of it each.
   static __device__ __forceinline__ int row_of(int thread) {
-    return thread / kWarpThreads * kWarpRows + thread % kWarpThreads / kUnits;
+    return warp_row(thread) + thread % kWarpThreads / kUnits;
+  }
+  static __device__ __forceinline__ int warp_row(int thread) {
+    int warp = thread / kWarpThreads;
+    if constexpr (kCluster > 1) warp += static_cast<int>(ptx::rank_in_cluster_again()) * kWarps;
+    return warp * kWarpRows;
   }
   __device__ __forceinline__ int position_of(int step, int thread) const { return last_ - step * kTokens + row_of(thread); }
 
@@ -94,7 +102,23 @@ class GatherCopies {
     ptx::cp_async_wait<kLeft>();
     ptx::fence_proxy_async_shared();
     __syncwarp();
-    if (threadIdx.x % kWarpThreads == 0) ptx::arrive(pending_);
+    if constexpr (kCluster > 1) {
+      pass_to_neighbour();
+    } else {
+      if (threadIdx.x % kWarpThreads == 0) ptx::arrive(pending_);
+    }
+  }
+
+  // The warp's rows also to the same place of the other block, whose warp brings as many of its own here. A stage is written to
+  // once it is free in both, and is free once its bytes were there.
+  __device__ __forceinline__ void pass_to_neighbour() {
+    const int thread = thread_anew(), lane = thread % kWarpThreads;
+    const unsigned other = ptx::rank_in_cluster_again() ^ 1u;
+    if (lane < Tile::kKeyColumns) {
+      const unsigned char* rows = pending_stage_ + lane * Tile::kKeyColumnBytes + warp_row(thread) * kBoxRowBytes;
+      ptx::bulk_copy_to_neighbour(ptx::address_in_cluster(rows, other), rows, kWarpBytes, ptx::address_in_cluster(pending_, other));
+    }
+    if (lane == 0) ptx::arrive_and_expect_bytes(pending_, Tile::kKeyColumns * kWarpBytes);
   }
 
   template <int kDim, int kStages>
@@ -130,6 +154,7 @@ class GatherCopies {
     ptx::cp_async_commit();
     if (pending_ != nullptr) pass_on<1>();
     pending_ = &ring.full[cursor.stage];
+    if constexpr (kCluster > 1) pending_stage_ = stage;
   }
 
   const Params& params_;
@@ -137,6 +162,7 @@ class GatherCopies {
   const Factor *keys_ = nullptr, *values_ = nullptr;
   int kv_end_ = 0, last_ = 0, lowest_ = 0;
   unsigned long long* pending_ = nullptr;  // the barrier of the stage whose copies are under way
+  unsigned char* pending_stage_ = nullptr;
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::producer();
   RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::producer();
 };

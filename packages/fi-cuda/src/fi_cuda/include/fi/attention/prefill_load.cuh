@@ -37,7 +37,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
       return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
     int& counter = static_cast<OrderHeader*>(params_.order)->taken;
-    int tile = static_cast<int>(blockIdx.x);
+    int tile = Base::worker();
     int mine = row_of(tile);
 #pragma unroll 1
     while (tile < total) {
@@ -63,7 +63,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   }
 
   __device__ __forceinline__ void work_through_share() {
-    const WorkerStart* start = static_cast<const WorkerStart*>(params_.starts) + blockIdx.x;
+    const WorkerStart* start = static_cast<const WorkerStart*>(params_.starts) + Base::worker();
     const int* rows = static_cast<const int*>(params_.items);
     const int begin = start->begin, end = start->end, column = lane_ % kColumns;
     int mine = reinterpret_cast<const int*>(&start->first)[column];
@@ -136,7 +136,8 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
       unsigned long long* full = shared_.query_ring.expect(query_, kBytes);
 #pragma unroll
       for (int group = 0; group < Config::kConsumers; ++group) {
-        const int token = item.q_begin + item.q_tile * Tile::kTileTokens + group * Tile::kGroupTokens;
+        const int before = item.q_tile * Tile::kTileTokens + group_of_tile<Config>(group) * Tile::kGroupTokens;
+        const int token = item.q_begin + before;
 #pragma unroll
         for (int column = 0; column < Tile::kKeyColumns; ++column) {
           ptx::tma_load_3d(shared_.queries[query_.stage][group] + column * Tile::kQueryColumnBytes, &queries_, full,

@@ -19,8 +19,8 @@ class PrefillStore {
   static constexpr int kColumnTiles = Config::kHeadDimVo / 8;
 
  public:
-  __device__ __forceinline__ PrefillStore(const Params& params, int* flag, int warpgroup)
-      : params_(params), flag_(flag), warpgroup_(warpgroup), lane_(thread_anew() % kWarpThreads),
+  __device__ __forceinline__ PrefillStore(const Params& params, int* flag, int warpgroup, int group)
+      : params_(params), flag_(flag), warpgroup_(warpgroup), group_(group), lane_(thread_anew() % kWarpThreads),
         first_row_(thread_anew() / kWarpThreads * 16 + lane_ / 4) {}
 
   // Called by all threads of the warpgroup.
@@ -49,7 +49,7 @@ class PrefillStore {
 
   __device__ __forceinline__ int row_of(int row) const { return first_row_ + row * 8; }
   __device__ __forceinline__ int token_of(const AttentionItem& item, int row) const {
-    return item.q_tile * Tile::kTileTokens + warpgroup_ * Tile::kGroupTokens + row_of(row) / Tile::kGroup;
+    return item.q_tile * Tile::kTileTokens + group_ * Tile::kGroupTokens + row_of(row) / Tile::kGroup;
   }
   __device__ __forceinline__ bool is_live(const AttentionItem& item, int row) const {
     return row_of(row) < Tile::kGroupRows && token_of(item, row) < item.q_len;
@@ -146,7 +146,7 @@ class PrefillStore {
   }
 
   __device__ __forceinline__ int64 slot_row(int slot, int row) const {
-    return (static_cast<int64>(slot) * Config::kConsumers + warpgroup_) * 64 + row_of(row);
+    return (static_cast<int64>(slot) * Tile::kGroups + group_) * 64 + row_of(row);
   }
   __device__ __forceinline__ float2* partial_of(int slot, int row) const {
     return reinterpret_cast<float2*>(params_.partials) + slot_row(slot, row) * (Config::kHeadDimVo / 2) + lane_ % 4;
@@ -176,7 +176,7 @@ class PrefillStore {
     const int barrier = kOwnBarrier + warpgroup_;
     ptx::named_barrier_sync(barrier, kWarpgroupThreads);  // every thread's part of the piece is written
     if (threadIdx.x % kWarpgroupThreads == 0) {
-      int* counter = static_cast<int*>(params_.arrivals) + item.merge_idx * Config::kConsumers + warpgroup_;
+      int* counter = static_cast<int*>(params_.arrivals) + item.merge_idx * Tile::kGroups + group_;
       const unsigned amount = item.slot == item.head_slot ? 0x80000000u - (item.num_pieces() - 1) : 1u;
       const int before = ptx::add_acq_rel(counter, static_cast<int>(amount));
       *flag_ = (before ^ static_cast<int>(static_cast<unsigned>(before) + amount)) < 0;
@@ -212,7 +212,7 @@ class PrefillStore {
 
   const Params& params_;
   int* flag_;
-  const int warpgroup_, lane_, first_row_;
+  const int warpgroup_, group_, lane_, first_row_;  // a warpgroup's number within the block, and within the tile
 };
 
 }  // namespace fi

@@ -4,6 +4,7 @@
 #include "fi/attention/item.cuh"
 #include "fi/pipeline/ring.cuh"
 #include "fi/pipeline/roles.cuh"
+#include "fi/ptx/cluster.cuh"
 #include "fi/softmax/columns.cuh"
 #include "fi/tile/fp8.cuh"
 
@@ -39,7 +40,11 @@ struct PrefillTile {
   // A warpgroup's 64 accumulator rows hold whole tokens, so that one copy brings their query heads.
   static constexpr int kGroupTokens = 64 / kGroup;
   static constexpr int kGroupRows = kGroupTokens * kGroup;
-  static constexpr int kTileTokens = Config::kConsumers * kGroupTokens;
+  // A cluster's blocks share a tile: each has the rows of its own warpgroups, and all have the same keys.
+  static constexpr int kCluster = Config::kCluster;
+  static constexpr int kGroups = kCluster * Config::kConsumers;
+  static constexpr int kTileTokens = kGroups * kGroupTokens;
+  static_assert(kCluster == 1 || (kCluster == 2 && kGathered<Config> && Config::kHeadDim == Config::kHeadDimVo));
   static_assert(kGroup <= 64, "a token's query heads of a KV head lie in one warpgroup");
 
   static constexpr int kTokens = Config::kTokens;
@@ -92,15 +97,18 @@ struct PrefillShared : PrefillLanding<Config> {
   Ring<Config::kKeyStages> key_ring;
   Ring<Config::kValueStages> value_ring;
   int flags[Config::kConsumers];
-  int taken[2];  // what producers of several warps tell one another
+  int taken[2];  // what producers of several warps tell one another ...
+  uint2 told[2];  // ... and what those of several blocks do
+  Ring<2> told_ring;
   Ring<Tile::kLandingStages> landing_ring;
 
   // Copies says how many arrivals fill a stage of keys, of values, and of what lands; the caller, of queries.
   template <class Copies>
   __device__ __forceinline__ void init(int num_query_arrivals) {
     query_ring.init(num_query_arrivals, kReleases);
-    key_ring.init(Copies::kKeyArrivals, kReleases);
-    value_ring.init(Copies::kValueArrivals, kReleases);
+    key_ring.init(Copies::kKeyArrivals, Tile::kCluster * kReleases);
+    value_ring.init(Copies::kValueArrivals, Tile::kCluster * kReleases);
+    if constexpr (Tile::kCluster > 1) told_ring.init(1, Tile::kCluster * Copies::kWarps);
     if constexpr (Tile::kLanded) landing_ring.init(Copies::kLandingArrivals, kWarpgroupThreads / kWarpThreads);
   }
 };
@@ -132,15 +140,22 @@ struct ItemSteps {
   __device__ __forceinline__ int position(int step) const { return last - step * Config::kTokens; }
 };
 
-// A warpgroup's tokens of an item, and what they see.
+// A warpgroup's number within the tile.
+template <class Config>
+__device__ __forceinline__ int group_of_tile(int warpgroup) {
+  if constexpr (Config::kCluster == 1) return warpgroup;
+  else return static_cast<int>(ptx::rank_in_cluster_again()) * Config::kConsumers + warpgroup;
+}
+
+// A warpgroup's tokens of an item, and what they see; `group`: its number within the tile.
 template <class Config, class Params>
 struct GroupRows {
   using Tile = PrefillTile<Config>;
   int first, end;  // tokens of the request; no row is live where first >= end
   ColumnLimits by_all, by_any;
 
-  __device__ __forceinline__ GroupRows(const Params& params, const AttentionItem& item, int warpgroup) {
-    first = item.q_tile * Tile::kTileTokens + warpgroup * Tile::kGroupTokens;
+  __device__ __forceinline__ GroupRows(const Params& params, const AttentionItem& item, int group) {
+    first = item.q_tile * Tile::kTileTokens + group * Tile::kGroupTokens;
     end = min(first + Tile::kGroupTokens, item.q_len);
     const int last = max(end - 1, first);
     const int first_position = query_position(first, item.q_len, item.kv_len);

@@ -4,7 +4,7 @@
 // by tensor maps; each of the other warpgroups has 64 packed query rows of an item. Sources: Shah et al., "FlashAttention-3",
 // 2024, section 3 (roles, overlap within and between warpgroups); "stream-K" (Osama et al., 2023) for equal shares.
 // Config: Dtype (out), Query (Q), Stored (K, V), kBoxes (K and V through tensor maps), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0:
-// ragged), kTable, kTableRow, kConsumers (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
+// ragged), kTable, kTableRow, kConsumers (warpgroups), kCluster (blocks that share a tile), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
 // kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kCopyOrder, kInPieces (of tiles, in the order), kParts (of a step's weights), kCausal, kWindowed, kSoftCap, kAlibi,
 // kSinks, kMask, kRotaryDim, kRopePairs, kQScales, kKScales, kVScales, kLse, kSignedScale (the softmax scale may be 0 or less),
 // kProducerRegisters, kConsumerRegisters, kSharedBytes, kAfterDecode (it follows the decode kernel, which serves batches of short
@@ -27,6 +27,11 @@ __device__ __forceinline__ bool is_left_to_decode(const Params& params) {
   return order->is_used && order->num_rows == 0;
 }
 
+__device__ __forceinline__ void sync_cluster() {
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
+
 // `maps`: none, or those of K and V.
 template <class Config, class Params, class... Maps>
 __device__ __forceinline__ void attention_prefill(const Params& params, const ptx::TensorMap& queries, const Maps&... maps) {
@@ -47,7 +52,8 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
     ptx::prefetch_tensor_map(&queries);
     (ptx::prefetch_tensor_map(&maps), ...);
   }
-  __syncthreads();
+  if constexpr (Config::kCluster > 1) sync_cluster();
+  else __syncthreads();
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
   Roles::run(
@@ -57,6 +63,7 @@ __device__ __forceinline__ void attention_prefill(const Params& params, const pt
         }
       },
       [&](int warpgroup) { PrefillConsumer<Config, Params>(params, shared, warpgroup).run(); });
+  if constexpr (Config::kCluster > 1) sync_cluster();  // its blocks copy and arrive in one another's shared memory
 }
 
 }  // namespace fi

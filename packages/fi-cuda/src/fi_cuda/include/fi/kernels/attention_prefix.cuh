@@ -23,6 +23,7 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   using Roles = WarpgroupRoles<Config::kConsumers, Config::kProducerRegisters, Config::kConsumerRegisters>;
   extern __shared__ __align__(128) unsigned char unaligned[];
   Shared& shared = *reinterpret_cast<Shared*>(unaligned + (-ptx::shared_address(unaligned) & 1023u));
+  static_assert(Config::kCluster == 1);
   static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes);
   using Copies = decltype(copies_of<Config>(params, maps...));
   if (threadIdx.x == 0) {

@@ -28,6 +28,14 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, unsi
       : "memory");
 }
 
+// From this block's shared memory to a neighbour's, where they complete on a barrier beside the place. What other threads or
+// ordinary stores wrote to `shared` needs fence_proxy_async by its writers and a barrier first. Addresses: cluster.cuh.
+__device__ __forceinline__ void bulk_copy_to_neighbour(unsigned address, const void* shared, unsigned num_bytes, unsigned barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+               "r"(shared_address(shared)), "r"(num_bytes), "r"(barrier)
+               : "memory");
+}
+
 // Part of the thread's current group of stores. What other threads or ordinary stores wrote to `shared` needs
 // fence_proxy_async by its writers and a barrier first.
 __device__ __forceinline__ void bulk_store(void* global, const void* shared, unsigned num_bytes) {
