@@ -49,6 +49,7 @@ class PrefillSpec(KernelSpec):
     overlap: bool
     in_pieces: bool
     parts: int
+    cluster: int
     causal: bool
     windowed: bool
     soft_cap: bool
@@ -64,7 +65,6 @@ class PrefillSpec(KernelSpec):
     signed_scale: bool = False
     levels: bool = False
     after_decode: bool = False
-    cluster: int = 1
 
     stem: ClassVar = "attention_prefill"
     overlapping: ClassVar = True
@@ -172,7 +172,7 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         ping_pong=tuning.ping_pong,
         overlap=tuning.overlap,
         parts=tuning.parts,
+        cluster=tuning.cluster,
         in_pieces=tuning.pieces > 1,
         signed_scale=form.signed_scale,
-        cluster=tuning.cluster,
     )
