@@ -112,13 +112,16 @@ class GatherCopies {
   // The warp's rows also to the same place of the other block, whose warp brings as many of its own here. A stage is written to
   // once it is free in both, and is free once its bytes were there.
   __device__ __forceinline__ void pass_to_neighbour() {
-    const int thread = thread_anew(), lane = thread % kWarpThreads;
+    if (threadIdx.x % kWarpThreads != 0) return;
     const unsigned other = ptx::rank_in_cluster_again() ^ 1u;
-    if (lane < Tile::kKeyColumns) {
-      const unsigned char* rows = pending_stage_ + lane * Tile::kKeyColumnBytes + warp_row(thread) * kBoxRowBytes;
-      ptx::bulk_copy_to_neighbour(ptx::address_in_cluster(rows, other), rows, kWarpBytes, ptx::address_in_cluster(pending_, other));
+    const unsigned char* rows = pending_stage_ + warp_row(thread_anew()) * kBoxRowBytes;
+    const unsigned to = ptx::address_in_cluster(rows, other), full = ptx::address_in_cluster(pending_, other);
+#pragma unroll
+    for (int column = 0; column < Tile::kKeyColumns; ++column) {
+      const int offset = column * Tile::kKeyColumnBytes;
+      ptx::bulk_copy_to_neighbour(to + offset, rows + offset, kWarpBytes, full);
     }
-    if (lane == 0) ptx::arrive_and_expect_bytes(pending_, Tile::kKeyColumns * kWarpBytes);
+    ptx::arrive_and_expect_bytes(pending_, Tile::kKeyColumns * kWarpBytes);
   }
 
   template <int kDim, int kStages>
