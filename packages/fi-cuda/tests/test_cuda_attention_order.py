@@ -44,9 +44,7 @@ class Lists:
         self.window = spec.windows[0]
         self.tuning = replace(built_in_prefill_tuning(spec), pieces=pieces)
         self.params = prefill_params(spec, CAPACITY, self.tuning, self.window, workers)
-        self.spec = order_spec(
-            self.params, CAPACITY, self.tuning, spec.page_size, fast_memory=fast_memory
-        )
+        self.spec = order_spec(self.params, CAPACITY, self.tuning, spec.page_size, fast_memory=fast_memory)
         self.max_tiles = PartitionBounds.from_capacity(self.params, CAPACITY).max_tiles
 
     def empty(self, device="cpu"):

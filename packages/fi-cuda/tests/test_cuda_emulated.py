@@ -18,7 +18,8 @@ from fi_core.conformance import compare
 from fi_core.contract import Target
 from fi_core.registry import registry
 from fi_cuda.compile import INCLUDE_FOLDER
-from fi_cuda.kernels.attention import prefix_state
+from fi_cuda.kernels.attention import prefill_tuning, prefix_state
+from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.params import ParamsLayout
 from fi_cuda.source import KernelSource
 
@@ -81,6 +82,21 @@ def test_emulated_conformance(case, entry, changes, seed, monkeypatch):
     for name, wanted in trial.expected().items():
         result = compare(found[name], wanted, trial.tolerance[name])
         assert result.passed, f"{name}: {result.message}"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["long_append_slots", "long_page_size_3_indptr"])
+def test_emulated_clusters_of_blocks_that_share_a_tile(name, seed, monkeypatch):
+    emulate(monkeypatch, kernel_modules(), seed)
+    built_in = prefill_tuning.built_in_prefill_tuning
+    monkeypatch.setattr(prefill_tuning, "built_in_prefill_tuning", lambda *given: replace(built_in(*given), cluster=2))
+    operation = registry().operations["attention"]
+    case = next(case for case in operation.cases() if case.name == name)
+    trial = case.build(torch.device("cpu"), seed)
+    found = trial.run(attention_prefill)
+    for output, wanted in trial.expected().items():
+        result = compare(found[output], wanted, trial.tolerance[output])
+        assert result.passed, f"{output}: {result.message}"
 
 
 def test_the_few_cases_are_there():
