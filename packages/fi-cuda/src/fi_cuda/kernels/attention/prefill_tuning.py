@@ -27,7 +27,6 @@ MAX_PIECES = 16
 COPY_ORDERS = ("in order", "keys ahead", "apart")
 """As ``CopyOrder`` of ``fi/attention/prefill_tiles.cuh``."""
 _PATTERN_TOKENS = 8
-_FIRST_KEY_UNIT = 16
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
@@ -103,8 +102,7 @@ def box_tokens(page_size: int | None, tokens: int) -> int | None:
 def first_key_unit(page_size: int | None, tokens: int) -> int:
     """What the position of a tile's first key is a multiple of: copies of pages must not cross their borders, others may begin
     anywhere. The less, the fewer keys before a window are multiplied."""
-    box = None if page_size is None else box_tokens(page_size, tokens)
-    return box or min(_FIRST_KEY_UNIT, tokens)
+    return (None if page_size is None else box_tokens(page_size, tokens)) or 1
 
 
 class HeadBytes(NamedTuple):
@@ -161,7 +159,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     else two, whose steps overlap (docs/kernels/prefill.md)."""
     head_dim_vo = spec.head_dim_vo or 0
     widest = max(spec.head_dim, head_dim_vo)
-    tokens, edge_tokens = (128, 32) if head_dim_vo <= _NARROW_HEAD_DIM else (64, 32)
+    tokens = 128 if head_dim_vo <= _NARROW_HEAD_DIM else 64
     boxes = box_tokens(spec.page_size, tokens) is not None
     as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
     # Producers that make FP8 wider row by row need too many registers.
@@ -170,7 +168,8 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     tuning = PrefillTuning(
         consumers=3 if three else 2,
         tokens=tokens,
-        edge_tokens=edge_tokens,
+        # Where steps overlap, each width of the first has its copy of the next: two take 1.6 s to compile, four 2.1.
+        edge_tokens=64 if widest > _NARROW_HEAD_DIM and tokens == 128 else 32,
         key_stages=4 if fp8 else 2 if three else 3,
         value_stages=3 if fp8 else 2,
         query_stages=2,
@@ -197,7 +196,7 @@ def _parts(spec: AttentionSpec, widest: int) -> int:
     """Of a step's weights: the more exponentials there are for its products, the smaller."""
     if widest <= _SHORT_HEAD_DIM:
         return 8
-    return 4 if spec.q_is_fp8 or "soft_cap" in spec.features else 2
+    return 4 if spec.q_is_fp8 else 2
 
 
 def prefill_params(
