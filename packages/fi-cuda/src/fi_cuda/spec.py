@@ -85,10 +85,12 @@ class KernelSpec:
         return None
 
     def config_lines(self) -> list[str]:
-        """The members of ``Config``."""
+        """The members of ``Config``, but for fields that are specs themselves."""
         lines = [f"static constexpr int kNumThreads = {self.num_threads};"]
         for item in fields(self):
             value = getattr(self, item.name)
+            if isinstance(value, KernelSpec):
+                continue
             camel = "".join(word.capitalize() for word in item.name.split("_"))
             if isinstance(value, torch.dtype):
                 lines.append(f"using {camel} = {CPP_TYPES[value]};")

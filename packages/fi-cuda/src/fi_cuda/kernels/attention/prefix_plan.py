@@ -27,7 +27,6 @@ MAX_DEPTH = 31
 """Nodes around one request: a lane of a warp reads each part's place."""
 
 _NODE_WIDTH, _PLACE_WIDTH, _SEGMENT_WIDTH, _HEADER_WIDTH = 16, 12, 4, 4
-_IS_USED = 3  # column of the header
 _TABLE_SIZES = ((64, 64, 128), (64, 256, 256), (256, 256, 256), (1024, 1024, 512))
 """(nodes, requests) that tables in shared memory hold, and threads a block: few, as every warp runs every instruction. For more
 the tables lie in global memory."""
@@ -181,11 +180,6 @@ class YieldingPlanSpec(PrefixPlanSpec):
     def source(self) -> KernelSource:
         return self.decode.with_count_type(super().source())
 
-    def config_lines(self) -> list[str]:
-        """Without the field that is a spec."""
-        lines = [line for line in KernelSpec.config_lines(self) if " kDecode = " not in line]
-        return join_constants(lines) + self._decode_lines()
-
     def _decode_lines(self) -> list[str]:
         lines = [line for line in self.decode.config_lines() if " kNumThreads = " not in line]
         return ["static constexpr bool kYields = true;", *lines]
@@ -253,7 +247,7 @@ class PrefixLayout:
 
     ``max_node_rows`` and ``max_node_tokens`` bound rows of the list and query tokens of nodes, each piece counted, and
     ``max_sharing_tokens`` the tokens without their pieces;
-    ``partials`` [parts, head_dim_vo] and ``partial_rows`` [parts] hold normalised rows and their log-sum-exps in base 2.
+    ``parts`` [parts, head_dim_vo] and ``part_logs`` [parts] hold normalised rows and their log-sum-exps in base 2.
     """
 
     max_rows: int
@@ -268,8 +262,8 @@ class PrefixLayout:
     tokens: Region
     segments: Region
     tables: Region
-    partials: Region
-    partial_rows: Region
+    parts: Region
+    part_logs: Region
     num_bytes: int
 
     @classmethod
@@ -308,8 +302,8 @@ class PrefixLayout:
             tokens=build.add((capacity.max_q_tokens,), ints),
             segments=build.add((capacity.max_q_tokens, depth + 1, _SEGMENT_WIDTH), ints),
             tables=build.add((table_bytes(capacity.max_prefixes, capacity.max_batch),), torch.uint8),
-            partials=build.add((max_parts, spec.head_dim_vo or 0), torch.float32),
-            partial_rows=build.add((max_parts,), torch.float32),
+            parts=build.add((max_parts, spec.head_dim_vo or 0), torch.float32),
+            part_logs=build.add((max_parts,), torch.float32),
             num_bytes=build.end,
         )
 
@@ -328,11 +322,6 @@ class PrefixPlanner:
     def load(self) -> None:
         """Make the kernel ready to launch, so that the first call does not compile."""
         self._kernel  # noqa: B018
-
-    @property
-    def used_address(self) -> int:
-        """Of the int that is not 0 while the list in the buffer has the batch."""
-        return self.layout.header.of(self.buffer)[_IS_USED:].data_ptr()
 
     @cached_property
     def _kernel(self) -> LaunchableKernel:

@@ -27,7 +27,7 @@ class PrefixWriter {
     place_rows(total);
     write_rows(total[0]);
     write_segments(total[2]);
-    return {total[0], total[2], 0, 1};
+    return {total[0], total[2], 0, 0};
   }
 
  private:
