@@ -69,6 +69,13 @@ def test_the_proof_holds_only_if_the_second_process_took_all_from_the_cache(comp
     assert text.endswith(f"{cached.count('nvrtc')} of {len(cached)} in a later process")
 
 
+def test_processes_that_ask_at_once_compile_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_pipeline, "NUM_AT_ONCE", 6)
+    waits, origins = bench_pipeline.many_at_once(str(tmp_path))
+    assert sorted(origins) == ["cache"] * 5 + ["nvrtc"]
+    assert waits["measure"] == "6 processes at once" and waits["us"] > 0
+
+
 def test_importing_the_backend_touches_no_driver(monkeypatch):
     monkeypatch.setattr(bench_pipeline, "NUM_IMPORTS", 1)
     rows, found = bench_pipeline.imports()

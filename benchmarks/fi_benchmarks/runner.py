@@ -28,7 +28,8 @@ _DIGITS = 5
 class Row:
     """One implementation of one case: microseconds cold (median, 10th and 90th percentile) and ``warm_us``;
     ``share_of_ceiling`` is the ceiling's time over its own, ``ratio_to_best_peer`` the best peer's time over its own
-    (above 1: faster). ``checked`` says that the numerics were compared and agreed; an ``error`` row has no times."""
+    (above 1: faster). ``families``: microseconds of a step's parts by name. ``checked`` says that the numerics were compared
+    and agreed; an ``error`` row has no times."""
 
     op: str
     group: str
@@ -46,6 +47,7 @@ class Row:
     num_bytes: int | None = None
     num_flops: int | None = None
     mode: str | None = None
+    families: Mapping[str, float] | None = None
     checked: bool = False
     error: str | None = None
 

@@ -1,11 +1,15 @@
 """The artifact cache under many processes, sudden death, damage, foreign folders, read-only folders and a full disk."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from fi_cuda.cache import CUBIN, RECORD, Artifact, ArtifactCache, CacheError, Resources, read_artifact
@@ -164,6 +168,64 @@ def test_killed_process_leaves_the_cache_usable(tmp_path):
     assert waiting.exitcode == 0
     assert (tmp_path / "made").read_text() == "xx"
     assert read_artifact(tmp_path / "cache" / artifact().name) == artifact()
+
+
+def die_at(root, point, count):
+    """Publish as ``ask`` does, but die like a killed process at call number ``count`` of ``point``, before or after it."""
+    owner, name, when = POINTS[point]
+    call, calls = getattr(owner, name), []
+
+    def counted(*arguments, **options):
+        calls.append(None)
+        if len(calls) < count:
+            return call(*arguments, **options)
+        if when == "after":
+            call(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("still alive")
+
+    setattr(owner, name, counted)
+    ask(root, 0)
+
+
+POINTS = {
+    "folder made": (Path, "mkdir", "after"),
+    "lock taken": (fcntl, "flock", "after"),
+    "file written": (os, "fsync", "before"),
+    "before it has its name": (Path, "rename", "before"),
+    "after it has its name": (Path, "rename", "after"),
+    "damaged one removed": (shutil, "rmtree", "after"),
+}
+
+
+@pytest.mark.parametrize(
+    ("point", "count", "damaged"),
+    [
+        *(("folder made", count, False) for count in (1, 2, 3)),  # the cache's, the locks', a temporary one
+        ("lock taken", 1, False),
+        *(("file written", count, False) for count in (1, 2, 3)),
+        ("before it has its name", 1, False),
+        ("after it has its name", 1, False),
+        ("damaged one removed", 1, True),
+        ("before it has its name", 1, True),
+    ],
+)
+def test_process_killed_at_any_point_leaves_the_cache_usable(tmp_path, point, count, damaged):
+    root, name = tmp_path / "cache", artifact().name
+    if damaged:
+        ArtifactCache(root).find_or_make(name, artifact)
+        (root / name / "kernel.cubin").write_bytes(b"not what it was")
+    victim = multiprocessing.get_context("fork").Process(target=die_at, args=(root, point, count))
+    victim.start()
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL
+    cache = ArtifactCache(root, lock_timeout_s=5)
+    published = read_artifact(root / name)
+    assert published == (artifact() if point == "after it has its name" else None)
+    assert cache.find_or_make(name, refuse if published else artifact) == artifact()
+    assert cache.names() == [name] and read_artifact(root / name) == artifact()
+    cache.prune(older_than_s=-1)
+    assert [entry.name for entry in root.iterdir()] == [".locks"]
 
 
 def test_prune_removes_old_artifacts_and_what_a_killed_process_left(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TextIO
@@ -53,13 +54,33 @@ class Workload:
 
 @dataclass(frozen=True)
 class SteadySpeed:
-    """Of decode steps with all requests. ``kernel_seconds``: time in kernels a step, and ``attention_seconds`` in those of
-    attention; None on a CPU."""
+    """Of decode steps with all requests: ``step_times``, seconds each, and ``kernels``, seconds a step in those of each name
+    (None on a CPU). A kernel that overlaps the one before counts its wait for it."""
 
-    tokens_per_second: float
-    step_seconds: float
-    kernel_seconds: float | None
-    attention_seconds: float | None
+    num_requests: int
+    step_times: Sequence[float]
+    kernels: Mapping[str, float] | None
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean of the steps."""
+        return sum(self.step_times) / len(self.step_times)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_requests / self.step_seconds
+
+    @property
+    def kernel_seconds(self) -> float | None:
+        """In kernels, a step."""
+        return None if self.kernels is None else sum(self.kernels.values())
+
+    @property
+    def attention_seconds(self) -> float | None:
+        """In kernels of attention, a step."""
+        if self.kernels is None:
+            return None
+        return sum(seconds for name, seconds in self.kernels.items() if _ATTENTION.search(name))
 
 
 def steady_speed(model: Model, workload: Workload, num_steps: int, backend: str | None) -> SteadySpeed:
@@ -69,16 +90,14 @@ def steady_speed(model: Model, workload: Workload, num_steps: int, backend: str 
         engine, handles = _decoding(model, workload, total)
         for _ in range(_WARM_UP_STEPS):
             engine.step()
-        started = time.perf_counter()
+        times = [time.perf_counter()]
         for _ in range(num_steps):
-            engine.step()
-        seconds = (time.perf_counter() - started) / num_steps  # a step ends with its tokens on the host
-        kernels = attention = None
-        if engine.device.type == "cuda":
-            kernels, attention = _kernel_seconds(engine)
+            engine.step()  # ends with its tokens on the host
+            times.append(time.perf_counter())
+        kernels = _kernel_seconds(engine) if engine.device.type == "cuda" else None
         for handle in handles:
             engine.abort(handle)
-    return SteadySpeed(workload.num_requests / seconds, seconds, kernels, attention)
+    return SteadySpeed(workload.num_requests, [end - start for start, end in itertools.pairwise(times)], kernels)
 
 
 def _decoding(model: Model, workload: Workload, num_steps: int) -> tuple[Engine, list[RequestHandle]]:
@@ -98,18 +117,14 @@ def _decoding(model: Model, workload: Workload, num_steps: int) -> tuple[Engine,
     return engine, handles
 
 
-def _kernel_seconds(engine: Engine) -> tuple[float, float]:
-    """(kernels, those of attention) in seconds a step."""
+def _kernel_seconds(engine: Engine) -> dict[str, float]:
+    """Seconds a step in kernels by name."""
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         for _ in range(_PROFILED_STEPS):
             engine.step()
         torch.cuda.synchronize(engine.device)
-    kernels = attention = 0.0
-    for event in record.key_averages():
-        seconds = float(getattr(event, "self_device_time_total", 0.0)) * 1e-6 / _PROFILED_STEPS
-        kernels += seconds
-        attention += seconds if _ATTENTION.search(event.key) else 0.0
-    return kernels, attention
+    events = ((event.key, float(getattr(event, "self_device_time_total", 0.0))) for event in record.key_averages())
+    return {name: microseconds * 1e-6 / _PROFILED_STEPS for name, microseconds in events if microseconds > 0.0}
 
 
 def run_decode_bench(

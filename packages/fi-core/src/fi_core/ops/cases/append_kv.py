@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...contract import EXACT, Case, Tolerance, Trial
 from ...protocols import AppendKV
-from ...records import Batch, KVCache, format_of
+from ...records import KV_FORMATS, Batch, KVCache, format_of
 from ...reference import serving_dtype
 from ...reference.append_kv import append_kv, appended, bytes_view
 from ...rope import Llama3Scaling, RopeConfig, RopeTable, YarnScaling
@@ -141,12 +141,14 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
         call(given.k, given.v, given.cache.kv, given.batch, given.rope, given.q)
         k, v = given.cache.kv.as_nhd()
         where = (before.block, before.offset) if given.cache.kv.is_paged else (before.block,)
-        rest = bytes_view(k).clone()
+        rest, v_bytes = bytes_view(k).clone(), bytes_view(v).clone()
         rest[where] = 0
         written = bytes_view(k)[where].view(k.dtype)
+        v_bytes[where] = _comparable(v_bytes[where], scenario.form.kv_format)
         # Pages before the first used one may be unwritten memory.
         seen = slice(scenario.form.first_page, None)
-        found = {"k": bytes_view(written) if exact else written, "v": bytes_view(v)[seen], "rest of k": rest[seen]}
+        k_found = _comparable(bytes_view(written), scenario.form.kv_format) if exact else written
+        found = {"k": k_found, "v": v_bytes[seen], "rest of k": rest[seen]}
         if given.q is not None:
             rest_q = given.q.clone()
             rest_q[before.q_rows] = 0
@@ -156,12 +158,22 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
     return Trial(outputs, lambda: outputs(_oracle), tolerance)
 
 
+def _comparable(stored: Tensor, kv_format: str) -> Tensor:
+    """The bytes of FP8 values, every NaN as the same one: a NaN stays NaN, but its sign and payload are the processor's.
+    Values of other formats unchanged."""
+    if stored.dtype != torch.uint8:
+        return stored
+    return torch.where(stored.view(KV_FORMATS[kv_format]).float().isnan(), _FP8_NAN, stored)
+
+
 def _oracle(k: Tensor, v: Tensor, kv: KVCache, batch: Batch, rope: RopeTable | None, q: Tensor | None) -> None:
     """The definition: bit-exact float32 without RoPE, float64 with it (then rounded to what is stored)."""
     append_kv(k, v, kv, batch, rope, q, compute_dtype=None if rope is None else torch.float64)
 
 
 _HOSTILE = frozenset({"hostile"})
+_FP8_NAN = 0x7F
+"""A NaN in both 8-bit formats."""
 
 
 def cases() -> Iterator[Case]:

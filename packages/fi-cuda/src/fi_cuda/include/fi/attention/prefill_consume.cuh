@@ -84,6 +84,7 @@ class PrefillConsumer {
         }
       }
       shared_.value_ring.wait_full(value_place());
+      __syncwarp();  // nothing else keeps a lane from falling behind what the first one releases
       release_values();
     }
   }

@@ -106,39 +106,34 @@ struct SampleKernel {
   }
 
   // The first token in index order whose inclusive cumulative mass exceeds the random target; weight(place, logit) is 0 for
-  // tokens that are not kept. Where it is known which block has it, the others have no work.
+  // tokens that are not kept. Where it is known which block has it, the others have no work. False, in all blocks, if none is kept.
   template <class Weight>
-  __device__ __forceinline__ void draw(Weight weight, Answer end) {
-    if (end.known() && static_cast<int>(end.block) != row.rank) return;
+  __device__ __forceinline__ bool draw(Weight weight, Answer end) {
+    if (end.known() && static_cast<int>(end.block) != row.rank) return true;
     row.read_rank();
     row.sum_masses_over_warps(weight);
     uint64 target = end.amount;
     if (!end.known()) {
       uint64 before;
       const uint64 total = row.sum_over_blocks(before);
-      if (Config::kTypicalP && total == 0) return write_first_of_largest();  // joint filters may leave nothing
+      if (Config::kTypicalP && total == 0) return false;  // joint filters may leave nothing
       target = static_cast<uint64>(scale_bits(row.shared.random, static_cast<int64>(total)));
-      if (target < before || target >= before + row.shared.block_amount[row.rank]) return;
+      if (target < before || target >= before + row.shared.block_amount[row.rank]) return true;
       target -= before;
     }
     row.locate([&](int place, float logit) { return mass_limbs(weight(place, logit)); }, target,
                [&](int place) { write(row.first_token + place); });
+    return true;
   }
 
-  // Of the typical tokens that the other filters keep too.
+  // The typical tokens; of those that the other filters keep, unless all filters look at the whole row.
   template <class Weight>
-  __device__ __forceinline__ void draw_typical(const RowFilters& filters, Weight kept_weight) {
-    const TypicalSet kept = TypicalSearch<Config>{row}.find(
+  __device__ __forceinline__ TypicalSet typical_set(const RowFilters& filters, Weight kept_weight) {
+    return TypicalSearch<Config>{row}.find(
         [&](int place, float logit) {
           return filters.joint ? weight_of(row.largest - logit) : kept_weight(place, logit);
         },
         [&](uint64 total) { return RowFilters::share_of(filters.typical_p, total); });
-    draw(
-        [&](int place, float logit) {
-          const bool has = kept.has(row.largest - logit, row.first_token + place);
-          return has ? kept_weight(place, logit) : 0.0f;
-        },
-        Answer{});
   }
 
   __device__ __forceinline__ void run() {
@@ -156,12 +151,16 @@ struct SampleKernel {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
-    if (filters.greedy) return write_first_of_largest();
+    if (filters.greedy || !drawn(filters, typical, listed)) write_first_of_largest();
+  }
+
+  // By the filters' rules. False, in all blocks, if they keep nothing.
+  __device__ __forceinline__ bool drawn(const RowFilters& filters, bool typical, bool listed) {
     if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP && !Config::kTypicalP) {
       return draw([&](int, float logit) { return row.weight(logit); }, Answer{});
     }
     if constexpr (Config::kTopK) {
-      if (listed && drawn_from_list(filters)) return;
+      if (listed && drawn_from_list(filters)) return true;
     }
     RankPrefix prefix = every_token();
     Answer end;
@@ -169,7 +168,10 @@ struct SampleKernel {
     bool known = false;
     if constexpr (Config::kBracket) {
       known = kept_by_bracket(row, filters, wish, prefix, end);
-      if (known && !typical && filters.min_p <= 0.0f) return draw_kept(prefix, end);
+      if (known && !typical && filters.min_p <= 0.0f) {
+        draw_kept(prefix, end);
+        return true;
+      }
     }
     if constexpr (Config::kTopK || Config::kTopP) {
       if (!known) prefix = kept_prefix(row, filters, wish, end);
@@ -180,9 +182,16 @@ struct SampleKernel {
       return prefix.has(logit, row.first_token + place) && weight >= min_p ? weight : 0.0f;
     };
     if constexpr (Config::kTypicalP) {
-      if (typical) return draw_typical(filters, kept_weight);
+      // One copy of the draw's code serves rows without the filter too.
+      const TypicalSet kept = typical ? typical_set(filters, kept_weight) : every_typical();
+      return draw(
+          [&](int place, float logit) {
+            const bool has = kept.has(row.largest - logit, row.first_token + place);
+            return has ? kept_weight(place, logit) : 0.0f;
+          },
+          end);
     }
-    draw(kept_weight, end);
+    return draw(kept_weight, end);
   }
 
   // By all blocks, after a bracket's answer; only the one that it names has work.

@@ -22,6 +22,9 @@ struct TypicalSet {
   }
 };
 
+// All tokens, also those whose shortfall is infinite.
+__device__ __forceinline__ TypicalSet every_typical() { return {0.0f, -minus_infinity(), 0x7fffffff}; }
+
 template <class Config>
 struct TypicalSearch {
   using Row = ClusterRow<Config>;
