@@ -14,6 +14,7 @@ from fi_core.protocols import AttentionKernel
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from torch import Tensor
 
+from ...entries import MAX_SHORT_QUERY
 from ...spec import kernel_for
 from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
@@ -27,8 +28,6 @@ from .tuning import memory_gbs, num_processors
 
 _MAX_CALLS = 4096
 _NUM_LISTS = 5  # of a call's workspace, before what is written: rows, tokens, segments, and the decode kernel's two
-MAX_SHORT_QUERY = 16
-"""New tokens of a request up to which the decode kernel serves batches without levels."""
 
 
 class PrefixAttention:
@@ -48,7 +47,7 @@ def _plain(capacity: Capacity) -> Capacity:
 
 
 def _plain_kernel(capacity: Capacity) -> AttentionKernel:
-    """What serves batches without levels."""
+    """What serves batches without levels: by as many new tokens of a request as plans without levels have."""
     return attention_decode if capacity.max_q_len <= MAX_SHORT_QUERY else attention_prefill
 
 
