@@ -21,6 +21,8 @@ from .prefill_tuning import PrefillTuning, built_in_prefill_tuning, prefill_tuni
 
 TUNED_OP = "attention_prefix"
 """What ``fi_tuning`` is asked for."""
+NUM_LISTS = 5
+"""Parameters that are lists, before Q: rows, tokens, segments, and the decode kernel's two."""
 
 
 @dataclass(frozen=True)

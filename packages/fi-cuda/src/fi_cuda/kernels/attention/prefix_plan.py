@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -56,7 +56,7 @@ class SharingTimes:
     reuse_tokens: int
 
     @classmethod
-    def of(cls, spec: AttentionSpec, memory_gbs: float) -> SharingTimes:
+    def of(cls, spec: AttentionSpec, memory_gbs: float = HOPPER_MEMORY_GBS) -> SharingTimes:
         """For a device whose memory has ``memory_gbs`` GB/s."""
         dims = spec.head_dim + (spec.head_dim_vo or 0)
         token_bytes = spec.num_kv_heads * dims * spec.kv_dtype.itemsize
@@ -103,7 +103,7 @@ _PREFIX_PARAMS = (
 class PrefixPlanSpec(KernelSpec):
     """The planning kernel: nodes and requests that its tables in shared memory hold (0: they lie in global memory), tokens of
     a q tile and of a warpgroup, warpgroups, keys a step, what a piece's first key is a multiple of, all KV heads, workers,
-    costs and choice as in PrefixTuning, times as in SharingTimes; ``bounded``: more tokens may share than there is
+    costs and choice as in PrefixTuning; ``bounded``: more tokens may share than there is
     room for."""
 
     table_nodes: int
@@ -124,12 +124,7 @@ class PrefixPlanSpec(KernelSpec):
     node_item_cost: int
     step_cost: int
     group_cost: int
-    unit_ps: int
-    levels_ps: int
-    read_ps: int
-    attend_ps: int
-    pair_ps: int
-    reuse_tokens: int
+    times: SharingTimes
 
     stem: ClassVar = "attention_prefix_plan"
     overlapping: ClassVar = True
@@ -191,10 +186,10 @@ def prefix_plan_spec(
     tuning: PrefixTuning,
     workers: int,
     decode: AttentionPlanSpec | None = None,
-    memory_gbs: float = HOPPER_MEMORY_GBS,
+    times: SharingTimes | None = None,
 ) -> PrefixPlanSpec:
     """The kernel that plans batches of ``spec`` within ``capacity`` for ``workers`` blocks, and with ``decode`` also the decode
-    kernel's lists, on a device of that memory bandwidth."""
+    kernel's lists; ``times`` as on a Hopper GPU if not given."""
     tiles, group_tokens = tuning.tiles, WARPGROUP_ROWS // spec.group_size
     sizes = (capacity.max_prefixes, capacity.max_batch)
     fitting = (size for size in _TABLE_SIZES if all(map(int.__le__, sizes, size[:2])))
@@ -218,7 +213,7 @@ def prefix_plan_spec(
         node_item_cost=tuning.node_item_cost,
         step_cost=tuning.step_cost,
         group_cost=tuning.group_cost,
-        **asdict(SharingTimes.of(spec, memory_gbs)),
+        times=times or SharingTimes.of(spec),
     )
     if decode is None:
         return made

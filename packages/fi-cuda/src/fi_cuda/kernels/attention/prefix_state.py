@@ -20,14 +20,13 @@ from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
 from .call import CallForm
 from .prefill_state import attention_prefill
-from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, box_tokens
-from .prefix import prefix_spec, prefix_tuning_for
-from .prefix_plan import PrefixLayout, PrefixPlanner, prefix_plan_spec
+from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, WARPGROUP_WARPS, box_tokens
+from .prefix import NUM_LISTS, prefix_spec, prefix_tuning_for
+from .prefix_plan import PrefixLayout, PrefixPlanner, SharingTimes, prefix_plan_spec
 from .state import Addressing, Call, DecodeState, address_of, attention_decode, cache_strides_of, scale_of
 from .tuning import memory_gbs, num_processors
 
 _MAX_CALLS = 4096
-_NUM_LISTS = 5  # of a call's workspace, before what is written: rows, tokens, segments, and the decode kernel's two
 
 
 class PrefixAttention:
@@ -64,17 +63,16 @@ class PrefixState:
             region.of(self._buffer).zero_()
         self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
         # With other kernels than decode's nothing is gained: they have tiles as long as a node's.
-        plain, warps = self._unshared, WARPGROUP_ROWS // 16 * (1 + tuning.tiles.consumers)
-        chosen = isinstance(plain, DecodeState) and tuning.choose and plain.serves_as(self._num_workers, warps)
-        self._decode = plain if isinstance(plain, DecodeState) and chosen else None
+        plain, num_warps = self._unshared, WARPGROUP_WARPS * (1 + tuning.tiles.consumers)
+        self._decode: DecodeState | None = None
+        if tuning.choose and isinstance(plain, DecodeState) and plain.serves_as(self._num_workers, num_warps):
+            self._decode = plain
         beside = self._decode.planner_of(None) if self._decode and None in spec.windows else None
-        self._planner = PrefixPlanner(
-            prefix_plan_spec(
-                *(spec, capacity, tuning, self._num_workers),
-                *(None if beside is None else beside.spec, memory_gbs(device)),
-            ),
-            *(capacity, layout, self._buffer, beside),
+        self._times = SharingTimes.of(spec, memory_gbs(device))
+        plan_spec = prefix_plan_spec(
+            *(spec, capacity, tuning, self._num_workers), None if beside is None else beside.spec, self._times
         )
+        self._planner = PrefixPlanner(plan_spec, capacity, layout, self._buffer, beside)
         self._planner.load()  # compiling and loading would not be legal in a capture
         self._levels: SharedPrefixes | None = None
         self._addressing: Addressing | None = None
@@ -93,7 +91,29 @@ class PrefixState:
             f"with levels, tiles: {rows} rows x {tuning.tokens} KV tokens, taken by {self._num_workers} blocks; at most"
             f" {layout.max_rows} a KV head, of which {layout.max_node_rows} of nodes",
             f"with levels, rows of partial results: {layout.max_parts}; planner: device, one kernel",
+            f"with levels, {self._choice}",
             *(f"without levels, {line}" for line in self._unshared.describe()),
+        )
+
+    @property
+    def _choice(self) -> str:
+        """Which batches use their nodes."""
+        if not self._tuning.choose:
+            return "nodes are used as they are given"
+        tuning = self._tuning
+        costs = (tuning.step_cost, tuning.group_cost, tuning.item_cost, tuning.node_item_cost)
+        step, group, item, node_item = (cost / 10 for cost in costs)
+        clocks = (
+            f"nodes are used that pay by the costs in 1000 clocks: {step} a step, {group} more a further warpgroup, {item} a"
+            f" tile, {node_item} of a node"
+        )
+        if self._decode is None:
+            return clocks
+        times = self._times
+        return (
+            f"{clocks}; none if the decode kernel's code is through sooner, by {times.levels_ps / 1e6:g} us and"
+            f" {times.unit_ps / 1e3:g} ns for 100 clocks against {times.read_ps / 1e3:g} ns for a token read and"
+            f" {times.attend_ps / 1e3:g} ns for one attended to"
         )
 
     def update(self, batch: Batch) -> None:
@@ -129,9 +149,9 @@ class PrefixState:
             self._num_workers,
             1,
             *call.cache,
-            *call.workspace[:_NUM_LISTS],
+            *call.workspace[:NUM_LISTS],
             q.data_ptr(),
-            *call.workspace[_NUM_LISTS:],
+            *call.workspace[NUM_LISTS:],
             out.data_ptr(),
             0 if lse is None else lse.data_ptr(),
             *addressing.addresses,
