@@ -6,23 +6,22 @@ from __future__ import annotations
 import pytest
 import torch
 from fi_core.reference.sampling.draw import filter_logits as reference_filter
-from fi_core.reference.sampling.draw import sample as reference_sample
+from fi_core.reference.sampling.masses import exponential, to_mass
 from fi_core.reference.sampling.ranking import logprobs as reference_logprobs
 from fi_core.reference.sampling.ranking import top_k as reference_top_k
 from fi_core.sampling import DrawKeys, FilterParams, LogprobsOut
 from fi_cuda.kernels.sampling import filter_logits as filter_module
 from fi_cuda.kernels.sampling import sample as sample_module
+from kernel_exponential import check_drawn, kernel_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(240)]
 
 VOCAB = 128256
-MOST_BOUNDARY_ROWS = 0.01
-"""Share of draws that a rounding of the exponential may tip."""
-
 COLUMNS = {"top_k": torch.int32} | dict.fromkeys(("top_p", "min_p", "typical_p", "temperature"), torch.float32)
 FILTERS: dict[str, dict[str, float]] = {
     "plain": {},
     "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 0.7},
     "top_k": {"top_k": 50},
     "top_p": {"top_p": 0.9},
     "min_p": {"min_p": 0.1},
@@ -69,15 +68,39 @@ def drawn(logits: torch.Tensor, filters: FilterParams, keys: DrawKeys) -> torch.
 @pytest.mark.parametrize(
     "kind", ["normal", "narrow", "uniform", "equal", "tied", "rounded", "few", "peak", "one_group"]
 )
-def test_draws_are_those_of_the_reference(kind, num_rows):
+def test_draws_are_those_of_the_reference(kind, num_rows, monkeypatch):
     logits = rows_of(kind, num_rows, VOCAB)
-    for name, values in FILTERS.items():
+    for values in FILTERS.values():
         for order in ("sequential", "joint"):
             filters, keys = parameters(values, num_rows, order)
-            expected = torch.empty_like(keys.seed)
-            reference_sample(logits, filters, keys, None, expected)
-            other = int((drawn(logits, filters, keys) != expected).sum())
-            assert other <= max(1, MOST_BOUNDARY_ROWS * num_rows), (name, order)
+            check_drawn(monkeypatch, drawn(logits, filters, keys), logits, filters, keys)
+
+
+@pytest.mark.parametrize("num_rows", [128, 300])
+@pytest.mark.parametrize("kind", ["normal", "narrow", "peak"])
+def test_tokens_at_the_edges_of_bins_are_found_where_they_are_counted(kind, num_rows, monkeypatch):
+    # Rows enough that in some of them a token of the last level lies within rounding of a bin's edge.
+    logits = rows_of(kind, num_rows, 32000)
+    for values in (FILTERS["large_top_k"], FILTERS["large_top_k_top_p"], FILTERS["top_k"] | FILTERS["top_p"]):
+        filters, keys = parameters(values, num_rows)
+        check_drawn(monkeypatch, drawn(logits, filters, keys), logits, filters, keys)
+
+
+def test_every_weight_is_within_three_units_in_the_last_place():
+    last = torch.tensor(22.25).view(torch.int32).item()
+    step = 2**26
+    for begin in range(0, last + 1, step):
+        shortfalls = torch.arange(begin, min(begin + step, last + 1), dtype=torch.int32, device="cuda").view(
+            torch.float32
+        )
+        weights, masses = kernel_weights(shortfalls)
+        expected = exponential(shortfalls)
+        units = weights.view(torch.int32) - expected.view(torch.int32)
+        assert int(units.abs().max()) <= 3
+        assert torch.equal(masses, to_mass(weights))
+    for shortfall in (22.25, 23.0, 64.0, 88.0, 1e30, torch.inf, torch.nan):
+        _, masses = kernel_weights(torch.full((1,), shortfall, device="cuda"))
+        assert masses.item() == 0
 
 
 @pytest.mark.parametrize("kind", ["normal", "narrow", "equal", "tied"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import kernel_exponential
 import pytest
 import torch
 from emulated_kernels import emulate
+from fi_core.reference.sampling import masses as reference_masses
 from fi_core.reference.sampling.draw import filter_logits as reference_filter
 from fi_core.reference.sampling.draw import sample as reference_sample
 from fi_core.reference.sampling.ranking import top_k as reference_top_k
@@ -104,6 +106,29 @@ def test_probabilities_are_renormalised_over_what_top_p_keeps(on_host):
         reference_filter(logits, filters, "probs", expected)
         assert torch.equal(out > 0, expected > 0), kind
         assert torch.allclose(out, expected, rtol=1e-5, atol=1e-9), kind
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9}], ids=lambda values: "+".join(values) or "plain"
+)
+def test_nothing_but_the_exponential_makes_draws_differ(on_host, values, monkeypatch):
+    on_host(TWO_BLOCKS)
+    emulate(monkeypatch, [kernel_exponential])
+    for kind in ("normal", "narrow", "tied"):
+        logits = rows_of(kind, num_rows=12)
+        filters, keys = parameters(values, 12)
+        tokens = torch.full_like(keys.seed, -77)
+        sample_module.sample(logits, filters, keys, None, tokens)
+        kernel_exponential.check_drawn(monkeypatch, tokens, logits, filters, keys)
+
+
+def test_weights_on_the_host_are_within_three_units_in_the_last_place(monkeypatch):
+    emulate(monkeypatch, [kernel_exponential])
+    shortfalls = torch.cat([torch.linspace(0, 22.2, 5000), torch.linspace(0, 1e-3, 1000)])
+    weights, masses = kernel_exponential.kernel_weights(shortfalls)
+    units = weights.view(torch.int32) - reference_masses.exponential(shortfalls).view(torch.int32)
+    assert int(units.abs().max()) <= 3
+    assert torch.equal(masses, reference_masses.to_mass(weights))
 
 
 @pytest.mark.parametrize("seed", range(12))

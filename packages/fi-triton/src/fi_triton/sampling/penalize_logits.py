@@ -40,6 +40,50 @@ def spread_entries_kernel(
 
 
 @triton.jit
+def bits_of(words_ptr, token, inside):
+    """Whether bit (token % 32) of word token // 32 is set."""
+    word = tl.load(words_ptr + token // 32, mask=inside, other=0)
+    return ((word >> (token % 32)) & 1) == 1
+
+
+@triton.jit
+def with_bias(value, token, place, history, lists, until_ptr, num_output_ptr):
+    """``value`` with the entries of ``lists`` (indptr, tokens, values) added; -inf where until_ptr holds a token back."""
+    indptr_ptr, tokens_ptr, values_ptr = lists
+    end = tl.load(indptr_ptr + place + 1)
+    for start in range(tl.load(indptr_ptr + place), end, _ENTRIES):
+        entry = start + tl.arange(0, _ENTRIES)
+        biased = tl.load(tokens_ptr + entry, mask=entry < end, other=-1)
+        bias = tl.load(values_ptr + entry, mask=entry < end, other=0.0)
+        if until_ptr is not None:
+            until = tl.load(until_ptr + entry, mask=entry < end, other=0)
+            bias = tl.where(tl.load(num_output_ptr + history) < until, float("-inf"), bias)
+        value += tl.sum(tl.where(biased[:, None] == token[None, :], bias[:, None], 0.0), axis=0)
+    return value
+
+
+@triton.jit
+def with_repetition(value, seen, factor):
+    """``value`` of seen tokens moved away from what is likely."""
+    return tl.where(seen, tl.where(value > 0, tl.div_rn(value, factor), value * factor), value)
+
+
+@triton.jit
+def with_counts(value, count, place, frequency_ptr, presence_ptr):
+    """(``value`` less what frequency and presence take, whether the row uses one of them)."""
+    uses = place < 0
+    if frequency_ptr is not None:
+        frequency = tl.load(frequency_ptr + place)
+        value -= frequency * count.to(tl.float32)
+        uses = uses | (frequency != 0.0)
+    if presence_ptr is not None:
+        presence = tl.load(presence_ptr + place)
+        value -= presence * (count > 0).to(tl.float32)
+        uses = uses | (presence != 0.0)
+    return value, uses
+
+
+@triton.jit
 def penalize_kernel(
     logits_ptr,
     out_ptr,
@@ -79,46 +123,26 @@ def penalize_kernel(
     place = row if slots_ptr is None else tl.load(slots_ptr + row)
     if place >= 0:
         if allowed_ptr is not None:
-            word = tl.load(allowed_ptr + place * allowed_stride + token // 32, mask=inside, other=0)
-            value = tl.where(((word >> (token % 32)) & 1) == 1, value, float("-inf"))
+            value = tl.where(bits_of(allowed_ptr + place * allowed_stride, token, inside), value, float("-inf"))
         if step_allowed_ptr is not None:
-            word = tl.load(step_allowed_ptr + row * step_allowed_stride + token // 32, mask=inside, other=0)
-            value = tl.where(((word >> (token % 32)) & 1) == 1, value, float("-inf"))
+            value = tl.where(bits_of(step_allowed_ptr + row * step_allowed_stride, token, inside), value, float("-inf"))
         history = place if rows_ptr is None else tl.load(rows_ptr + row).to(tl.int64)
         if bias_indptr_ptr is not None:
-            end = tl.load(bias_indptr_ptr + place + 1)
-            for start in range(tl.load(bias_indptr_ptr + place), end, _ENTRIES):
-                entry = start + tl.arange(0, _ENTRIES)
-                biased = tl.load(bias_tokens_ptr + entry, mask=entry < end, other=-1)
-                bias = tl.load(bias_values_ptr + entry, mask=entry < end, other=0.0)
-                if bias_until_ptr is not None:
-                    until = tl.load(bias_until_ptr + entry, mask=entry < end, other=0)
-                    bias = tl.where(tl.load(num_output_ptr + history) < until, float("-inf"), bias)
-                value += tl.sum(tl.where(biased[:, None] == token[None, :], bias[:, None], 0.0), axis=0)
+            lists = (bias_indptr_ptr, bias_tokens_ptr, bias_values_ptr)
+            value = with_bias(value, token, place, history, lists, bias_until_ptr, num_output_ptr)
+        count = tl.zeros_like(token)
         if output_ptr is not None:
             counts_ptr = output_ptr + (row if COUNTS_BY_ROW else history) * output_stride
             count = tl.load(counts_ptr + token, mask=inside, other=0)
         if repetition_ptr is not None:
-            seen = token < 0
             if seen_ptr is not None:
-                word = tl.load(seen_ptr + history * seen_stride + token // 32, mask=inside, other=0)
-                seen = ((word >> (token % 32)) & 1) == 1
+                seen = bits_of(seen_ptr + history * seen_stride, token, inside)
             else:
+                seen = count != 0
                 if prompt_ptr is not None:
                     seen = seen | (tl.load(prompt_ptr + history * prompt_stride + token, mask=inside, other=0) != 0)
-                if output_ptr is not None:
-                    seen = seen | (count != 0)
-            factor = tl.load(repetition_ptr + place)
-            value = tl.where(seen, tl.where(value > 0, tl.div_rn(value, factor), value * factor), value)
-        counted = place < 0
-        if frequency_ptr is not None:
-            frequency = tl.load(frequency_ptr + place)
-            value -= frequency * count.to(tl.float32)
-            counted = counted | (frequency != 0.0)
-        if presence_ptr is not None:
-            presence = tl.load(presence_ptr + place)
-            value -= presence * (count > 0).to(tl.float32)
-            counted = counted | (presence != 0.0)
+            value = with_repetition(value, seen, tl.load(repetition_ptr + place))
+        value, counted = with_counts(value, count, place, frequency_ptr, presence_ptr)
         if num_entries_ptr is not None:
             unfit = counted & (tl.load(num_entries_ptr + history) > capacity)
             value = tl.where(unfit, float("-inf"), value)

@@ -29,18 +29,20 @@ class Weights:
 
     @classmethod
     def of(cls, logits: Tensor, temperature: Tensor | None) -> Weights:
-        """Weights of logits [N, V] at ``temperature`` float32 [N], all above 0 (None: 1).
-
-        The exponential is taken in float64 and rounded, so it is the correctly rounded float32 value (up to a double
-        rounding, one time in 2^29): the same for every position in a vector register, library and device.
-        """
+        """Weights of logits [N, V] at ``temperature`` float32 [N], all above 0 (None: 1)."""
         scaled = logits.to(torch.float32)
         if temperature is not None:
             scaled = scaled / temperature.unsqueeze(1)
         largest = scaled.amax(dim=1, keepdim=True)  # NaN if any is, +inf if any is, -inf if none is finite
         shortfall = largest - scaled
-        weight = shortfall.to(torch.float64).neg_().exp_().to(torch.float32)
+        weight = exponential(shortfall)
         return cls(scaled, shortfall, weight, to_mass(weight), largest.squeeze(1).isfinite())
+
+
+def exponential(shortfall: Tensor) -> Tensor:
+    """exp(-shortfall) in float32, taken in float64 and rounded: the correctly rounded value (up to a double rounding, one
+    time in 2^29), the same for every position in a vector register, library and device."""
+    return shortfall.to(torch.float64).neg_().exp_().to(torch.float32)
 
 
 def to_mass(weight: Tensor) -> Tensor:

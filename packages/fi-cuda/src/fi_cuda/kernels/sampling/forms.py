@@ -10,7 +10,7 @@ from fi_core.sampling import PenaltyParams
 from torch import Tensor
 
 from ...spec import KernelSpec
-from .geometry import NO_SEARCH, SEARCH, SMALL_SEARCH, Geometry, Kept
+from .geometry import NO_SEARCH, SMALL_SEARCH, Geometry, Kept
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
 _RANK_BINS, _LOCAL_TOKENS, _BRACKET_TOKENS, _COMPARED_TOKENS, _MESSAGES = 64, 1024, 512, 128, 9
@@ -60,6 +60,11 @@ class ClusterRowSpec(KernelSpec):
         return False
 
     @property
+    def penalised(self) -> bool:
+        """Whether penalties change the row while it is loaded, for which bits of its tokens lie where later a search does."""
+        return False
+
+    @property
     def needs_smallest(self) -> bool:
         """Whether the kernel reads a row's smallest element."""
         return self.search
@@ -68,7 +73,10 @@ class ClusterRowSpec(KernelSpec):
     def shared_bytes(self) -> int:
         warps, blocks = self.block_threads // 32, self.cluster_blocks
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 56
-        return 4 * warps * self.warp_tokens + 16 + exchanged + (self._searched_bytes if self.search else 0)
+        beside = self._searched_bytes if self.search else 0
+        if self.penalised:
+            beside = max(beside, -(-(32 + warps * self.warp_tokens * 3 // 8) // 16) * 16)
+        return 4 * warps * self.warp_tokens + 16 + exchanged + beside
 
     @property
     def _searched_bytes(self) -> int:
@@ -91,6 +99,7 @@ class ClusterRowSpec(KernelSpec):
             f"static constexpr bool kGroups = {str(self.groups).lower()};",
             f"static constexpr bool kBracket = {str(self.bracket).lower()};",
             f"static constexpr bool kSmallSearch = {str(self.small_search).lower()};",
+            f"static constexpr bool kPenalised = {str(self.penalised).lower()};",
             f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
         )
         return [*super().config_lines(), *derived]
@@ -136,9 +145,7 @@ class FilteringSpec(ClusterRowSpec):
 
 def kept_for(filters: frozenset[str]) -> Kept:
     """What a kernel with these filters keeps to look for the last token that they keep; min_p alone is a limit."""
-    if "typical_p" in filters:
-        return SEARCH
-    return SMALL_SEARCH if filters & {"top_k", "top_p"} else NO_SEARCH
+    return SMALL_SEARCH if filters & {"top_k", "top_p", "typical_p"} else NO_SEARCH
 
 
 def address(tensor: Tensor | None) -> int:

@@ -15,7 +15,7 @@ from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import PENALTY_FIELDS, FilteringSpec, address, kept_for, penalty_values
-from .geometry import SMALL_SEARCH, Geometry, geometry_for
+from .geometry import NO_SEARCH, NO_SEARCH_PENALISED, Geometry, geometry_for
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SampleSpec(FilteringSpec):
     def config_lines(self) -> list[str]:
         return [
             *super().config_lines(),
-            "static constexpr bool kColumns = false, kPenalties = false, kTypicalP = false;",
+            "static constexpr bool kColumns = false, kTypicalP = false;",
         ]
 
 
@@ -68,16 +68,15 @@ class ColumnSampleSpec(FilteringSpec):
         return super().search or self.typical_p
 
     @property
-    def bracket(self) -> bool:
-        # The search for typical tokens begins where another's messages end, which a bracket's do elsewhere.
-        return super().bracket and not self.typical_p
+    def penalised(self) -> bool:
+        return self.penalties
 
     @property
-    def small_search(self) -> bool:
-        return not self.typical_p
+    def bracket(self) -> bool:
+        return super().bracket or self.typical_p
 
     def config_lines(self) -> list[str]:
-        return [*super().config_lines(), "static constexpr bool kColumns = true;"]
+        return [*super().config_lines(), "static constexpr bool kColumns = true, kDense = false;"]
 
 
 @lru_cache(maxsize=1024)
@@ -144,12 +143,11 @@ def sample(
 
 
 def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
-    """The form of a row's cluster, with as many registers as typical_p needs, and the shared memory of penalties."""
+    """The form of a row's cluster, with the shared memory of penalties."""
     kept = kept_for(filters)
-    if penalties and kept is SMALL_SEARCH:
-        kept = kept._replace(most_blocks=2)
-    form = geometry_for(vocab_size, num_outputs, kept=kept)
-    return form._replace(resident_blocks=1) if "typical_p" in filters else form
+    if penalties and kept is NO_SEARCH:
+        kept = NO_SEARCH_PENALISED
+    return geometry_for(vocab_size, num_outputs, kept=kept)
 
 
 def sample_columns(

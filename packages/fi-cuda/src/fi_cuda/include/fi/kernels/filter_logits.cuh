@@ -58,7 +58,7 @@ __device__ __forceinline__ int first_of_largest(ClusterRow<Config>& row) {
 // A row's parameters, loaded by one thread while the row is.
 template <class Config, class Params>
 struct FilterStage {
-  static constexpr bool kMasks = false;
+  static constexpr bool kChanges = false;
 
   const Params& params;
   ClusterShared<Config>& shared;

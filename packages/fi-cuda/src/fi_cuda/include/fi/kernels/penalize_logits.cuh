@@ -70,7 +70,8 @@ __device__ __forceinline__ void penalize_logits(const Params& params) {
       Pack<T, kBytes> pack;
 #pragma unroll
       for (int idx = 0; idx < kCount; ++idx) {
-        float value = fits ? logits[e + idx] : minus_infinity();
+        const bool stays = fits && (!changed || patch.allowed(place) >> (e + idx) & 1);
+        float value = stays ? logits[e + idx] : minus_infinity();
         if (Config::kDense && changed) value = penalised_by_counts(params, patch, token + e + idx, value);
         pack.data[idx] = from_float<T>(value);
       }

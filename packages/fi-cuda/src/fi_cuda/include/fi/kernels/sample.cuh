@@ -5,7 +5,7 @@
 // exchanged first. Rows with a small top_k are then decided by the first block (short_list.cuh); others find the last token
 // that their filters keep (find_prefix.cuh), sum up the kept masses, and draw in index order.
 // Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTopK, kTopP, kMinP, kTypicalP: which filters some row
-// uses; kColumns: parameters lie in columns from which slots may pick; with it kPenalties: penalties change the rows on their way
+// uses; kColumns: parameters lie in columns from which slots may pick; with it kPenalised: penalties change the rows on their way
 // in (fi/sampling/penalties.cuh, which has their Params).
 // Params: logits [rows, vocab_size]; rows (int32, or int64 if wide_rows; null: in order); temperature, top_p, min_p float32
 // and top_k int32 [outputs], temperature or null; seed, sample, position [outputs]; tokens int64 [outputs]. With kColumns also
@@ -22,7 +22,7 @@ namespace fi {
 // An output's parameters, loaded while its row is: by one thread, into the block's shared memory.
 template <class Config, class Params>
 struct SampleStage {
-  static constexpr bool kMasks = false;
+  static constexpr bool kChanges = false;
 
   const Params& params;
   ClusterShared<Config>& shared;
@@ -72,6 +72,7 @@ struct SampleKernel {
   using Row = ClusterRow<Config>;
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kThreads = Config::kNumThreads;
+  static constexpr bool kFilters = Config::kTopK || Config::kTopP || Config::kMinP || Config::kTypicalP;
 
   const Params& params;
   Row& row;
@@ -126,14 +127,18 @@ struct SampleKernel {
     return true;
   }
 
-  // The typical tokens; of those that the other filters keep, unless all filters look at the whole row.
+  // The typical tokens; of those that the other filters keep, unless all filters look at the whole row. `end` answers a draw from
+  // them if it is known.
   template <class Weight>
-  __device__ __forceinline__ TypicalSet typical_set(const RowFilters& filters, Weight kept_weight) {
-    return TypicalSearch<Config>{row}.find(
-        [&](int place, float logit) {
-          return filters.joint ? weight_of(row.largest - logit) : kept_weight(place, logit);
-        },
+  __device__ __forceinline__ TypicalSet typical_set(const RowFilters& filters, Weight kept_weight, Answer& end) {
+    TypicalSearch<Config> search{row};
+    const bool alone = filters.top_k == 0 && !filters.has_top_p() && filters.min_p <= 0.0f;
+    const TypicalSet found = search.find(
+        filters.typical_p, alone,
+        [&](int place, float logit) { return filters.joint ? row.weight(logit) : kept_weight(place, logit); },
         [&](uint64 total) { return RowFilters::share_of(filters.typical_p, total); });
+    end = search.answer;
+    return found;
   }
 
   __device__ __forceinline__ void run() {
@@ -146,17 +151,26 @@ struct SampleKernel {
     const RowFilters& filters = row.shared.filters;
     const bool typical = Config::kTypicalP && filters.typical_p < 1.0f;
     const bool listed = Config::kTopK && ShortList<Config>::serves(filters) && !typical;
-    row.share(extremes, params.vocab_size, filters.temperature, listed);
+    // Penalties have divided the row. Without filters each logit's weight is needed once or twice, and the division then.
+    const Divisor divisor(Config::kPenalised ? 1.0f : filters.temperature);
+    const bool late = !kFilters && divisor.value != 1.0f && divisor.moderate;
+    row.share(extremes, params.vocab_size, late ? 1.0f : divisor.value, listed);
+    if (late) row.largest = __fdiv_rn(row.largest, divisor.value);
     if (!row.usable() || !filters.valid || !fits) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
-    if (filters.greedy || !drawn(filters, typical, listed)) write_first_of_largest();
+    if (late) {
+      // Quotients may be NaN where they overflow, and inexact where their size is below 1e-24: without mass, and all alike.
+      draw([&](int, float logit) { return weight_or_none(row.largest - divisor.quotient(logit)); }, Answer{});
+    } else if (filters.greedy || !drawn(filters, typical, listed)) {
+      write_first_of_largest();
+    }
   }
 
   // By the filters' rules. False, in all blocks, if they keep nothing.
   __device__ __forceinline__ bool drawn(const RowFilters& filters, bool typical, bool listed) {
-    if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP && !Config::kTypicalP) {
+    if constexpr (!kFilters) {
       return draw([&](int, float logit) { return row.weight(logit); }, Answer{});
     }
     if constexpr (Config::kTopK) {
@@ -166,7 +180,7 @@ struct SampleKernel {
     Answer end;
     const Wish wish = typical ? Wish::kNothing : Wish::kDraw;
     bool known = false;
-    if constexpr (Config::kBracket) {
+    if constexpr (Config::kBracket && Config::kTopP) {
       known = kept_by_bracket(row, filters, wish, prefix, end);
       if (known && !typical && filters.min_p <= 0.0f) {
         draw_kept(prefix, end);
@@ -183,37 +197,39 @@ struct SampleKernel {
     };
     if constexpr (Config::kTypicalP) {
       // One copy of the draw's code serves rows without the filter too.
-      const TypicalSet kept = typical ? typical_set(filters, kept_weight) : every_typical();
+      TypicalSet kept = {{row.largest, 0.0f}, every_token()};
+      if (typical) kept = typical_set(filters, kept_weight, end);
+      if (typical && end.known()) {
+        draw_kept(kept, end);
+        return true;
+      }
       return draw(
-          [&](int place, float logit) {
-            const bool has = kept.has(row.largest - logit, row.first_token + place);
-            return has ? kept_weight(place, logit) : 0.0f;
-          },
+          [&](int place, float logit) { return kept.has(logit, row.first_token + place) ? kept_weight(place, logit) : 0.0f; },
           end);
     }
     return draw(kept_weight, end);
   }
 
-  // By all blocks, after a bracket's answer; only the one that it names has work.
-  __device__ __forceinline__ void draw_kept(RankPrefix prefix, Answer end) {
+  // By all blocks, after a bracket's answer, of a RankPrefix or a TypicalSet; only the block that it names has work.
+  template <class Kept>
+  __device__ __forceinline__ void draw_kept(const Kept& kept, Answer end) {
     if (static_cast<int>(end.block) != row.rank) return;
     const auto mass = [&](int place, float logit) {
-      return mass_limbs(prefix.has(logit, row.first_token + place) ? row.weight(logit) : 0.0f);
+      return mass_limbs(kept.has(logit, row.first_token + place) ? row.weight(logit) : 0.0f);
     };
     row.locate(mass, end.amount, [&](int place) { write(row.first_token + place); });
   }
 
-  // The row into the slice, penalties too; returns this thread's extremes. `fits`: its history has what it needs.
+  // The row into the slice, with penalties divided by its temperature too; returns this thread's extremes. `fits`: its history has what it needs.
   __device__ __forceinline__ Extremes load(const typename Config::Dtype* logits, SampleStage<Config, Params>& stage, bool& fits) {
     float* slice = row.shared.slice;
-    if constexpr (Config::kPenalties) {
-      __shared__ PenaltyShared<RowShape<Config>::kBlockTokens> kept;
-      PenaltyPatch<Config, Params> patch(params, kept, slice, row.first_token);
+    if constexpr (Config::kPenalised) {
+      PenaltyPatch<Config, Params> patch(params, row.shared.penalties, slice, row.first_token);
       PenalisedSampleStage<Config, Params> penalised(stage, patch);
-      const Extremes unpatched = load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
+      load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
       patch.apply();
       fits = patch.fits();
-      return patch.settle(unpatched);
+      return patch.settle(row.shared.filters.temperature);
     } else {
       return load_slice<Config>(logits, row.first_token, params.vocab_size, slice, stage);
     }

@@ -84,12 +84,19 @@ struct BracketEstimate {
     row.mailbox.receive_in_first_warp(kParts, kBlocks * kRankBins * 4);
   }
 
-  // By the first warp, after count: search.bracket around the place at which the estimated weight reaches `fraction` of all.
-  __device__ __forceinline__ void choose(float fraction, int margin) {
-    const float bottom = this->bottom();
-    auto& search = row.shared.search;
+  // Two bins of the row, number 2 * lane and the next.
+  struct Bins {
+    float width;
+    int numbers[2];              // of tokens
+    float mean[2], weight[2];    // of a bin's tokens: how far below its upper end, in its width, and what they weigh
+  };
+
+  // By the first warp, after count.
+  __device__ __forceinline__ Bins bins_of_lane() const {
+    const auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x);
-    int numbers[2] = {0, 0};
+    Bins bins = {(row.largest - bottom()) / kRankBins, {0, 0}, {}, {}};
+    auto& numbers = bins.numbers;
     uint64 places[2] = {0, 0};
 #pragma unroll 4
     for (int block = 0; block < kBlocks; ++block) {
@@ -101,17 +108,31 @@ struct BracketEstimate {
     }
     // Places of the slices without a token stand at the lower end of the last bin.
     if (lane == 31) numbers[1] -= kBlocks * kWarps * kRounds * 128 - row.vocab_size;
-    const float width = (row.largest - bottom) / kRankBins;
-    float mean[2], weight[2];  // of a bin's tokens: how far below its upper end, in its width, and what they weigh
+    const float width = bins.width;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float number = static_cast<float>(numbers[half]);
       const float place = __fdividef(static_cast<float>(places[half]), fmaxf(number, 1.0f) * 65536.0f);
-      mean[half] = numbers[half] > 0 ? 1.0f - 1.0f / 256 - place : 0.5f;
+      bins.mean[half] = numbers[half] > 0 ? 1.0f - 1.0f / 256 - place : 0.5f;
       // Spread tokens weigh a little more than as many at the mean.
       const float spread = numbers[half] >= 8 ? fmaf(width * width, 1.0f / 24, 1.0f) : 1.0f;
-      weight[half] = number * spread * weight_of((static_cast<float>(2 * lane + half) + mean[half]) * width);
+      bins.weight[half] = number * spread * weight_of((static_cast<float>(2 * lane + half) + bins.mean[half]) * width);
     }
+    return bins;
+  }
+
+  // Numbers of a bin's tokens up to a part of it, both as shares, are related by a density that is linear in the bin, as the mean
+  // place has it.
+  __device__ __forceinline__ static float slope_of(float mean) { return fminf(fmaxf(6.0f * mean - 3.0f, -1.0f), 1.0f); }
+
+  // By the first warp, after count: search.bracket around the place at which the estimated weight reaches `fraction` of all.
+  __device__ __forceinline__ void choose(float fraction, int margin) {
+    auto& search = row.shared.search;
+    const int lane = static_cast<int>(threadIdx.x);
+    const Bins bins = bins_of_lane();
+    const float width = bins.width;
+    const auto& numbers = bins.numbers;
+    const auto& weight = bins.weight;
     const Prefix<int> tokens = prefix_over_lanes<32>(numbers[0] + numbers[1]);
     const Prefix<float> weights = prefix_over_lanes<32>(weight[0] + weight[1]);
     const float wanted = fraction * weights.total;
@@ -129,18 +150,17 @@ struct BracketEstimate {
     float middle = static_cast<float>(tokens.exclusive + (later ? numbers[0] : 0)) +
                    part * static_cast<float>(later ? numbers[1] : numbers[0]);
     middle = __shfl_sync(0xffffffffu, middle, first_lane(wanted <= weights.inclusive));
-    // The logit after `place` tokens: of a density that is linear within a bin, as the mean place has it.
+    // The logit after `place` tokens.
     const auto edge = [&](float place) {
       const bool in_second = place >= static_cast<float>(tokens.exclusive + numbers[0]);
       const float passed = static_cast<float>(tokens.exclusive + (in_second ? numbers[0] : 0));
       float part = portion(place - passed, static_cast<float>(in_second ? numbers[1] : numbers[0]));
-      const float slope = fminf(fmaxf(6.0f * (in_second ? mean[1] : mean[0]) - 3.0f, -1.0f), 1.0f);
-      part += slope * part * (1.0f - part);
+      part += slope_of(in_second ? bins.mean[1] : bins.mean[0]) * part * (1.0f - part);
       const float logit = row.largest - (static_cast<float>(2 * lane + in_second) + part) * width;
       return __shfl_sync(0xffffffffu, logit, first_lane(place < static_cast<float>(tokens.inclusive)));
     };
     float low = edge(middle + static_cast<float>(margin)), high = edge(fmaxf(middle - static_cast<float>(margin), 0.0f));
-    if (middle + static_cast<float>(margin) >= static_cast<float>(tokens.total)) low = bottom;
+    if (middle + static_cast<float>(margin) >= static_cast<float>(tokens.total)) low = bottom();
     if (middle <= static_cast<float>(margin)) high = -minus_infinity();
     if (lane == 0) {
       search.bracket = make_float2(low, high);

@@ -1,6 +1,6 @@
-// The last token that top_p keeps of a whole row, in two passes over the slice.
+// The last token that top_p, or typical_p (typical_set.cuh), keeps of a whole row, in two passes over the slice.
 //
-// The first (bracket_estimate.cuh) says about where in the rank order the kept mass ends; a bracket of logits holds kMargin tokens
+// The first (bracket_estimate.cuh) says about where in the rank order the kept mass ends; a bracket of values holds kMargin tokens
 // on each side. The second pass sums up exact masses, of all tokens and of those above the bracket, and each block keeps a list of its tokens in it.
 // Masses of 64 bins of these then lead to a few dozen tokens, which every block gets and compares. The estimate decides nothing:
 // if the bracket proves not to hold the end, or too many tokens are alike, PrefixSearch takes over.
@@ -12,7 +12,15 @@
 
 namespace fi {
 
-template <class Config>
+// A rank order: the token of the largest value is first, and of the lowest index of those with equal ones.
+struct ByLogit {
+  float largest;
+
+  __device__ __forceinline__ float top() const { return largest; }
+  __device__ __forceinline__ float value(float logit) const { return logit; }
+};
+
+template <class Config, class Order = ByLogit>
 struct BracketSearch {
   using Row = ClusterRow<Config>;
   using Shared = SearchShared<Config>;
@@ -26,18 +34,18 @@ struct BracketSearch {
   static_assert(kBlocks <= kWarps && 3 * kMargin <= kBlocks * Shared::kBracketTokens);
 
   Row& row;
+  Order order;
   Wish wish;
   Answer answer = {};
 
-  // False, in all blocks, if another search must do it, and then `found` is as it was; target_of(total mass), at least 1 and at
-  // most that, is to be reached, which is about `fraction` of it.
+  // With an estimate in search.bracket. False, in all blocks, if another search must do it, and then `found` is as it was;
+  // target_of(total mass), at least 1 and at most that, is to be reached.
   // With Wish::kDraw the drawn token's block also has, in row.shared.warp_amount, the kept mass of each warp's tokens.
   template <class TargetOf>
-  __device__ __forceinline__ bool find(float fraction, TargetOf target_of, RankPrefix& found) {
+  __device__ __forceinline__ bool find(TargetOf target_of, RankPrefix& found) {
     auto& search = row.shared.search;
-    if (!BracketEstimate<Config>{row}.run(fraction, kMargin)) return false;
     add_up(search.bracket.x, search.bracket.y);
-    const Bins bins(row.largest, search.bracket);
+    const Bins bins(order.top(), search.bracket);
     share(bins);
     if (threadIdx.x < 32) locate_bin(target_of);
     __syncthreads();
@@ -70,7 +78,7 @@ struct BracketSearch {
     return (word + 1) * kRoundsPerWord < kRounds ? (word + 1) * kRoundsPerWord : kRounds;
   }
 
-  // The second pass: sums of the warps in row.shared, tokens from `low` up to `high` on this block's list.
+  // The second pass: sums of the warps in row.shared, tokens of values from `low` up to `high` on this block's list.
   __device__ __forceinline__ void add_up(float low, float high) {
     clear_bins();
     MassSum total;
@@ -85,9 +93,10 @@ struct BracketSearch {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const double weight = MassSum::widen(weight_or_none(row.largest - logits[e]));
+          const float value = order.value(logits[e]);
           total.add(weight);
-          above.add_if_above(weight, logits[e], high);
-          if (!(logits[e] > high) && logits[e] >= low) marked += 1u << e;
+          above.add_if_above(weight, value, high);
+          if (!(value > high) && value >= low) marked += 1u << e;
         }
       };
       constexpr int kFull = RowShape<Config>::kFullRounds;
@@ -148,10 +157,10 @@ struct BracketSearch {
   struct Bins {
     float top, per_unit;
 
-    __device__ __forceinline__ Bins(float largest, float2 bracket) : top(fminf(bracket.y, largest)) {
+    __device__ __forceinline__ Bins(float largest_value, float2 bracket) : top(fminf(bracket.y, largest_value)) {
       per_unit = top > bracket.x ? __fdividef(static_cast<float>(kRankBins), top - bracket.x) : 0.0f;
     }
-    __device__ __forceinline__ int of(float logit) const { return min(__float2int_rz((top - logit) * per_unit), kRankBins - 1); }
+    __device__ __forceinline__ int of(float value) const { return min(__float2int_rz((top - value) * per_unit), kRankBins - 1); }
   };
 
   __device__ __forceinline__ void clear_bins() const {
@@ -166,7 +175,7 @@ struct BracketSearch {
     auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     for_each_listed([&](float logit, int) {
-      const int bin = bins.of(logit);
+      const int bin = bins.of(order.value(logit));
       const uint2 limbs = mass_limbs(weight_of(row.largest - logit));
       atomicAdd(&search.bracket_bins[0][bin], limbs.x);
       atomicAdd(&search.bracket_bins[1][bin], limbs.y);
@@ -254,8 +263,9 @@ struct BracketSearch {
   __device__ __forceinline__ void send_tokens(const Bins& bins, int chosen) {
     auto& search = row.shared.search;
     for_each_listed([&](float logit, int token) {
-      if (bins.of(logit) != chosen) return;
-      const RankedToken ranked = ranked_token(logit, token, mass_at(row.largest - logit));
+      const float value = order.value(logit);
+      if (bins.of(value) != chosen) return;
+      const RankedToken ranked = ranked_token(value, token, mass_at(row.largest - logit));
       const uint4 words = make_uint4(static_cast<unsigned>(ranked.rank_key), static_cast<unsigned>(ranked.rank_key >> 32),
                                      static_cast<unsigned>(ranked.amount), static_cast<unsigned>(ranked.amount >> 32));
       uint4* place = reinterpret_cast<uint4*>(&search.boundary[atomicAdd(&search.list_before, 1)]);
@@ -291,7 +301,7 @@ struct BracketSearch {
     auto& search = row.shared.search;
     float low = -minus_infinity(), high = minus_infinity();
     for_each_listed([&](float logit, int) {
-      if (bins.of(logit) != bin) return;
+      if (bins.of(order.value(logit)) != bin) return;
       low = fminf(low, logit);
       high = fmaxf(high, logit);
     });
@@ -318,21 +328,21 @@ struct BracketSearch {
     return true;
   }
 
-  // The token that is number `number`, from 0, in index order of this block's listed ones that equal `value`.
-  __device__ __forceinline__ void publish_tied(float value, int number) {
+  // The token that is number `number`, from 0, in index order of this block's listed ones of this logit.
+  __device__ __forceinline__ void publish_tied(float tied, int number) {
     auto& search = row.shared.search;
     for_each_listed([&](float logit, int token) {
-      if (logit != value) return;
+      if (logit != tied) return;
       int before = 0;
 #pragma unroll 2
       for (int idx = 0; idx < search.list_count; ++idx) {
         const uint2 other = search.bracket_tokens[idx];
-        if (__uint_as_float(other.x) == value && static_cast<int>(other.y) < token) ++before;
+        if (__uint_as_float(other.x) == tied && static_cast<int>(other.y) < token) ++before;
       }
       if (before != number) return;
 #pragma unroll 1
       for (unsigned block = 0; block < kBlocks; ++block) {
-        row.mailbox.send(kFound, block, &search.found, message({value, token}, Answer{}));
+        row.mailbox.send(kFound, block, &search.found, message({order.value(tied), token}, Answer{}));
       }
     });
   }
@@ -353,7 +363,7 @@ struct BracketSearch {
     clear_bins();
     __syncthreads();
     for_each_listed([&](float logit, int token) {
-      if (!prefix.has(logit, token)) return;
+      if (!prefix.has(order.value(logit), token)) return;
       const int warp = (token - row.first_token) / RowShape<Config>::kWarpTokens;
       const uint2 limbs = mass_limbs(weight_of(row.largest - logit));
       atomicAdd(&search.bracket_bins[0][warp], limbs.x);

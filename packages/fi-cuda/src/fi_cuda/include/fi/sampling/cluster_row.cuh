@@ -3,6 +3,7 @@
 
 #include "fi/random/philox.cuh"
 #include "fi/sampling/exchange.cuh"
+#include "fi/sampling/penalties.cuh"
 #include "fi/sampling/row.cuh"
 #include "fi/sampling/row_filters.cuh"
 #include "fi/sampling/weight.cuh"
@@ -122,7 +123,7 @@ struct alignas(16) SearchShared {
   int num_ranked;
 };
 
-struct NoSearchShared {};
+struct NoShared {};
 
 template <class Config>
 struct ClusterShared {
@@ -135,7 +136,10 @@ struct ClusterShared {
   static_assert(kGroups <= kMaxGroups && kWarps * kWarpGroups % 4 == 0);
 
   alignas(16) float slice[RowShape<Config>::kSliceFloats];
-  alignas(16) typename Choose<Config::kSearch, SearchShared<Config>, NoSearchShared>::Type search;
+  union {
+    alignas(16) typename Choose<Config::kSearch, SearchShared<Config>, NoShared>::Type search;
+    typename Choose<Config::kPenalised, PenaltyShared<RowShape<Config>::kBlockTokens>, NoShared>::Type penalties;  // while it is loaded
+  };
   uint64 mail[kNumMessages];
   uint2 extremes[kBlocks];  // largest and smallest logit of each block
   uint64 block_amount[kBlocks];

@@ -11,8 +11,9 @@ template <class Config>
 __device__ __forceinline__ bool kept_by_bracket(ClusterRow<Config>& row, const RowFilters& filters, Wish wish, RankPrefix& kept,
                                                 Answer& answer) {
   if (!filters.has_top_p() || filters.top_k > 0) return false;
-  BracketSearch<Config> search{row, filters.min_p > 0.0f ? Wish::kNothing : wish};
-  const bool found = search.find(filters.top_p, [&](uint64 total) { return filters.mass_target(total); }, kept);
+  BracketSearch<Config> search{row, ByLogit{row.largest}, filters.min_p > 0.0f ? Wish::kNothing : wish};
+  const bool found = BracketEstimate<Config>{row}.run(filters.top_p, BracketSearch<Config>::kMargin) &&
+                     search.find([&](uint64 total) { return filters.mass_target(total); }, kept);
   if (found) answer = search.answer;
   row.read_extremes();
   return found;

@@ -86,23 +86,11 @@ __device__ __forceinline__ Pack<T, kBytes> load_once(const T* address) {
 }
 
 // What happens to a row on its way into the slice: nothing. A stage's `begun` is called by all threads when the first loads are
-// under way, so that what it loads comes with them. With kMasks, which it may share with the block, allowed(place) has bits for
-// the tokens from `place` up to the next multiple of 32, set for those that stay, and patched(place) those that
-// are no part of the extremes yet.
+// under way, so that what it loads comes with them. One that kChanges the row does so afterwards, and takes the extremes then.
 struct PlainStage {
-  static constexpr bool kMasks = false;
+  static constexpr bool kChanges = false;
   __device__ __forceinline__ void begun() {}
 };
-
-// A token on its way, number `e` of a pack with these bits: -inf if it does not stay. Taken for the extremes, of which the
-// smallest may be less than it is where a token is patched.
-template <class Config, bool kMasks>
-__device__ __forceinline__ float pass(Extremes& found, float logit, unsigned allowed, unsigned patched, int e) {
-  if (kMasks && (allowed >> e & 1) == 0) logit = minus_infinity();
-  found.largest = ptx::max_or_nan(found.largest, kMasks && (patched >> e & 1) != 0 ? minus_infinity() : logit);
-  if (Config::kSmallest) found.smallest = fminf(found.smallest, logit);
-  return logit;
-}
 
 // load_slice of elements that need no conversion. All of a thread's copies are under way at once and take no registers; each
 // thread then reads what it copied itself, so no barrier is needed.
@@ -133,23 +121,19 @@ __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token
   }
   ptx::cp_async_wait<0>();
   Extremes found = {minus_infinity(), -minus_infinity()};
+  if constexpr (!Stage::kChanges) {
 #pragma unroll 4
-  for (int offset = 0; offset < left; offset += 128) {
-    const float4 four = *reinterpret_cast<const float4*>(to + offset);
-    Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
-    unsigned allowed = 0xfu, patched = 0;
-    if constexpr (Stage::kMasks) {
-      allowed = stage.allowed(first + offset);
-      patched = stage.patched(first + offset);
-    }
+    for (int offset = 0; offset < left; offset += 128) {
+      const float4 four = *reinterpret_cast<const float4*>(to + offset);
+      const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) part.data[e] = pass<Config, Stage::kMasks>(found, part.data[e], allowed, patched, e);
-    if (Stage::kMasks && (allowed & 0xfu) != 0xfu) store_pack(to + offset, part);
+      for (int e = 0; e < 4; ++e) found.template take<Config>(logits[e]);
+    }
   }
   return found;
 }
 
-// Reads this thread's part of the slice that begins at `first_token`. Returns the thread's extremes.
+// Reads this thread's part of the slice that begins at `first_token`. Returns the thread's extremes, unless the stage changes them.
 template <class Config, class Stage>
 __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row, int first_token, int vocab_size,
                                                float* slice, Stage& stage) {
@@ -163,7 +147,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   constexpr int kRounds = (Shape::kWarpTokens + kPerRound - 1) / kPerRound;
   // Beside other blocks less in flight is enough, and leaves registers.
   constexpr int kNarrow = Config::kResidentBlocks == 2 ? 2 : 1;  // packs of more tokens
-  constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kMasks && sizeof(T) < 4 ? kNarrow : 4;
+  constexpr int kMost = Config::kResidentBlocks == 1 ? 8 : Stage::kChanges && sizeof(T) < 4 ? kNarrow : 4;
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   Extremes found = {minus_infinity(), -minus_infinity()};
@@ -183,16 +167,13 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
       if (offset < Shape::kWarpTokens) {
         const bool inside = first_token + place < vocab_size;
         Pack<float, (kCount < 4 ? kCount : 4) * 4> part;
-        unsigned allowed = 0, patched = 0;
-        if constexpr (Stage::kMasks) {
-          // A pack never crosses a word: parts and packs begin at multiples of its tokens.
-          allowed = stage.allowed(place);
-          patched = stage.patched(place);
-        }
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
           float logit = no_logit();
-          if (inside) logit = pass<Config, Stage::kMasks>(found, to_float(held[idx].data[e]), allowed, patched, e);
+          if (inside) {
+            logit = to_float(held[idx].data[e]);
+            if (!Stage::kChanges) found.template take<Config>(logit);
+          }
           part.data[e % 4] = logit;
           if (e % 4 == 3 || e == kCount - 1) store_pack(slice + place + e / 4 * 4, part);
         }
@@ -224,12 +205,28 @@ struct Divisor {
     found = fmaf(fmaf(-found, value, number), reciprocal, found);
     return fmaf(fmaf(-found, value, number), reciprocal, found);
   }
-  __device__ __forceinline__ void divide(float (&numbers)[4]) const {
+  __device__ __forceinline__ bool serves(const float (&numbers)[4]) const {
     const float largest = fmaxf(fmaxf(fabsf(numbers[0]), fabsf(numbers[1])), fmaxf(fabsf(numbers[2]), fabsf(numbers[3])));
     const float least = fminf(fminf(fabsf(numbers[0]), fabsf(numbers[1])), fminf(fabsf(numbers[2]), fabsf(numbers[3])));
-    if (moderate && least > 1e-18f && largest < 1e18f) {
+    return moderate && least > 1e-18f && largest < 1e18f;
+  }
+  __device__ __forceinline__ void divide(float (&numbers)[4]) const {
+    if (serves(numbers)) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) numbers[e] = quotient(numbers[e]);
+    } else {
+      divide_special(numbers);
+    }
+  }
+  // Zeros and infinities, which stay, beside others.
+  __device__ __forceinline__ void divide_special(float (&numbers)[4]) const {
+    const auto stays = [](float number) { return number == 0.0f || fabsf(number) == -minus_infinity(); };
+    float others[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) others[e] = stays(numbers[e]) ? 1.0f : numbers[e];
+    if (serves(others)) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) numbers[e] = stays(numbers[e]) ? numbers[e] : quotient(others[e]);
     } else {
 #pragma unroll 1
       for (int e = 0; e < 4; ++e) {
@@ -252,6 +249,7 @@ __device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, f
   const Divisor divisor(temperature);
   __syncwarp();  // other lanes may have read these places from memory
   for_each_four<Config, 2>(slice, [&](int place, float4 four) {
+    if (place >= num_tokens) return;
     Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
     divisor.divide(part.data);
     if (place + 4 <= num_tokens) {
@@ -263,7 +261,7 @@ __device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, f
         if (place + e < num_tokens) found.template take<Config>(e == 0 ? part.data[0] : e == 1 ? part.data[1] : part.data[2]);
       }
     }
-    if (place != kNoPlace) store_pack(slice + place, part);
+    store_pack(slice + place, part);
   });
   return found;
 }
