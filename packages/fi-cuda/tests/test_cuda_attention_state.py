@@ -214,7 +214,7 @@ def test_a_call_passes_each_value_under_its_name(launches):
     lists, found = lists_of(made, 64), made._layout
     buffer = made.workspace[0]
     workspace = {name: getattr(found, name).of(buffer) for name in ("partials", "partial_rows")}
-    absent = dict.fromkeys(("kv_indptr", "v_scales", "yields_to"), 0)
+    absent = dict.fromkeys(("kv_indptr", "v_scales"), 0)
     tensors = {
         **{"starts": lists.starts, "items": lists.items, "q": q, "k": kv.k, "v": kv.v, "out": out, "lse": lse},
         **{"table": batch.table, "table_row": rows, "mask_bits": mask.bits, "mask_indptr": mask.indptr},

@@ -50,8 +50,8 @@ def plan(spec: AttentionSpec, capacity: Capacity, batch: Batch, own: PrefixTunin
     planner = PrefixPlanner(prefix_plan_spec(spec, capacity, own, WORKERS), capacity, made, buffer)
     planner.__dict__["_kernel"] = EmulatedKernel(planner.spec)
     planner(batch)
-    num_rows, num_merged, taken, is_used = made.header.of(buffer).tolist()
-    assert is_used in (0, 1) and (is_used or num_rows == num_merged == 0)
+    num_rows, num_merged, taken, _ = made.header.of(buffer).tolist()
+    assert num_rows > 0 or num_merged == 0
     assert taken == 0 and num_rows <= made.max_rows and num_merged <= capacity.max_q_tokens
     rows, segments = made.rows.of(buffer)[:num_rows], made.segments.of(buffer)[:num_merged]
     return Planned(rows.tolist(), made.tokens.of(buffer).tolist(), segments.tolist(), made)
@@ -252,8 +252,7 @@ def test_tokens_beyond_the_room_share_nothing(monkeypatch):
 
 
 class Yielding(NamedTuple):
-    is_used: bool
-    num_rows: int
+    has_list: bool
     decode: DevicePlanner
 
 
@@ -274,8 +273,7 @@ def yielding(monkeypatch):
         planner = PrefixPlanner(prefix_plan_spec(spec, capacity, own, 132, decode.spec), capacity, made, buffer, decode)
         planner.__dict__["_kernel"] = EmulatedKernel(planner.spec)
         planner(batch_of(q_lens, kv_lens, forest))
-        num_rows, _, _, is_used = made.header.of(buffer).tolist()
-        return Yielding(is_used == 1, num_rows, decode)
+        return Yielding(int(made.header.of(buffer)[0]) > 0, decode)
 
     return run
 
@@ -288,7 +286,7 @@ def test_batches_that_are_through_sooner_without_levels_are_left_to_decode(yield
     ):
         forest = Forest(((0, count, 0, shared),) if shared else ((0, 1, 0, 64),))
         found = yielding(spec, [1] * count, [shared + own] * count, forest)
-        assert found.is_used == wanted and (found.num_rows > 0) == wanted, (count, shared, own)
+        assert found.has_list == wanted, (count, shared, own)
 
 
 def test_the_decode_kernels_plan_is_made_whoever_has_the_batch(yielding):

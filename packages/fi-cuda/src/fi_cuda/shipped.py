@@ -234,8 +234,7 @@ def _prefix_specs(eight: AttentionSpec) -> Iterator[KernelSpec]:
         tuning, decode = built_in_prefix_tuning(spec), built_in_tuning(spec, _DECODE)
         beside = plan_spec(partition_params(spec, _DECODE, decode, None, _HOPPER_PROCESSORS), _DECODE)
         yield prefix_plan_spec(spec, replace(_DECODE, max_prefixes=256), tuning, _HOPPER_PROCESSORS, beside)
-        yield prefix_spec(spec, tuning, form)
-        yield decode_spec(spec, decode, form._replace(boxes=True), yields=True)
+        yield prefix_spec(spec, tuning, form, decode_spec(spec, decode, form))
 
 
 def _decode_specs(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,6 +40,23 @@ def join_constants(lines: Sequence[str]) -> list[str]:
         else:
             joined.append(line)
     return joined
+
+
+def _members(record: Any) -> list[str]:
+    """A line for each field of a dataclass, as a member of ``Config``."""
+    lines: list[str] = []
+    for item in fields(record):
+        value = getattr(record, item.name)
+        camel = "".join(word.capitalize() for word in item.name.split("_"))
+        if isinstance(value, torch.dtype):
+            lines.append(f"using {camel} = {CPP_TYPES[value]};")
+        elif isinstance(value, bool):
+            lines.append(f"static constexpr bool k{camel} = {str(value).lower()};")
+        elif not is_dataclass(value):
+            lines.append(f"static constexpr int k{camel} = {value};")
+        elif not isinstance(value, KernelSpec):
+            lines += _members(value)
+    return lines
 
 
 @dataclass(frozen=True)
@@ -85,18 +102,8 @@ class KernelSpec:
         return None
 
     def config_lines(self) -> list[str]:
-        """The members of ``Config``."""
-        lines = [f"static constexpr int kNumThreads = {self.num_threads};"]
-        for item in fields(self):
-            value = getattr(self, item.name)
-            camel = "".join(word.capitalize() for word in item.name.split("_"))
-            if isinstance(value, torch.dtype):
-                lines.append(f"using {camel} = {CPP_TYPES[value]};")
-            elif isinstance(value, bool):
-                lines.append(f"static constexpr bool k{camel} = {str(value).lower()};")
-            else:
-                lines.append(f"static constexpr int k{camel} = {value};")
-        return lines
+        """The members of ``Config``: of fields that are records theirs, of those that are specs none."""
+        return [f"static constexpr int kNumThreads = {self.num_threads};", *_members(self)]
 
     def source(self) -> KernelSource:
         """The generated translation unit: an include, the config, the layout's assertions, one entry."""

@@ -47,6 +47,25 @@ def logit_scale_of(scale, k_scale_ptr, K_SCALE: tl.constexpr, SOFT_CAP: tl.const
 
 
 @triton.jit
+def load_queries(
+    q_ptr, token, head, live, q_stride_token, q_stride_head, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """A tile's rows of Q; those that are not ``live`` are 0."""
+    dims = tl.arange(0, BLOCK_D)
+    rows = q_ptr + token.to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
+    return tl.load(rows[:, None] + dims[None, :], mask=live[:, None] & (dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def slopes_of(slopes_ptr, head, ROWS: tl.constexpr, ALIBI: tl.constexpr):
+    """Each row's ALiBi slope, in base 2."""
+    slope = tl.zeros((ROWS,), tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head) * LOG2E
+    return slope
+
+
+@triton.jit
 def run_item(
     item_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     q_indptr_ptr, kv_lens_ptr, table_ptr, table_row_ptr, kv_indptr_ptr, bits_ptr, bits_indptr_ptr,
@@ -79,9 +98,7 @@ def run_item(
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
     live = token < q_len
-    dims = tl.arange(0, BLOCK_D)
-    q_rows = q_ptr + (q_begin + token).to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
-    query = tl.load(q_rows[:, None] + dims[None, :], mask=live[:, None] & (dims < DIM)[None, :], other=0.0)
+    query = load_queries(q_ptr, q_begin + token, head, live, q_stride_token, q_stride_head, DIM, BLOCK_D)
 
     # Which keys each row sees: positions in [first_seen, last_seen].
     if CAUSAL:
@@ -106,9 +123,7 @@ def run_item(
     else:
         entries_ptr = entries_of(request, table_ptr, table_row_ptr, kv_indptr_ptr, table_stride, TABLE, TABLE_ROW)
     logit_scale = logit_scale_of(scale, k_scale_ptr + kv_head * k_scale_stride, K_SCALE, SOFT_CAP)
-    slope = tl.zeros((ROWS,), tl.float32)
-    if ALIBI:
-        slope = tl.load(slopes_ptr + head) * LOG2E
+    slope = slopes_of(slopes_ptr, head, ROWS, ALIBI)
     bits_row = request.to(tl.int64)
     columns = kv_len + shift
     if MASK != MASK_NONE:

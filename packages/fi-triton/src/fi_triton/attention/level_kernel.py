@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel import entries_of, logit_scale_of, normalised, store_output, store_rows
+from .kernel import entries_of, load_queries, logit_scale_of, normalised, slopes_of, store_output, store_rows
 from .kv_steps import LOG2E, MASK_KV, MASK_NONE, attend_range
 from .merge import merge_rows
 
@@ -46,17 +46,13 @@ def run_node(
     live = (row // GROUP < num_rows) & (place < max_tokens)
     token = tl.load(rows_ptr + place * 4, mask=live, other=0)
     offset = tl.load(rows_ptr + place * 4 + 1, mask=live, other=0) - shift
-    dims = tl.arange(0, BLOCK_D)
-    q_rows = q_ptr + token.to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
-    query = tl.load(q_rows[:, None] + dims[None, :], mask=live[:, None] & (dims < DIM)[None, :], other=0.0)
+    query = load_queries(q_ptr, token, head, live, q_stride_token, q_stride_head, DIM, BLOCK_D)
 
     k_head_ptr = k_ptr + kv_head.to(tl.int64) * k_stride_head
     v_head_ptr = v_ptr + kv_head.to(tl.int64) * v_stride_head
     entries_ptr = entries_of(request, table_ptr, table_row_ptr, table_indptr_ptr, table_stride, TABLE, TABLE_ROW)
     logit_scale = logit_scale_of(scale, k_scale_ptr + kv_head * k_scale_stride, K_SCALE, SOFT_CAP)
-    slope = tl.zeros((ROWS,), tl.float32)
-    if ALIBI:
-        slope = tl.load(slopes_ptr + head) * LOG2E
+    slope = slopes_of(slopes_ptr, head, ROWS, ALIBI)
     bits_row = tl.zeros((ROWS,), tl.int64)
     if MASK == MASK_KV:
         member = tl.load(rows_ptr + place * 4 + 2, mask=live, other=0)

@@ -18,7 +18,7 @@ from .tuning import HOPPER_SHARED_BYTES, shared_limit
 TUNED_OP = "attention_prefill"
 """What ``fi_tuning`` is asked for."""
 
-WARPGROUP_ROWS = 64
+WARPGROUP_ROWS, WARPGROUP_WARPS = 64, 4
 MAX_GROUP = 64
 """Query heads of a KV head: a token's lie in one warpgroup's rows."""
 

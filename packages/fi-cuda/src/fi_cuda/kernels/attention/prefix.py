@@ -13,12 +13,16 @@ from fi_core.records import AttentionSpec
 from fi_core.registry import registry
 
 from ...params import ParamsLayout
+from ...spec import join_constants
 from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm
+from .decode import DecodeSpec
 from .prefill import PrefillSpec, prefill_fields
 from .prefill_tuning import PrefillTuning, built_in_prefill_tuning, prefill_tuning_for
 
 TUNED_OP = "attention_prefix"
 """What ``fi_tuning`` is asked for."""
+NUM_LISTS = 5
+"""Parameters that are lists, before Q: rows, tokens, segments, and the decode kernel's two."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,18 @@ def built_in_prefix_tuning(spec: AttentionSpec) -> PrefixTuning:
 
 @dataclass(frozen=True)
 class PrefixSpec(PrefillSpec):
-    """A prefill kernel whose tiles are nodes' and requests' (``levels``)."""
+    """A prefill kernel whose tiles are nodes' and requests' (``levels``). With ``decode_num_warps`` it has the code of the decode
+    kernel too, which serves batches without a list; ``decode_rows`` and the like are its tile, as in DecodeSpec, and
+    ``decode_boxes`` whether K and V have tensor maps there."""
+
+    decode_num_warps: int = 0
+    decode_row_warps: int = 0
+    decode_rows: int = 0
+    decode_chunk_tokens: int = 0
+    decode_stages: int = 0
+    decode_boxes: bool = False
+    decode_read_once: bool = True
+    decode_bytes: int = 0
 
     stem: ClassVar = "attention_prefix"
     cooperative: ClassVar = True  # rows are merged once every block has left its parts
@@ -73,14 +88,24 @@ class PrefixSpec(PrefillSpec):
             ("rows", "pointer"),
             ("tokens", "pointer"),
             ("segments", "pointer"),
+            ("starts", "pointer"),
+            ("items", "pointer"),
+            ("q", "pointer"),
             ("header", "output"),
             ("barrier", "output"),
+            ("parts", "output"),
+            ("part_logs", "output"),
             ("partials", "output"),
             ("partial_rows", "output"),
             *TENSOR_PARAMS,
+            ("inv_freq", "pointer"),
+            ("q_scales", "pointer"),
             ("k_scales", "pointer"),
             ("v_scales", "pointer"),
             *STRIDE_PARAMS,
+            ("q_stride_token", "int64"),
+            ("q_stride_head", "int64"),
+            ("q_scale_stride", "int32"),
             ("k_scale_stride", "int32"),
             ("v_scale_stride", "int32"),
             ("num_kv_heads", "int32"),
@@ -89,8 +114,17 @@ class PrefixSpec(PrefillSpec):
             ("scale", "float"),
             ("soft_cap", "float"),
             ("v_scale", "float"),
+            ("rope_factor", "float"),
         )
     )
+
+    @property
+    def shared_bytes(self) -> int:
+        return max(super().shared_bytes, self.decode_bytes)
+
+    def config_lines(self) -> list[str]:
+        """As ever, in few lines."""
+        return join_constants(sorted(super().config_lines()))
 
 
 @dataclass(frozen=True)
@@ -100,8 +134,23 @@ class BoxPrefixSpec(PrefixSpec):
     tensor_maps: ClassVar = ("queries", "keys", "values")
 
 
-def prefix_spec(spec: AttentionSpec, tuning: PrefixTuning, form: CallForm) -> PrefixSpec:
-    """The kernel of a call."""
-    kind = BoxPrefixSpec if form.boxes else PrefixSpec
+@dataclass(frozen=True)
+class BoxesPrefixSpec(PrefixSpec):
+    """The same where the decode kernel's code has boxes of its own."""
+
+    tensor_maps: ClassVar = ("queries", "keys", "values", "decode_keys", "decode_values")
+
+
+def prefix_spec(
+    spec: AttentionSpec, tuning: PrefixTuning, form: CallForm, decode: DecodeSpec | None = None
+) -> PrefixSpec:
+    """The kernel of a call, with ``decode`` also that kernel's code; K and V come in boxes there only if they do here."""
     tiles = replace(tuning.tiles, copy_order="keys ahead", pieces=1)  # as its loader works
-    return kind(**prefill_fields(spec, tiles, form), levels=True)
+    made = dict(prefill_fields(spec, tiles, form), levels=True)
+    if decode is not None:
+        names = ("num_warps", "row_warps", "rows", "chunk_tokens", "stages", "read_once")
+        made |= {f"decode_{name}": getattr(decode, name) for name in names}
+        made |= {"decode_boxes": bool(decode.tensor_maps), "decode_bytes": decode.shared_bytes}
+        if decode.tensor_maps:
+            return BoxesPrefixSpec(**made)
+    return (BoxPrefixSpec if form.boxes else PrefixSpec)(**made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -27,7 +27,6 @@ MAX_DEPTH = 31
 """Nodes around one request: a lane of a warp reads each part's place."""
 
 _NODE_WIDTH, _PLACE_WIDTH, _SEGMENT_WIDTH, _HEADER_WIDTH = 16, 12, 4, 4
-_IS_USED = 3  # column of the header
 _TABLE_SIZES = ((64, 64, 128), (64, 256, 256), (256, 256, 256), (1024, 1024, 512))
 """(nodes, requests) that tables in shared memory hold, and threads a block: few, as every warp runs every instruction. For more
 the tables lie in global memory."""
@@ -57,7 +56,7 @@ class SharingTimes:
     reuse_tokens: int
 
     @classmethod
-    def of(cls, spec: AttentionSpec, memory_gbs: float) -> SharingTimes:
+    def of(cls, spec: AttentionSpec, memory_gbs: float = HOPPER_MEMORY_GBS) -> SharingTimes:
         """For a device whose memory has ``memory_gbs`` GB/s."""
         dims = spec.head_dim + (spec.head_dim_vo or 0)
         token_bytes = spec.num_kv_heads * dims * spec.kv_dtype.itemsize
@@ -104,7 +103,7 @@ _PREFIX_PARAMS = (
 class PrefixPlanSpec(KernelSpec):
     """The planning kernel: nodes and requests that its tables in shared memory hold (0: they lie in global memory), tokens of
     a q tile and of a warpgroup, warpgroups, keys a step, what a piece's first key is a multiple of, all KV heads, workers,
-    costs and choice as in PrefixTuning, times as in SharingTimes; ``bounded``: more tokens may share than there is
+    costs and choice as in PrefixTuning; ``bounded``: more tokens may share than there is
     room for."""
 
     table_nodes: int
@@ -125,12 +124,7 @@ class PrefixPlanSpec(KernelSpec):
     node_item_cost: int
     step_cost: int
     group_cost: int
-    unit_ps: int
-    levels_ps: int
-    read_ps: int
-    attend_ps: int
-    pair_ps: int
-    reuse_tokens: int
+    times: SharingTimes
 
     stem: ClassVar = "attention_prefix_plan"
     overlapping: ClassVar = True
@@ -181,11 +175,6 @@ class YieldingPlanSpec(PrefixPlanSpec):
     def source(self) -> KernelSource:
         return self.decode.with_count_type(super().source())
 
-    def config_lines(self) -> list[str]:
-        """Without the field that is a spec."""
-        lines = [line for line in KernelSpec.config_lines(self) if " kDecode = " not in line]
-        return join_constants(lines) + self._decode_lines()
-
     def _decode_lines(self) -> list[str]:
         lines = [line for line in self.decode.config_lines() if " kNumThreads = " not in line]
         return ["static constexpr bool kYields = true;", *lines]
@@ -197,10 +186,10 @@ def prefix_plan_spec(
     tuning: PrefixTuning,
     workers: int,
     decode: AttentionPlanSpec | None = None,
-    memory_gbs: float = HOPPER_MEMORY_GBS,
+    times: SharingTimes | None = None,
 ) -> PrefixPlanSpec:
     """The kernel that plans batches of ``spec`` within ``capacity`` for ``workers`` blocks, and with ``decode`` also the decode
-    kernel's lists, on a device of that memory bandwidth."""
+    kernel's lists; ``times`` as on a Hopper GPU if not given."""
     tiles, group_tokens = tuning.tiles, WARPGROUP_ROWS // spec.group_size
     sizes = (capacity.max_prefixes, capacity.max_batch)
     fitting = (size for size in _TABLE_SIZES if all(map(int.__le__, sizes, size[:2])))
@@ -224,7 +213,7 @@ def prefix_plan_spec(
         node_item_cost=tuning.node_item_cost,
         step_cost=tuning.step_cost,
         group_cost=tuning.group_cost,
-        **asdict(SharingTimes.of(spec, memory_gbs)),
+        times=times or SharingTimes.of(spec),
     )
     if decode is None:
         return made
@@ -253,7 +242,7 @@ class PrefixLayout:
 
     ``max_node_rows`` and ``max_node_tokens`` bound rows of the list and query tokens of nodes, each piece counted, and
     ``max_sharing_tokens`` the tokens without their pieces;
-    ``partials`` [parts, head_dim_vo] and ``partial_rows`` [parts] hold normalised rows and their log-sum-exps in base 2.
+    ``parts`` [parts, head_dim_vo] and ``part_logs`` [parts] hold normalised rows and their log-sum-exps in base 2.
     """
 
     max_rows: int
@@ -268,8 +257,8 @@ class PrefixLayout:
     tokens: Region
     segments: Region
     tables: Region
-    partials: Region
-    partial_rows: Region
+    parts: Region
+    part_logs: Region
     num_bytes: int
 
     @classmethod
@@ -308,8 +297,8 @@ class PrefixLayout:
             tokens=build.add((capacity.max_q_tokens,), ints),
             segments=build.add((capacity.max_q_tokens, depth + 1, _SEGMENT_WIDTH), ints),
             tables=build.add((table_bytes(capacity.max_prefixes, capacity.max_batch),), torch.uint8),
-            partials=build.add((max_parts, spec.head_dim_vo or 0), torch.float32),
-            partial_rows=build.add((max_parts,), torch.float32),
+            parts=build.add((max_parts, spec.head_dim_vo or 0), torch.float32),
+            part_logs=build.add((max_parts,), torch.float32),
             num_bytes=build.end,
         )
 
@@ -328,11 +317,6 @@ class PrefixPlanner:
     def load(self) -> None:
         """Make the kernel ready to launch, so that the first call does not compile."""
         self._kernel  # noqa: B018
-
-    @property
-    def used_address(self) -> int:
-        """Of the int that is not 0 while the list in the buffer has the batch."""
-        return self.layout.header.of(self.buffer)[_IS_USED:].data_ptr()
 
     @cached_property
     def _kernel(self) -> LaunchableKernel:

@@ -1,8 +1,6 @@
 """Attention whose batches may share prefixes, as a plan's kernel: a list of nodes' and requests' tiles, one launch a call. A
 batch without levels is served as if the plan had none, and so are calls with a window, which see few of the shared keys. Where
-levels do not pay, as the planner finds on the GPU, the decode kernel has the batch: it is launched behind and looks.
-
-The order is so because whoever is second has its blocks' start to pay, and levels are usually named where they pay."""
+levels do not pay, as the planner finds on the GPU, the same launch does what the decode kernel would."""
 
 from __future__ import annotations
 
@@ -22,9 +20,9 @@ from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
 from .call import CallForm
 from .prefill_state import attention_prefill
-from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, box_tokens
-from .prefix import prefix_spec, prefix_tuning_for
-from .prefix_plan import PrefixLayout, PrefixPlanner, prefix_plan_spec
+from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, WARPGROUP_WARPS, box_tokens
+from .prefix import NUM_LISTS, prefix_spec, prefix_tuning_for
+from .prefix_plan import PrefixLayout, PrefixPlanner, SharingTimes, prefix_plan_spec
 from .state import Addressing, Call, DecodeState, address_of, attention_decode, cache_strides_of, scale_of
 from .tuning import memory_gbs, num_processors
 
@@ -65,15 +63,16 @@ class PrefixState:
             region.of(self._buffer).zero_()
         self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
         # With other kernels than decode's nothing is gained: they have tiles as long as a node's.
-        self._decode = self._unshared if isinstance(self._unshared, DecodeState) and tuning.choose else None
+        plain, num_warps = self._unshared, WARPGROUP_WARPS * (1 + tuning.tiles.consumers)
+        self._decode: DecodeState | None = None
+        if tuning.choose and isinstance(plain, DecodeState) and plain.serves_as(self._num_workers, num_warps):
+            self._decode = plain
         beside = self._decode.planner_of(None) if self._decode and None in spec.windows else None
-        self._planner = PrefixPlanner(
-            prefix_plan_spec(
-                *(spec, capacity, tuning, self._num_workers),
-                *(None if beside is None else beside.spec, memory_gbs(device)),
-            ),
-            *(capacity, layout, self._buffer, beside),
+        self._times = SharingTimes.of(spec, memory_gbs(device))
+        plan_spec = prefix_plan_spec(
+            *(spec, capacity, tuning, self._num_workers), None if beside is None else beside.spec, self._times
         )
+        self._planner = PrefixPlanner(plan_spec, capacity, layout, self._buffer, beside)
         self._planner.load()  # compiling and loading would not be legal in a capture
         self._levels: SharedPrefixes | None = None
         self._addressing: Addressing | None = None
@@ -92,7 +91,29 @@ class PrefixState:
             f"with levels, tiles: {rows} rows x {tuning.tokens} KV tokens, taken by {self._num_workers} blocks; at most"
             f" {layout.max_rows} a KV head, of which {layout.max_node_rows} of nodes",
             f"with levels, rows of partial results: {layout.max_parts}; planner: device, one kernel",
+            f"with levels, {self._choice}",
             *(f"without levels, {line}" for line in self._unshared.describe()),
+        )
+
+    @property
+    def _choice(self) -> str:
+        """Which batches use their nodes."""
+        if not self._tuning.choose:
+            return "nodes are used as they are given"
+        tuning = self._tuning
+        costs = (tuning.step_cost, tuning.group_cost, tuning.item_cost, tuning.node_item_cost)
+        step, group, item, node_item = (cost / 10 for cost in costs)
+        clocks = (
+            f"nodes are used that pay by the costs in 1000 clocks: {step} a step, {group} more a further warpgroup, {item} a"
+            f" tile, {node_item} of a node"
+        )
+        if self._decode is None:
+            return clocks
+        times = self._times
+        return (
+            f"{clocks}; none if the decode kernel's code is through sooner, by {times.levels_ps / 1e6:g} us and"
+            f" {times.unit_ps / 1e3:g} ns for 100 clocks against {times.read_ps / 1e3:g} ns for a token read and"
+            f" {times.attend_ps / 1e3:g} ns for one attended to"
         )
 
     def update(self, batch: Batch) -> None:
@@ -114,7 +135,7 @@ class PrefixState:
 
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
         if self._levels is None or layer.window is not None:
-            self._run_unshared(q, kv, layer, out, lse, 0)
+            self._unshared.run(q, kv, layer, out, lse)
             return
         addressing = self._addressing
         assert addressing is not None, "the plan calls update first"
@@ -128,7 +149,9 @@ class PrefixState:
             self._num_workers,
             1,
             *call.cache,
-            *call.workspace,
+            *call.workspace[:NUM_LISTS],
+            q.data_ptr(),
+            *call.workspace[NUM_LISTS:],
             out.data_ptr(),
             0 if lse is None else lse.data_ptr(),
             *addressing.addresses,
@@ -138,20 +161,11 @@ class PrefixState:
             out_head,
             0 if lse is None else lse.stride(0),
             addressing.table_stride,
+            *q.stride()[:2],
             *call.numbers,
             queries,
             *call.maps,
         )
-        if self._decode is not None:
-            self._run_unshared(q, kv, layer, out, lse, self._planner.used_address)
-
-    def _run_unshared(
-        self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None, yields_to: int
-    ) -> None:
-        """Without levels; if there is ``yields_to``, only where the int at that address is 0."""
-        if self._decode is not None:
-            self._decode.yields_to = yields_to
-        self._unshared.run(q, kv, layer, out, lse)
 
     def _remembered(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         """What calls with this cache and layer share: found, or made by ``_prepare``."""
@@ -166,7 +180,7 @@ class PrefixState:
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         layout = self._layout
         lists = (layout.rows, layout.tokens, layout.segments)
-        written = (layout.header, layout.barrier, layout.partials, layout.partial_rows)
+        written = (layout.header, layout.barrier, layout.parts, layout.part_logs)
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
         scale = layer.scale * k_scale
@@ -181,19 +195,24 @@ class PrefixState:
             signed_scale=scale <= 0,
             boxes=maps is not None,
         )
+        part = None if self._decode is None else self._decode.part_of(kv, layer, with_lse, maps is not None)
+        addresses = [region.of(self._buffer).data_ptr() for region in (*lists, *written)]
+        beside = (0, 0, 0, 0) if part is None else part.workspace
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
-            kernel=kernel_for(prefix_spec(self._spec, self._tuning, form), self._device),
-            workspace=tuple(region.of(self._buffer).data_ptr() for region in (*lists, *written)),
+            kernel=kernel_for(
+                prefix_spec(self._spec, self._tuning, form, None if part is None else part.spec), self._device
+            ),
+            workspace=(*addresses[: len(lists)], *beside[:2], *addresses[len(lists) :], *beside[2:]),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
-            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), k_scales, v_scales),
+            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), 0, 0, k_scales, v_scales),
             cache_strides=cache_strides_of(kv),
             numbers=(
-                *(k_scale_stride, v_scale_stride, self._spec.num_kv_heads, 0, layout.max_segments),
-                *(scale, layer.soft_cap or 1.0, v_scale),
+                *(0, k_scale_stride, v_scale_stride, self._spec.num_kv_heads, 0, layout.max_segments),
+                *(scale, layer.soft_cap or 1.0, v_scale, 1.0),
             ),
-            maps=maps or (),
+            maps=(*(maps or ()), *(() if part is None else part.maps)),
         )
 
 

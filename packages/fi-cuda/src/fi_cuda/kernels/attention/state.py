@@ -16,7 +16,7 @@ from ...params import TensorMap
 from ...spec import kernel_for
 from .boxes import maps_of, tokens_of_box
 from .call import CallForm
-from .decode import decode_spec
+from .decode import DecodeSpec, decode_spec
 from .layout import Layout
 from .order import OrderPlanner
 from .plan import DevicePlanner, ShortSteps, fill_on_host
@@ -59,6 +59,14 @@ class PackedCall:
     launch: RepeatedLaunch
 
 
+class KernelPart(NamedTuple):
+    """A decode kernel, its lists and slots by address, and its tensor maps of K and V."""
+
+    spec: DecodeSpec
+    workspace: tuple[int, ...]
+    maps: tuple[TensorMap, ...]
+
+
 class Addressing(NamedTuple):
     """The batch's part of a call: table, table_row, indptr, mask bits and indptr by address, and the table's stride."""
 
@@ -85,10 +93,6 @@ class Addressing(NamedTuple):
 class ListState:
     """The part of the ``AttentionState`` protocol that kernels share: one buffer with a work list for each distinct window
     of the spec. ``short``: steps other than these get no work in those lists."""
-
-    yields_to = 0
-    """For the next calls, if there is one: the address of an int that is not 0 where the kernel before in the stream has the
-    batch."""
 
     def __init__(
         self,
@@ -121,7 +125,7 @@ class ListState:
         self._batch: Batch | None = None
         self._addressing: Addressing | None = None
         self._num_addressings = 0
-        self._calls: dict[tuple[int, int, bool, int], PackedCall] = {}
+        self._calls: dict[tuple[int, int, bool], PackedCall] = {}
         self._planner = "not yet updated"
 
     @property
@@ -187,7 +191,7 @@ class ListState:
 
     def _remembered(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> PackedCall:
         """What calls with this cache and layer share: found, or made by ``_prepare``."""
-        key = (id(kv), id(layer), not with_lse, self.yields_to)
+        key = (id(kv), id(layer), not with_lse)
         call = self._calls.get(key)
         if call is None or call.kv() is not kv:
             shared = self._prepare(kv, layer, with_lse)
@@ -263,35 +267,41 @@ class DecodeState(ListState):
             *shared.maps,
         )
 
-    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
-        """Find the kernel for calls with this cache and layer, and remember it with what they share."""
-        lists, layout, rope = self._lists[layer.window], self._layout, layer.rope
-        workspace = (layout.partials, layout.partial_rows)
-        q_scales, q_scale_stride, q_scale = scale_of(layer.q_scale)
-        k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
-        v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
-        addressing, maps = self._addresses, self._maps_of(kv)
+    def serves_as(self, num_workers: int, num_warps: int) -> bool:
+        """Whether blocks of a kernel that has so many, of so many warps, can be this one's."""
+        return self._num_workers == num_workers and self._tuning.num_warps <= num_warps
+
+    def part_of(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool, boxes: bool = True) -> KernelPart:
+        """The kernel of calls with this cache and layer; not ``boxes``: whatever the copy engine can bring."""
+        lists, layout = self._lists[layer.window], self._layout
+        scales = (layer.q_scale, kv.k_scale, kv.v_scale)
+        q_scales, k_scales, v_scales = (isinstance(scale, Tensor) for scale in scales)
+        addressing, maps = self._addresses, self._maps_of(kv) if boxes else None
         form = CallForm(
             windowed=layer.window is not None,
             lse=with_lse,
-            q_scales=q_scales != 0,
-            k_scales=k_scales != 0,
-            v_scales=v_scales != 0,
+            q_scales=q_scales,
+            k_scales=k_scales,
+            v_scales=v_scales,
             table_row=addressing.has_rows,
             mask_columns=addressing.mask_columns,
             boxes=maps is not None,
         )
+        slots = (region.of(self._buffer).data_ptr() for region in (layout.partials, layout.partial_rows))
+        workspace = (*map(address_of, lists[:2]), *slots)
+        return KernelPart(decode_spec(self._spec, self._tuning, form, self._read_once), workspace, maps or ())
+
+    def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
+        """Find the kernel for calls with this cache and layer, and remember it with what they share."""
+        q_scales, q_scale_stride, q_scale = scale_of(layer.q_scale)
+        k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
+        v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
+        rope, part = layer.rope, self.part_of(kv, layer, with_lse)
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
-            kernel=kernel_for(
-                decode_spec(self._spec, self._tuning, form, self.yields_to != 0, self._read_once), self._device
-            ),
-            workspace=(
-                *map(address_of, lists[:2]),
-                *(region.of(self._buffer).data_ptr() for region in workspace),
-                self.yields_to,
-            ),
+            kernel=kernel_for(part.spec, self._device),
+            workspace=part.workspace,
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(
                 *(
@@ -307,7 +317,7 @@ class DecodeState(ListState):
                 *(layer.scale * q_scale * k_scale, layer.soft_cap or 1.0, v_scale),
                 1.0 if rope is None else rope.config.attention_factor,
             ),
-            maps=maps or (),
+            maps=part.maps,
         )
 
     def _maps_of(self, kv: KVCache) -> tuple[TensorMap, ...] | None:

@@ -13,10 +13,10 @@ namespace fi {
 // first row of partial results of the item's piece, or -1: the tile is whole.
 // `q_begin` of a node counts in the list of tokens.
 struct alignas(16) PrefixHeader {
-  int num_rows;
+  int num_rows;    // 0: there is no list; the decode kernel's code, if it is there, serves the batch
   int num_merged;  // tokens whose parts are merged
   int taken;       // tiles taken beyond the first of each block; 0 between launches
-  int is_used;     // 0: the list is empty, and the decode kernel, if it is launched behind, has the batch
+  int reserved;
 };
 
 enum PrefixItemKind { kRequestItem, kNodeItem };

@@ -22,7 +22,8 @@ struct alignas(16) NodeWork {
   int pieces;      // of each of its tiles; 0: not used
   int first_part;
   int tiles, step_cost;  // of all of them
-  int reserved[2];
+  int members;  // that take part
+  int reserved;
 };
 enum NodeState : int {
   kFits = 1,  // several share it, and it begins where its parent ends
@@ -96,9 +97,11 @@ __device__ __forceinline__ int step_cost_of_all(int num_tokens) {
   return whole * kWhole + (rest > 0 ? step_cost<Config>(rest) : 0);
 }
 
-// The index of the last of `count` ascending values that is at most `value`.
+// The index of the last of `count` ascending values, of which the first is 0, that is at most `value`. `guess`, which is at least 0, is
+// looked at first: where every request has one row or token, it is the request's number.
 template <class ValueOf>
-__device__ __forceinline__ int last_at_most(int count, int value, ValueOf value_of) {
+__device__ __forceinline__ int last_at_most(int count, int value, int guess, ValueOf value_of) {
+  if (guess < count && value_of(guess) == value && (guess + 1 == count || value_of(guess + 1) > value)) return guess;
   int low = 0, high = count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -162,10 +165,10 @@ __device__ __forceinline__ BatchCost sum_over_block(const BatchCost& mine) {
   __syncthreads();
 #pragma unroll
   for (int idx = 0; idx < kCount; ++idx) {
-    float sum = of_all_warps<kThreads>(warp_sums[idx]);
+    float sum = warp_sums[idx][0];
 #pragma unroll
-    for (int distance = kWarps / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    reinterpret_cast<float(&)[kCount]>(total)[idx] = __shfl_sync(0xffffffffu, sum, 0);
+    for (int warp = 1; warp < kWarps; ++warp) sum += warp_sums[idx][warp];
+    reinterpret_cast<float(&)[kCount]>(total)[idx] = sum;
   }
   return total;
 }

@@ -40,13 +40,13 @@ class PrefixStore : public PrefillStore<Config, Params> {
       const bool none = result.scale == 0.0f;
       const float factor = result.scale * scale;
       const int64 part = first + Base::row_of(row);
-      float2* to = static_cast<float2*>(Base::params_.partials) + part * (Config::kHeadDimVo / 2) + Base::lane_ % 4;
+      float2* to = static_cast<float2*>(Base::params_.parts) + part * (Config::kHeadDimVo / 2) + Base::lane_ % 4;
 #pragma unroll
       for (int tile = 0; tile < kOutputs / 4; ++tile) {
         const int idx = tile * 4 + row * 2;
         __stcg(to + tile * 4, none ? float2{} : float2{output[idx] * factor, output[idx + 1] * factor});
       }
-      if (Base::lane_ % 4 == 0) __stcg(static_cast<float*>(Base::params_.partial_rows) + part, result.lse * kLog2E);
+      if (Base::lane_ % 4 == 0) __stcg(static_cast<float*>(Base::params_.part_logs) + part, result.lse * kLog2E);
     }
   }
 };
@@ -145,11 +145,11 @@ class PrefixMerger {
       logs[idx] = minus_infinity();
       if (idx >= count) continue;
       const int64 row = first + idx * step;
-      logs[idx] = __ldcg(static_cast<const float*>(params_.partial_rows) + row) + shift;
+      logs[idx] = __ldcg(static_cast<const float*>(params_.part_logs) + row) + shift;
 #pragma unroll
       for (int own = 0; own < kUnitsOfLane; ++own) {
         const int unit = own * kWarpThreads + lane_;
-        if (unit < kUnits) parts[idx][own] = __ldcg(static_cast<const float4*>(params_.partials) + row * kUnits + unit);
+        if (unit < kUnits) parts[idx][own] = __ldcg(static_cast<const float4*>(params_.parts) + row * kUnits + unit);
       }
     }
     float base = total.base;

@@ -27,7 +27,7 @@ class PrefixWriter {
     place_rows(total);
     write_rows(total[0]);
     write_segments(total[2]);
-    return {total[0], total[2], 0, 1};
+    return {total[0], total[2], 0, 0};
   }
 
  private:
@@ -35,13 +35,13 @@ class PrefixWriter {
   __device__ __forceinline__ void rows_of(int entry, int (&own)[3]) const {
     if (entry < params_.num_nodes) {
       NodeWork& work = nodes_[entry];
-      work.pieces = work.pieces == 0 ? 0 : (work.steps + chunk_.node - 1) / chunk_.node;
+      work.pieces = work.pieces == 0 ? 0 : quotient(work.steps + chunk_.node - 1, chunk_.node);
       own[0] = work.tiles * work.pieces;
       own[1] = work.num_tokens * work.pieces * kQueryHeads;
       return;
     }
     PlaceWork& work = places_[entry - params_.num_nodes];
-    const int pieces = work.pieces = max((work.steps + chunk_.own - 1) / chunk_.own, 1);
+    const int pieces = work.pieces = work.steps <= chunk_.own ? 1 : quotient(work.steps + chunk_.own - 1, chunk_.own);
     own[0] = tiles_of(work.q_len, Config::kQueryTokens) * pieces;
     if (pieces == 1 && work.node < 0) return;
     own[1] = work.q_len * pieces * kQueryHeads;
@@ -72,12 +72,17 @@ class PrefixWriter {
 
   // Nodes' first, tiles of one piece side by side: they read the same keys.
   __device__ __forceinline__ void write_rows(int num_rows) const {
-    const int count = params_.num_nodes + params_.num_requests;
+    const int num_nodes = params_.num_nodes, *of_requests = first_rows_ + num_nodes;
+    const int num_node_rows = of_requests[0];
     for (int row = thread_; row < num_rows; row += kThreads) {
-      const int entry = last_at_most(count, row, [&](int idx) { return first_rows_[idx]; });
       int4* to = static_cast<int4*>(params_.rows) + static_cast<int64>(row) * 4;
-      if (entry < params_.num_nodes) write_node_row(to, nodes_[entry], row - first_rows_[entry]);
-      else write_request_row(to, places_[entry - params_.num_nodes], row - first_rows_[entry]);
+      if (row < num_node_rows) {
+        const int idx = last_at_most(num_nodes, row, 0, [&](int at) { return first_rows_[at]; });
+        write_node_row(to, nodes_[idx], row - first_rows_[idx]);
+      } else {
+        const int place = last_at_most(params_.num_requests, row, row - num_node_rows, [&](int at) { return of_requests[at]; });
+        write_request_row(to, places_[place], row - of_requests[place]);
+      }
     }
   }
 
@@ -107,10 +112,12 @@ class PrefixWriter {
     to[3] = {};
   }
 
-  // The request's own parts, then those of the nodes around it, from the inside.
+  // The request's own parts, then those of the nodes around it, from the inside. By the last threads first: the others may still
+  // have rows to write.
   __device__ __forceinline__ void write_segments(int num_merged) const {
-    for (int idx = thread_; idx < num_merged; idx += kThreads) {
-      const PlaceWork& work = places_[last_at_most(params_.num_requests, idx, [&](int at) { return places_[at].first_merged; })];
+    for (int idx = kThreads - 1 - thread_; idx < num_merged; idx += kThreads) {
+      const PlaceWork& work =
+          places_[last_at_most(params_.num_requests, idx, idx, [&](int at) { return places_[at].first_merged; })];
       const int inside = idx - work.first_merged;
       PartSegment* segment = static_cast<PartSegment*>(params_.segments) + static_cast<int64>(idx) * params_.max_segments;
       PartSegment* const end = segment + params_.max_segments;

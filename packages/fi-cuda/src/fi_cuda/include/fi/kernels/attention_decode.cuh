@@ -8,8 +8,8 @@
 // Config: Dtype (q, out), Stored (K, V), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kRows
 // (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
 // kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps), kRowWarps (warps that share a tile's
-// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys, kYields (the kernel before in the stream may
-// have the batch), kReadOnce (no request has a second tile, which would read its K and V again). Params: those of fi_cuda.kernels.attention.decode.
+// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys, kReadOnce (no request has a second tile, which
+// would read its K and V again). Params: those of fi_cuda.kernels.attention.decode.
 #pragma once
 
 #include "fi/attention/load_boxes.cuh"
@@ -148,30 +148,15 @@ __device__ __forceinline__ BoxLoader<Config, Params> loader_of(
   return BoxLoader<Config, Params>(params, keys, values);
 }
 
-// Whether the kernel before in the stream has the batch. It has waited for all kernels before it, the planner's among them, so that
-// this may be read without waiting for its end.
-template <class Config, class Params>
-__device__ __forceinline__ bool is_left_to_another(const Params& params) {
-  if constexpr (!Config::kYields) return false;
-  return *static_cast<const int*>(params.yields_to) != 0;
-}
-
+// What a block does once the kernels before are done, by its first Config::kNumThreads threads: others, if there are any, have ended.
 // `maps`: none, or those of K and V.
 template <class Config, class Params, class... Maps>
-__device__ __forceinline__ void attention_decode(const Params& params, const Maps&... maps) {
+__device__ __forceinline__ void decode_items(const Params& params, const Maps&... maps) {
   using Shared = DecodeShared<Config>;
   extern __shared__ __align__(128) unsigned char unaligned[];
   unsigned char* shared = unaligned + (-ptx::shared_address(unaligned) & (ChunkStage<Config>::kAlignment - 1));
   const auto loader = loader_of<Config>(params, maps...);
   AttentionItem* items = reinterpret_cast<AttentionItem*>(shared + Shared::kItems);
-  if (is_left_to_another<Config>(params)) {
-    ptx::allow_next_kernel();
-    ptx::wait_for_previous_kernel();  // whoever waits for this kernel waits for the one before too
-    return;
-  }
-  if (threadIdx.x == 0) (ptx::prefetch_tensor_map(&maps), ...);
-  ptx::wait_for_previous_kernel();
-  ptx::allow_next_kernel();
   const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
   const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
   // The first item lies beside its range, and both are on their way while the barriers are made.
@@ -199,6 +184,15 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
     attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place, meeting);
     __syncthreads();
   }
+}
+
+// `maps`: as above.
+template <class Config, class Params, class... Maps>
+__device__ __forceinline__ void attention_decode(const Params& params, const Maps&... maps) {
+  if (threadIdx.x == 0) (ptx::prefetch_tensor_map(&maps), ...);
+  ptx::wait_for_previous_kernel();
+  ptx::allow_next_kernel();
+  decode_items<Config>(params, maps...);
 }
 
 }  // namespace fi

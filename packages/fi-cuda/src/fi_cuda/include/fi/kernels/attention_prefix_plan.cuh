@@ -40,7 +40,8 @@ class PrefixPlanner {
 
  public:
   __device__ __forceinline__ PrefixPlanner(const Params& params, PrefixSums& sums, const PrefixTables& tables)
-      : params_(params), sums_(sums), thread_(static_cast<int>(threadIdx.x)), warp_(thread_ / 32), lane_(thread_ % 32),
+      : params_(params), sums_(sums), thread_(static_cast<int>(threadIdx.x)), thread_from_end_(kThreads - 1 - thread_),
+        warp_(thread_ / 32), lane_(thread_ % 32),
         given_(static_cast<const PrefixNode*>(params.nodes)), tables_(tables), nodes_(tables.nodes), places_(tables.places) {}
 
   __device__ __forceinline__ void run() {
@@ -87,7 +88,7 @@ class PrefixPlanner {
     const int count = params_.num_requests;
     bool within = true;
     if (thread_ == 0) sums_.longest_node = sums_.longest_own = 0;
-    for (int idx = thread_; idx < params_.num_nodes; idx += kThreads) nodes_[idx] = loaded(idx);
+    for (int idx = thread_from_end_; idx < params_.num_nodes; idx += kThreads) nodes_[idx] = loaded(idx);
     int total[3] = {};
     scan_over<kThreads>(
         count, total,
@@ -118,20 +119,17 @@ class PrefixPlanner {
     find_parents();
     find_used_nodes();
     if (Config::kYields && sums_.longest_node == 0) return false;
-    assign_places();
-    const BatchCost cost = sum_over_block<kThreads>(own_cost());
-    return choose_pieces(cost);
+    return choose_pieces(own_cost());
   }
 
-  // By a warp each: the innermost node around it, which is the last one before it.
+  // The innermost node around each is the last one before it that has its members.
   __device__ __forceinline__ void find_parents() {
-    for (int idx = warp_; idx < params_.num_nodes; idx += kWarps) {
+    for (int idx = thread_; idx < params_.num_nodes; idx += kThreads) {
       NodeWork work = nodes_[idx];
       work.parent = -1;
-      for (int first = idx / 32 * 32; first >= 0 && work.parent < 0; first -= 32) {
-        const int other = first + lane_;
-        const unsigned around = __ballot_sync(0xffffffffu, other < idx && contains(nodes_[other < idx ? other : idx], work));
-        if (around != 0) work.parent = first + 31 - __clz(around);
+#pragma unroll 4
+      for (int other = 0; other < idx; ++other) {
+        if (contains(nodes_[other], work)) work.parent = other;
       }
       const PlaceWork &first = places_[work.member_begin], &end = places_[work.member_end];
       const int members = end.members_before - first.members_before;
@@ -144,15 +142,15 @@ class PrefixPlanner {
       const int steps = steps_from<Config>(work.kv_begin, work.kv_end), a_step = members * Config::kStepCost - work.step_cost;
       const bool pays = static_cast<float>(a_step) * static_cast<float>(steps) > static_cast<float>(work.tiles * Config::kNodeItemCost);
       work.state = (fits ? kFits : 0) | (pays || !Config::kChoose ? kPays : 0);
+      work.members = members;
       // Others read what is as it was, its members and keys.
-      if (lane_ == 0) {
-        nodes_[idx].t_begin = work.t_begin;
-        nodes_[idx].num_tokens = work.num_tokens;
-        nodes_[idx].parent = work.parent;
-        nodes_[idx].state = work.state;
-        nodes_[idx].tiles = work.tiles;
-        nodes_[idx].step_cost = work.step_cost;
-      }
+      nodes_[idx].t_begin = work.t_begin;
+      nodes_[idx].num_tokens = work.num_tokens;
+      nodes_[idx].parent = work.parent;
+      nodes_[idx].state = work.state;
+      nodes_[idx].tiles = work.tiles;
+      nodes_[idx].step_cost = work.step_cost;
+      nodes_[idx].members = work.members;
     }
     __syncthreads();
   }
@@ -192,24 +190,24 @@ class PrefixPlanner {
     }
   }
 
-  // By a warp each: nodes within it come later.
-  __device__ __forceinline__ void assign_places() {
-    for (int idx = warp_; idx < params_.num_nodes; idx += kWarps) {
-      const NodeWork& work = nodes_[idx];
-      if (work.pieces == 0) continue;
-      for (int place = work.member_begin + lane_; place < work.member_end; place += 32) {
-        if (places_[place].template takes_part<Config>()) atomicMax(&places_[place].node, idx);
-      }
+  // The innermost node that a place's request uses, or -1: nodes within a node come later.
+  __device__ __forceinline__ int innermost(int place) const {
+    int found = -1;
+#pragma unroll 4
+    for (int idx = 0; idx < params_.num_nodes; ++idx) {
+      const NodeWork& node = nodes_[idx];
+      if (node.pieces > 0 && node.member_begin <= place && place < node.member_end) found = idx;
     }
-    __syncthreads();
+    return found;
   }
 
-  // The thread's share of the batch's costs.
+  // Gives each place its node and its own keys; the thread's share of the batch's costs.
   __device__ __forceinline__ BatchCost own_cost() const {
     BatchCost cost = {};
     int longest = 0;
     for (int place = thread_; place < params_.num_requests; place += kThreads) {
       PlaceWork& work = places_[place];
+      if (work.template takes_part<Config>()) work.node = innermost(place);
       if (work.node >= 0) work.own_first = nodes_[work.node].kv_end;
       work.steps = steps_from<Config>(work.own_first, work.kv_len);
       longest = max(longest, work.steps);
@@ -221,15 +219,14 @@ class PrefixPlanner {
         cost.attended += kv_len * static_cast<float>(max(Config::kAttendPs, work.q_len * Config::kPairPs));
       }
     }
-    for (int idx = thread_; idx < params_.num_nodes && Config::kYields; idx += kThreads) {
+    for (int idx = thread_from_end_; idx < params_.num_nodes && Config::kYields; idx += kThreads) {
       const NodeWork& work = nodes_[idx];
       if (work.pieces == 0) continue;
       const float keys = static_cast<float>(work.kv_end - work.kv_first);
-      const int members = places_[work.member_end].members_before - places_[work.member_begin].members_before;
       cost.shared += keys;
-      cost.again += keys * static_cast<float>(members - 1);
+      cost.again += keys * static_cast<float>(work.members - 1);
     }
-    atomicMax(&sums_.longest_own, longest);
+    if (longest > 0) atomicMax(&sums_.longest_own, longest);
     return cost;
   }
 
@@ -242,18 +239,18 @@ class PrefixPlanner {
   }
 
   // The longest piece of which a list schedule ends first, and from that how long requests' own pieces may be.
-  __device__ __forceinline__ bool choose_pieces(const BatchCost& own) {
+  __device__ __forceinline__ bool choose_pieces(const BatchCost& mine) {
     static_assert(kThreads == kCandidates * kSharers && kSharers <= 32);
     constexpr float kLongest = (1 << 26) - 1;  // time beside the candidate in 32 bits
     const int longest = sums_.longest_node, candidate = thread_ / kSharers;
-    const int chunk = max((longest + candidate) / (candidate + 1), 1);
+    const int chunk = max(quotient(longest + candidate, candidate + 1), 1);
     int tiles = 0, slowest = 0;
     float parts = 0.0f, cost = 0.0f;
 #pragma unroll 1
     for (int idx = thread_ % kSharers; idx < params_.num_nodes; idx += kSharers) {
       const NodeWork& work = nodes_[idx];
       if (work.pieces == 0) continue;
-      const int pieces = (work.steps + chunk - 1) / chunk, its_tiles = work.tiles * pieces;
+      const int pieces = quotient(work.steps + chunk - 1, chunk), its_tiles = work.tiles * pieces;
       tiles += its_tiles;
       parts += static_cast<float>(work.num_tokens) * static_cast<float>(pieces);
       cost += static_cast<float>(its_tiles * Config::kNodeItemCost) + static_cast<float>(work.steps) * static_cast<float>(work.step_cost);
@@ -266,18 +263,16 @@ class PrefixPlanner {
       cost += __shfl_xor_sync(0xffffffffu, cost, distance);
       slowest = max(slowest, __shfl_xor_sync(0xffffffffu, slowest, distance));
     }
+    const BatchCost own = sum_over_block<kThreads>(mine);
     constexpr float kOfWorker = static_cast<float>(Config::kHeads) / static_cast<float>(Config::kWorkers);
     const float alone = ceilf(static_cast<float>(tiles) * kOfWorker) * static_cast<float>(chunk * slowest + Config::kNodeItemCost);
     const float time = fminf(fmaxf(alone, (own.own + cost) * kOfWorker), kLongest);
     const bool fits = candidate == 0 || (tiles <= params_.max_node_rows && parts <= static_cast<float>(params_.max_node_tokens));
     unsigned best = fits ? static_cast<unsigned>(time) * kCandidates + static_cast<unsigned>(candidate) : ~0u;
-#pragma unroll
-    for (int distance = kSharers; distance < 32; distance *= 2) best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
+    best = __reduce_min_sync(0xffffffffu, best);
     if (lane_ == 0) sums_.best[warp_] = best;
     __syncthreads();
-    best = sums_.best[lane_ % kWarps];
-#pragma unroll
-    for (int distance = 1; distance < kWarps; distance *= 2) best = min(best, __shfl_xor_sync(0xffffffffu, best, distance));
+    best = __reduce_min_sync(0xffffffffu, sums_.best[lane_ % kWarps]);
     const int ends = static_cast<int>(best / kCandidates);
     if (Config::kYields && is_better_unshared(own, static_cast<float>(ends))) return false;
     const int pieces = static_cast<int>(best % kCandidates) + 1;
@@ -288,7 +283,9 @@ class PrefixPlanner {
 
   const Params& params_;
   PrefixSums& sums_;
-  const int thread_, warp_, lane_;
+  const int thread_;
+  const int thread_from_end_;  // what few threads do is shared out from both ends, so that different warps do it side by side
+  const int warp_, lane_;
   PieceSteps chunk_ = {};
   const PrefixNode* given_;
   const PrefixTables& tables_;
