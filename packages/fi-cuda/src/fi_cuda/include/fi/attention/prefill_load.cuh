@@ -24,6 +24,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   __device__ __forceinline__ void run() {
     if (static_cast<const OrderHeader*>(params_.order)->is_used) take_tiles();
     else work_through_share();
+    if constexpr (kGathered<Config>) copies_.leave();
     if (is_first_) Base::end_list();
   }
 
@@ -88,7 +89,13 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
     else if constexpr (Config::kCopyOrder == kApart) load_apart(steps.num_steps);
     else if constexpr (Config::kCopyOrder == kKeysAhead) load_keys_ahead(steps.num_steps);
     else load_in_order(steps.num_steps);
+  }
+
+  // The place of an item's first step. While it is looked up the last copies of the item before arrive.
+  __device__ __forceinline__ auto first_place() {
+    const auto place = copies_.place_of(0);
     if constexpr (kGathered<Config>) copies_.leave();
+    return place;
   }
 
   // Keys by one warp and values by another, each as its stages are set free ...
@@ -105,7 +112,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
 
   // ... or by the same: a step's keys, then its values, the order in which whole steps need stages and set them free ...
   __device__ __forceinline__ void load_in_order(int num_steps) {
-    auto place = copies_.place_of(0);
+    auto place = first_place();
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
       const auto next = copies_.place_of(min(step + 1, num_steps - 1));
@@ -117,7 +124,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
 
   // ... or before them those of the next step, as overlapped steps need them.
   __device__ __forceinline__ void load_keys_ahead(int num_steps) {
-    auto place = copies_.place_of(0), before = place;
+    auto place = first_place(), before = place;
 #pragma unroll 1
     for (int step = 0; step < num_steps; ++step) {
       const auto next = copies_.place_of(min(step + 1, num_steps - 1));
