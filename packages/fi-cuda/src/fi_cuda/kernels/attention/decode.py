@@ -20,8 +20,7 @@ ROPE_PAIRS = {None: 0, "half": 1, "interleaved": 2}
 class DecodeSpec(KernelSpec):
     """What is compiled into a decode kernel: element types (``query`` of Q, ``dtype`` of the output), head shape, addressing
     (``page_size`` 0: ragged; ``table``, ``mask`` and ``rope_pairs`` numbered as in TABLE_FORMS, MASK_FORMS and
-    ROPE_PAIRS), tile, and the features of the call. ``q_scales``, ``k_scales`` and ``v_scales``: scales are in memory.
-    ``read_once``: no request has a second tile."""
+    ROPE_PAIRS), tile, and the features of the call. ``q_scales``, ``k_scales`` and ``v_scales``: scales are in memory."""
 
     dtype: torch.dtype
     query: torch.dtype
@@ -51,7 +50,6 @@ class DecodeSpec(KernelSpec):
     v_scales: bool
     lse: bool
     batch_invariant: bool
-    read_once: bool = True
 
     stem: ClassVar = "attention_decode"
     overlapping: ClassVar = True
@@ -113,8 +111,8 @@ class BoxDecodeSpec(DecodeSpec):
     tensor_maps: ClassVar = ("keys", "values")
 
 
-def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm, read_once: bool = True) -> DecodeSpec:
-    """The kernel of a call; ``read_once`` as in DecodeSpec."""
+def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> DecodeSpec:
+    """The kernel of a call."""
     rope = spec.rope
     return (BoxDecodeSpec if form.boxes else DecodeSpec)(
         **call_fields(spec, form),
@@ -129,5 +127,4 @@ def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm, read_
         rope_keys=rope is not None and rope.keys,
         q_scales=form.q_scales,
         batch_invariant=spec.batch_invariant,
-        read_once=read_once,
     )

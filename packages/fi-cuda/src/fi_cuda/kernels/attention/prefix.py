@@ -76,7 +76,6 @@ class PrefixSpec(PrefillSpec):
     decode_chunk_tokens: int = 0
     decode_stages: int = 0
     decode_boxes: bool = False
-    decode_read_once: bool = True
     decode_bytes: int = 0
 
     stem: ClassVar = "attention_prefix"
@@ -148,7 +147,7 @@ def prefix_spec(
     tiles = replace(tuning.tiles, copy_order="keys ahead", pieces=1)  # as its loader works
     made = dict(prefill_fields(spec, tiles, form), levels=True)
     if decode is not None:
-        names = ("num_warps", "row_warps", "rows", "chunk_tokens", "stages", "read_once")
+        names = ("num_warps", "row_warps", "rows", "chunk_tokens", "stages")
         made |= {f"decode_{name}": getattr(decode, name) for name in names}
         made |= {"decode_boxes": bool(decode.tensor_maps), "decode_bytes": decode.shared_bytes}
         if decode.tensor_maps:

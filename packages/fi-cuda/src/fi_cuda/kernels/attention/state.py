@@ -219,7 +219,6 @@ class DecodeState(ListState):
         super().__init__(spec, capacity, device, Layout.of(spec, capacity, device), short)
         assert isinstance(self._layout.tuning, DecodeTuning)
         self._tuning = self._layout.tuning
-        self._read_once = self._tuning.has_one_tile_each(spec, capacity)
 
     def planner_of(self, window: int | None) -> DevicePlanner:
         """What fills the lists of a window of the spec."""
@@ -289,7 +288,7 @@ class DecodeState(ListState):
         )
         slots = (region.of(self._buffer).data_ptr() for region in (layout.partials, layout.partial_rows))
         workspace = (*map(address_of, lists[:2]), *slots)
-        return KernelPart(decode_spec(self._spec, self._tuning, form, self._read_once), workspace, maps or ())
+        return KernelPart(decode_spec(self._spec, self._tuning, form), workspace, maps or ())
 
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         """Find the kernel for calls with this cache and layer, and remember it with what they share."""

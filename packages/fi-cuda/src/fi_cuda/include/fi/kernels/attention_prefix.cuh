@@ -7,7 +7,7 @@
 // kernel's code within the same launch. Sources: Juravsky et al., "Hydragen", 2024 (rows of all members against shared keys); Ye
 // et al., "Cascade Inference", 2024 (levels, merged by their log-sum-exps); "stream-K" (Osama et al., 2023).
 // Config: as attention_prefill.cuh, with kLevels; of the decode kernel kDecodeNumWarps (0: it is not there), kDecodeRowWarps,
-// kDecodeRows, kDecodeChunkTokens, kDecodeStages, kDecodeBoxes, kDecodeReadOnce. Params: those of fi_cuda.kernels.attention.prefix.
+// kDecodeRows, kDecodeChunkTokens, kDecodeStages, kDecodeBoxes. Params: those of fi_cuda.kernels.attention.prefix.
 #pragma once
 
 #include "fi/attention/prefill_consume.cuh"
@@ -25,7 +25,7 @@ struct DecodeConfig : Config {
   static constexpr int kNumWarps = Config::kDecodeNumWarps, kNumThreads = kNumWarps * kWarpThreads;
   static constexpr int kRowWarps = Config::kDecodeRowWarps, kRows = Config::kDecodeRows, kStages = Config::kDecodeStages;
   static constexpr int kChunkTokens = Config::kDecodeChunkTokens;
-  static constexpr bool kBoxes = Config::kDecodeBoxes, kReadOnce = Config::kDecodeReadOnce;
+  static constexpr bool kBoxes = Config::kDecodeBoxes;
   static constexpr bool kRopeKeys = false, kBatchInvariant = false;
 };
 
