@@ -225,6 +225,12 @@ def test_the_number_of_tall_tiles_decides_on_the_host(name, launches, on_hopper)
     assert (made._long._orders[None].header.tolist() == EMPTY_AND_USED) == is_short
 
 
+def test_fp8_has_one_limit_and_says_so(launches, on_hopper):
+    spec = replace(VERIFY, kv_format="fp8_e4m3")
+    text = "\n".join(attention_short.plan(spec, VERIFY_CAPACITY, "cpu").describe())
+    assert "steps of at most 11 tiles in requests of more than 8 new tokens: the decode kernel" in text
+
+
 def check_planners(device):
     """Both kernels' planners on a device decide as the host does, whatever they had planned before."""
     made = attention_short.plan(VERIFY, VERIFY_CAPACITY, device)

@@ -48,10 +48,8 @@ def has_long_path(spec: AttentionSpec, capacity: Capacity, device: torch.device)
     steps = _decode_steps(spec, 1)
     if spec.batch_invariant or capacity.max_q_len <= steps.q_len:
         return False
-    tiles = (
-        capacity.max_batch * spec.num_kv_heads * -(-spec.group_size * capacity.max_q_len // WARPGROUP_ROWS)
-    )  # at most
-    if tiles * (steps.tall_weight if capacity.max_q_len > steps.tall_q_len else steps.weight) <= steps.most:
+    most_tiles = capacity.max_batch * spec.num_kv_heads * -(-spec.group_size * capacity.max_q_len // WARPGROUP_ROWS)
+    if most_tiles * (steps.tall_weight if capacity.max_q_len > steps.tall_q_len else steps.weight) <= steps.most:
         return False
     request = attention_request(spec, MAX_SHORT_QUERY + 1, device)
     return any(not entry.reject(request) for entry in LONG_ATTENTION_ENTRIES)
@@ -62,6 +60,15 @@ def _decode_steps(spec: AttentionSpec, tile_tokens: int) -> ShortSteps:
     tall = _TALL_ROWS // spec.group_size
     many = tall if spec.kv_is_fp8 else _MANY_ROWS // spec.group_size
     return ShortSteps(many, _FEW, tile_tokens, tall, _MANY_WEIGHT, _TALL_WEIGHT)
+
+
+def steps_text(steps: ShortSteps) -> str:
+    """Which steps the decode kernel serves, for people."""
+    many, tall = steps.most // steps.weight, steps.most // steps.tall_weight
+    if steps.q_len == steps.tall_q_len:
+        return f"steps of at most {tall} tiles in requests of more than {steps.q_len} new tokens"
+    text = f"steps of at most {many} tiles in requests of more than {steps.q_len} new tokens"
+    return f"{text} ({tall} of more than {steps.tall_q_len})"
 
 
 class ShortAttention:
@@ -79,11 +86,8 @@ class ShortAttention:
             return attention_decode.plan(spec, capacity, device)
         tile_tokens = prefill_tuning_for(spec, where).kind(spec.group_size).q_rows // spec.group_size
         steps = _decode_steps(spec, tile_tokens)
-        text = (
-            f"steps of at most {_FEW // _MANY_WEIGHT} tiles in requests of more than {steps.q_len} new tokens"
-            f" ({_FEW // _TALL_WEIGHT} of more than {steps.tall_q_len})"
-        )
-        return MixedState(DecodeState(spec, capacity, where, steps), PrefillState(spec, capacity, where, steps), text)
+        short, long = DecodeState(spec, capacity, where, steps), PrefillState(spec, capacity, where, steps)
+        return MixedState(short, long, steps_text(steps))
 
 
 class MixedAttention:
