@@ -18,17 +18,17 @@ __device__ __forceinline__ float penalised_by_counts(const Params& params, const
                                                      float value) {
   const int* prompt = static_cast<const int*>(params.prompt_counts);
   const int* output = static_cast<const int*>(params.output_counts);
-  const int said = output == nullptr ? 0 : output[at.shared.history * params.output_stride + token];
+  const int said = output == nullptr ? 0 : output[at.shared.scalars.history * params.output_stride + token];
   if (params.repetition != nullptr) {
-    const bool asked = prompt != nullptr && prompt[at.shared.history * params.prompt_stride + token] != 0;
-    const float factor = static_cast<const float*>(params.repetition)[at.shared.place];
-    if (asked || said != 0) value = value > 0.0f ? __fdiv_rn(value, factor) : value * factor;
+    const bool asked = prompt != nullptr && prompt[at.shared.scalars.history * params.prompt_stride + token] != 0;
+    const float factor = static_cast<const float*>(params.repetition)[at.shared.scalars.place];
+    if (asked || said != 0) value = value > 0.0f ? __fdiv_rn(value, factor) : __fmul_rn(value, factor);
   }
   if (params.frequency != nullptr) {
-    const float each = static_cast<const float*>(params.frequency)[at.shared.place];
+    const float each = static_cast<const float*>(params.frequency)[at.shared.scalars.place];
     value = __fsub_rn(value, __fmul_rn(each, static_cast<float>(said)));
   }
-  if (params.presence != nullptr && said > 0) value = __fsub_rn(value, static_cast<const float*>(params.presence)[at.shared.place]);
+  if (params.presence != nullptr && said > 0) value = __fsub_rn(value, static_cast<const float*>(params.presence)[at.shared.scalars.place]);
   return value;
 }
 

@@ -227,8 +227,7 @@ struct SampleKernel {
       PenaltyPatch<Config, Params> patch(params, row.shared.penalties, slice, row.first_token);
       PenalisedSampleStage<Config, Params> penalised(stage, patch);
       load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
-      patch.apply();
-      fits = patch.fits();
+      fits = patch.apply();
       return patch.settle(row.shared.filters.temperature);
     } else {
       return load_slice<Config>(logits, row.first_token, params.vocab_size, slice, stage);
