@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -91,7 +91,7 @@ def _chain(device: torch.device, num_rows: int, vocab_size: int, known: bool) ->
         return {"tokens": tokens, "num_accepted": num_accepted}
 
     cost = verify_chain.cost(num_rows, CHAIN_DRAFTS, vocab_size, known)
-    request = {"vocab_size": vocab_size, "num_draft": CHAIN_DRAFTS, "has_draft_probs": known}
+    request: dict[str, Hashable] = {"vocab_size": vocab_size, "num_draft": CHAIN_DRAFTS, "has_draft_probs": known}
     return _problem(request, inputs, call, _chain_check(inputs), cost)
 
 
@@ -118,7 +118,7 @@ def _tree(device: torch.device, num_rows: int, vocab_size: int) -> Problem:
 
 
 def _problem(
-    request: dict[str, object],
+    request: dict[str, Hashable],
     inputs: DraftInputs,
     call: Callable[[], Outputs],
     check: Callable[[Outputs], Accuracy],

@@ -62,8 +62,9 @@ struct PenalisedSampleStage : PenaltyStage<Config, Params> {
       : PenaltyStage<Config, Params>{patch, plain.output, plain.slot}, plain(plain) {}
 
   __device__ __forceinline__ void begun() {
-    plain.begun();
-    PenaltyStage<Config, Params>::begun();
+    this->patch.ask(this->output, this->slot);
+    plain.begun();  // waits for what it loads
+    this->patch.keep();
   }
 };
 

@@ -11,17 +11,11 @@
 
 namespace fi {
 
-// What a block keeps of a row's columns in shared memory: scalars, and bits of its `kTokens` tokens.
+// What a block keeps in shared memory of a row's columns, and bits of its `kTokens` tokens.
 template <int kTokens>
 struct PenaltyShared {
   static_assert(kTokens % 32 == 0);
-  struct alignas(16) Scalars {
-    int place, history;  // rows of the columns
-    int bias_begin, bias_end;
-    int num_entries;  // of the history, 0 if they change nothing
-    float repetition, frequency, presence;
-  };
-  Scalars scalars;
+  alignas(16) int columns[4];  // repetition, frequency and presence, floats, and the number of the history's entries
   unsigned allowed[kTokens / 32];  // those that stay; of words in the vocabulary
 };
 
@@ -32,15 +26,20 @@ struct PenaltyPatch {
   static constexpr int kThreads = Config::kNumThreads, kTokens = RowShape<Config>::kBlockTokens, kWords = kTokens / 32;
   static constexpr int kWordsEach = (kWords + kThreads - 1) / kThreads;
   static constexpr int kEntriesEach = kThreads < 512 ? 512 / kThreads : 1;
+  static constexpr int kColumns = 4;
 
   const Params& params;
   PenaltyShared<kTokens>& shared;
   float* slice;
   int first_token, num_tokens;
-  int biased = -1;  // the token of this thread's first bias, and what is added
+  int place, history, bias_begin, bias_end;
+  // What is this thread's: words of bits, 32 tokens from threadIdx.x * 32 on and from kThreads * 32 further on; the first entries of
+  // the history; its first bias; one of the scalars.
+  unsigned allowed_words[kWordsEach], step_words[kWordsEach], seen[kWordsEach];
+  int2 counted[kEntriesEach];
+  int biased = -1;
   float bias = 0.0f;
-  int2 counted[kEntriesEach];  // this thread's first entries of the history
-  unsigned seen[kWordsEach];   // bits of the tokens of prompt and output, 32 from threadIdx.x * 32 on, 32 from kThreads * 32 further on
+  int scalar = 0;
 
   __device__ __forceinline__ PenaltyPatch(const Params& params, PenaltyShared<kTokens>& shared, float* slice, int first_token)
       : params(params),
@@ -49,78 +48,78 @@ struct PenaltyPatch {
         first_token(first_token),
         num_tokens(max(0, min(params.vocab_size - first_token, kTokens))) {}
 
-  // By all threads; what it stores in shared memory is there after the next barrier.
-  __device__ __forceinline__ void prepare(int output, int64 slot) {
-    const unsigned thread = threadIdx.x;
-    const int place = slot < 0 ? 0 : static_cast<int>(slot);
-    const int history = params.history_rows == nullptr ? place : static_cast<const int*>(params.history_rows)[output];
-    const int* indptr = static_cast<const int*>(params.bias_indptr);
-    const int begin = indptr == nullptr ? 0 : indptr[place], end = indptr == nullptr ? 0 : indptr[place + 1];
-    unsigned allowed[kWordsEach];
+  // By all threads. Loads go out in an order in which none waits for another: where a history's place is not itself loaded, what
+  // depends on it must not stand behind loads that share its scoreboard.
+  __device__ __forceinline__ void ask(int output, int64 slot) {
+    const int thread = static_cast<int>(threadIdx.x);
+    place = slot < 0 ? 0 : static_cast<int>(slot);
+    history = params.history_rows == nullptr ? place : static_cast<const int*>(params.history_rows)[output];
 #pragma unroll
     for (int idx = 0; idx < kWordsEach; ++idx) {
-      allowed[idx] = 0xffffffffu;
       seen[idx] = 0;
-    }
-    if (params.allowed != nullptr) {
-      const unsigned* words = words_of(params.allowed, place, params.allowed_stride);
-      for_each_word([&](int idx) { allowed[idx] = __ldg(words + thread + idx * kThreads); });
-    }
-    if (has_history() && params.repetition != nullptr) {
-      const unsigned* words = words_of(params.seen, history, params.seen_stride);
-      for_each_word([&](int idx) { seen[idx] = words[thread + idx * kThreads]; });
+      allowed_words[idx] = step_words[idx] = 0xffffffffu;
     }
     if (has_history()) {
-      const int2* entries = entries_of(history);
+      if (params.repetition != nullptr) load_words(seen, params.seen, history, params.seen_stride);
+      const int2* entries = entries_of(history) + thread;
 #pragma unroll
       for (int idx = 0; idx < kEntriesEach; ++idx) {
-        const int entry = static_cast<int>(thread) + idx * kThreads;
-        counted[idx] = entry < params.capacity ? entries[entry] : make_int2(-1, 0);
+        counted[idx] = thread + idx * kThreads < params.capacity ? entries[idx * kThreads] : make_int2(-1, 0);
+      }
+      const int column = kThreads - 1 - thread;  // of the scalars, one a thread
+      if (column < kColumns) {
+        const void* values = column == 0   ? params.repetition
+                             : column == 1 ? params.frequency
+                             : column == 2 ? params.presence
+                                           : params.num_entries;
+        scalar = column == 0 ? __float_as_int(1.0f) : 0;
+        if (values != nullptr) scalar = static_cast<const int*>(values)[column == 3 ? history : place];
       }
     }
-    if (params.step_allowed != nullptr) {
-      const unsigned* words = words_of(params.step_allowed, output, params.step_allowed_stride);
-      for_each_word([&](int idx) { allowed[idx] &= __ldg(words + thread + idx * kThreads); });
+    if (params.allowed != nullptr) load_words(allowed_words, params.allowed, place, params.allowed_stride);
+    if (params.step_allowed != nullptr) load_words(step_words, params.step_allowed, output, params.step_allowed_stride);
+    const int* indptr = static_cast<const int*>(params.bias_indptr);
+    bias_begin = bias_end = 0;
+    if (indptr != nullptr) {
+      bias_begin = indptr[place];
+      bias_end = indptr[place + 1];
     }
-    if (thread == kThreads - 1) {  // the first has the row's other parameters to load
-      typename PenaltyShared<kTokens>::Scalars scalars = {place, history, begin, end, 0, 1.0f, 0.0f, 0.0f};
-      if (has_history()) {
-        const int num_entries = static_cast<const int*>(params.num_entries)[history];
-        scalars.repetition = value_of(params.repetition, place, 1.0f);
-        scalars.frequency = value_of(params.frequency, place, 0.0f);
-        scalars.presence = value_of(params.presence, place, 0.0f);
-        if (scalars.frequency != 0.0f || scalars.presence != 0.0f) scalars.num_entries = num_entries;
-      }
-      shared.scalars = scalars;
+  }
+
+  // This part's words of row `row` of a table of bits that are this thread's.
+  __device__ __forceinline__ void load_words(unsigned (&words)[kWordsEach], const void* table, int row, int64 stride) const {
+    const unsigned* from = static_cast<const unsigned*>(table) + row * stride + static_cast<unsigned>(first_token) / 32 + threadIdx.x;
+#pragma unroll
+    for (int idx = 0; idx < kWordsEach; ++idx) {
+      if (has_word(idx)) words[idx] = __ldg(from + idx * kThreads);
     }
-    const int mine = begin + static_cast<int>(thread);
-    if (mine < end) {
+  }
+
+  // Then, by all threads; what it stores in shared memory is there after the next barrier.
+  __device__ __forceinline__ void keep() {
+    asm volatile("" : "+r"(bias_begin));  // no sum with it, and so no wait, before here
+    const int mine = bias_begin + static_cast<int>(threadIdx.x);
+    if (mine < bias_end) {
       biased = static_cast<const int*>(params.bias_tokens)[mine];
       bias = bias_at(history, mine);
     }
-    for_each_word([&](int idx) { shared.allowed[thread + idx * kThreads] = allowed[idx]; });
-  }
-
-  // Calls visit(idx) for those of this thread's words of bits in which the vocabulary has tokens.
-  template <class Visit>
-  __device__ __forceinline__ void for_each_word(Visit visit) const {
 #pragma unroll
     for (int idx = 0; idx < kWordsEach; ++idx) {
-      if (static_cast<int>(threadIdx.x + idx * kThreads) * 32 < num_tokens) visit(idx);
+      if (has_word(idx)) shared.allowed[threadIdx.x + idx * kThreads] = allowed_words[idx] & step_words[idx];
     }
+    const int column = kThreads - 1 - static_cast<int>(threadIdx.x);
+    if (column < kColumns) shared.columns[column] = has_history() ? scalar : column == 0 ? __float_as_int(1.0f) : 0;
   }
-  // Where row `row` of a table of bits has those of this part.
-  __device__ __forceinline__ const unsigned* words_of(const void* table, int row, int64 stride) const {
-    return static_cast<const unsigned*>(table) + row * stride + static_cast<unsigned>(first_token) / 32;
+
+  // Whether the vocabulary has tokens in this thread's word `idx`.
+  __device__ __forceinline__ bool has_word(int idx) const {
+    return static_cast<int>(threadIdx.x + idx * kThreads) * 32 < num_tokens;
   }
   __device__ __forceinline__ const int2* entries_of(int history) const {
     return reinterpret_cast<const int2*>(static_cast<const int*>(params.entries) + history * params.entry_stride);
   }
 
   __device__ __forceinline__ bool has_history() const { return !Config::kDense && params.seen != nullptr; }
-  __device__ __forceinline__ float value_of(const void* column, int place, float none) const {
-    return column == nullptr ? none : static_cast<const float*>(column)[place];
-  }
   __device__ __forceinline__ float bias_at(int history, int entry) const {
     const float value = static_cast<const float*>(params.bias_values)[entry];
     const int* until = static_cast<const int*>(params.bias_until);
@@ -128,7 +127,7 @@ struct PenaltyPatch {
     return early ? minus_infinity() : value;
   }
 
-  // Bits of the 32 from place / 32 * 32 on, that of `place` lowest. After prepare and a barrier.
+  // Bits of the 32 from place / 32 * 32 on, that of `place` lowest. After keep and a barrier.
   __device__ __forceinline__ unsigned allowed(int place) const {
     return shared.allowed[static_cast<unsigned>(place) / 32] >> (place & 31);
   }
@@ -141,37 +140,36 @@ struct PenaltyPatch {
     if (at < static_cast<unsigned>(num_tokens)) patch(static_cast<int>(at));
   }
 
-  // Whether all that is to be counted is in the history: if not, the row cannot be drawn from. After prepare and a barrier.
-  __device__ __forceinline__ bool fits() const { return shared.scalars.num_entries <= params.capacity; }
-
   // All parts but the bitmasks, each value rounded after each step, as the reference does. By all threads, which meet here, after
-  // prepare and the row's arrival. Returns fits().
+  // keep and the row's arrival. False if the history lacks what is to be counted: the row cannot be drawn from.
   __device__ __forceinline__ bool apply() {
     __syncthreads();
-    const auto scalars = shared.scalars;
-    if (scalars.bias_begin < scalars.bias_end) {
-      add_bias(scalars.bias_begin, scalars.bias_end, scalars.history);
+    const int4 columns = *reinterpret_cast<const int4*>(shared.columns);
+    const float repetition = __int_as_float(columns.x), frequency = __int_as_float(columns.y), presence = __int_as_float(columns.z);
+    const int num_entries = frequency != 0.0f || presence != 0.0f ? columns.w : 0;
+    if (bias_begin < bias_end) {
+      add_bias();
       __syncthreads();
     }
-    if (scalars.repetition != 1.0f) {
-      repeat(scalars.repetition);
+    if (repetition != 1.0f) {
+      repeat(repetition);
       __syncthreads();
     }
-    const bool fit = scalars.num_entries <= params.capacity;
-    if (fit && scalars.num_entries > 0) {
-      subtract_counts(scalars.num_entries, scalars.history, scalars.frequency, scalars.presence);
+    if (num_entries > params.capacity) return false;
+    if (num_entries > 0) {
+      subtract_counts(num_entries, frequency, presence);
       __syncthreads();
     }
-    return fit;
+    return true;
   }
 
-  __device__ __forceinline__ void add_bias(int begin, int end, int history) const {
+  __device__ __forceinline__ void add_bias() const {
     const auto add = [&](int token, float amount) {
       if_inside(token, [&](int at) { slice[at] = __fadd_rn(slice[at], amount); });
     };
     add(biased, bias);
 #pragma unroll 1
-    for (int entry = begin + static_cast<int>(threadIdx.x) + kThreads; entry < end; entry += kThreads) {
+    for (int entry = bias_begin + static_cast<int>(threadIdx.x) + kThreads; entry < bias_end; entry += kThreads) {
       add(static_cast<const int*>(params.bias_tokens)[entry], bias_at(history, entry));
     }
   }
@@ -206,7 +204,7 @@ struct PenaltyPatch {
   }
 
   // The first entries that are this thread's have come with the row.
-  __device__ __forceinline__ void subtract_counts(int num_entries, int history, float frequency, float presence) const {
+  __device__ __forceinline__ void subtract_counts(int num_entries, float frequency, float presence) const {
     const auto subtract = [&](int2 entry) {
       if_inside(entry.x, [&](int at) {
         slice[at] = __fsub_rn(__fsub_rn(slice[at], __fmul_rn(frequency, static_cast<float>(entry.y))), presence);
@@ -308,7 +306,10 @@ struct PenaltyStage {
   int output;
   int64 slot;
 
-  __device__ __forceinline__ void begun() { patch.prepare(output, slot); }
+  __device__ __forceinline__ void begun() {
+    patch.ask(output, slot);
+    patch.keep();
+  }
 };
 
 }  // namespace fi
