@@ -218,9 +218,9 @@ def test_a_round_reports_latencies_where_requests_arrive(script):
 
 def test_a_cache_is_emptied_when_the_last_step_has_ended(script):
     answers = iter([False, False, True])
-    script("engines")._until(lambda: next(answers))
-    with pytest.raises(TimeoutError, match="not emptied"):
-        script("engines")._until(lambda: False, patience=0.1)
+    script("engines").until(lambda: next(answers), "an end")
+    with pytest.raises(TimeoutError, match="waited 0.1 s for an end"):
+        script("engines").until(lambda: False, "an end", patience=0.1)
 
 
 def test_attention_of_one_layer_is_computed_exactly(script, monkeypatch):
