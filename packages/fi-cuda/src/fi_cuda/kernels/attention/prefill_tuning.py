@@ -39,7 +39,7 @@ _MAX_TOKENS = 256
 @dataclass(frozen=True)
 class PrefillTuning:
     """``consumers``: warpgroups of 64 packed query rows; ``tokens``: keys a step; ``edge_tokens``: unit of the keys of an
-    item's first step, of which the last may be cut short; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
+    item's first step; ``key_stages``, ``value_stages`` and ``query_stages`` of the rings; ``ping_pong``: warpgroups take turns in
     starting products; ``overlap``: a step's scores are started before the values of the step before, else ``parts`` of a step's
     weights are each computed beside the values of the part before; ``copy_order``: a step's values are copied after its keys ("in
     order"), after those of the next step ("keys ahead"), or by a warp of their own ("apart", boxes only: what else there is comes
