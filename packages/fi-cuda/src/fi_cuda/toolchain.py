@@ -120,6 +120,7 @@ def compile_cubin(source: str, name: str, target: CompileTarget, include_folders
         use_fast_math=target.fast_math or None,
         lineinfo=target.line_info or None,
         max_register_count=target.max_registers,
+        no_cache=True,  # of NVRTC's own: what this package keeps it checks, and says where it came from
     )
     log = io.StringIO()
     program = Program(source, "c++", options)
