@@ -14,13 +14,14 @@ from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, 
 from fi_core.registry import registry
 from fi_core.rope import FusedRope, RopeConfig, RopeTable
 from fi_cuda.entries import ATTENTION_ENTRIES
-from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning
+from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning, state
 from fi_cuda.kernels.attention.call import CallForm
 from fi_cuda.kernels.attention.plan import DeviceWorkList, fill_on_host
 from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillSpec, prefill_spec
 from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.kernels.attention.prefill_tuning import (
     HeadBytes,
+    COPY_ORDERS,
     PrefillTuning,
     box_tokens,
     built_in_prefill_tuning,
@@ -178,9 +179,12 @@ def test_each_request_has_one_kernel_of_long_queries(changes, name):
 
 EVERY = CallForm(windowed=True, lse=True, k_scales=True, v_scales=True, table_row=True, mask_columns="new", boxes=True)
 ALL_FP8 = replace(SPEC, kv_format="fp8_e4m3", q_format="fp8_e4m3")
+SLOTS = replace(SPEC, page_size=1, head_dim=128)
 KERNELS = {
     "boxes": prefill_spec(SPEC, TUNING, CallForm(boxes=True)),
     "rows": prefill_spec(replace(SPEC, page_size=1), TUNING, CallForm()),
+    "gathered rows": prefill_spec(SLOTS, built_in_prefill_tuning(SLOTS), CallForm()),
+    "runs of rows": prefill_spec(SLOTS, built_in_prefill_tuning(SLOTS), CallForm(boxes=True)),
     "fp8": prefill_spec(replace(SPEC, kv_format="fp8_e4m3"), TUNING, CallForm(k_scales=True)),
     "features": prefill_spec(
         AttentionSpec(14, 2, 96, 80, features=frozenset({"soft_cap", "sinks", "alibi", "mask"})), TUNING, EVERY
@@ -339,6 +343,35 @@ def test_boxes_and_negative_scales_choose_their_kernels(launches, monkeypatch):
     launches.last.clear()
     made.run(q[:0], kv, LayerArgs().resolve(SPEC), torch.empty_like(q[:0]), None)
     assert not launches.last  # nothing to do
+
+
+def test_pages_of_one_token_have_maps_for_runs(launches, monkeypatch):
+    made = attention_prefill.plan(SLOTS, CAPACITY, "cpu")
+    assert "rows by a warpgroup; 32 that follow each other in memory as a box" in "\n".join(made.describe())
+    made.update(dense_batch([100], [40]))
+    q = torch.zeros(100, 8, 128, dtype=torch.bfloat16)
+    kv = KVCache(*torch.zeros(2, 9, 1, 2, 128, dtype=torch.bfloat16))
+    made.run(q, kv, LayerArgs().resolve(SLOTS), torch.empty_like(q), None)
+    _, values, kernel = launches.last["attention_prefill"]
+    assert type(kernel) is BoxPrefillSpec and kernel.box_tokens == 32 and not kernel.has_boxes
+    assert kernel.copy_order == COPY_ORDERS.index("in order") and values["keys"] == ("keys", 32, 128)
+    monkeypatch.setattr(prefill_state, "column_maps_of", lambda kv, *box: None)
+    other = KVCache(*torch.zeros(2, 9, 1, 2, 128, dtype=torch.bfloat16))
+    made.run(q, other, LayerArgs().resolve(SLOTS), torch.empty_like(q), None)
+    kernel = launches.last["attention_prefill"][2]
+    assert type(kernel) is PrefillSpec and kernel.box_tokens == 0
+
+
+def test_rows_too_far_apart_for_the_gather_are_named(launches, monkeypatch):
+    made = attention_prefill.plan(SLOTS, CAPACITY, "cpu")
+    made.update(dense_batch([100], [40]))
+    q = torch.zeros(100, 8, 128, dtype=torch.bfloat16)
+    monkeypatch.setattr(state, "_MAX_ROW_STRIDE_BYTES", 512)
+    far = KVCache(*torch.zeros(2, 9, 1, 2, 128, dtype=torch.bfloat16))
+    with pytest.raises(ArgumentError, match=r"kv.*less than 4 GiB apart.*512"):
+        made.run(q, far, LayerArgs().resolve(SLOTS), torch.empty_like(q), None)
+    one = KVCache(*torch.zeros(2, 1, 1, 2, 128, dtype=torch.bfloat16))  # of one page the stride means nothing
+    made.run(q, one, LayerArgs().resolve(SLOTS), torch.empty_like(q), None)
 
 
 @pytest.mark.gpu

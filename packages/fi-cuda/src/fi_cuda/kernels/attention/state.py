@@ -342,12 +342,12 @@ def cache_strides_of(kv: KVCache) -> tuple[int, ...]:
 def near_strides_of(kv: KVCache) -> tuple[int, ...]:
     """The same for kernels that copy rows one by one, which count the bytes from page to page and from token to token in 32
     bits. Raises ArgumentError for a cache where they are more."""
-    strides = cache_strides_of(kv)
-    for idx, cache in enumerate(kv.as_nhd()):
-        farthest = max(strides[3 * idx], strides[3 * idx + 1]) * cache.element_size()
+    for cache in kv.as_nhd():
+        steps = [stride for size, stride in zip(cache.shape[:-2], cache.stride(), strict=False) if size > 1]
+        farthest = max(steps, default=0) * cache.element_size()
         if farthest >= _MAX_ROW_STRIDE_BYTES:
             raise ArgumentError("kv", "pages and tokens less than 4 GiB apart, or that a tensor map describes", farthest)
-    return strides
+    return cache_strides_of(kv)
 
 
 def scale_of(scale: Any) -> tuple[int, int, float]:
