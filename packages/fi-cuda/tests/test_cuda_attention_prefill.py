@@ -20,8 +20,8 @@ from fi_cuda.kernels.attention.plan import DeviceWorkList, fill_on_host
 from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillSpec, prefill_spec
 from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.kernels.attention.prefill_tuning import (
-    HeadBytes,
     COPY_ORDERS,
+    HeadBytes,
     PrefillTuning,
     box_tokens,
     built_in_prefill_tuning,

@@ -103,7 +103,9 @@ def box_tokens(page_size: int | None, tokens: int) -> int | None:
 def run_tokens(spec: AttentionSpec, tuning: PrefillTuning) -> int | None:
     """Pages of one token that a producing warp copies together where they follow each other in memory: its rows of a step; None
     where they come one by one."""
-    gathered = spec.page_size == 1 and spec.kv_dtype == spec.q_dtype and not tuning.overlap and not tuning.landing_stages
+    gathered = (
+        spec.page_size == 1 and spec.kv_dtype == spec.q_dtype and not tuning.overlap and not tuning.landing_stages
+    )
     return _WARP_ROWS if gathered and tuning.tokens == _GATHERING_WARPS * _WARP_ROWS else None
 
 

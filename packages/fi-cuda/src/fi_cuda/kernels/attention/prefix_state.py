@@ -23,7 +23,16 @@ from .prefill_state import attention_prefill
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, WARPGROUP_WARPS, box_tokens
 from .prefix import NUM_LISTS, prefix_spec, prefix_tuning_for
 from .prefix_plan import PrefixLayout, PrefixPlanner, SharingTimes, prefix_plan_spec
-from .state import Addressing, Call, DecodeState, address_of, attention_decode, cache_strides_of, near_strides_of, scale_of
+from .state import (
+    Addressing,
+    Call,
+    DecodeState,
+    address_of,
+    attention_decode,
+    cache_strides_of,
+    near_strides_of,
+    scale_of,
+)
 from .tuning import memory_gbs, num_processors
 
 _MAX_CALLS = 4096

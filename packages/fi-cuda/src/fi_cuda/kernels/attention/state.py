@@ -346,7 +346,9 @@ def near_strides_of(kv: KVCache) -> tuple[int, ...]:
         steps = [stride for size, stride in zip(cache.shape[:-2], cache.stride(), strict=False) if size > 1]
         farthest = max(steps, default=0) * cache.element_size()
         if farthest >= _MAX_ROW_STRIDE_BYTES:
-            raise ArgumentError("kv", "pages and tokens less than 4 GiB apart, or that a tensor map describes", farthest)
+            raise ArgumentError(
+                "kv", "pages and tokens less than 4 GiB apart, or that a tensor map describes", farthest
+            )
     return cache_strides_of(kv)
 
 

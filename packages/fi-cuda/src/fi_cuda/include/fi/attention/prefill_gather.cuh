@@ -196,11 +196,11 @@ class GatherCopies {
     unsigned char* even = stage + offset;
     unsigned char* odd = stage + (offset ^ 64);  // four rows further on the pattern has its other half
     const int* places = &shared.looked_up.places[step % 2][thread / kUnits * kUnits];
-    int4 four;
+    int2 two;
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      if (round % 4 == 0) four = *reinterpret_cast<const int4*>(places + round);
-      const int page = round % 4 == 0 ? four.x : round % 4 == 1 ? four.y : round % 4 == 2 ? four.z : four.w;
+      if (round % 2 == 0) two = *reinterpret_cast<const int2*>(places + round);
+      const int page = round % 2 == 0 ? two.x : two.y;
       const bool readable = kClamped || page != kNone;
       const unsigned char* row = first + offset_of(readable ? page : 0, page_bytes);
       if constexpr (!kSameToken) row += offset_of(__shfl_sync(0xffffffffu, token, round, kUnits), token_bytes);

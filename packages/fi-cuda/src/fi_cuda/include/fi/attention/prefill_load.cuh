@@ -116,14 +116,15 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   __device__ __forceinline__ void load_in_order(int num_steps) {
     auto place = first_place();
     if constexpr (kRuns) {
-      // Where a tile's first whole step is no run the others are not looked at.
-      load_steps<true>(0, min(1, num_steps), num_steps, place);
-      if (num_steps > 1 && Copies::is_run(place)) load_steps<true>(1, num_steps, num_steps, place);
+      load_steps<false>(0, min(1, num_steps), num_steps, place);
+      // Where an item's second step is no run, none is looked for.
+      if (Copies::is_run(place)) load_steps<true>(1, num_steps, num_steps, place);
       else load_steps<false>(1, num_steps, num_steps, place);
     } else {
       load_steps<false>(0, num_steps, num_steps, place);
     }
   }
+  // kLooks: for rows that follow each other in memory.
   template <bool kLooks, class Place>
   __device__ __forceinline__ void load_steps(int begin, int end, int num_steps, Place& place) {
 #pragma unroll 1
