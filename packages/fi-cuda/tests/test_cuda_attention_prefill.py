@@ -14,13 +14,12 @@ from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, 
 from fi_core.registry import registry
 from fi_core.rope import FusedRope, RopeConfig, RopeTable
 from fi_cuda.entries import ATTENTION_ENTRIES
-from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning, state
+from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning
 from fi_cuda.kernels.attention.call import CallForm
 from fi_cuda.kernels.attention.plan import DeviceWorkList, fill_on_host
 from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillSpec, prefill_spec
 from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.kernels.attention.prefill_tuning import (
-    COPY_ORDERS,
     HeadBytes,
     PrefillTuning,
     box_tokens,
@@ -343,35 +342,6 @@ def test_boxes_and_negative_scales_choose_their_kernels(launches, monkeypatch):
     launches.last.clear()
     made.run(q[:0], kv, LayerArgs().resolve(SPEC), torch.empty_like(q[:0]), None)
     assert not launches.last  # nothing to do
-
-
-def test_pages_of_one_token_have_maps_for_runs(launches, monkeypatch):
-    made = attention_prefill.plan(SLOTS, CAPACITY, "cpu")
-    assert "rows by a warpgroup; 32 that follow each other in memory as a box" in "\n".join(made.describe())
-    made.update(dense_batch([100], [40]))
-    q = torch.zeros(100, 8, 128, dtype=torch.bfloat16)
-    kv = KVCache(*torch.zeros(2, 9, 1, 2, 128, dtype=torch.bfloat16))
-    made.run(q, kv, LayerArgs().resolve(SLOTS), torch.empty_like(q), None)
-    _, values, kernel = launches.last["attention_prefill"]
-    assert type(kernel) is BoxPrefillSpec and kernel.box_tokens == 32 and not kernel.has_boxes
-    assert kernel.copy_order == COPY_ORDERS.index("in order") and values["keys"] == ("keys", 32, 128)
-    monkeypatch.setattr(prefill_state, "column_maps_of", lambda kv, *box: None)
-    other = KVCache(*torch.zeros(2, 9, 1, 2, 128, dtype=torch.bfloat16))
-    made.run(q, other, LayerArgs().resolve(SLOTS), torch.empty_like(q), None)
-    kernel = launches.last["attention_prefill"][2]
-    assert type(kernel) is PrefillSpec and kernel.box_tokens == 0
-
-
-def test_rows_too_far_apart_for_the_gather_are_named(launches, monkeypatch):
-    made = attention_prefill.plan(SLOTS, CAPACITY, "cpu")
-    made.update(dense_batch([100], [40]))
-    q = torch.zeros(100, 8, 128, dtype=torch.bfloat16)
-    monkeypatch.setattr(state, "_MAX_ROW_STRIDE_BYTES", 512)
-    far = KVCache(*torch.zeros(2, 9, 1, 2, 128, dtype=torch.bfloat16))
-    with pytest.raises(ArgumentError, match=r"kv.*less than 4 GiB apart.*512"):
-        made.run(q, far, LayerArgs().resolve(SLOTS), torch.empty_like(q), None)
-    one = KVCache(*torch.zeros(2, 1, 1, 2, 128, dtype=torch.bfloat16))  # of one page the stride means nothing
-    made.run(q, one, LayerArgs().resolve(SLOTS), torch.empty_like(q), None)
 
 
 @pytest.mark.gpu
