@@ -7,9 +7,10 @@ import torch
 from fi_core.errors import ArgumentError
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
 from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning, state
-from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillSpec
+from fi_cuda.kernels.attention.call import CallForm
+from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillSpec, prefill_spec
 from fi_cuda.kernels.attention.prefill_state import attention_prefill
-from fi_cuda.kernels.attention.prefill_tuning import COPY_ORDERS
+from fi_cuda.kernels.attention.prefill_tuning import COPY_ORDERS, built_in_prefill_tuning
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
 SLOTS = AttentionSpec(8, 2, 128, page_size=1)
@@ -41,6 +42,14 @@ def run(made, num_pages):
     q = torch.zeros(100, 8, 128, dtype=torch.bfloat16)
     kv = KVCache(*torch.zeros(2, num_pages, 1, 2, 128, dtype=torch.bfloat16))
     made.run(q, kv, LayerArgs().resolve(SLOTS), torch.empty_like(q), None)
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+def test_the_kernel_agrees_on_fields_and_shared_memory(boxes, compile_with_offsets):
+    kernel = prefill_spec(SLOTS, built_in_prefill_tuning(SLOTS), CallForm(boxes=boxes))
+    fits = f"static_assert((sizeof(fi::PrefillShared<Config>) + 2047) / 1024 >= {kernel.shared_bytes // 1024});"
+    resources = compile_with_offsets(kernel, fits).resources
+    assert resources.spill_store_bytes == resources.spill_load_bytes == 0
 
 
 def test_pages_of_one_token_have_maps_for_runs(launches, made, monkeypatch):
