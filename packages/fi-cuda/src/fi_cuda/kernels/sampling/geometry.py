@@ -28,7 +28,7 @@ class Kept(NamedTuple):
     threads_of_three: int = 512
 
 
-NO_SEARCH = Kept(2 * 1024, 2 * 1024)
+NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256)
 NO_SEARCH_PENALISED = Kept(7 * 1024, 7 * 1024)
 """With two bits of each token beside it."""
 

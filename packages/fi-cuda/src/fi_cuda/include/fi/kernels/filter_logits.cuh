@@ -66,6 +66,7 @@ struct FilterStage {
 
   __device__ __forceinline__ void asked() const {}
   __device__ __forceinline__ void begun() const {
+    clear_early(shared);
     if (threadIdx.x != 0) return;
     RowFilters filters = load_filters<Config>(params, index);
     normalise(filters, params.vocab_size);
@@ -105,7 +106,7 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   if constexpr (Config::kTopK || Config::kTopP) {
     constexpr Wish kWish = Config::kProbs ? Wish::kTotal : Wish::kNothing;
     bool known = false;
-    if constexpr (Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total);
+    if constexpr (Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total, [] {});
     if (!known) prefix = kept_prefix(row, filters, kWish, total);
   }
   const float min_p = filters.min_p;

@@ -26,7 +26,7 @@ struct BracketSearch {
   using Shared = SearchShared<Config>;
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
   static constexpr int kRounds = RowShape<Config>::kRounds;
-  static constexpr int kRoundsPerWord = 8;  // a bit for each of 4 tokens
+  static constexpr int kRoundsPerWord = 32;  // a bit for each four tokens
   static constexpr int kWords = (kRounds + kRoundsPerWord - 1) / kRoundsPerWord;
   static constexpr int kMargin = kBlocks == 1 ? 170 : 300;
   static constexpr int kCountShift = 51;  // in sums: up to 2^19 tokens weigh no more than 2^51
@@ -38,42 +38,53 @@ struct BracketSearch {
   Wish wish;
   Answer answer = {};
 
-  // With an estimate in search.bracket. False, in all blocks, if another search must do it, and then `found` is as it was;
+  // With an estimate in search.bracket. `summed` is called by all threads when the slice is read no more. False, in all blocks, if another search must do it, and then `found` is as it was;
   // target_of(total mass), at least 1 and at most that, is to be reached.
   // With Wish::kDraw the drawn token's block also has, in row.shared.warp_amount, the kept mass of each warp's tokens.
-  template <class TargetOf>
-  __device__ __forceinline__ bool find(TargetOf target_of, RankPrefix& found) {
+  template <class TargetOf, class Summed>
+  __device__ __forceinline__ bool find(TargetOf target_of, RankPrefix& found, Summed summed) {
     auto& search = row.shared.search;
     add_up(search.bracket.x, search.bracket.y);
+    summed();
     const Bins bins(order.top(), search.bracket);
     share(bins);
     if (threadIdx.x < 32) locate_bin(target_of);
     __syncthreads();
-    const int bin = search.boundary_bin;
-    const bool few = search.num_ranked <= kComparedTokens;
+    const int bin = search.boundary_bin, count = search.num_ranked;
     if (bin >= 0 && wish != Wish::kNothing) sum_before(bin);
     if (bin < 0) {
       // Every block has read the sums before others may be sent.
       row.meet();
       return false;
     }
-    if (!few && !find_tied(bins, bin)) return false;  // they met in there: the same messages must not follow at once
-    if (few) {
+    if (wish == Wish::kDraw) clear_bins();  // for add_kept_to_warps
+    if (count > kComparedTokens) {
+      if (!find_tied(bins, bin)) return false;  // they met in there: the same messages must not follow at once
+    } else {
       send_tokens(bins, bin);
-      row.mailbox.receive(kList, sizeof(RankedToken) * static_cast<unsigned>(search.num_ranked));
-      compare();
+      __syncthreads();
+      row.mailbox.receive_in_first_warp(kList, sizeof(RankedToken) * static_cast<unsigned>(count));
+      if (count <= 32) {
+        // One warp's work, without barriers.
+        if (threadIdx.x < 32) compare<32>();
+        __syncwarp();
+      } else {
+        __syncthreads();
+        compare<kThreads>();
+        __syncthreads();
+      }
     }
+    if (wish != Wish::kNothing && threadIdx.x < 32) settle();
+    __syncthreads();
     found = search.own_found;
     if (wish != Wish::kNothing) {
-      if (threadIdx.x < 32) settle();
-      __syncthreads();
       read_message(search.found, answer);
       if (wish == Wish::kDraw && static_cast<int>(answer.block) == row.rank) add_kept_to_warps(found);
     }
     return true;
   }
 
-  // Rounds of for_each_four are in a word of `hits`, four bits each, the last one lowest.
+  // Rounds of for_each_four are in a word of `hits`, the last one in the lowest bit.
   __device__ __forceinline__ static constexpr int end_of(int word) {
     return (word + 1) * kRoundsPerWord < kRounds ? (word + 1) * kRoundsPerWord : kRounds;
   }
@@ -83,12 +94,14 @@ struct BracketSearch {
     clear_bins();
     MassSum total;
     MassSumAbove above;
-    unsigned hits[kWords];  // this thread's tokens in the bracket
+    unsigned hits[kWords];  // this thread's fours of which one may be in the bracket
+    const float top = fminf(high, order.top()), middle = 0.5f * (top + low);
+    const float reach = 0.50001f * (top - low) + 1e-6f * fmaxf(fabsf(top), fabsf(low));
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       unsigned marked = 0;
       const auto visit = [&](float4 four) {
-        marked <<= 4;
+        float nearest = -minus_infinity();
         const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -96,8 +109,9 @@ struct BracketSearch {
           const float value = order.value(logits[e]);
           total.add(weight);
           above.add_if_above(weight, value, high);
-          if (!(value > high) && value >= low) marked += 1u << e;
+          nearest = fminf(nearest, fabsf(value - middle));
         }
+        marked = 2 * marked + (nearest <= reach ? 1u : 0u);
       };
       constexpr int kFull = RowShape<Config>::kFullRounds;
 #pragma unroll 2
@@ -107,7 +121,7 @@ struct BracketSearch {
       if (end_of(word) > kFull) visit(four_behind<Config>(row.shared.slice, place_of_partial_round<Config>()));
       hits[word] = marked;
     }
-    list(hits);
+    list(hits, low, high);
     const uint64 all = sum_over_warp(total.mass()), before = sum_over_warp(above.mass());
     if (threadIdx.x % 32 == 0) {
       const int warp = static_cast<int>(threadIdx.x / 32);
@@ -117,26 +131,33 @@ struct BracketSearch {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void list(const unsigned (&hits)[kWords]) const {
+  __device__ __forceinline__ void list(const unsigned (&hits)[kWords], float low, float high) const {
     auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    int mine = 0;
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) mine += __popc(hits[word]);
-    if (mine == 0) return;
-    int slot = atomicAdd(&search.list_count, mine);
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
 #pragma unroll 1
       for (unsigned left = hits[word]; left != 0; left &= left - 1) {
-        const int bit = __ffs(static_cast<int>(left)) - 1;
-        const int round = end_of(word) - 1 - bit / 4;
-        const int place = warp * RowShape<Config>::kWarpTokens + (round * 32 + lane) * 4 + bit % 4;
-        if (slot < Shared::kBracketTokens) {
-          const unsigned token = static_cast<unsigned>(row.first_token + place);
-          search.bracket_tokens[slot] = make_uint2(__float_as_uint(row.shared.slice[place]), token);
+        const int round = end_of(word) - __ffs(static_cast<int>(left));
+        const int place = warp * RowShape<Config>::kWarpTokens + (round * 32 + lane) * 4;
+        const float4 four = *reinterpret_cast<const float4*>(row.shared.slice + place);
+        const float logits[4] = {four.x, four.y, four.z, four.w};
+        bool inside[4];
+        int mine = 0;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float value = order.value(logits[e]);
+          inside[e] = value <= high && value >= low;
+          mine += inside[e] ? 1 : 0;
         }
-        ++slot;
+        int slot = mine != 0 ? atomicAdd(&search.list_count, mine) : 0;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (inside[e] && slot < Shared::kBracketTokens) {
+            search.bracket_tokens[slot] = make_uint2(__float_as_uint(logits[e]), static_cast<unsigned>(row.first_token + place + e));
+          }
+          slot += inside[e] ? 1 : 0;
+        }
       }
     }
   }
@@ -274,17 +295,19 @@ struct BracketSearch {
     });
   }
 
-  // The last kept token, in search.own_found, and what each block's tokens of the bin add to the kept mass.
+  // The last kept token, in search.own_found, and what each block's tokens of the bin add to the kept mass: by the first kWorkers
+  // threads, of up to 32 or kComparedTokens tokens.
+  template <int kWorkers>
   __device__ __forceinline__ void compare() {
     auto& search = row.shared.search;
     const int count = search.num_ranked;
     const uint64 wanted = search.boundary_wanted;
-    const int place = compared_place<kThreads>();
-    if (static_cast<int>(threadIdx.x / 32) * 32 / kComparers<kThreads> < count) {  // whole warps
-      const bool leads = place < count && threadIdx.x % kComparers<kThreads> == 0;
+    const int place = compared_place<kWorkers>();
+    if (static_cast<int>(threadIdx.x / 32) * 32 / kComparers<kWorkers> < count) {  // whole warps
+      const bool leads = place < count && threadIdx.x % kComparers<kWorkers> == 0;
       const RankedToken own = place < count ? search.boundary[place] : RankedToken{0, 0};
       int rank;
-      const uint64 before = compare_with_all<kThreads>(search.boundary, count, own, rank);
+      const uint64 before = compare_with_all<kWorkers>(search.boundary, count, own, rank);
       if (leads && before < wanted) {
         const int token = static_cast<int>(token_of(own.rank_key));
         const int block = token / RowShape<Config>::kBlockTokens;
@@ -293,7 +316,6 @@ struct BracketSearch {
         if (wanted <= before + own.amount) search.own_found = {logit_of(own.rank_key), token};
       }
     }
-    __syncthreads();
   }
 
   // What compare does where all tokens of the bin are equal, of which those of the lowest index are kept; false if they are not.
@@ -360,8 +382,6 @@ struct BracketSearch {
   // Adds the kept tokens of the bracket to the warps' sums of those above it.
   __device__ __forceinline__ void add_kept_to_warps(RankPrefix prefix) {
     auto& search = row.shared.search;
-    clear_bins();
-    __syncthreads();
     for_each_listed([&](float logit, int token) {
       if (!prefix.has(order.value(logit), token)) return;
       const int warp = (token - row.first_token) / RowShape<Config>::kWarpTokens;

@@ -151,6 +151,23 @@ struct ClusterShared {
   float warp_largest[kWarps], warp_smallest[kWarps];
 };
 
+// A row whose only search begins with BracketEstimate clears its counts while it is loaded.
+template <class Config>
+constexpr bool kClearsEarly = Config::kBracket && !Config::kGroups && !Config::kPenalised;
+
+template <class Config>
+__device__ __forceinline__ void clear_counts(SearchShared<Config>& search) {
+#pragma unroll 1
+  for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins * 32 / 4; idx += Config::kNumThreads) {
+    reinterpret_cast<uint4*>(search.counts)[idx] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void clear_early(ClusterShared<Config>& shared) {
+  if constexpr (kClearsEarly<Config>) clear_counts<Config>(shared.search);
+}
+
 // Sum over a warp of numbers below 2^51, in two instructions that add 32 bits.
 __device__ __forceinline__ uint64 sum_over_warp(uint64 value) {
   const unsigned low = __reduce_add_sync(0xffffffffu, static_cast<unsigned>(value) & 0xffffffu);
@@ -337,10 +354,16 @@ struct ClusterRow {
     return {before + inside.exclusive, before + inside.inclusive, warps.total};
   }
 
-  // After sum_over_warps: calls found(place) in one thread for the first place whose inclusive running sum of the block exceeds
-  // `target`, which is below the block's sum.
-  template <class Amount, class Found>
-  __device__ __forceinline__ void locate(Amount amount, uint64 target, Found found) {
+  // Between this row and another that the cluster holds next. Nothing is sent for that one before all blocks have called it.
+  __device__ __forceinline__ void leave() const {
+    __syncthreads();
+    mailbox.reopen();
+  }
+
+  // After sum_over_warps: calls found(place) in one thread for the first place whose inclusive running sum of amount(place, logit) over
+  // the block exceeds `target`, which is below the block's sum; logit_at(place) is a place's logit.
+  template <class LogitAt, class Amount, class Found>
+  __device__ __forceinline__ void locate(LogitAt logit_at, Amount amount, uint64 target, Found found) {
     const Prefix<uint64> warps = prefix_over_warps(shared.warp_amount);
     const int warp = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, target < warps.inclusive))) - 1;
     target -= __shfl_sync(0xffffffffu, warps.exclusive, warp);
@@ -351,7 +374,7 @@ struct ClusterRow {
     uint64 sum = 0;
 #pragma unroll 1
     for (int idx = first; idx < first + kEach; ++idx) {
-      if (idx < Shape::kWarpTokens) sum += join_limbs(amount(base + idx, shared.slice[base + idx]));
+      if (idx < Shape::kWarpTokens) sum += join_limbs(amount(base + idx, logit_at(base + idx)));
     }
     const Prefix<uint64> prefix = prefix_over_block(sum);
     if (prefix.exclusive <= target && target < prefix.inclusive) {
@@ -360,10 +383,14 @@ struct ClusterRow {
 #pragma unroll 1
       do {
         ++place;
-        before += join_limbs(amount(place, shared.slice[place]));
+        before += join_limbs(amount(place, logit_at(place)));
       } while (before <= target);
       found(place);
     }
+  }
+  template <class Amount, class Found>
+  __device__ __forceinline__ void locate(Amount amount, uint64 target, Found found) {
+    locate([&](int place) { return shared.slice[place]; }, amount, target, found);
   }
 };
 

@@ -57,7 +57,7 @@ struct WindowEstimate {
   __device__ __forceinline__ bool run(float fraction, int margin) {
     Estimate estimate{row};
     if (!(row.largest > estimate.bottom())) return false;
-    estimate.count();
+    estimate.count(kClearsEarly<Config>);
     if (threadIdx.x < 32) choose(estimate, fraction, margin);
     __syncthreads();
     return true;
@@ -152,7 +152,7 @@ struct TypicalSearch {
     TypicalSet found = {{row.largest, mean}, every_token()};
     if (alone && WindowEstimate<Config>{row, mean}.run(typical_p, Bracket::kMargin)) {
       Bracket bracket{row, found.order, Wish::kDraw};
-      if (bracket.find(target_of, found.prefix)) {
+      if (bracket.find(target_of, found.prefix, [] {})) {
         answer = bracket.answer;
         return found;
       }
