@@ -112,7 +112,7 @@ struct SampleKernel {
       start_copy<Config>(logits_of(output), row.first_token, params.vocab_size, slice);
       finish_copy<Config, false>(row.first_token, params.vocab_size, slice);
       const float temperature = row.shared.filters.temperature;
-      if (temperature != 1.0f) divide_slice<Config>(slice, params.vocab_size - row.first_token, temperature);
+      if (temperature != 1.0f) divide_slice<Config>(slice, params.vocab_size - row.first_token, temperature, {});
       __syncthreads();
     }
   }

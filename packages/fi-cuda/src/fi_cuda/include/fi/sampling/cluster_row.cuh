@@ -254,7 +254,7 @@ struct ClusterRow {
   __device__ __forceinline__ void share(Extremes mine, int num_tokens, float temperature, bool with_groups) {
     vocab_size = num_tokens;
     __syncwarp();  // narrow loads leave a lane's logits to others
-    if (temperature != 1.0f) mine = divide_slice<Config>(shared.slice, vocab_size - first_token, temperature);
+    if (temperature != 1.0f) mine = divide_slice<Config>(shared.slice, vocab_size - first_token, temperature, mine);
     mailbox.opened();
     share_extremes(mine, with_groups);
   }
