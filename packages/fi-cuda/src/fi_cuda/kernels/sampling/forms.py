@@ -75,7 +75,7 @@ class ClusterRowSpec(KernelSpec):
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 56
         beside = self._searched_bytes if self.search else 0
         if self.penalised:
-            beside = max(beside, -(-(32 + warps * self.warp_tokens // 4) // 16) * 16)
+            beside = max(beside, -(-(32 + warps * self.warp_tokens * 3 // 8) // 16) * 16)
         return 4 * warps * self.warp_tokens + 16 + exchanged + beside
 
     @property

@@ -64,7 +64,6 @@ struct FilterStage {
   ClusterShared<Config>& shared;
   int index;
 
-  __device__ __forceinline__ void asked() const {}
   __device__ __forceinline__ void begun() const {
     clear_early(shared);
     if (threadIdx.x != 0) return;

@@ -38,8 +38,6 @@ struct SampleStage {
     }
   }
 
-  __device__ __forceinline__ void asked() {}
-
   // While the row is under way. A slot, which decides addresses, has been.
   __device__ __forceinline__ void begun() {
     clear_early(shared);

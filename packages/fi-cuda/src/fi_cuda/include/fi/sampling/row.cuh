@@ -85,12 +85,10 @@ __device__ __forceinline__ Pack<T, kBytes> load_once(const T* address) {
   }
 }
 
-// What happens to a row on its way into the slice: nothing. `asked` is called by all threads before the first loads of the row and
-// `begun` when they are under way, so that what a stage loads comes with them. One that kChanges the row does so afterwards, and
-// takes the extremes then.
+// What happens to a row on its way into the slice: nothing. A stage's `begun` is called by all threads when the first loads are
+// under way, so that what it loads comes with them. One that kChanges the row does so afterwards, and takes the extremes then.
 struct PlainStage {
   static constexpr bool kChanges = false;
-  __device__ __forceinline__ void asked() {}
   __device__ __forceinline__ void begun() {}
 };
 
@@ -175,7 +173,6 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   constexpr int kBatch = kRounds < kMost ? kRounds : kMost;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   Extremes found = {minus_infinity(), -minus_infinity()};
-  stage.asked();
   for (int first_round = 0; first_round < kRounds; first_round += kBatch) {
     Pack<T, Config::kVectorBytes> held[kBatch];
 #pragma unroll
@@ -230,12 +227,28 @@ struct Divisor {
     found = fmaf(fmaf(-found, value, number), reciprocal, found);
     return fmaf(fmaf(-found, value, number), reciprocal, found);
   }
-  __device__ __forceinline__ void divide(float (&numbers)[4]) const {
+  __device__ __forceinline__ bool serves(const float (&numbers)[4]) const {
     const float largest = fmaxf(fmaxf(fabsf(numbers[0]), fabsf(numbers[1])), fmaxf(fabsf(numbers[2]), fabsf(numbers[3])));
     const float least = fminf(fminf(fabsf(numbers[0]), fabsf(numbers[1])), fminf(fabsf(numbers[2]), fabsf(numbers[3])));
-    if (moderate && least > 1e-18f && largest < 1e18f) {
+    return moderate && least > 1e-18f && largest < 1e18f;
+  }
+  __device__ __forceinline__ void divide(float (&numbers)[4]) const {
+    if (serves(numbers)) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) numbers[e] = quotient(numbers[e]);
+    } else {
+      divide_special(numbers);
+    }
+  }
+  // Zeros and infinities, which stay, beside others.
+  __device__ __forceinline__ void divide_special(float (&numbers)[4]) const {
+    const auto stays = [](float number) { return number == 0.0f || fabsf(number) == -minus_infinity(); };
+    float others[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) others[e] = stays(numbers[e]) ? 1.0f : numbers[e];
+    if (serves(others)) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) numbers[e] = stays(numbers[e]) ? numbers[e] : quotient(others[e]);
     } else {
 #pragma unroll 1
       for (int e = 0; e < 4; ++e) {
@@ -258,9 +271,10 @@ __device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, f
   __syncwarp();  // other lanes may have read these places from memory
   if (divisor.moderate) {
     for_each_four<Config, 2>(slice, [&](int place, float4 four) {
+      if (place >= num_tokens) return;
       Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
       divisor.divide(part.data);
-      if (place != kNoPlace) store_pack(slice + place, part);
+      store_pack(slice + place, part);
     });
     // Quotients are in the order of what is divided.
     return {__fdiv_rn(found.largest, temperature), __fdiv_rn(found.smallest, temperature)};
