@@ -159,7 +159,6 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   using T = typename Config::Dtype;
   using Shape = RowShape<Config>;
   if constexpr (sizeof(T) == 4 && Config::kVectorBytes == 16) {
-    stage.asked();
     start_copy<Config>(row, first_token, vocab_size, slice);
     stage.begun();
     return finish_copy<Config, !Stage::kChanges>(first_token, vocab_size, slice);
