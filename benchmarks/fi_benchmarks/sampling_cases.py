@@ -22,6 +22,7 @@ from .problem import Case, Outputs, Problem, generator_on
 from .sampling_penalties import penalties_of
 
 BATCHES, VOCABULARIES = (1, 16, 64, 256, 512), (128256, 32000)
+MORE_BATCHES, MORE_VOCABULARIES = (1, 64, 256), (151936, 201088)
 TOP_K, TOP_P, MIN_P = 50, 0.9, 0.1
 EXPONENTIAL_ERROR = 2.0**-19
 """Relative error of any backend's exponential, by which a draw may be another than the reference's."""
@@ -56,19 +57,26 @@ def _filters(task: str, num_rows: int, device: torch.device) -> FilterParams:
     )
 
 
-def _inputs(device: torch.device, task: str, num_rows: int, vocab_size: int) -> SamplingInputs:
+SPREADS = {"": 3.0, "bf16": 3.0, "flat": 0.01, "peaked": 10.0}
+"""What a case's name may end with -> the standard deviation of its logits, which with "bf16" are bfloat16."""
+
+
+def _inputs(device: torch.device, task: str, num_rows: int, vocab_size: int, kind: str = "") -> SamplingInputs:
     shape = (num_rows, vocab_size)
-    logits = torch.randn(shape, device=device, generator=generator_on(device)) * 3
+    logits = torch.randn(shape, device=device, generator=generator_on(device)) * SPREADS[kind]
+    if kind == "bf16":
+        logits = logits.to(torch.bfloat16)
     seeds = torch.arange(num_rows, device=device)
     keys = DrawKeys(seeds, torch.zeros_like(seeds, dtype=torch.int32), torch.full_like(seeds, 100))
     penalties = penalties_of(num_rows, vocab_size, device) if "penalised" in task else NO_PENALTIES
-    return SamplingInputs(task, logits, logits.softmax(-1), _filters(task, num_rows, device), keys, penalties)
+    return SamplingInputs(task, logits, logits.float().softmax(-1), _filters(task, num_rows, device), keys, penalties)
 
 
 def _draw_check(inputs: SamplingInputs) -> Callable[[Outputs], Accuracy]:
     """Tokens as the reference draws them ("tokens"), or drawn from what the filters keep ("drawn", other generators)."""
-    logits, kept = torch.empty_like(inputs.logits), torch.empty_like(inputs.logits)
+    logits, kept = torch.empty_like(inputs.logits), torch.empty_like(inputs.probs)
     reference_penalties(inputs.logits, inputs.penalties, logits)
+    logits = logits.float()
     reference_filter(logits, inputs.filters, "probs", kept)
     expected = torch.empty_like(inputs.keys.seed)
     reference_sample(logits, inputs.filters, inputs.keys, None, expected)
@@ -93,10 +101,10 @@ def _draw_check(inputs: SamplingInputs) -> Callable[[Outputs], Accuracy]:
     return check
 
 
-def _sample(device: torch.device, task: str, num_rows: int, vocab_size: int) -> Problem:
-    inputs = _inputs(device, task, num_rows, vocab_size)
+def _sample(device: torch.device, task: str, num_rows: int, vocab_size: int, kind: str = "") -> Problem:
+    inputs = _inputs(device, task, num_rows, vocab_size, kind)
     out = torch.empty_like(inputs.keys.seed)
-    request: dict[str, Hashable] = {"dtype": torch.float32, "vocab_size": vocab_size}
+    request: dict[str, Hashable] = {"dtype": inputs.logits.dtype, "vocab_size": vocab_size}
     request |= {"filters": inputs.filters.active, "order": inputs.filters.order}
     request |= {"penalties": inputs.penalties.active, "slots": False}
 
@@ -109,7 +117,7 @@ def _sample(device: torch.device, task: str, num_rows: int, vocab_size: int) -> 
         inputs,
         {"": lambda: call},
         _draw_check(inputs),
-        sample.cost(num_rows, vocab_size, torch.float32),
+        sample.cost(num_rows, vocab_size, inputs.logits.dtype),
         reads(inputs.logits),
     )
 
@@ -171,10 +179,21 @@ TASKS: dict[str, tuple[str, Callable[..., Problem]]] = {
 """What a case asks for -> its operation and builder."""
 
 
+MAIN_TASKS = ("plain", "topp.9", "topk50 topp.9", "topk50 topp.9 joint")
+"""Also at other vocabularies and of other logits."""
+
+
 def sampling_cases() -> Iterator[Case]:
-    """Every task at every batch size and vocabulary; "sampling B1 V128256" begins as the names of the peers' file."""
+    """Every task at every batch size and vocabulary; "sampling B1 V128256" begins as the names of the peers' file. Then some at
+    more vocabularies, and of bfloat16, flat and peaked logits."""
     for vocab_size in VOCABULARIES:
         for num_rows in BATCHES:
             for task, (op, build) in TASKS.items():
                 made = partial(build, task=task, num_rows=num_rows, vocab_size=vocab_size)
                 yield Case(op, "sampling", f"sampling B{num_rows} V{vocab_size} {task}", made)
+    more = [(vocab_size, "") for vocab_size in MORE_VOCABULARIES] + [(VOCABULARIES[0], kind) for kind in SPREADS if kind]
+    for vocab_size, kind in more:
+        for num_rows in MORE_BATCHES:
+            for task in MAIN_TASKS:
+                made = partial(_sample, task=task, num_rows=num_rows, vocab_size=vocab_size, kind=kind)
+                yield Case("sample", "sampling", f"sampling B{num_rows} V{vocab_size} {task} {kind}".rstrip(), made)

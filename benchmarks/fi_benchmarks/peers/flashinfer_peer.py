@@ -275,14 +275,16 @@ def _sample(problem: Problem) -> Mapping[str, Maker]:
     """Draws from probabilities, the softmax before it included."""
     inputs: SamplingInputs = problem.inputs
 
-    def draws(draw: Callable[[ModuleType, torch.Tensor, dict[str, Any]], torch.Tensor]) -> Maker:
+    logits = inputs.logits
+
+    def draws(draw: Callable[[ModuleType, torch.Tensor, dict[str, Any]], torch.Tensor], from_logits: bool = False) -> Maker:
         def make() -> Call:
-            module, device = _flashinfer().sampling, inputs.logits.device
+            module, device = _flashinfer().sampling, logits.device
             seed = {
                 "seed": torch.tensor([7], device=device),
                 "offset": torch.zeros(1, dtype=torch.int64, device=device),
             }
-            return lambda: {"drawn": draw(module, module.softmax(inputs.logits), seed)}
+            return lambda: {"drawn": draw(module, logits if from_logits else module.softmax(logits), seed)}
 
         return make
 
@@ -290,12 +292,21 @@ def _sample(problem: Problem) -> Mapping[str, Maker]:
         "plain": lambda module, probs, seed: module.sampling_from_probs(probs, **seed),
         "topp.9": lambda module, probs, seed: module.top_p_sampling_from_probs(probs, TOP_P, **seed),
         "topk50": lambda module, probs, seed: module.top_k_sampling_from_probs(probs, TOP_K, **seed),
+        "topk50 topp.9": lambda module, probs, seed: module.top_k_top_p_sampling_from_probs(
+            probs, TOP_K, TOP_P, filter_apply_order="top_k_first", **seed
+        ),
         "topk50 topp.9 joint": lambda module, probs, seed: module.top_k_top_p_sampling_from_probs(
             probs, TOP_K, TOP_P, filter_apply_order="joint", **seed
         ),
         "minp.1": lambda module, probs, seed: module.min_p_sampling_from_probs(probs, MIN_P, **seed),
     }
-    return {"flashinfer": draws(calls[inputs.task])} if inputs.task in calls else {}
+    found = {"flashinfer": draws(calls[inputs.task])} if inputs.task in calls else {}
+    if inputs.task == "plain":
+        # By the Gumbel trick, in one kernel.
+        found["flashinfer-from-logits"] = draws(
+            lambda module, logits, seed: module.sampling_from_logits(logits, **seed), from_logits=True
+        )
+    return found
 
 
 def _filter(problem: Problem) -> Mapping[str, Maker]:
