@@ -191,7 +191,9 @@ def sampling_cases() -> Iterator[Case]:
             for task, (op, build) in TASKS.items():
                 made = partial(build, task=task, num_rows=num_rows, vocab_size=vocab_size)
                 yield Case(op, "sampling", f"sampling B{num_rows} V{vocab_size} {task}", made)
-    more = [(vocab_size, "") for vocab_size in MORE_VOCABULARIES] + [(VOCABULARIES[0], kind) for kind in SPREADS if kind]
+    more = [(vocab_size, "") for vocab_size in MORE_VOCABULARIES] + [
+        (VOCABULARIES[0], kind) for kind in SPREADS if kind
+    ]
     for vocab_size, kind in more:
         for num_rows in MORE_BATCHES:
             for task in MAIN_TASKS:

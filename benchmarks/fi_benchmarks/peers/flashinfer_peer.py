@@ -277,7 +277,9 @@ def _sample(problem: Problem) -> Mapping[str, Maker]:
 
     logits = inputs.logits
 
-    def draws(draw: Callable[[ModuleType, torch.Tensor, dict[str, Any]], torch.Tensor], from_logits: bool = False) -> Maker:
+    def draws(
+        draw: Callable[[ModuleType, torch.Tensor, dict[str, Any]], torch.Tensor], from_logits: bool = False
+    ) -> Maker:
         def make() -> Call:
             module, device = _flashinfer().sampling, logits.device
             seed = {

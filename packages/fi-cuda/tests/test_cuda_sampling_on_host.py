@@ -104,10 +104,16 @@ def test_a_cluster_draws_one_row_after_another(on_host, form, names):
     # Neighbours of a cluster are decided in different ways.
     logits = torch.cat([rows_of(kind)[:2] for kind in (*KINDS, "normal", "few")])
     num_rows = logits.shape[0]
-    values = {"top_k": (50, 0, 400, 0, 3), "top_p": (0.9, 0.5, 1.0), "min_p": (0.0, 0.1), "temperature": (1.0, 0.7, 0.0, 1.0)}
+    values = {
+        "top_k": (50, 0, 400, 0, 3),
+        "top_p": (0.9, 0.5, 1.0),
+        "min_p": (0.0, 0.1),
+        "temperature": (1.0, 0.7, 0.0, 1.0),
+    }
     for order in ("sequential", "joint"):
         columns = {
-            name: torch.tensor(values[name] * num_rows, dtype=COLUMNS[name])[:num_rows] for name in (*names, "temperature")
+            name: torch.tensor(values[name] * num_rows, dtype=COLUMNS[name])[:num_rows]
+            for name in (*names, "temperature")
         }
         _, keys = parameters({}, num_rows)
         filters = FilterParams(**columns, order=order)

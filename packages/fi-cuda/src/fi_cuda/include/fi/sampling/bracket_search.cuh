@@ -65,8 +65,7 @@ struct BracketSearch {
       __syncthreads();
       row.mailbox.receive_in_first_warp(kList, sizeof(RankedToken) * static_cast<unsigned>(count));
       if (count <= 32) {
-        // One warp's work, without barriers.
-        if (threadIdx.x < 32) compare<32>();
+        if (threadIdx.x < 32) compare<32>();  // and settle after it: no barriers
         __syncwarp();
       } else {
         __syncthreads();
