@@ -133,7 +133,7 @@ class LaunchableKernel:
         self._pack_into(arguments.packed, 0, *values)
 
     def resident_clusters(self, device: torch.device) -> int:
-        """How many of its clusters ``device`` runs at a time."""
+        """How many of its clusters ``device`` runs at a time, 1 at least (where none fits, its launch says so)."""
         shape = self.shape
         with torch.cuda.device(device):
             key = (device.index, torch._C._cuda_getCurrentRawStream(device.index), shape.cluster_size, 1)
@@ -146,7 +146,7 @@ class LaunchableKernel:
                 )
                 count *= torch.cuda.get_device_properties(device).multi_processor_count
         check(status, f"{self.artifact.name}: clusters at a time")
-        return count
+        return max(int(count), 1)
 
     def repeated(self, device: torch.device, grid_x: int) -> RepeatedLaunch:
         """This kernel for many launches of ``grid_x`` blocks, most of them with equal values."""

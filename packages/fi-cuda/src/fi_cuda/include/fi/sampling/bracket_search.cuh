@@ -6,40 +6,29 @@
 // if the bracket proves not to hold the end, or too many tokens are alike, PrefixSearch takes over.
 #pragma once
 
-#include "fi/sampling/answer.cuh"
 #include "fi/sampling/bracket_estimate.cuh"
+#include "fi/sampling/bracket_list.cuh"
 #include "fi/sampling/ranked_tokens.cuh"
 
 namespace fi {
 
-// A rank order: the token of the largest value is first, and of the lowest index of those with equal ones.
-struct ByLogit {
-  float largest;
-
-  __device__ __forceinline__ float top() const { return largest; }
-  __device__ __forceinline__ float value(float logit) const { return logit; }
-};
-
 template <class Config, class Order = ByLogit>
-struct BracketSearch {
-  using Row = ClusterRow<Config>;
-  using Shared = SearchShared<Config>;
-  static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
-  static constexpr int kRounds = RowShape<Config>::kRounds;
-  static constexpr int kRoundsPerWord = 32;  // a bit for each four tokens
-  static constexpr int kWords = (kRounds + kRoundsPerWord - 1) / kRoundsPerWord;
+struct BracketSearch : BracketList<Config, Order> {
+  using List = BracketList<Config, Order>;
+  using typename List::Bins;
+  using typename List::Row;
+  using typename List::Shared;
+  using List::end_of, List::find_tied, List::for_each_listed, List::kBinCountShift, List::kBlocks, List::kRounds, List::kRoundsPerWord,
+      List::kThreads, List::kWarps, List::kWords, List::list, List::order, List::row;
   static constexpr int kMargin = kBlocks == 1 ? 170 : 300;
   static constexpr int kCountShift = 51;  // in sums: up to 2^19 tokens weigh no more than 2^51
-  static constexpr int kBinCountShift = 48;
   static_assert(kBlocks <= kWarps && 3 * kMargin <= kBlocks * Shared::kBracketTokens);
 
-  Row& row;
-  Order order;
   Wish wish;
   Answer answer = {};
 
-  // With an estimate in search.bracket. `summed` is called by all threads when the slice is read no more. False, in all blocks, if another search must do it, and then `found` is as it was;
-  // target_of(total mass), at least 1 and at most that, is to be reached.
+  // With an estimate in search.bracket. target_of(total mass), at least 1 and at most that, is to be reached; `summed` is called by all
+  // threads when the slice is read no more. False, in all blocks, if another search must do it, and then `found` is as it was.
   // With Wish::kDraw the drawn token's block also has, in row.shared.warp_amount, the kept mass of each warp's tokens.
   template <class TargetOf, class Summed>
   __device__ __forceinline__ bool find(TargetOf target_of, RankPrefix& found, Summed summed) {
@@ -83,11 +72,6 @@ struct BracketSearch {
     return true;
   }
 
-  // Rounds of for_each_four are in a word of `hits`, the last one in the lowest bit.
-  __device__ __forceinline__ static constexpr int end_of(int word) {
-    return (word + 1) * kRoundsPerWord < kRounds ? (word + 1) * kRoundsPerWord : kRounds;
-  }
-
   // The second pass: sums of the warps in row.shared, tokens of values from `low` up to `high` on this block's list.
   __device__ __forceinline__ void add_up(float low, float high) {
     clear_bins();
@@ -129,59 +113,6 @@ struct BracketSearch {
     }
     __syncthreads();
   }
-
-  __device__ __forceinline__ void list(const unsigned (&hits)[kWords], float low, float high) const {
-    auto& search = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-#pragma unroll 1
-      for (unsigned left = hits[word]; left != 0; left &= left - 1) {
-        const int round = end_of(word) - __ffs(static_cast<int>(left));
-        const int place = warp * RowShape<Config>::kWarpTokens + (round * 32 + lane) * 4;
-        const float4 four = *reinterpret_cast<const float4*>(row.shared.slice + place);
-        const float logits[4] = {four.x, four.y, four.z, four.w};
-        bool inside[4];
-        int mine = 0;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float value = order.value(logits[e]);
-          inside[e] = value <= high && value >= low;
-          mine += inside[e] ? 1 : 0;
-        }
-        int slot = mine != 0 ? atomicAdd(&search.list_count, mine) : 0;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (inside[e] && slot < Shared::kBracketTokens) {
-            search.bracket_tokens[slot] = make_uint2(__float_as_uint(logits[e]), static_cast<unsigned>(row.first_token + place + e));
-          }
-          slot += inside[e] ? 1 : 0;
-        }
-      }
-    }
-  }
-
-  // Calls visit(logit, token) for this block's tokens in the bracket.
-  template <class Visit>
-  __device__ __forceinline__ void for_each_listed(Visit visit) const {
-    const auto& search = row.shared.search;
-    const int count = min(search.list_count, Shared::kBracketTokens);
-#pragma unroll 1
-    for (int idx = static_cast<int>(threadIdx.x); idx < count; idx += kThreads) {
-      const uint2 entry = search.bracket_tokens[idx];
-      visit(__uint_as_float(entry.x), static_cast<int>(entry.y));
-    }
-  }
-
-  // Of equal width between the bracket's ends.
-  struct Bins {
-    float top, per_unit;
-
-    __device__ __forceinline__ Bins(float largest_value, float2 bracket) : top(fminf(bracket.y, largest_value)) {
-      per_unit = top > bracket.x ? __fdividef(static_cast<float>(kRankBins), top - bracket.x) : 0.0f;
-    }
-    __device__ __forceinline__ int of(float value) const { return min(__float2int_rz((top - value) * per_unit), kRankBins - 1); }
-  };
 
   __device__ __forceinline__ void clear_bins() const {
     unsigned* bins = &row.shared.search.bracket_bins[0][0];
@@ -315,57 +246,6 @@ struct BracketSearch {
         if (wanted <= before + own.amount) search.own_found = {logit_of(own.rank_key), token};
       }
     }
-  }
-
-  // What compare does where all tokens of the bin are equal, of which those of the lowest index are kept; false if they are not.
-  __device__ __forceinline__ bool find_tied(const Bins& bins, int bin) {
-    auto& search = row.shared.search;
-    float low = -minus_infinity(), high = minus_infinity();
-    for_each_listed([&](float logit, int) {
-      if (bins.of(order.value(logit)) != bin) return;
-      low = fminf(low, logit);
-      high = fmaxf(high, logit);
-    });
-    int listed;
-    const BoundaryShare all = share_boundary(row, low, high, listed);
-    if (all.smallest != all.largest) return false;
-    const uint64 each = mass_at(row.largest - all.largest);
-    int number = static_cast<int>((search.boundary_wanted + each - 1) / each);  // that are kept of them
-#pragma unroll 1
-    for (int block = 0; block < kBlocks; ++block) {
-      const int theirs = static_cast<int>(search.bracket_parts[block][bin] >> kBinCountShift);
-      const int kept = min(number, theirs);
-      if (threadIdx.x == 0) {
-        search.kept[0][block] = static_cast<unsigned>(each * kept) & 0xffffu;
-        search.kept[1][block] = static_cast<unsigned>(each * kept >> 16);
-      }
-      if (number > 0 && number <= theirs && block == row.rank) publish_tied(all.largest, number - 1);
-      number -= kept;
-    }
-    row.mailbox.receive(kFound, 16);
-    Answer none;
-    if (threadIdx.x == 0) search.own_found = read_message(search.found, none);
-    __syncthreads();
-    return true;
-  }
-
-  // The token that is number `number`, from 0, in index order of this block's listed ones of this logit.
-  __device__ __forceinline__ void publish_tied(float tied, int number) {
-    auto& search = row.shared.search;
-    for_each_listed([&](float logit, int token) {
-      if (logit != tied) return;
-      int before = 0;
-#pragma unroll 2
-      for (int idx = 0; idx < search.list_count; ++idx) {
-        const uint2 other = search.bracket_tokens[idx];
-        if (__uint_as_float(other.x) == tied && static_cast<int>(other.y) < token) ++before;
-      }
-      if (before != number) return;
-#pragma unroll 1
-      for (unsigned block = 0; block < kBlocks; ++block) {
-        row.mailbox.send(kFound, block, &search.found, message({order.value(tied), token}, Answer{}));
-      }
-    });
   }
 
   // By the first warp, after compare: the answer, in search.found.
