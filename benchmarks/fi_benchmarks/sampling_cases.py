@@ -23,7 +23,7 @@ from .sampling_penalties import penalties_of
 
 BATCHES, VOCABULARIES = (1, 16, 64, 256, 512), (128256, 32000)
 MORE_BATCHES, MORE_VOCABULARIES = (1, 64, 256), (151936, 201088)
-TOP_K, TOP_P, MIN_P = 50, 0.9, 0.1
+TOP_K, TOP_P, MIN_P, TEMPERATURE = 50, 0.9, 0.1, 0.8
 EXPONENTIAL_ERROR = 2.0**-19
 """Relative error of any backend's exponential, by which a draw may be another than the reference's."""
 MAX_BOUNDARY_ROWS = 0.01
@@ -49,6 +49,7 @@ def _filters(task: str, num_rows: int, device: torch.device) -> FilterParams:
         return torch.full((num_rows,), value, dtype=dtype, device=device)
 
     return FilterParams(
+        temperature=column(TEMPERATURE, torch.float32) if "temperature" in task else None,
         top_k=column(TOP_K, torch.int32) if "topk" in task else None,
         top_p=column(TOP_P, torch.float32) if "topp" in task else None,
         min_p=column(MIN_P, torch.float32) if "minp" in task else None,
@@ -167,8 +168,10 @@ TASKS: dict[str, tuple[str, Callable[..., Problem]]] = {
     "topk50 topp.9": ("sample", _sample),
     "topk50 topp.9 joint": ("sample", _sample),
     "minp.1": ("sample", _sample),
+    "temperature.8": ("sample", _sample),
     "typicalp.9": ("sample", _sample),
     "plain penalised": ("sample", _sample),
+    "temperature.8 penalised": ("sample", _sample),
     "topk50 topp.9 penalised": ("sample", _sample),
     "topp.9 penalised": ("sample", _sample),
     "topp.9 renorm": ("filter_logits", partial(_filter, kind="probs")),

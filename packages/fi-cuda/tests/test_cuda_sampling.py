@@ -21,6 +21,7 @@ COLUMNS = {"top_k": torch.int32} | dict.fromkeys(("top_p", "min_p", "typical_p",
 FILTERS: dict[str, dict[str, float]] = {
     "plain": {},
     "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 0.7},
     "top_k": {"top_k": 50},
     "top_p": {"top_p": 0.9},
     "min_p": {"min_p": 0.1},

@@ -83,7 +83,10 @@ class ColumnSampleSpec(FilteringSpec):
         return super().loops and not self.penalties and not self.typical_p
 
     def config_lines(self) -> list[str]:
-        return [*super().config_lines(), f"static constexpr bool kColumns = true, kLoops = {str(self.loops).lower()};"]
+        return [
+            *super().config_lines(),
+            f"static constexpr bool kColumns = true, kDense = false, kLoops = {str(self.loops).lower()};",
+        ]
 
 
 def with_most_clusters(spec: SampleSpec | ColumnSampleSpec, device: torch.device) -> tuple[LaunchableKernel, int]:

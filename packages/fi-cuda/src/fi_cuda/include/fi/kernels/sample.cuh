@@ -75,11 +75,13 @@ struct SampleKernel {
   using Row = ClusterRow<Config>;
   static constexpr int kBlocks = Config::kClusterBlocks;
   static constexpr int kThreads = Config::kNumThreads;
+  static constexpr bool kFilters = Config::kTopK || Config::kTopP || Config::kMinP || Config::kTypicalP;
 
   const Params& params;
   Row& row;
   int output;
   bool fetched = false;  // Config::kLoops: the cluster's next row is on its way into the slice
+  float divided_by = 1.0f;  // by what the row's slice is divided
 
   // The row of logits of an output.
   __device__ __forceinline__ const typename Config::Dtype* logits_of(int output) const {
@@ -109,8 +111,7 @@ struct SampleKernel {
       ptx::cp_async_wait<0>();
       start_copy<Config>(logits_of(output), row.first_token, params.vocab_size, slice);
       finish_copy<Config, false>(row.first_token, params.vocab_size, slice);
-      const float temperature = row.shared.filters.temperature;
-      if (temperature != 1.0f) divide_slice<Config>(slice, params.vocab_size - row.first_token, temperature, {});
+      if (divided_by != 1.0f) divide_slice<Config>(slice, params.vocab_size - row.first_token, divided_by, {});
       __syncthreads();
     }
   }
@@ -120,8 +121,7 @@ struct SampleKernel {
     const int token = row.first_token + place;
     if (token >= params.vocab_size) return no_logit();
     const float logit = to_float(__ldg(logits_of(output) + token));
-    const float temperature = row.shared.filters.temperature;
-    return temperature != 1.0f ? __fdiv_rn(logit, temperature) : logit;
+    return divided_by != 1.0f ? __fdiv_rn(logit, divided_by) : logit;
   }
 
   __device__ __forceinline__ void write(int token) const { static_cast<int64*>(params.tokens)[output] = token; }
@@ -174,22 +174,18 @@ struct SampleKernel {
     return true;
   }
 
-  // Of the typical tokens that the other filters keep too. False, in all blocks, if there are none.
+  // The typical tokens; of those that the other filters keep, unless all filters look at the whole row. `end` answers a draw from
+  // them if it is known.
   template <class Weight>
-  __device__ __forceinline__ bool draw_typical(const RowFilters& filters, Weight kept_weight) {
+  __device__ __forceinline__ TypicalSet typical_set(const RowFilters& filters, Weight kept_weight, Answer& end) {
     TypicalSearch<Config> search{row};
     const bool alone = filters.top_k == 0 && !filters.has_top_p() && filters.min_p <= 0.0f;
-    const TypicalSet kept = search.find(
+    const TypicalSet found = search.find(
         filters.typical_p, alone,
         [&](int place, float logit) { return filters.joint ? row.weight(logit) : kept_weight(place, logit); },
         [&](uint64 total) { return RowFilters::share_of(filters.typical_p, total); });
-    if (search.answer.known()) {
-      draw_kept(kept, search.answer);
-      return true;
-    }
-    return draw(
-        [&](int place, float logit) { return kept.has(logit, row.first_token + place) ? kept_weight(place, logit) : 0.0f; },
-        Answer{});
+    end = search.answer;
+    return found;
   }
 
   __device__ __forceinline__ void run() {
@@ -201,17 +197,27 @@ struct SampleKernel {
     const RowFilters& filters = row.shared.filters;
     const bool typical = Config::kTypicalP && filters.typical_p < 1.0f;
     const bool listed = Config::kTopK && ShortList<Config>::serves(filters) && !typical;
-    row.share(extremes, params.vocab_size, Config::kPenalised ? 1.0f : filters.temperature, listed);
+    // Penalties have divided the row. Without filters each logit's weight is needed once or twice, and the division then.
+    const Divisor divisor(Config::kPenalised ? 1.0f : filters.temperature);
+    const bool late = !kFilters && divisor.value != 1.0f && divisor.moderate;
+    divided_by = late ? 1.0f : divisor.value;
+    row.share(extremes, params.vocab_size, divided_by, listed);
+    if (late) row.largest = __fdiv_rn(row.largest, divisor.value);
     if (!row.usable() || !filters.valid || !fits) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
       return;
     }
-    if (filters.greedy || !drawn(filters, typical, listed)) write_first_of_largest();
+    if (late) {
+      // Quotients may be NaN where they overflow, and inexact where their size is below 1e-24: without mass, and all alike.
+      draw([&](int, float logit) { return weight_or_none(row.largest - divisor.quotient(logit)); }, Answer{});
+    } else if (filters.greedy || !drawn(filters, typical, listed)) {
+      write_first_of_largest();
+    }
   }
 
   // By the filters' rules. False, in all blocks, if they keep nothing.
   __device__ __forceinline__ bool drawn(const RowFilters& filters, bool typical, bool listed) {
-    if constexpr (!Config::kTopK && !Config::kTopP && !Config::kMinP && !Config::kTypicalP) {
+    if constexpr (!kFilters) {
       return draw([&](int, float logit) { return row.weight(logit); }, Answer{});
     }
     if constexpr (Config::kTopK) {
@@ -242,7 +248,16 @@ struct SampleKernel {
       return prefix.has(logit, row.first_token + place) && weight >= min_p ? weight : 0.0f;
     };
     if constexpr (Config::kTypicalP) {
-      if (typical) return draw_typical(filters, kept_weight);
+      // One copy of the draw's code serves rows without the filter too.
+      TypicalSet kept = {{row.largest, 0.0f}, every_token()};
+      if (typical) kept = typical_set(filters, kept_weight, end);
+      if (typical && end.known()) {
+        draw_kept(kept, end);
+        return true;
+      }
+      return draw(
+          [&](int place, float logit) { return kept.has(logit, row.first_token + place) ? kept_weight(place, logit) : 0.0f; },
+          end);
     }
     return draw(kept_weight, end);
   }

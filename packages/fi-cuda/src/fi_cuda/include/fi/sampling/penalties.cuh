@@ -1,6 +1,7 @@
 // fi_core.PenaltyParams applied to a part of a row in shared memory: the sparse parts as patches of single tokens by the block that
 // holds them, then the bitmasks in the pass that finds the row's extremes.
 //
+// Config: kDense: counts of tokens are dense and none of this header's concern.
 // Params: allowed, step_allowed (int32 masks, rows of allowed_stride and step_allowed_stride words); bias_indptr, bias_tokens,
 // bias_values, bias_until; repetition, frequency, presence; history_rows; of the histories seen (seen_stride words a row),
 // entries (pairs of token and count, entry_stride words a row, capacity pairs), num_entries, num_output. Null: not used.
@@ -59,15 +60,15 @@ struct PenaltyPatch {
       const int word = static_cast<int>(threadIdx.x) + idx * kThreads;
       const bool inside = word * 32 < num_tokens;
       allowed[idx] = inside ? allowed_word(output, place, first_token + word * 32) : 0;
-      seen[idx] = inside && params.seen != nullptr ? seen_words(history)[word] : 0;
+      seen[idx] = inside && has_history() ? seen_words(history)[word] : 0;
     }
 #pragma unroll
     for (int idx = 0; idx < kEntriesEach; ++idx) {
       const int entry = static_cast<int>(threadIdx.x) + idx * kThreads;
-      counted[idx] = params.seen != nullptr && entry < params.capacity ? entry_at(history, entry) : make_int2(-1, 0);
+      counted[idx] = has_history() && entry < params.capacity ? entry_at(history, entry) : make_int2(-1, 0);
     }
     if (threadIdx.x == kThreads - 1) {  // the first has the row's other parameters to load
-      const int num_entries = params.seen == nullptr ? 0 : static_cast<const int*>(params.num_entries)[history];
+      const int num_entries = !has_history() ? 0 : static_cast<const int*>(params.num_entries)[history];
       shared.place = place;
       shared.history = history;
       shared.bias_begin = begin;
@@ -89,7 +90,7 @@ struct PenaltyPatch {
       if (left > 0) shared.allowed[word] = left < 32 ? allowed[idx] | 0xffffffffu << left : allowed[idx];
       if (left > 0 && left < 32) seen[idx] &= ~(0xffffffffu << left);
     }
-    if (params.seen != nullptr && params.repetition != nullptr) list_seen(seen);
+    if (has_history() && params.repetition != nullptr) list_seen(seen);
   }
 
   // The places of this thread's words' bits to its warp's list.
@@ -111,6 +112,7 @@ struct PenaltyPatch {
     }
   }
 
+  __device__ __forceinline__ bool has_history() const { return !Config::kDense && params.seen != nullptr; }
   __device__ __forceinline__ float value_of(const void* column, int place, float none) const {
     return column == nullptr ? none : static_cast<const float*>(column)[place];
   }
@@ -170,7 +172,7 @@ struct PenaltyPatch {
 
   // Whether all that is to be counted is in the history: if not, the row cannot be drawn from. After prepare and a barrier.
   __device__ __forceinline__ bool counts() const {
-    return params.seen != nullptr && (shared.frequency != 0.0f || shared.presence != 0.0f);
+    return has_history() && (shared.frequency != 0.0f || shared.presence != 0.0f);
   }
   __device__ __forceinline__ bool fits() const { return !counts() || shared.num_entries <= params.capacity; }
 
@@ -191,7 +193,7 @@ struct PenaltyPatch {
       __syncthreads();
     }
     const float repetition = shared.repetition;
-    if (params.seen != nullptr && repetition != 1.0f) {
+    if (has_history() && repetition != 1.0f) {
       const Divisor divisor(repetition);
       for_each_seen(history, [&](int at) {
         const float number = slice[at];
