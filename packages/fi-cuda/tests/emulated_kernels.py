@@ -132,10 +132,6 @@ class EmulatedKernel:
         if _library(spec).fi_emulate(packed, pointers, *shape, error, len(error)):
             raise EmulationError(f"{spec.stem}: {error.value.decode()}")
 
-    def resident_clusters(self, device: torch.device) -> int:
-        """Few, so that clusters take several rows each."""
-        return 2
-
     def repeated(self, device: torch.device, grid_x: int) -> Repeated:
         return Repeated(self, device, grid_x)
 

@@ -45,11 +45,10 @@ def on_host(monkeypatch):
     """Makes the bindings run their kernels on the host, with a form of a row's cluster."""
     modules = (sample_module, filter_module, top_k_module)
 
-    def prepare(form, seed=3, resident=1):
+    def prepare(form, seed=3):
         for module in modules:
             module._bound.cache_clear()
-            found = lambda vocab, *_, **__: geometry(vocab, *form)._replace(resident_blocks=resident)  # noqa: E731
-            monkeypatch.setattr(module, "geometry_for", found)
+            monkeypatch.setattr(module, "geometry_for", lambda vocab, *_, **__: geometry(vocab, *form))
         emulate(monkeypatch, modules, seed=seed)
 
     yield prepare
@@ -95,32 +94,6 @@ def test_draws_without_filters_are_those_of_the_reference(on_host):
     for kind in KINDS:
         check_draws(rows_of(kind), {})
         check_draws(rows_of(kind), {"temperature": 0.7})
-
-
-@pytest.mark.parametrize("form", [ONE_BLOCK, TWO_BLOCKS])
-@pytest.mark.parametrize("names", [(), ("min_p",), ("top_p",), ("top_k", "top_p"), ("top_k", "top_p", "min_p")])
-def test_a_cluster_draws_one_row_after_another(on_host, form, names):
-    on_host(form, resident=2)
-    # Neighbours of a cluster are decided in different ways.
-    logits = torch.cat([rows_of(kind)[:2] for kind in (*KINDS, "normal", "few")])
-    num_rows = logits.shape[0]
-    values = {
-        "top_k": (50, 0, 400, 0, 3),
-        "top_p": (0.9, 0.5, 1.0),
-        "min_p": (0.0, 0.1),
-        "temperature": (1.0, 0.7, 0.0, 1.0),
-    }
-    for order in ("sequential", "joint"):
-        columns = {
-            name: torch.tensor(values[name] * num_rows, dtype=COLUMNS[name])[:num_rows]
-            for name in (*names, "temperature")
-        }
-        _, keys = parameters({}, num_rows)
-        filters = FilterParams(**columns, order=order)
-        tokens, expected = torch.full_like(keys.seed, -77), torch.empty_like(keys.seed)
-        sample_module.sample(logits, filters, keys, None, tokens)
-        reference_sample(logits, filters, keys, None, expected)
-        assert tokens.tolist() == expected.tolist(), order
 
 
 def test_probabilities_are_renormalised_over_what_top_p_keeps(on_host):

@@ -132,22 +132,6 @@ class LaunchableKernel:
     def _pack(self, arguments: _Arguments, values: tuple[Any, ...]) -> None:
         self._pack_into(arguments.packed, 0, *values)
 
-    def resident_clusters(self, device: torch.device) -> int:
-        """How many of its clusters ``device`` runs at a time, 1 at least (where none fits, its launch says so)."""
-        shape = self.shape
-        with torch.cuda.device(device):
-            key = (device.index, torch._C._cuda_getCurrentRawStream(device.index), shape.cluster_size, 1)
-            config = self._configs.get(key) or self._remember(key)
-            if shape.cluster_size > 1:
-                status, count = driver.cuOccupancyMaxActiveClusters(self._function, config)
-            else:
-                status, count = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                    self._function, shape.num_threads, shape.shared_bytes
-                )
-                count *= torch.cuda.get_device_properties(device).multi_processor_count
-        check(status, f"{self.artifact.name}: clusters at a time")
-        return max(int(count), 1)
-
     def repeated(self, device: torch.device, grid_x: int) -> RepeatedLaunch:
         """This kernel for many launches of ``grid_x`` blocks, most of them with equal values."""
         return RepeatedLaunch(self, device, grid_x, _Arguments(self.layout.packer.size, self._num_maps))

@@ -129,11 +129,6 @@ class FilteringSpec(ClusterRowSpec):
     def small_search(self) -> bool:
         return True
 
-    @property
-    def loops(self) -> bool:
-        """Whether a cluster holds one row after another, and fetches the next while it ends the search in this one."""
-        return self.resident_blocks > 1 and self.dtype == torch.float32 and self.vector_bytes == 16
-
     @classmethod
     def of(
         cls,

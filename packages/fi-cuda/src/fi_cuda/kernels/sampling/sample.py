@@ -17,8 +17,6 @@ from ..rows import vector_bytes
 from .forms import PENALTY_FIELDS, FilteringSpec, address, kept_for, penalty_values
 from .geometry import NO_SEARCH, NO_SEARCH_PENALISED, Geometry, geometry_for
 
-_MOST_ROWS = 2**31
-
 
 @dataclass(frozen=True)
 class SampleSpec(FilteringSpec):
@@ -40,7 +38,6 @@ class SampleSpec(FilteringSpec):
             ("tokens", "output"),
             ("logits_stride", "int64"),
             ("vocab_size", "int32"),
-            ("num_outputs", "int32"),
             ("wide_rows", "int32"),
             ("joint", "int32"),
         )
@@ -49,7 +46,7 @@ class SampleSpec(FilteringSpec):
     def config_lines(self) -> list[str]:
         return [
             *super().config_lines(),
-            f"static constexpr bool kColumns = false, kTypicalP = false, kLoops = {str(self.loops).lower()};",
+            "static constexpr bool kColumns = false, kTypicalP = false;",
         ]
 
 
@@ -78,21 +75,8 @@ class ColumnSampleSpec(FilteringSpec):
     def bracket(self) -> bool:
         return super().bracket or self.typical_p
 
-    @property
-    def loops(self) -> bool:
-        return super().loops and not self.penalties and not self.typical_p
-
     def config_lines(self) -> list[str]:
-        return [
-            *super().config_lines(),
-            f"static constexpr bool kColumns = true, kDense = false, kLoops = {str(self.loops).lower()};",
-        ]
-
-
-def with_most_clusters(spec: SampleSpec | ColumnSampleSpec, device: torch.device) -> tuple[LaunchableKernel, int]:
-    """The kernel of ``spec``, and of how many clusters it is launched at most: with ``loops`` as many as run at a time."""
-    kernel = kernel_for(spec, device)
-    return kernel, kernel.resident_clusters(device) if spec.loops else _MOST_ROWS
+        return [*super().config_lines(), "static constexpr bool kColumns = true, kDense = false;"]
 
 
 @lru_cache(maxsize=1024)
@@ -102,8 +86,8 @@ def _bound(
     vector: int,
     geometry: Geometry,
     filters: frozenset[str],
-) -> tuple[LaunchableKernel, int]:
-    return with_most_clusters(SampleSpec.of(dtype, vector, geometry, filters), device)
+) -> LaunchableKernel:
+    return kernel_for(SampleSpec.of(dtype, vector, geometry, filters), device)
 
 
 @lru_cache(maxsize=1024)
@@ -114,9 +98,9 @@ def _bound_to_columns(
     geometry: Geometry,
     filters: frozenset[str],
     penalties: bool,
-) -> tuple[LaunchableKernel, int]:
+) -> LaunchableKernel:
     typical = "typical_p" in filters
-    return with_most_clusters(ColumnSampleSpec.of(dtype, vector, geometry, filters, typical, penalties), device)
+    return kernel_for(ColumnSampleSpec.of(dtype, vector, geometry, filters, typical, penalties), device)
 
 
 def _values(
@@ -136,7 +120,6 @@ def _values(
         tokens.data_ptr(),
         logits.stride(0),
         logits.shape[1],
-        tokens.shape[0],
         rows is not None and rows.dtype == torch.int64,
         filters.order == "joint",
     )
@@ -155,9 +138,8 @@ def sample(
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
     form = geometry_for(vocab_size, num_outputs, kept=kept_for(filters.active))
     vector = vector_bytes(logits, multiple_of=vocab_size)
-    kernel, most = _bound(device, logits.dtype, vector, form, filters.active)
-    num_blocks = min(num_outputs, most) * form.cluster_size
-    kernel.launch(device, num_blocks, 1, *_values(logits, filters, keys, rows, tokens))
+    kernel = _bound(device, logits.dtype, vector, form, filters.active)
+    kernel.launch(device, num_outputs * form.cluster_size, 1, *_values(logits, filters, keys, rows, tokens))
 
 
 def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
@@ -181,10 +163,10 @@ def sample_columns(
     device, vocab_size, num_outputs = logits.device, logits.shape[1], tokens.shape[0]
     form = column_form(vocab_size, num_outputs, filters.active, bool(penalties.active))
     vector = vector_bytes(logits, multiple_of=vocab_size)
-    kernel, most = _bound_to_columns(device, logits.dtype, vector, form, filters.active, bool(penalties.active))
+    kernel = _bound_to_columns(device, logits.dtype, vector, form, filters.active, bool(penalties.active))
     kernel.launch(
         device,
-        min(num_outputs, most) * form.cluster_size,
+        num_outputs * form.cluster_size,
         1,
         *_values(logits, filters, keys, rows, tokens),
         address(filters.typical_p),

@@ -105,7 +105,7 @@ __device__ __forceinline__ void filter_logits(const Params& params) {
   if constexpr (Config::kTopK || Config::kTopP) {
     constexpr Wish kWish = Config::kProbs ? Wish::kTotal : Wish::kNothing;
     bool known = false;
-    if constexpr (Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total, [] {});
+    if constexpr (Config::kBracket) known = kept_by_bracket(row, filters, kWish, prefix, total);
     if (!known) prefix = kept_prefix(row, filters, kWish, total);
   }
   const float min_p = filters.min_p;

@@ -4,9 +4,7 @@
 // A cluster holds a row in its blocks' shared memory (fi/sampling/row.cuh). The row's largest logit, which the masses need, is
 // exchanged first. Rows with a small top_k are then decided by the first block (short_list.cuh); others find the last token
 // that their filters keep (find_prefix.cuh), sum up the kept masses, and draw in index order.
-// With kLoops a cluster holds one row after another: the next one is on its way as soon as the slice is read no more, while
-// messages settle where this one ends.
-// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens, kLoops; kTopK, kTopP, kMinP, kTypicalP: which filters some row
+// Config: Dtype, kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTopK, kTopP, kMinP, kTypicalP: which filters some row
 // uses; kColumns: parameters lie in columns from which slots may pick; with it kPenalised: penalties change the rows on their way
 // in (fi/sampling/penalties.cuh, which has their Params).
 // Params: logits [rows, vocab_size]; rows (int32, or int64 if wide_rows; null: in order); temperature, top_p, min_p float32
@@ -80,49 +78,6 @@ struct SampleKernel {
   const Params& params;
   Row& row;
   int output;
-  bool fetched = false;  // Config::kLoops: the cluster's next row is on its way into the slice
-  float divided_by = 1.0f;  // by what the row's slice is divided
-
-  // The row of logits of an output.
-  __device__ __forceinline__ const typename Config::Dtype* logits_of(int output) const {
-    int64 source = output;
-    if (params.rows != nullptr) {
-      source = params.wide_rows ? static_cast<const int64*>(params.rows)[output] : static_cast<const int*>(params.rows)[output];
-    }
-    return static_cast<const typename Config::Dtype*>(params.logits) + source * params.logits_stride;
-  }
-  __device__ __forceinline__ int next_output() const { return output + static_cast<int>(gridDim.x) / kBlocks; }
-
-  // Asks for the cluster's next row: this one's slice is read no more.
-  __device__ __forceinline__ void fetch_next() {
-    if constexpr (Config::kLoops) {
-      const int next = next_output();
-      if (next >= params.num_outputs) return;
-      start_copy<Config>(logits_of(next), row.first_token, params.vocab_size, row.shared.slice);
-      fetched = true;
-    }
-  }
-  // Where the row is needed after all.
-  __device__ __forceinline__ void fetch_again() {
-    if constexpr (Config::kLoops) {
-      if (!fetched) return;
-      fetched = false;
-      float* slice = row.shared.slice;
-      ptx::cp_async_wait<0>();
-      start_copy<Config>(logits_of(output), row.first_token, params.vocab_size, slice);
-      finish_copy<Config, false>(row.first_token, params.vocab_size, slice);
-      if (divided_by != 1.0f) divide_slice<Config>(slice, params.vocab_size - row.first_token, divided_by, {});
-      __syncthreads();
-    }
-  }
-  // A logit of this row, which is no longer in the slice.
-  __device__ __forceinline__ float logit_at(int place) const {
-    if (!Config::kLoops || !fetched) return row.shared.slice[place];
-    const int token = row.first_token + place;
-    if (token >= params.vocab_size) return no_logit();
-    const float logit = to_float(__ldg(logits_of(output) + token));
-    return divided_by != 1.0f ? __fdiv_rn(logit, divided_by) : logit;
-  }
 
   __device__ __forceinline__ void write(int token) const { static_cast<int64*>(params.tokens)[output] = token; }
 
@@ -159,7 +114,6 @@ struct SampleKernel {
     if (end.known() && static_cast<int>(end.block) != row.rank) return true;
     row.read_rank();
     row.sum_masses_over_warps(weight);
-    if constexpr (!Config::kSearch) fetch_next();
     uint64 target = end.amount;
     if (!end.known()) {
       uint64 before;
@@ -169,7 +123,7 @@ struct SampleKernel {
       if (target < before || target >= before + row.shared.block_amount[row.rank]) return true;
       target -= before;
     }
-    row.locate([&](int place) { return logit_at(place); }, [&](int place, float logit) { return mass_limbs(weight(place, logit)); }, target,
+    row.locate([&](int place, float logit) { return mass_limbs(weight(place, logit)); }, target,
                [&](int place) { write(row.first_token + place); });
     return true;
   }
@@ -190,8 +144,9 @@ struct SampleKernel {
 
   __device__ __forceinline__ void run() {
     SampleStage<Config, Params> stage(params, row.shared, output);
+    const auto* logits = static_cast<const typename Config::Dtype*>(params.logits) + source() * params.logits_stride;
     bool fits = true;
-    const Extremes extremes = load(stage, fits);
+    const Extremes extremes = load(logits, stage, fits);
     ptx::allow_next_kernel();
     __syncthreads();
     const RowFilters& filters = row.shared.filters;
@@ -200,8 +155,7 @@ struct SampleKernel {
     // Penalties have divided the row. Without filters each logit's weight is needed once or twice, and the division then.
     const Divisor divisor(Config::kPenalised ? 1.0f : filters.temperature);
     const bool late = !kFilters && divisor.value != 1.0f && divisor.moderate;
-    divided_by = late ? 1.0f : divisor.value;
-    row.share(extremes, params.vocab_size, divided_by, listed);
+    row.share(extremes, params.vocab_size, late ? 1.0f : divisor.value, listed);
     if (late) row.largest = __fdiv_rn(row.largest, divisor.value);
     if (!row.usable() || !filters.valid || !fits) {
       if (row.rank == 0 && threadIdx.x == 0) write(-1);
@@ -222,22 +176,17 @@ struct SampleKernel {
     }
     if constexpr (Config::kTopK) {
       if (listed && drawn_from_list(filters)) return true;
-      fetch_again();
     }
     RankPrefix prefix = every_token();
     Answer end;
     const Wish wish = typical ? Wish::kNothing : Wish::kDraw;
     bool known = false;
     if constexpr (Config::kBracket && Config::kTopP) {
-      const bool last = !typical && filters.min_p <= 0.0f;
-      known = kept_by_bracket(row, filters, wish, prefix, end, [&] {
-        if (last) fetch_next();
-      });
-      if (known && last) {
+      known = kept_by_bracket(row, filters, wish, prefix, end);
+      if (known && !typical && filters.min_p <= 0.0f) {
         draw_kept(prefix, end);
         return true;
       }
-      fetch_again();
     }
     if constexpr (Config::kTopK || Config::kTopP) {
       if (!known) prefix = kept_prefix(row, filters, wish, end);
@@ -269,40 +218,31 @@ struct SampleKernel {
     const auto mass = [&](int place, float logit) {
       return mass_limbs(kept.has(logit, row.first_token + place) ? row.weight(logit) : 0.0f);
     };
-    row.locate([&](int place) { return logit_at(place); }, mass, end.amount, [&](int place) { write(row.first_token + place); });
+    row.locate(mass, end.amount, [&](int place) { write(row.first_token + place); });
   }
 
   // The row into the slice, with penalties divided by its temperature too; returns this thread's extremes. `fits`: its history has what it needs.
-  __device__ __forceinline__ Extremes load(SampleStage<Config, Params>& stage, bool& fits) {
+  __device__ __forceinline__ Extremes load(const typename Config::Dtype* logits, SampleStage<Config, Params>& stage, bool& fits) {
     float* slice = row.shared.slice;
     if constexpr (Config::kPenalised) {
       PenaltyPatch<Config, Params> patch(params, row.shared.penalties, slice, row.first_token);
       PenalisedSampleStage<Config, Params> penalised(stage, patch);
-      load_slice<Config>(logits_of(output), row.first_token, params.vocab_size, slice, penalised);
+      load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
       patch.apply();
       fits = patch.fits();
       return patch.settle(row.shared.filters.temperature);
-    } else if constexpr (Config::kLoops) {
-      if (!fetched) start_copy<Config>(logits_of(output), row.first_token, params.vocab_size, slice);
-      fetched = false;
-      stage.begun();
-      return finish_copy<Config, true>(row.first_token, params.vocab_size, slice);
     } else {
-      return load_slice<Config>(logits_of(output), row.first_token, params.vocab_size, slice, stage);
+      return load_slice<Config>(logits, row.first_token, params.vocab_size, slice, stage);
     }
   }
 
   // False, in all blocks, if the list cannot decide the row.
   __device__ __forceinline__ bool drawn_from_list(const RowFilters& filters) {
     ShortList<Config> list{row};
-    const bool sums = Config::kTopP && filters.joint && filters.has_top_p();
-    const int count = list.collect(filters.top_k, false, [&] {
-      if (!sums) fetch_next();
-    });
+    const int count = list.collect(filters.top_k, false);
     if (count < 0) return false;
-    if (sums) {
+    if (Config::kTopP && filters.joint && filters.has_top_p()) {
       row.sum_masses_over_warps([&](int, float logit) { return row.weight(logit); });
-      fetch_next();
       uint64 before;
       const uint64 row_mass = row.sum_over_blocks(before);
       if (threadIdx.x == 0) row.shared.search.boundary_wanted = row_mass;
@@ -313,6 +253,11 @@ struct SampleKernel {
     }
     return true;
   }
+
+  __device__ __forceinline__ int64 source() const {
+    if (params.rows == nullptr) return output;
+    return params.wide_rows ? static_cast<const int64*>(params.rows)[output] : static_cast<const int*>(params.rows)[output];
+  }
 };
 
 template <class Config, class Params>
@@ -321,18 +266,7 @@ __device__ __forceinline__ void sample(const Params& params) {
   extern __shared__ __align__(16) unsigned char memory[];
   ClusterRow<Config> row(*reinterpret_cast<ClusterShared<Config>*>(memory));
   ptx::wait_for_previous_kernel();
-  SampleKernel<Config, Params> kernel{params, row, static_cast<int>(blockIdx.x) / Config::kClusterBlocks};
-  if constexpr (Config::kLoops) {
-#pragma unroll 1
-    for (;;) {
-      kernel.run();
-      kernel.output = kernel.next_output();
-      if (kernel.output >= params.num_outputs) break;
-      row.leave();
-    }
-  } else {
-    kernel.run();
-  }
+  SampleKernel<Config, Params>{params, row, static_cast<int>(blockIdx.x) / Config::kClusterBlocks}.run();
 }
 
 }  // namespace fi

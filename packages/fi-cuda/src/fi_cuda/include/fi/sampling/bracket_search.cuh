@@ -27,14 +27,12 @@ struct BracketSearch : BracketList<Config, Order> {
   Wish wish;
   Answer answer = {};
 
-  // With an estimate in search.bracket. target_of(total mass), at least 1 and at most that, is to be reached; `summed` is called by all
-  // threads when the slice is read no more. False, in all blocks, if another search must do it, and then `found` is as it was.
+  // With an estimate in search.bracket. target_of(total mass), at least 1 and at most that, is to be reached. False, in all blocks, if another search must do it, and then `found` is as it was.
   // With Wish::kDraw the drawn token's block also has, in row.shared.warp_amount, the kept mass of each warp's tokens.
-  template <class TargetOf, class Summed>
-  __device__ __forceinline__ bool find(TargetOf target_of, RankPrefix& found, Summed summed) {
+  template <class TargetOf>
+  __device__ __forceinline__ bool find(TargetOf target_of, RankPrefix& found) {
     auto& search = row.shared.search;
     add_up(search.bracket.x, search.bracket.y);
-    summed();
     const Bins bins(order.top(), search.bracket);
     share(bins);
     if (threadIdx.x < 32) locate_bin(target_of);

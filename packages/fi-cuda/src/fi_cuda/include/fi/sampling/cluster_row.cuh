@@ -354,16 +354,10 @@ struct ClusterRow {
     return {before + inside.exclusive, before + inside.inclusive, warps.total};
   }
 
-  // Between this row and another that the cluster holds next. Nothing is sent for that one before all blocks have called it.
-  __device__ __forceinline__ void leave() const {
-    __syncthreads();
-    mailbox.reopen();
-  }
-
-  // After sum_over_warps: calls found(place) in one thread for the first place whose inclusive running sum of amount(place, logit) over
-  // the block exceeds `target`, which is below the block's sum; logit_at(place) is a place's logit.
-  template <class LogitAt, class Amount, class Found>
-  __device__ __forceinline__ void locate(LogitAt logit_at, Amount amount, uint64 target, Found found) {
+  // After sum_over_warps: calls found(place) in one thread for the first place whose inclusive running sum of the block exceeds
+  // `target`, which is below the block's sum.
+  template <class Amount, class Found>
+  __device__ __forceinline__ void locate(Amount amount, uint64 target, Found found) {
     const Prefix<uint64> warps = prefix_over_warps(shared.warp_amount);
     const int warp = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, target < warps.inclusive))) - 1;
     target -= __shfl_sync(0xffffffffu, warps.exclusive, warp);
@@ -374,7 +368,7 @@ struct ClusterRow {
     uint64 sum = 0;
 #pragma unroll 1
     for (int idx = first; idx < first + kEach; ++idx) {
-      if (idx < Shape::kWarpTokens) sum += join_limbs(amount(base + idx, logit_at(base + idx)));
+      if (idx < Shape::kWarpTokens) sum += join_limbs(amount(base + idx, shared.slice[base + idx]));
     }
     const Prefix<uint64> prefix = prefix_over_block(sum);
     if (prefix.exclusive <= target && target < prefix.inclusive) {
@@ -383,14 +377,10 @@ struct ClusterRow {
 #pragma unroll 1
       do {
         ++place;
-        before += join_limbs(amount(place, logit_at(place)));
+        before += join_limbs(amount(place, shared.slice[place]));
       } while (before <= target);
       found(place);
     }
-  }
-  template <class Amount, class Found>
-  __device__ __forceinline__ void locate(Amount amount, uint64 target, Found found) {
-    locate([&](int place) { return shared.slice[place]; }, amount, target, found);
   }
 };
 

@@ -28,11 +28,6 @@ struct Mailbox {
     if constexpr (kBlocks > 1) ptx::cluster_arrive_relaxed();
   }
 
-  // By all threads, once the block needs nothing more of what it was sent: `opened` then waits for all blocks again.
-  __device__ __forceinline__ void reopen() const {
-    if constexpr (kBlocks > 1) ptx::cluster_arrive_relaxed();
-  }
-
   // Waits until all blocks have opened theirs.
   __device__ __forceinline__ void opened() const {
     if constexpr (kBlocks > 1) ptx::cluster_wait();

@@ -6,14 +6,14 @@
 
 namespace fi {
 
-// Where top_p is the only one of the two, what it keeps; false if kept_prefix must tell. `summed` as BracketSearch has it.
-template <class Config, class Summed>
+// Where top_p is the only one of the two, what it keeps; false if kept_prefix must tell.
+template <class Config>
 __device__ __forceinline__ bool kept_by_bracket(ClusterRow<Config>& row, const RowFilters& filters, Wish wish, RankPrefix& kept,
-                                                Answer& answer, Summed summed) {
+                                                Answer& answer) {
   if (!filters.has_top_p() || filters.top_k > 0) return false;
   BracketSearch<Config> search{row, ByLogit{row.largest}, filters.min_p > 0.0f ? Wish::kNothing : wish};
   const bool found = BracketEstimate<Config>{row}.run(filters.top_p, BracketSearch<Config>::kMargin) &&
-                     search.find([&](uint64 total) { return filters.mass_target(total); }, kept, summed);
+                     search.find([&](uint64 total) { return filters.mass_target(total); }, kept);
   if (found) answer = search.answer;
   row.read_extremes();
   return found;

@@ -45,7 +45,7 @@ struct FirstK {
   __device__ __forceinline__ void run(int k, bool with_groups, uint64* sorted, Write write) {
     if (with_groups && row.usable()) {
       ShortList<Config> list{row};
-      const int count = list.collect(k, true, [] {});
+      const int count = list.collect(k, true);
       if (count >= 0) {
         if (row.rank == 0) write_ranked(gather_list(row, [](float) -> uint64 { return 0; }), count, k, write);
         return;

@@ -92,28 +92,16 @@ struct PlainStage {
   __device__ __forceinline__ void begun() {}
 };
 
-// This thread's part of a slice that needs no conversion: from `first` every 128 places up to `room`, `left` of it in the
-// vocabulary, in which a pack lies whole or not at all.
-template <class Config>
-struct CopiedPart {
-  int first, room, left;
-
-  __device__ __forceinline__ CopiedPart(int first_token, int vocab_size) {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    first = warp * RowShape<Config>::kWarpTokens + lane * 4;
-    room = RowShape<Config>::kWarpTokens - lane * 4;
-    left = min(vocab_size - first_token - first, room);
-  }
-};
-
-// Asks for it. All of a thread's copies are under way at once and take no registers.
-template <class Config>
-__device__ __forceinline__ void start_copy(const float* row, int first_token, int vocab_size, float* slice) {
+// load_slice of elements that need no conversion. All of a thread's copies are under way at once and take no registers; each
+// thread then reads what it copied itself, so no barrier is needed.
+template <class Config, class Stage>
+__device__ __forceinline__ Extremes copy_slice(const float* row, int first_token, int vocab_size, float* slice, Stage& stage) {
   using Shape = RowShape<Config>;
-  const CopiedPart<Config> part(first_token, vocab_size);
-  const int room = part.room, left = part.left;
-  const float* from = row + first_token + part.first;
-  float* to = slice + part.first;
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int first = warp * Shape::kWarpTokens + lane * 4, room = Shape::kWarpTokens - lane * 4;
+  const float* from = row + first_token + first;
+  float* to = slice + first;
+  const int left = min(vocab_size - first_token - first, room);  // a pack lies in the vocabulary whole or not at all
   if (left == room) {
     // Addresses are constants beside these two.
 #pragma unroll
@@ -125,14 +113,7 @@ __device__ __forceinline__ void start_copy(const float* row, int first_token, in
     for (int offset = 0; offset < left; offset += 128) ptx::cp_async_16(to + offset, from + offset, true);
   }
   ptx::cp_async_commit();
-}
-
-// Waits for it. Each thread reads what it copied itself, so no barrier is needed for its extremes.
-template <class Config, bool kExtremes>
-__device__ __forceinline__ Extremes finish_copy(int first_token, int vocab_size, float* slice) {
-  const CopiedPart<Config> part(first_token, vocab_size);
-  const int room = part.room, left = part.left;
-  float* to = slice + part.first;
+  stage.begun();
 #pragma unroll 1
   for (int offset = max(left + 127, 0) / 128 * 128; offset < room; offset += 128) {
     const float none = no_logit();
@@ -140,7 +121,7 @@ __device__ __forceinline__ Extremes finish_copy(int first_token, int vocab_size,
   }
   ptx::cp_async_wait<0>();
   Extremes found = {minus_infinity(), -minus_infinity()};
-  if constexpr (kExtremes) {
+  if constexpr (!Stage::kChanges) {
 #pragma unroll 4
     for (int offset = 0; offset < left; offset += 128) {
       const float4 four = *reinterpret_cast<const float4*>(to + offset);
@@ -159,9 +140,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   using T = typename Config::Dtype;
   using Shape = RowShape<Config>;
   if constexpr (sizeof(T) == 4 && Config::kVectorBytes == 16) {
-    start_copy<Config>(row, first_token, vocab_size, slice);
-    stage.begun();
-    return finish_copy<Config, !Stage::kChanges>(first_token, vocab_size, slice);
+    return copy_slice<Config>(row, first_token, vocab_size, slice, stage);
   }
   constexpr int kCount = Config::kVectorBytes / static_cast<int>(sizeof(T));
   constexpr int kPerRound = 32 * kCount;

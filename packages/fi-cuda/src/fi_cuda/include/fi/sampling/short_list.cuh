@@ -25,9 +25,7 @@ struct ShortList {
   }
 
   // Collects the tokens; returns their number, or -1 if they do not fit, or with `all` if some of the first k have no mass.
-  // `read` is called by all threads when the slice is read no more.
-  template <class Read>
-  __device__ __forceinline__ int collect(int top_k, bool all, Read read) {
+  __device__ __forceinline__ int collect(int top_k, bool all) {
     auto& shared = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x % 32);
     unsigned* bins = shared.group_bins;
@@ -97,7 +95,6 @@ struct ShortList {
       }
     });
     __syncthreads();
-    read();
     if (threadIdx.x < 32) {
       row.mailbox.send_to_all(kShares, reinterpret_cast<uint2*>(&shared.shares[row.rank]),
                               make_uint2(static_cast<unsigned>(shared.list_count), 0u));

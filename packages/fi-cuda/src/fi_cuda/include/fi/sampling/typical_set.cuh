@@ -152,7 +152,7 @@ struct TypicalSearch {
     TypicalSet found = {{row.largest, mean}, every_token()};
     if (alone && WindowEstimate<Config>{row, mean}.run(typical_p, Bracket::kMargin)) {
       Bracket bracket{row, found.order, Wish::kDraw};
-      if (bracket.find(target_of, found.prefix, [] {})) {
+      if (bracket.find(target_of, found.prefix)) {
         answer = bracket.answer;
         return found;
       }
