@@ -1,10 +1,12 @@
 """Teacher-forced log-probabilities of one engine with one attention backend, and how far those of several backends differ.
 
-usage: python accuracy.py run ENGINE MODEL_FOLDER BACKEND OUT.json [--options JSON ...] [--name NAME]
+usage: python accuracy.py run ENGINE MODEL_FOLDER BACKEND OUT.json [--options JSON ...] [--name NAME] [--text FILE ...]
        python accuracy.py compare FI.json OWN.json OWN.json ... [REFERENCE.json ...] [ROWS.jsonl]
 64 prompts, each with 64 tokens drawn for it: "prompt" are the tokens' log-probabilities as a prefill computes them, "decode" as
-decode steps do. SGLang cannot force tokens in decode steps: there "decode" are those of its own greedy tokens, up to the first
-that two backends choose differently. ``compare`` also counts equal greedy texts, and their tokens before the first difference.
+decode steps do. With --text (for real weights) prompts and tokens are cut from files. SGLang cannot force tokens in decode steps:
+there "decode" are those of its own greedy tokens, up to the first that two backends choose differently. ``compare`` also counts
+equal greedy texts, and their tokens before the first difference, and tells the largest margin of a first difference: how far the
+best token was above the second there, by the backend for which that is less.
 """
 
 from __future__ import annotations
@@ -38,17 +40,38 @@ def drawn_tokens(vocab_size: int) -> list[list[int]]:
     return torch.randint(0, vocab_size, (NUM_PROMPTS, NUM_NEW), generator=generator).tolist()
 
 
+def texts_of(folder: str, files: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """(64 prompts of 8 to 200 tokens, the 64 tokens that follow each) of what the files say, one after the other."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(folder).encode("\n".join(Path(file).read_text() for file in files))
+    lengths = [len(prompt) for prompt in prompts_of(2)]
+    if len(tokens) < sum(lengths) + NUM_PROMPTS * NUM_NEW:
+        raise ValueError(f"the files have {len(tokens)} tokens, {sum(lengths) + NUM_PROMPTS * NUM_NEW} are needed")
+    prompts, following, start = [], [], 0
+    for length in lengths:
+        prompts.append(tokens[start : start + length])
+        following.append(tokens[start + length : start + length + NUM_NEW])
+        start += length + NUM_NEW
+    return prompts, following
+
+
+def inputs_of(folder: str, vocab_size: int, text: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and the tokens after them: cut from the files ``text`` if there are any, else drawn."""
+    return texts_of(folder, text) if text else (prompts_of(vocab_size), drawn_tokens(vocab_size))
+
+
 def run(options: argparse.Namespace) -> None:
     engine = open_engine(options.engine, options.model, options.backend, **engine_options(options.options))
     vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
-    prompts, drawn = prompts_of(vocab_size), drawn_tokens(vocab_size)
+    prompts, drawn = inputs_of(options.model, vocab_size, options.text)
     result: dict[str, Any] = {"engine": options.engine, "backend": options.backend, "model": options.model}
     result["name"] = options.name or options.backend
     found = engine.prompt_logprobs([prompt + more for prompt, more in zip(prompts, drawn, strict=True)])
     result["prompt"] = [values[-NUM_NEW:] for values in found]
     result["decode_tokens"], result["decode"] = engine.decode_logprobs(prompts, drawn)
-    result["greedy"] = engine.generate(prompts, NUM_NEW)
-    for part in ("prompt", "decode"):
+    result["greedy"], result["margins"] = engine.greedy(prompts, NUM_NEW)
+    for part in ("prompt", "decode", "margins"):
         result[part] = [[round(value, 6) for value in values] for values in result[part]]
     Path(options.out).write_text(json.dumps(result))
     print("written", options.out, flush=True)
@@ -68,6 +91,16 @@ def difference(one: dict[str, Any], two: dict[str, Any], part: str) -> tuple[flo
         same = len(first) if part == "prompt" else common_length(one["decode_tokens"][row], two["decode_tokens"][row])
         apart += [abs(a - b) for a, b in zip(first[:same], second[:same], strict=False)]
     return (sum(apart) / len(apart), max(apart), len(apart)) if apart else (float("nan"), float("nan"), 0)
+
+
+def margin_of_differences(one: dict[str, Any], two: dict[str, Any]) -> float:
+    """The largest margin at which two greedy texts part, of either's there the smaller; 0 where none do."""
+    largest = 0.0
+    for row, (a, b) in enumerate(zip(one["greedy"], two["greedy"], strict=True)):
+        if a != b:
+            at = common_length(a, b)
+            largest = max(largest, min(one["margins"][row][at], two["margins"][row][at]))
+    return largest
 
 
 def compare(paths: list[str], rows_file: str | None = None) -> int:
@@ -91,7 +124,8 @@ def compare(paths: list[str], rows_file: str | None = None) -> int:
         if row["numbers"]:
             print(
                 f"{row['part']}: {row['one']} against {row['two']}: mean {row['mean']:.5f}, largest {row['largest']:.5f} "
-                f"of {row['numbers']}; greedy texts equal {row['equal_texts']}, tokens {row['equal_tokens']}"
+                f"of {row['numbers']}; greedy texts equal {row['equal_texts']}, tokens {row['equal_tokens']}, "
+                f"margin {row.get('margin', 'unknown')}"
             )
     if rows_file:
         with open(rows_file, "a") as file:
@@ -106,7 +140,10 @@ def pair_of(one: dict[str, Any], two: dict[str, Any], part: str) -> dict[str, An
     texts = sum(a == b for a, b in zip(one["greedy"], two["greedy"], strict=False))
     row = {"op": "engine_accuracy", "engine": one["engine"], "case": f"{Path(one['model']).name} {part}", "part": part}
     row |= {"one": one["name"], "two": two["name"], "mean": round(mean, 6), "largest": round(most, 6), "numbers": num}
-    return row | {"texts": len(same), "equal_texts": texts, "equal_tokens": sum(same)}
+    row |= {"texts": len(same), "equal_texts": texts, "equal_tokens": sum(same)}
+    if "margins" in one and "margins" in two:
+        row["margin"] = round(margin_of_differences(one, two), 6)
+    return row
 
 
 def main() -> None:
@@ -118,6 +155,7 @@ def main() -> None:
     for name in ("engine", "model", "backend", "out"):
         parser.add_argument(name)
     parser.add_argument("--options", action="append", default=[])
+    parser.add_argument("--text", action="append", default=[], help="a file that prompts and tokens are cut from")
     parser.add_argument("--name", help="what compare calls it, instead of the backend")
     run(parser.parse_args())
 

@@ -45,6 +45,10 @@ class Engine(Protocol):
         of the engine's own greedy ones where it cannot be made to emit given tokens."""
         ...
 
+    def greedy(self, prompts: list[Tokens], num_new: int) -> tuple[list[Tokens], list[list[float]]]:
+        """(greedy tokens after each prompt, how far above the second best token's each one's log-probability is)."""
+        ...
+
     def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
         """Of every token of each answer: how far its log-probability is below that of the best token there (0: it is the
         best), computed from prompt and answer as one prompt."""
@@ -120,6 +124,13 @@ class VllmEngine:
         found = self._run(prompts, params)
         return forced, [_chosen(out.outputs[0].logprobs, each) for out, each in zip(found, forced, strict=True)]
 
+    def greedy(self, prompts: list[Tokens], num_new: int) -> tuple[list[Tokens], list[list[float]]]:
+        found = [
+            out.outputs[0] for out in self._run(prompts, [self._params(max_tokens=num_new, logprobs=2)] * len(prompts))
+        ]
+        values = [[[each.logprob for each in position.values()] for position in out.logprobs] for out in found]
+        return [list(out.token_ids) for out in found], [[_margin(each) for each in positions] for positions in values]
+
     def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
         whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
         found = self._run(whole, [self._params(max_tokens=1, prompt_logprobs=1)] * len(whole))
@@ -163,6 +174,12 @@ class _Clock:
 
 def _chosen(positions: Any, tokens: Tokens) -> list[float]:
     return [position[token].logprob for position, token in zip(positions, tokens, strict=True)]
+
+
+def _margin(logprobs: list[float]) -> float:
+    """How far the best of them is above the second."""
+    best, second = sorted(logprobs, reverse=True)[:2]
+    return best - second
 
 
 class SglangEngine:
@@ -222,6 +239,11 @@ class SglangEngine:
         found = self._run(prompts, nums, return_logprob=True, logprob_start_len=-1)
         values = [[item[0] for item in out["meta_info"]["output_token_logprobs"]] for out in found]
         return [out["output_ids"] for out in found], values
+
+    def greedy(self, prompts: list[Tokens], num_new: int) -> tuple[list[Tokens], list[list[float]]]:
+        found = self._run(prompts, num_new, return_logprob=True, logprob_start_len=-1, top_logprobs_num=2)
+        values = [[[item[0] for item in best] for best in out["meta_info"]["output_top_logprobs"]] for out in found]
+        return [out["output_ids"] for out in found], [[_margin(each) for each in positions] for positions in values]
 
     def gaps(self, prompts: list[Tokens], answers: list[Tokens]) -> list[list[float]]:
         """From its own continuations, a few requests at a time: where one chooses another token than the answer, both

@@ -2,7 +2,8 @@
 # Accuracy, checks that nothing waits for the device and that a full cache loses nothing, throughput and latency of one engine, with fi and with its own backends.
 # usage: job.sh vllm|sglang SITE OUT [WORK]     SITE: the engine's unpacked site folder ("" where it is installed)
 #                                               WORK: models, caches and whole results (default OUT/work); OUT gets logs and tables
-# env: PYTHON (default python3), PARTS (default "accuracy no_sync pressure speed"), KINDS (default "llama gemma2 qwen3 gpt_oss"),
+# env: PYTHON (default python3), PARTS (default "accuracy no_sync pressure speed"), KINDS (default "llama gemma2 qwen3 gpt_oss",
+#      smollm2 too where GGUF names its file),
 #      TOGETHER (processes at once where speed is not measured, default 6), OWN (the engine's backends for speed),
 #      SKIP (a regular expression of parts to leave out), WORKLOADS, REQUESTS, ROUNDS, KV_GIB (cache of each engine under
 #      speed), LIMIT (seconds for speed)
@@ -54,11 +55,16 @@ await() { # everything that beside started
   running=()
 }
 
+texts=() # for smollm2: what prompts are cut from
+for page in architecture shared_prefixes device_headers adding_a_backend adding_an_operation; do texts+=(--text "$root/docs/$page.md"); done
+
 accuracy() { # accuracy KIND BACKEND NAME OPTIONS; NAME fi_attention: the engine's own layers and sampler
+  local text=()
   choose "$2"
   [ "$3" = fi_attention ] && export VLLM_PLUGINS=fi,fi_gpt_oss_attention
   [ "$1" = gpt_oss ] && export PYTHONPATH=$here/gpt_oss_attention:$plain
-  part 150 "accuracy_$1_$3" "$python" "$here/accuracy.py" run "$engine" "$work/models/$1" "$2" "$work/accuracy_$1_$3.json" --name "$3" --options "$small" --options "$4"
+  [ "$1" = smollm2 ] && text=("${texts[@]}")
+  part 150 "accuracy_$1_$3" "$python" "$here/accuracy.py" run "$engine" "$work/models/$1" "$2" "$work/accuracy_$1_$3.json" --name "$3" --options "$small" --options "$4" "${text[@]}"
 }
 
 compare() { # compare KIND NAME OWN...: fi's run by name, against the engine's
@@ -93,7 +99,9 @@ fp8='{"kv_cache_dtype": "fp8_e4m3"}'
 models() {
   local kind
   for kind in $kinds; do
-    [ -e "$work/models/$kind/config.json" ] || beside part 120 "model_$kind" "$python" "$here/models.py" "$kind" "$work/models/$kind" --size small
+    [ -e "$work/models/$kind/config.json" ] && continue
+    if [ "$kind" = smollm2 ]; then beside part 120 model_smollm2 "$python" "$here/gguf_model.py" "$GGUF" "$work/models/smollm2"
+    else beside part 120 "model_$kind" "$python" "$here/models.py" "$kind" "$work/models/$kind" --size small; fi
   done
   await
 }
@@ -101,7 +109,9 @@ models() {
 references() { # in float32, once for each kind
   local kind
   for kind in $kinds; do
-    [ -e "$work/reference_$kind.json" ] || beside part 100 "reference_$kind" "$python" "$here/reference.py" "$kind" "$work/models/$kind" "$work/reference_$kind.json"
+    [ -e "$work/reference_$kind.json" ] && continue
+    if [ "$kind" = smollm2 ]; then beside part 100 reference_smollm2 "$python" "$here/reference.py" llama "$work/models/smollm2" "$work/reference_smollm2.json" "${texts[@]}"
+    else beside part 100 "reference_$kind" "$python" "$here/reference.py" "$kind" "$work/models/$kind" "$work/reference_$kind.json"; fi
   done
   beside part 100 reference_llama_fp8 "$python" "$here/reference.py" llama "$work/models/llama" "$work/reference_llama_kv.json" --kv e4m3
 }
@@ -144,7 +154,7 @@ all_pressure() { # also with every index checked on the device, and with some ca
     return 0
   fi
   beside pressure pressure_shadow llama '{}' FI_SHADOW=0.02
-  beside pressure pressure_ngram llama '{"logits_processors": null, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}}'
+  beside pressure pressure_ngram llama '{"logits_processors": null, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 4}}'
   beside pressure pressure_v2_runner qwen3 '{"logits_processors": null}' VLLM_USE_V2_MODEL_RUNNER=1
 }
 

@@ -1,6 +1,6 @@
 """Log-probabilities of accuracy.py's tokens in float32, by transformers: how far an engine is from the truth.
 
-usage: python reference.py KIND MODEL_FOLDER OUT.json [--kv e4m3|e5m2] [--q e4m3|e5m2] [--device cuda]
+usage: python reference.py KIND MODEL_FOLDER OUT.json [--kv e4m3|e5m2] [--q e4m3|e5m2] [--device cuda] [--text FILE ...]
 KIND as in models.py; gpt_oss adds the sinks and windows of the plugin of that name. Weights are the model's, rounded as they are
 saved. ``--kv`` rounds keys and values to that FP8 type, as a cache without scales does, and ``--q`` the queries too, as the
 engines' own backends do with such a cache. The result compares like an engine's run (``accuracy.py compare``).
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import NUM_NEW, drawn_tokens, prompts_of
+from accuracy import NUM_NEW, inputs_of
 from torch import Tensor
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     AttentionInterface.register("fi_reference", attention_of(options.kind, options))
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="fi_reference")
     model = model.to(options.device).eval()
-    prompts, drawn = prompts_of(model.config.vocab_size), drawn_tokens(model.config.vocab_size)
+    prompts, drawn = inputs_of(options.model, model.config.vocab_size, options.text)
     lists = []
     for prompt, more in zip(prompts, drawn, strict=True):
         tokens = torch.tensor([prompt + more], device=options.device)
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--kv", choices=sorted(FP8))
     parser.add_argument("--q", choices=sorted(FP8))
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--text", action="append", default=[], help="as accuracy.py takes it")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     Path(options.out).write_text(json.dumps(run(options)))

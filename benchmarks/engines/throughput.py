@@ -5,7 +5,7 @@ usage: python throughput.py ENGINE MODEL_FOLDER BACKEND OUT.jsonl [--workloads f
 A line of JSON for each round of each workload is appended to OUT as it comes. The requests of a workload arrive all at once;
 those of workload@R as a Poisson process of R a second, the same in every run, and then the line has the time to the first token
 and for each further one too. --rounds repeats the whole list. With --turns, N such processes, each with its own backend, start
-together and then run their rounds in turns. --profile adds where the time of decode steps goes (vLLM). Lengths are drawn with a
+together and then run their rounds in turns. --profile adds where the time of decode steps goes. Lengths are drawn with a
 fixed seed:
 chat     prompts and answers distributed like a chat's (log-normal, medians 200 and 180, at most 2048)
 uniform  prompts and answers uniform from 512 to 2048
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from decode_profile import profile_decode
-from engines import Engine, VllmEngine, engine_options, open_engine
+from engines import Engine, engine_options, open_engine
 from turns import Turns
 
 Request = tuple[list[int], int]
@@ -132,12 +132,12 @@ def main() -> None:
     print("started in", round(time.perf_counter() - started, 1), "s", flush=True)
     turns.wait(options.backend)
     with turns.turn():
-        warm = [prompt for prompt, _ in requests_of("short", 8, vocab_size)]
+        warm = [prompt for prompt, _ in requests_of("short", options.requests, vocab_size)]  # kernels differ by rows
         for sampling in ({}, *SAMPLING.values()):
             engine.generate(warm, 8, **sampling)
-    if options.profile and isinstance(engine, VllmEngine):
+    if options.profile:
         with turns.turn():
-            profile_decode(engine.engine.llm_engine, vocab_size, options.backend, options.profile)
+            profile_decode(engine, vocab_size, options.backend, options.profile)
     done: Counter[str] = Counter()
     for workload in options.workloads.split(",") * options.rounds:
         requests = requests_of(workload.partition("@")[0], options.requests, vocab_size)

@@ -76,6 +76,16 @@ def test_draws_are_those_of_the_reference(kind, num_rows, monkeypatch):
             check_drawn(monkeypatch, drawn(logits, filters, keys), logits, filters, keys)
 
 
+@pytest.mark.parametrize("num_rows", [128, 300])
+@pytest.mark.parametrize("kind", ["normal", "narrow", "peak"])
+def test_tokens_at_the_edges_of_bins_are_found_where_they_are_counted(kind, num_rows, monkeypatch):
+    # Rows enough that in some of them a token of the last level lies within rounding of a bin's edge.
+    logits = rows_of(kind, num_rows, 32000)
+    for values in (FILTERS["large_top_k"], FILTERS["large_top_k_top_p"], FILTERS["top_k"] | FILTERS["top_p"]):
+        filters, keys = parameters(values, num_rows)
+        check_drawn(monkeypatch, drawn(logits, filters, keys), logits, filters, keys)
+
+
 def test_every_weight_is_within_three_units_in_the_last_place():
     last = torch.tensor(22.25).view(torch.int32).item()
     step = 2**26

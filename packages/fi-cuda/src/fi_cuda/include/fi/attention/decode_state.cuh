@@ -37,7 +37,6 @@ struct DecodeState {
   static constexpr int kRowTiles = WarpPlace<Config>::kWarpRows / 8;
   static constexpr int kTokenTiles = Config::kChunkTokens / 16;
   static constexpr int kScores = kRowTiles * kTokenTiles * 4;
-  static constexpr float kSlack = 5.0f;
 
   int first_row;  // of this warp's rows in the tile
   unsigned query[Ops::kSteps][kRowTiles][2];
@@ -211,12 +210,11 @@ struct DecodeState {
     }
   }
 
-  // Brings the rows' tops up to date only when a score is kSlack above: weights of up to e^kSlack, well within the range of
-  // what is multiplied, cost nothing, and a vote is quicker than a reduction and a rescaling.
+  // Brings the rows' tops up to date. Most chunks of a long row raise none, and a vote is quicker than a reduction and a rescaling.
   __device__ __forceinline__ void raise(const float (&scores)[kScores]) {
     bool exceeded = false;
 #pragma unroll
-    for (int idx = 0; idx < kScores; ++idx) exceeded |= scores[idx] > softmax.top[ScoreRow::row(idx)] + kSlack;
+    for (int idx = 0; idx < kScores; ++idx) exceeded |= scores[idx] > softmax.top[ScoreRow::row(idx)];
     if (__any_sync(0xffffffffu, exceeded)) {
       float tops[kRowTiles * 2], rescale[kRowTiles * 2];
       softmax.template find_tops<ScoreRow>(scores, tops);

@@ -133,7 +133,7 @@ class PrefillConsumer {
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
     state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
-    if (state_.raise(scores, rescale)) state_.rescale_output(rescale);
+    if (state_.raise(scores, step, rescale)) state_.rescale_output(rescale);
     state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
@@ -167,7 +167,7 @@ class PrefillConsumer {
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
     state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
-    const bool raised = state_.raise(scores, rescale);
+    const bool raised = state_.raise(scores, step, rescale);
     state_.template weigh<kTokens>(scores);
     release_keys(steps, step, state_.zero_of_weights());
     ptx::wgmma_wait<0>();

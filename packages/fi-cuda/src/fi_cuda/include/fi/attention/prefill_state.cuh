@@ -45,6 +45,9 @@ class PrefillState {
   // Weights in e4m3 are at most 448 and lose bits below 2^-6: as large as fits, 2^8 e^kSlack.
   static constexpr int kLift = Tile::kFp8 ? 8 : 0;
   static constexpr float kSlack = Tile::kFp8 ? 0.55f : 5.0f;
+  // An item's first keys raise nearly every row's top, slack or not, and short rows have no others: there the base is the top, so
+  // that the largest weight is exactly 1, as in other implementations.
+  static constexpr int kFollowedKeys = Tile::kFp8 ? 0 : 256;
 
   float output[Config::kHeadDimVo / 2];
   OnlineSoftmax<2, 4, 1, PrefillScore<Config>::kUnits, kLift> softmax;
@@ -113,18 +116,22 @@ class PrefillState {
     if (position < rows.by_all.low || position + kWidth > rows.by_all.high) hide(params, item, rows, position, scores);
   }
 
-  // Takes the largest of the warp's scores into account. Most steps raise no row's top: one vote says so, and only where a lane objects
-  // do lanes compare what they have. Whether any was raised; `rescale` is what the output has to be multiplied by.
+  // Takes the largest of the warp's scores of step `step` into account. After the first keys most steps raise no row's top: one vote
+  // says so, and only where a lane objects do lanes compare what they have. Whether any may have been raised; `rescale` is what the
+  // output has to be multiplied by.
   template <int kCount>
-  __device__ __forceinline__ bool raise(const float (&scores)[kCount], float (&rescale)[2]) {
-    rescale[0] = rescale[1] = 1.0f;
-    float limits[2];
-    softmax.find_limits(kSlack, limits);
-    shift(limits);
-    if (!__any_sync(0xffffffffu, softmax.template may_exceed<Rows>(scores, limits))) return false;
+  __device__ __forceinline__ bool raise(const float (&scores)[kCount], int step, float (&rescale)[2]) {
+    const bool followed = step < kFollowedKeys / kTokens;
+    if (!followed) {
+      rescale[0] = rescale[1] = 1.0f;
+      float limits[2];
+      softmax.find_limits(kSlack, limits);
+      shift(limits);
+      if (!__any_sync(0xffffffffu, softmax.template may_exceed<Rows>(scores, limits))) return false;
+    }
     float tops[2];
     find_tops(scores, tops);
-    softmax.raise_lazily(tops, kSlack, rescale);
+    softmax.raise_lazily(tops, followed ? 0.0f : kSlack, rescale);
     return true;
   }
 

@@ -13,13 +13,16 @@ struct RankScale {
   int shift, outer;
 
   __device__ __forceinline__ bool covers(float logit) const {
-    return logit <= top && logit >= bottom && (outer < 0 || whole_bin((top - logit) * per_unit) == outer);
+    return logit <= top && logit >= bottom && (outer < 0 || whole_bin(place_of(logit)) == outer);
   }
   __device__ __forceinline__ int bin(float logit) const {
     if (shift >= 0) return static_cast<int>((order_key(top) - order_key(logit)) >> shift);
-    const float place = (top - logit) * per_unit;
-    return whole_bin(outer < 0 ? place : (place - static_cast<float>(outer)) * kRankBins);
+    const float place = place_of(logit);
+    return whole_bin(outer < 0 ? place : __fsub_rn(place, static_cast<float>(outer)) * kRankBins);
   }
+  // Rounded as it stands here, wherever it is asked for: were a product contracted with a difference in one place and not in another,
+  // a token would be counted in one bin and looked for in the next.
+  __device__ __forceinline__ float place_of(float logit) const { return __fmul_rn(__fsub_rn(top, logit), per_unit); }
   __device__ __forceinline__ static int whole_bin(float place) { return min(__float2int_rz(place), kRankBins - 1); }
 };
 
