@@ -27,6 +27,11 @@ def zipf(count: int, longest: int, seed: int = 1, shortest: int = 64) -> list[in
     return [max(shortest, int(longest * weight)) for weight in weights[order].tolist()]
 
 
+def equal_work(lengths: list[int]) -> list[int]:
+    """As many prompts of one length, whose scores are as many in all: what variable lengths are measured by."""
+    return [round((sum(length**2 for length in lengths) / len(lengths)) ** 0.5)] * len(lengths)
+
+
 @cache
 def decode_lengths() -> dict[str, list[int]]:
     """The batches of the peers' file, drawn in its order."""
@@ -113,7 +118,8 @@ def _prefill(name: str, shape: Shape, lengths: list[int], group: str = "prefill"
 
 
 def prefill_cases() -> Iterator[Case]:
-    """Whole prompts from ragged K and V (the peers' file's names) and from pages of 16 and 1."""
+    """Whole prompts from ragged K and V (the peers' file's names) and from pages of 16 and 1, then of variable lengths and
+    of equal ones with the same work."""
     ragged = replace(LLAMA, page_size=None)
     for length, count in PREFILL_LENGTHS:
         for shape in (ragged, replace(LLAMA, page_size=16), replace(LLAMA, page_size=1)):
@@ -131,8 +137,9 @@ def prefill_cases() -> Iterator[Case]:
         uniform = torch.randint(512, 1537, (count,), generator=generator).tolist()
         harmonic = sum(1 / rank for rank in range(1, count + 1))
         skewed = zipf(count, int(1024 * count / harmonic), shortest=16)
-        yield _prefill(f"prefill B{count} uniform mean1024 h32/8 d128 causal=1", ragged, uniform)
-        yield _prefill(f"prefill B{count} zipf mean1024 h32/8 d128 causal=1", ragged, skewed)
+        for name, lengths in (("uniform", uniform), ("zipf", skewed)):
+            yield _prefill(f"prefill B{count} {name} mean1024 h32/8 d128 causal=1", ragged, lengths)
+            yield _prefill(f"prefill B{count} work of {name} h32/8 d128 causal=1", ragged, equal_work(lengths))
 
 
 def prefill_fp8_cases() -> Iterator[Case]:

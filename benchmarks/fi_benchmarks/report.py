@@ -77,8 +77,8 @@ def _line(case: CaseRows) -> list[str]:
     if ours is None:
         cells += ["none", "", "", "", ""]
     else:
-        spread = f"{microseconds(ours['p10'])} to {microseconds(ours['p90'])}"
-        share = f"{ours['share_of_ceiling']:.0%}"
+        spread = f"{microseconds(ours['p10'])} to {microseconds(ours['p90'])}" if "p10" in ours else ""
+        share = f"{ours['share_of_ceiling']:.0%}" if "share_of_ceiling" in ours else ""  # whole steps have none
         warm = microseconds(ours["warm_us"]) if "warm_us" in ours else ""
         cells += [ours["impl"], microseconds(ours["us"]), spread, warm, share]
     cells += ["", ""] if peer is None else [peer["impl"], microseconds(peer["us"])]

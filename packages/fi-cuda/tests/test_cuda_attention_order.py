@@ -18,6 +18,7 @@ from fi_cuda.kernels.attention.order import (
     OrderPlanner,
     arrangement,
     fill_order_on_host,
+    has_fast_memory,
     order_rows,
     order_slots,
     order_spec,
@@ -39,11 +40,11 @@ SPECS = {
 class Lists:
     """What lists of a spec need, for tiles of up to ``pieces`` pieces."""
 
-    def __init__(self, spec, pieces, workers=132):
+    def __init__(self, spec, pieces, workers=132, fast_memory=False):
         self.window = spec.windows[0]
         self.tuning = replace(built_in_prefill_tuning(spec), pieces=pieces)
         self.params = prefill_params(spec, CAPACITY, self.tuning, self.window, workers)
-        self.spec = order_spec(self.params, CAPACITY, self.tuning, spec.page_size)
+        self.spec = order_spec(self.params, CAPACITY, self.tuning, spec.page_size, fast_memory=fast_memory)
         self.max_tiles = PartitionBounds.from_capacity(self.params, CAPACITY).max_tiles
 
     def empty(self, device="cpu"):
@@ -119,6 +120,20 @@ def test_what_is_left_after_whole_rounds_is_taken_in_pieces():
     assert arrangement([], spec) == (True, 0, 1)
 
 
+def test_memory_that_feeds_every_block_has_shares_in_the_place_of_pieces():
+    tuning = built_in_prefill_tuning(SPECS["causal"])
+    assert has_fast_memory(SPECS["causal"], tuning, 4915)
+    assert not has_fast_memory(SPECS["causal"], tuning, 3352)
+    assert not has_fast_memory(replace(SPECS["causal"], kv_format="fp8_e4m3"), tuning, 4915)
+    slow, fast = (Lists(SPECS["causal"], 16, fast_memory=fast).spec for fast in (False, True))
+    long, half_empty = slow.bin_of(256), slow.bin_of(205)
+    tiles = [long] * 8 + [half_empty] * 4
+    assert arrangement(tiles, slow) == (True, 0, 4)
+    assert arrangement(tiles, fast)[0] is False
+    assert arrangement([long] * 11, fast) == arrangement([long] * 11, slow) == (True, 0, 3)  # two rounds, all full
+    assert arrangement([long] * 43, fast) == (True, 33, 3)  # after whole rounds
+
+
 # A third of the tiles has 32 tokens and takes less time: 11, 11 and 10 rows of the others and 6, 5 and 5 of these are a round.
 def test_pieces_of_a_request_are_in_work_at_the_same_time():
     q_indptr = torch.tensor([0, 128, 256, 384, 512], dtype=torch.int32)
@@ -133,7 +148,7 @@ def test_pieces_of_a_request_are_in_work_at_the_same_time():
 
 
 def check_the_kernel(name, pieces, device, num_batches):
-    rng, lists = random.Random(name), Lists(SPECS[name], pieces)
+    rng, lists = random.Random(name), Lists(SPECS[name], pieces, fast_memory=name == "causal")
     made = lists.empty(device)
     planner = OrderPlanner(lists.spec, CAPACITY, lists.window, made)
     for _ in range(num_batches):

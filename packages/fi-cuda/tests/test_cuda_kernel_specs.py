@@ -98,7 +98,7 @@ def test_every_pack_of_every_head_has_one_thread(heads, dims, vector, few_tokens
     for bit, num_heads, dim, rotated, rounds in (
         (0, num_q_heads, head_dim, rotary_dim, spec.q_rounds),
         (1, num_kv_heads, head_dim, rotary_dim, spec.k_rounds),
-        (2, num_kv_heads, head_dim_vo, 0, spec.v_rounds),
+        (2, num_kv_heads, head_dim_vo, head_dim_vo if spec.values_first else 0, spec.v_rounds),
     ):
         units = num_units(dim, rotated, spec.count)
         lanes = spec.threads_per_token // units

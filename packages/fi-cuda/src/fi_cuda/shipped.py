@@ -256,5 +256,6 @@ def _prefill_specs(
     short_boxes = tokens_of_box(spec.page_size, built_in_tuning(spec, short).chunk_tokens) is not None
     yield from _decode_specs(spec, short, form, window, short_boxes)
     yield plan_spec(params, _PREFILL)
-    yield order_spec(params, _PREFILL, tuning, spec.page_size, ShortSteps(short.max_q_len))
+    for fast_memory in (False, True):
+        yield order_spec(params, _PREFILL, tuning, spec.page_size, ShortSteps(short.max_q_len), fast_memory)
     yield prefill_spec(spec, tuning, form._replace(boxes=boxes), after_decode=True)

@@ -31,7 +31,8 @@ class AppendKVSpec(KernelSpec):
     ``*_rounds``: heads that a thread takes after each other (``q_rounds`` 0: no q). More heads than a row of blocks serves
     take more rows. ``whole``: bits 0 to 2 for q, K and V: the rows of blocks serve just the heads there are, and all threads
     have work in each round; ``packed``: the stride of heads is their dim everywhere; ``scales_per_head``: FP8 scales of K or V
-    differ; ``streaming``: cached lines are the first that leave L2."""
+    differ; ``streaming``: cached lines are the first that leave L2; ``values_first``: V is stored before K, and its packs
+    come in pairs."""
 
     dtype: torch.dtype
     stored: torch.dtype
@@ -52,6 +53,7 @@ class AppendKVSpec(KernelSpec):
     packed: bool
     scales_per_head: bool
     streaming: bool
+    values_first: bool
 
     stem: ClassVar = "append_kv"
     overlapping: ClassVar = True
@@ -99,7 +101,8 @@ class AppendKVSpec(KernelSpec):
     def served(self) -> tuple[int, int, int]:
         """Heads of q, K and V that a row of blocks serves."""
         qk_units = num_units(self.head_dim, self.rotary_dim, self.count)
-        units = (qk_units, qk_units, num_units(self.head_dim_vo, 0, self.count))
+        paired = self.head_dim_vo if self.values_first else 0
+        units = (qk_units, qk_units, num_units(self.head_dim_vo, paired, self.count))
         rounds = (self.q_rounds, self.k_rounds, self.v_rounds)
         q, k, v = (self.threads_per_token // size * turns for size, turns in zip(units, rounds, strict=True))
         return q, k, v
@@ -139,6 +142,12 @@ class AppendShape(NamedTuple):
     packed: bool = False
     scales_per_head: bool = False
 
+    @property
+    def values_first(self) -> bool:
+        """Of many tokens whose K alone rotates and becomes FP8: its angles are what a thread waits for longest."""
+        to_fp8 = KV_FORMATS[self.kv_format].itemsize == 1
+        return to_fp8 and self.rotary_dim > 0 and self.num_q_heads == 0 and not self.few_tokens
+
 
 class AppendTuning(NamedTuple):
     """How threads share the work.
@@ -172,8 +181,9 @@ def _rounds(shape: AppendShape, units: tuple[int, int, int], threads: int) -> tu
     return q, k, v
 
 
-def _team_of(shape: AppendShape, units: tuple[int, int, int], tuning: AppendTuning) -> _Team:
-    """The threads of a token as ``tuning`` says; two rounds of the most there can be where those are not enough."""
+def _team_of(shape: AppendShape, units: tuple[int, int, int], v_packs: int, tuning: AppendTuning) -> _Team:
+    """The threads of a token as ``tuning`` says; two rounds of the most there can be where those are not enough. A thread
+    holds ``v_packs`` packs of each head of V that it takes."""
     teams = [threads for threads in _TEAMS if threads >= max(units)]
     limit = tuning.held_packs_with_rope if shape.rotary_dim else tuning.held_packs
     num_packs = 2 if shape.rotary_dim else 1
@@ -183,7 +193,7 @@ def _team_of(shape: AppendShape, units: tuple[int, int, int], tuning: AppendTuni
             if max(rounds) <= 1 or threads >= tuning.few_threads:
                 q, k, v = (min(turns, tuning.few_rounds) for turns in rounds)
                 return _Team(threads, (q, k, v))
-        elif num_packs * (q + k) + v <= limit:
+        elif num_packs * (q + k) + v_packs * v <= limit:
             return _Team(threads, rounds)
     q, k, v = (min(turns, 2) for turns in rounds)
     return _Team(teams[-1], (q, k, v))
@@ -195,9 +205,10 @@ def spec_for(shape: AppendShape, tuning: AppendTuning = TUNING) -> AppendKVSpec:
     stored = KV_FORMATS[shape.kv_format]
     count = min(shape.vector // shape.dtype.itemsize, shape.stored_vector // stored.itemsize)
     qk_units = num_units(shape.head_dim, shape.rotary_dim, count)
-    v_units = num_units(shape.head_dim_vo, 0, count)
+    values_first = shape.values_first and shape.head_dim_vo % (2 * count) == 0
+    v_units = num_units(shape.head_dim_vo, shape.head_dim_vo if values_first else 0, count)
     units = (qk_units, qk_units, v_units)
-    team = _team_of(shape, units, tuning)
+    team = _team_of(shape, units, 2 if values_first else 1, tuning)
     block_threads = tuning.block_threads * (2 if stored.itemsize == 1 and not shape.rotary_dim else 1)
     spec = AppendKVSpec(
         shape.dtype,
@@ -218,6 +229,7 @@ def spec_for(shape: AppendShape, tuning: AppendTuning = TUNING) -> AppendKVSpec:
         shape.scales_per_head,
         # Stores of 16 bytes fill lines quickly; those of FP8 are half as wide, and lose what streaming gains.
         not shape.few_tokens and stored.itemsize == 2 and count * stored.itemsize == 16,
+        values_first,
     )
     heads = (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)
     whole, slices = 0, spec.num_slices(shape.num_q_heads, shape.num_kv_heads)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from fi_core.records import Capacity
+from fi_core.records import AttentionSpec, Capacity
 from fi_scheduler.partition import PartitionParams
 from torch import Tensor
 
@@ -28,6 +28,9 @@ _SLOTS_A_WORKER = 3
 _BINS = 256
 _THREADS = 512
 _MOST_OVER_SHARES = (11, 10)
+_MOST_OF_PIECES_OVER_SHARES = (21, 20)
+_PRODUCTS_WITH_MARGIN = 800e12
+"""FLOP/s of 16-bit products over cached keys, and a seventh more."""
 _LEAST_GAIN = (29, 30)
 _PIECE_STEPS = 4
 """What a piece's way through memory costs, in steps: its rows are written in float32 and read again."""
@@ -48,8 +51,9 @@ class OrderList(NamedTuple):
 class AttentionOrderSpec(KernelSpec):
     """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, ``unit`` of the position at which a tile's
     keys begin under a window, workers, all KV heads, ``pieces`` of a tile at most and ``slots`` for all of them, costs as in
-    TileKind, that of a piece beyond an item's; ``shift``: tiles whose steps differ in lower bits only count as equally long;
-    ``short_q_len`` and ``most_short_tiles``: batches that ShortSteps holds have an empty list."""
+    TileKind, that of a piece beyond an item's; ``fast_memory``: blocks may all read keys of their own; ``shift``: tiles
+    whose steps differ in lower bits only count as equally long; ``short_q_len`` and ``most_short_tiles``: batches that
+    ShortSteps holds have an empty list."""
 
     tile_tokens: int
     group_tokens: int
@@ -67,6 +71,7 @@ class AttentionOrderSpec(KernelSpec):
     item_cost: int
     step_cost: int
     piece_cost: int
+    fast_memory: bool
 
     stem: ClassVar = "attention_order"
     overlapping: ClassVar = True
@@ -116,9 +121,10 @@ def order_spec(
     tuning: PrefillTuning,
     page_size: int | None,
     short: ShortSteps = NO_STEPS,
+    fast_memory: bool = False,
 ) -> AttentionOrderSpec:
     """The spec for one kind of tiles of whole tokens, equally many for each of the warpgroups, over pages of ``page_size``
-    (None: ragged K and V); ``short``: steps that another kernel serves."""
+    (None: ragged K and V); ``short``: steps that another kernel serves; ``fast_memory``: what ``has_fast_memory`` says."""
     (kind,) = params.kinds
     most_steps = -(-capacity.max_kv_len // kind.kv_tokens) + 1
     return AttentionOrderSpec(
@@ -138,7 +144,14 @@ def order_spec(
         item_cost=kind.item_cost,
         step_cost=kind.step_cost,
         piece_cost=_PIECE_STEPS * kind.step_cost,
+        fast_memory=fast_memory,
     )
+
+
+def has_fast_memory(spec: AttentionSpec, tuning: PrefillTuning, gbs: float) -> bool:
+    """Whether memory of ``gbs`` GB/s feeds products at their full pace where blocks share no keys: a byte of a 16-bit key or
+    value is multiplied with every packed row of a tile, so a tile has as many operations a byte as it has rows."""
+    return spec.kv_dtype.itemsize == 2 and gbs * 1e9 * tuning.slot_rows >= _PRODUCTS_WITH_MARGIN
 
 
 def order_slots(params: PartitionParams, tuning: PrefillTuning) -> int:
@@ -240,7 +253,7 @@ def arrangement(bins: list[int], spec: AttentionOrderSpec) -> tuple[bool, int, i
     if totals[best] * of > totals[1] * gain:
         best = 1
     shares = sum(costs) * heads + (2 * piece_cost * workers if spec.pieces > 1 else 0)
-    most, over = _MOST_OVER_SHARES
+    most, over = _MOST_OF_PIECES_OVER_SHARES if spec.fast_memory and num_rounds == 0 else _MOST_OVER_SHARES
     used = totals[best] * workers * over <= shares * most
     return used, len(bins) if best == 1 else num_whole, best
 

@@ -16,11 +16,12 @@ from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
 from .call import CallForm
 from .layout import Layout
-from .order import OrderPlanner, fill_order_on_host, order_spec
+from .order import OrderPlanner, fill_order_on_host, has_fast_memory, order_spec
 from .plan import NO_STEPS, ShortSteps
 from .prefill import prefill_spec
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens
 from .state import Call, ListState, address_of, cache_strides_of, scale_of
+from .tuning import memory_gbs
 
 
 class PrefillAttention:
@@ -50,8 +51,9 @@ class PrefillState(ListState):
         self._left_to_decode = left_to_decode
         params = self._layout.params
         self._orders = {window: regions.of(self._buffer) for window, regions in self._layout.orders.items()}
+        fast = has_fast_memory(spec, self._tuning, memory_gbs(device))
         self._order_specs = {
-            window: order_spec(params[window], capacity, self._tuning, spec.page_size, left_to_decode)
+            window: order_spec(params[window], capacity, self._tuning, spec.page_size, left_to_decode, fast)
             for window in self._orders
         }
         for order in self._orders.values():

@@ -6,7 +6,8 @@
 // Config: Dtype, Stored, kHeadDim, kHeadDimVo, kPageSize (0: ragged), kAddressing, kCount (elements a pack), kRotaryDim
 // (0: no RoPE), kPairs, kAngleBytes (0: computed), kThreadsPerToken, kQRounds (0: no q), kKRounds, kVRounds, kNumThreads;
 // kWhole: bits 0 to 2 for q, K and V: the rounds of all threads are just the heads; kPacked: heads follow each other;
-// kScalesPerHead: some stride of scales is not 0; kStreaming: cached lines leave L2 first.
+// kScalesPerHead: some stride of scales is not 0; kStreaming: cached lines leave L2 first; kValuesFirst: V, whose packs come in
+// pairs of neighbours, is stored while K waits for its angles.
 // Params: k, v, q [tokens, heads, dim]; *_strides (outer: token, inner: head); k_cache, v_cache with *_cache_strides (outer:
 // page, inner: token) and *_head_stride; *_scales (null: the scale is *_scale) with *_scale_stride (0: one for all heads);
 // q_indptr, kv_lens; table, table_row, indptr, slots, what kAddressing needs; rope (cos_sin or inv_freq), rope_stride, factor.
@@ -97,7 +98,9 @@ __device__ __forceinline__ void append_kv(const Params& params) {
   constexpr int kDimVo = Config::kHeadDimVo;
   using QSplit = HeadSplit<T, Config::kCount, kDim, kRotaryDim, Config::kPairs, kThreads, Config::kQRounds, kQWhole>;
   using KSplit = HeadSplit<T, Config::kCount, kDim, kRotaryDim, Config::kPairs, kThreads, Config::kKRounds, kKWhole>;
-  using VSplit = HeadSplit<T, Config::kCount, kDimVo, 0, kNoRope, kThreads, Config::kVRounds, kVWhole>;
+  constexpr bool kValuesFirst = Config::kValuesFirst;
+  using VSplit = HeadSplit<T, Config::kCount, kDimVo, kValuesFirst ? kDimVo : 0, kValuesFirst ? kInterleaved : kNoRope, kThreads,
+                           Config::kVRounds, kVWhole>;
   static_assert(kThreads % 32 == 0 && Config::kNumThreads % kThreads == 0, "a warp serves one token");
 
   const unsigned thread = threadIdx.x % kThreads;
@@ -156,8 +159,11 @@ __device__ __forceinline__ void append_kv(const Params& params) {
       }
     }
   }
+  // A branch on the page, which no valid table lets be taken: without it the compiler takes V apart, and so waits for it, between
+  // the loads of the angles.
+  if (kValuesFirst && place.page < 0) return;
   q_held.keep();
-  k_held.keep();
+  if constexpr (!kValuesFirst) k_held.keep();
   v_held.keep();
   q_held.template store<false>(q, q_inner, q_share, rotation, q_scales);
   if (!placed) return;
@@ -165,8 +171,12 @@ __device__ __forceinline__ void append_kv(const Params& params) {
   const int64 v_target = place_offset(place, params.v_cache_strides) + v_share.offset(v_head_stride);
   Stored* k_cache = static_cast<Stored*>(params.k_cache) + k_target;
   Stored* v_cache = static_cast<Stored*>(params.v_cache) + v_target;
+  if constexpr (kValuesFirst) {
+    v_held.template store<false, false>(v_cache, v_head_stride, v_share, rotation, v_scales);
+    k_held.keep();
+  }
   k_held.template store<Config::kStreaming>(k_cache, k_head_stride, k_share, rotation, k_scales);
-  v_held.template store<Config::kStreaming>(v_cache, v_head_stride, v_share, rotation, v_scales);
+  if constexpr (!kValuesFirst) v_held.template store<Config::kStreaming>(v_cache, v_head_stride, v_share, rotation, v_scales);
 }
 
 }  // namespace fi

@@ -14,7 +14,8 @@
 // Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kUnit (of a tile's first
 // key, under a window), kShortQLen, kMostShortTiles, kCausal,
 // kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots
-// (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item).
+// (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item),
+// kFastMemory (blocks may all read keys of their own at the pace of their products).
 // Params: q_indptr int [num_requests + 1], kv_lens int [num_requests]; tile_prefix int [num_requests + 1] (scratch); items int
 // [., 16] (fi/attention/item.cuh, without head), header int [4] (fi/attention/order.cuh); max_pairs, max_q_tokens, max_q_len,
 // max_kv_len; num_requests, window.
@@ -160,7 +161,8 @@ __device__ __forceinline__ int bin_at(const int* begins, int place) {
 }
 
 // The arrangement of the shortest time, by a model in which a round of one tile a block takes as long as its first tile; unused
-// where that is a tenth longer than equal shares (if tiles may be in pieces: of two pieces each). More pieces have to save a thirtieth.
+// where that is a tenth longer than equal shares (if tiles may be in pieces: of two pieces each), or, where no tile is whole and memory
+// is fast enough for shares, a twentieth. More pieces have to save a thirtieth.
 template <class Config>
 __device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs) {
   constexpr int kWorkers = Config::kWorkers, kHeads = Config::kHeads, kPiece = Config::kItemCost + Config::kPieceCost;
@@ -210,7 +212,9 @@ __device__ __forceinline__ Arrangement arrange(const int* begins, int num_pairs)
     const int64 shares = static_cast<int64>(sums[0]) * kHeads + (Config::kPieces > 1 ? int64{2} * kPiece * kWorkers : 0);
     if (thread == 0) {
       const int rounds = ((num_pairs - num_whole) * kHeads * best + kWorkers - 1) / kWorkers;
-      found = {total * kWorkers * 10 <= shares * 11, best == 1 ? num_pairs : num_whole, best, rounds};
+      const bool may_share = Config::kFastMemory && num_rounds == 0;
+      const bool is_used = may_share ? total * kWorkers * 20 <= shares * 21 : total * kWorkers * 10 <= shares * 11;
+      found = {is_used, best == 1 ? num_pairs : num_whole, best, rounds};
     }
   }
   __syncthreads();

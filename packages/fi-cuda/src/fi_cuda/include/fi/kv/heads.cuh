@@ -19,7 +19,8 @@ struct HeadShare {
   __device__ __forceinline__ int64 offset(int64 head_stride) const { return first_head * head_stride + dim; }
 };
 
-// How kThreads threads share heads of kDim dims, of which the first kRotaryDim rotate (0: none): kUnits threads take a head,
+// How kThreads threads share heads of kDim dims, of which the first kRotaryDim rotate (0: none) or at least are taken in units of
+// pairs, two packs: kUnits threads take a head,
 // kLanes heads are in work at once, kRounds a thread. kWhole: every thread has all its rounds, so that no head needs a check.
 template <class T, int kCount_, int kDim, int kRotaryDim_, int kPairs_, int kThreads, int kRounds_, bool kWhole_>
 struct HeadSplit {
@@ -99,11 +100,14 @@ struct HeldHeads {
     }
   }
 
-  // Rotates what rotates, converts (fi/tile/stored.cuh) and stores from first_target on. kStreaming: packs are 16 bytes.
-  template <bool kStreaming, class Stored, bool kPerHead>
+  // Rotates units of pairs if kRotates, converts (fi/tile/stored.cuh) and stores from first_target on. kStreaming: packs are 16
+  // bytes. Neighbouring packs of 8 bytes that do not rotate are stored as one.
+  template <bool kStreaming, bool kRotates = true, class Stored, bool kPerHead>
   __device__ __forceinline__ void store(Stored* first_target, int64 head_stride, const HeadShare& share,
                                         const Rotation<Split::kCount>& rotation,
                                         const HeadScales<Split, Stored, kPerHead>& scales) {
+    constexpr bool kAllPairs = Split::kRotaryDim > 0 && Split::kUnits == Split::kRotatedUnits;
+    constexpr bool kJoins = !kRotates && kAllPairs && Split::kSecond == Split::kCount && Split::kCount * sizeof(Stored) == 8;
     Divisor divisor = divisor_of(scales.data[0]);
 #pragma unroll
     for (int round = 0; round < Split::kRounds; ++round) {
@@ -111,13 +115,17 @@ struct HeldHeads {
       if (Split::kWhole || head < share.num_heads) {
         Stored* target = first_target + round * Split::kLanes * head_stride;
         if (kPerHead && round > 0) divisor = divisor_of(scales.data[round]);
-        if constexpr (Split::kRotaryDim > 0) {
-          if (share.rotated) {
-            rotate<Split::kPairs>(first[round], second[round], rotation);
-            put<kStreaming>(target + Split::kSecond, stored_as<Stored>(second[round], divisor));
+        if constexpr (kJoins) {
+          put<kStreaming>(target, joined(stored_as<Stored>(first[round], divisor), stored_as<Stored>(second[round], divisor)));
+        } else {
+          if constexpr (Split::kRotaryDim > 0) {
+            if (share.rotated) {
+              if constexpr (kRotates) rotate<Split::kPairs>(first[round], second[round], rotation);
+              put<kStreaming>(target + Split::kSecond, stored_as<Stored>(second[round], divisor));
+            }
           }
+          put<kStreaming>(target, stored_as<Stored>(first[round], divisor));
         }
-        put<kStreaming>(target, stored_as<Stored>(first[round], divisor));
       }
     }
   }
