@@ -1,9 +1,9 @@
 """What a decode step of the engine consists of, with our CUDA kernels, with Triton's, and with Triton's for all but attention:
-``python benchmarks/bench_engine_decode.py --out FOLDER [--shape llama-3.1-8b ...] [--steps 64]``.
+``python benchmarks/bench_engine_decode.py --out FOLDER [--shape llama-3.1-8b ...] [--steps 64] [--model smollm2-135m=PATH]``.
 
-Models of random weights; steps are timed on the host from token to token. A row's ``families`` are microseconds a step in
-kernels of each kind, from the profiler, where a CUDA kernel that overlaps the one before counts its wait for it: what our
-other kernels save is the step with attention alone less the step with all.
+Models of random weights where no file is given; steps are timed on the host from token to token. A row's ``families`` are
+microseconds a step in kernels of each kind, from the profiler, where a CUDA kernel that overlaps the one before counts its
+wait for it: what our other kernels save is the step with attention alone less the step with all.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from fi_core.contract import KernelEntry, Request
 from fi_core.devices import normal_device
 from fi_core.hookspecs import hookimpl
 from fi_core.registry import registry
+from fi_engine.checkpoint import open_checkpoint
 from fi_engine.decode_bench import SteadySpeed, Workload, steady_speed
+from fi_engine.model import Model, load_model
 from fi_engine.random_model import SHAPES, random_model
 from gpu_check import family_of
 
-WORKLOADS = {"llama-3.1-8b": Workload(64, 128, 2048), "smollm2-135m": Workload(8, 16, 32)}
+MIXED = Workload(64, 128, 2048)
+WORKLOADS = {"llama-3.1-8b": (MIXED,), "smollm2-135m": (Workload(8, 16, 32), MIXED)}
 """Of each shape; the demonstration's model answers eight short prompts at once."""
 
 ATTENTION_ALONE = "triton, attention cuda"
@@ -68,24 +71,44 @@ def row_of(case: str, impl: str, speed: SteadySpeed) -> Row:
     )
 
 
+def model_of(shape: str, path: Path | None, device: torch.device) -> Model:
+    """The model of a .gguf file or a safetensors folder, or one of random weights."""
+    if path is None:
+        return random_model(SHAPES[shape], device, torch.bfloat16, SHAPES[shape].max_position, quiet)
+    checkpoint = open_checkpoint(path, quiet)
+    return load_model(checkpoint, device, torch.bfloat16, checkpoint.config.max_position, quiet)
+
+
+def quiet(line: str) -> None:
+    """No progress: the output is a log."""
+
+
+def file_of(text: str) -> tuple[str, Path]:
+    """A shape and the file of its weights."""
+    shape, _, path = text.partition("=")
+    return shape, Path(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shape", action="append", choices=sorted(WORKLOADS), help="default: all (repeatable)")
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--model", action="append", type=file_of, default=[], metavar="SHAPE=PATH", help="real weights")
+    parser.add_argument("--commit", metavar="TEXT", help="what the rows name (default: git's answer)")
     options = parser.parse_args()
     device = normal_device("cuda")
     registry().register_plugin(AttentionAlone(), "attention-alone")
     for shape in options.shape or WORKLOADS:
-        workload, rows = WORKLOADS[shape], []
-        model = random_model(SHAPES[shape], device, torch.bfloat16, SHAPES[shape].max_position, lambda line: None)
-        case = (
-            f"decode step {shape}, {workload.num_requests} requests of {workload.shortest} to {workload.longest} tokens"
-        )
-        for impl, backend in IMPLS.items():
-            rows.append(row_of(case, impl, steady_speed(model, workload, options.steps, backend)))
-            print(f"{case}, {impl}: {rows[-1].us:.0f} us; {rows[-1].families}", flush=True)
-        results.write(options.out, "engine", rows, results.circumstances(device, {}))
+        path = dict(options.model).get(shape)
+        model = model_of(shape, path, device)
+        for workload in WORKLOADS[shape]:
+            lengths = f"{workload.num_requests} requests of {workload.shortest} to {workload.longest} tokens"
+            case, rows = f"decode step {shape}{' (real weights)' if path else ''}, {lengths}", []
+            for impl, backend in IMPLS.items():
+                rows.append(row_of(case, impl, steady_speed(model, workload, options.steps, backend)))
+                print(f"{case}, {impl}: {rows[-1].us:.0f} us; {rows[-1].families}", flush=True)
+            results.write(options.out, "engine", rows, results.circumstances(device, {}, options.commit))
     return 0
 
 

@@ -234,6 +234,31 @@ def as_ragged(inputs: AttentionInputs) -> AttentionInputs:
     return replace(inputs, shape=replace(inputs.shape, page_size=None), kv=kv, batch=batch, pages=None)
 
 
+def as_tiles(inputs: AttentionInputs, tokens: int) -> AttentionInputs:
+    """What a window sees, without it: every ``tokens`` new tokens of whole prompts are a request of their own, whose cache is the
+    pages that one of them sees. Pages are shared by requests, as neighbouring tiles share keys."""
+    size, window, device = inputs.shape.page_size, inputs.shape.window, inputs.q.device
+    assert size is not None and window is not None and inputs.pages is not None and inputs.q_lens == inputs.kv_lens
+    q_lens, kv_lens, rows = [], [], []
+    for length, part in zip(inputs.kv_lens, inputs.pages.split(inputs.num_pages), strict=True):
+        for start in range(0, length, tokens):
+            first, end = max(0, start - window + 1) // size, min(start + tokens, length)
+            q_lens.append(end - start)
+            kv_lens.append(end - first * size)
+            rows.append(part[first : -(-end // size)])
+    table = torch.zeros((len(rows), max(row.shape[0] for row in rows)), dtype=torch.int32, device=device)
+    for line, row in zip(table, rows, strict=True):
+        line[: row.shape[0]] = row
+    return replace(
+        inputs,
+        shape=replace(inputs.shape, window=None),
+        q_lens=tuple(q_lens),
+        kv_lens=tuple(kv_lens),
+        batch=Batch(int32(offsets(q_lens), device), int32(kv_lens, device), table),
+        pages=torch.cat(rows),
+    )
+
+
 def visible_pages(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(page ids, valid bytes) int32 [N] of the pages that some row of the batch sees, in the order of the requests."""
     shape, device = inputs.shape, inputs.q.device
@@ -271,10 +296,14 @@ def attention_problem(
     kv_lens: Sequence[int],
     variants: bool = False,
     beside_ragged: bool = False,
+    tile: int | None = None,
 ) -> Problem:
     """The problem of a batch; ``variants`` adds the call with its update and the one under a plan for mixed batches,
-    ``beside_ragged`` the one with the pages' tokens as ragged K and V."""
+    ``beside_ragged`` the one with the pages' tokens as ragged K and V. ``tile``: of ``as_tiles`` instead, with so many tokens."""
     inputs = make_inputs(device, shape, q_lens, kv_lens)
+    if tile is not None:
+        inputs = as_tiles(inputs, tile)
+        shape, q_lens, kv_lens = inputs.shape, inputs.q_lens, inputs.kv_lens
     longest = max(q_lens)
     made = {"": ours(inputs, longest)}
     if variants:

@@ -154,10 +154,12 @@ def on_hopper(monkeypatch):
     ("heads", "q_len", "changes", "expected"),
     [
         ((64, 8), 16, {}, True),
-        ((64, 8), 8, {}, False),  # 64 rows
-        ((64, 8), 9, {}, True),
-        ((64, 1), 1, {}, False),
-        ((64, 1), 2, {}, True),
+        ((64, 8), 4, {}, False),  # 32 rows
+        ((64, 8), 5, {}, True),
+        ((64, 2), 1, {}, False),
+        ((64, 1), 1, {}, True),  # 64 rows
+        ((64, 8), 8, {"kv_format": "fp8_e4m3"}, False),
+        ((64, 8), 9, {"kv_format": "fp8_e4m3"}, True),
         ((128, 1), 16, {}, False),  # too many heads for a warpgroup
         ((64, 8), 16, {"batch_invariant": True}, False),
         ((64, 8), 16, {"rope": FusedRope(64)}, True),
@@ -177,14 +179,35 @@ def test_other_gpus_have_the_decode_kernel_alone(launches):
     assert num_bytes == state.attention_decode.workspace_bytes(VERIFY, VERIFY_CAPACITY, "cpu")
 
 
-STEPS = {
+STEPS = {  # 8 tiles a request of all heads
     "one tall request": ([16], True),
     "two": ([16] * 2, False),
-    "two of just more rows than are few": ([9] * 2, False),
-    "two, and many that are not tall": ([8] * 20 + [9] * 2 + [1] * 5, False),
-    "many that are not tall": ([8] * 38, True),
+    "two of just more rows than are tall": ([9] * 2, False),
+    "two of as many rows as are not": ([8] * 2, True),
+    "three with many rows": ([5] * 3, True),
+    "four with many rows": ([5] * 4, False),
+    "a tall request and one with many rows": ([16, 5], True),
+    "a tall request and two with many rows": ([16, 5, 5], False),
+    "four with many rows, and many with few": ([4] * 20 + [8] * 4 + [1] * 5, False),
+    "many with few rows": ([4] * 38, True),
     "nothing": ([], True),
 }
+
+
+@pytest.mark.parametrize(
+    ("heads", "sizes", "expected"),
+    [
+        ((64, 8), (3, 8), False),
+        ((64, 8), (4, 8), True),
+        ((64, 8), (1, 16), True),  # two tiles a head, were they small
+        ((64, 1), (5, 2), False),
+        ((64, 1), (6, 2), True),
+    ],
+)
+def test_plans_of_too_few_tiles_have_no_prefill_kernel(heads, sizes, expected, on_hopper):
+    max_batch, q_len = sizes
+    capacity = replace(VERIFY_CAPACITY, max_batch=max_batch, max_q_len=q_len)
+    assert has_long_path(AttentionSpec(*heads, 64), capacity, torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -194,7 +217,9 @@ def test_the_number_of_tall_tiles_decides_on_the_host(name, launches, on_hopper)
     assert made.workspace[0].numel() + made.workspace[1].numel() == attention_short.workspace_bytes(
         VERIFY, VERIFY_CAPACITY, "cpu"
     )
-    assert "at most 11 tiles in requests of more than 8 new tokens: the decode kernel" in "\n".join(made.describe())
+    assert "at most 31 tiles in requests of more than 4 new tokens (11 of more than 8): the decode" in "\n".join(
+        made.describe()
+    )
     made.update(batch_of(q_lens, [200] * len(q_lens)))
     assert made._short._lists[None].worker_indptr.any() == (is_short and len(q_lens) > 0)
     assert (made._long._orders[None].header.tolist() == EMPTY_AND_USED) == is_short
@@ -203,7 +228,7 @@ def test_the_number_of_tall_tiles_decides_on_the_host(name, launches, on_hopper)
 def check_planners(device):
     """Both kernels' planners on a device decide as the host does, whatever they had planned before."""
     made = attention_short.plan(VERIFY, VERIFY_CAPACITY, device)
-    for name in ("two", "one tall request", "many that are not tall", "two, and many that are not tall"):
+    for name in STEPS:
         q_lens, is_short = STEPS[name]
         batch = batch_of(q_lens, [200] * len(q_lens))
         for planner in made._short._planners + made._long._planners:
@@ -212,7 +237,8 @@ def check_planners(device):
         found = ends.cpu(), header.tolist()
         made.update(batch)
         assert torch.equal(found[0], ends.cpu()) and found[1] == header.tolist()
-        assert (found[1] == EMPTY_AND_USED) == is_short == bool(found[0].any())
+        assert (found[1] == EMPTY_AND_USED) == is_short
+        assert bool(found[0].any()) == (is_short and len(q_lens) > 0)
 
 
 def test_the_number_of_tall_tiles_decides_in_emulated_planners(monkeypatch, on_hopper):
@@ -227,7 +253,7 @@ def test_the_number_of_tall_tiles_decides_on_the_device():
 
 def test_an_emulated_step_of_either_kind_is_right(monkeypatch, on_hopper):
     emulate(monkeypatch, [order, layout, plan, prefill_state, prefill_tuning, state, tuning])
-    monkeypatch.setattr(mixed_state, "_FEW_TILES", 1)
+    monkeypatch.setattr(mixed_state, "_FEW", 11)
     spec = AttentionSpec(16, 1, 64, features=frozenset({"lse"}))
     made = attention_short.plan(spec, Capacity(3, 48, 16, 200), "cpu")
     generator = torch.Generator().manual_seed(0)

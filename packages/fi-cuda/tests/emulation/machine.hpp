@@ -45,18 +45,22 @@ struct Warp {
 
 struct Block;
 
-// A thread's asynchronous operations in groups, of which it waits for all but the latest few.
+// A thread's asynchronous operations in groups, of which it waits for all but the latest few. What else waits for a group holds it
+// too: whoever comes first has its operations done.
 struct Groups {
-  std::vector<std::function<void()>> open;
-  std::deque<std::vector<std::function<void()>>> closed;
+  using Group = std::vector<std::function<void()>>;
+  Group open;
+  std::deque<std::shared_ptr<Group>> closed;
 
   void close() {
-    closed.push_back(std::move(open));
+    while (!closed.empty() && closed.front()->empty()) closed.pop_front();
+    closed.push_back(std::make_shared<Group>(std::move(open)));
     open.clear();
   }
   void complete(size_t left) {
     for (; closed.size() > left; closed.pop_front()) {
-      for (auto& operation : closed.front()) operation();
+      for (auto& operation : *closed.front()) operation();
+      closed.front()->clear();
     }
   }
 };

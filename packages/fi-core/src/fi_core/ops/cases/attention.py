@@ -30,7 +30,7 @@ class Scenario:
     ``window`` is what the call picks of spec.windows; ``mask`` the columns of a packed mask; ``spare_rows`` rows of q and
     out past q_indptr[B]; ``strided`` makes q and out views of wider tensors; ``before`` plans another batch first, to find
     state that an update fails to replace. ``q_scale`` is the form of the scale of FP8 queries; ``scaling`` that of the
-    rotation's frequencies; ``forest`` what requests share.
+    rotation's frequencies; ``forest`` what requests share; ``soft_cap`` the cap of a spec that has one.
     """
 
     spec: AttentionSpec
@@ -47,6 +47,7 @@ class Scenario:
     scaling: YarnScaling | Llama3Scaling | None = None
     fp8_weights: bool = False
     forest: Forest | None = None
+    soft_cap: float = 2.0
 
     @property
     def capacity(self) -> Capacity:
@@ -150,7 +151,7 @@ def _layer(
     spec, heads = scenario.spec, scenario.spec.num_qo_heads
     sinks = torch.randn(heads, generator=generator).to(device) if "sinks" in spec.features else None
     slopes = (torch.rand(heads, generator=generator) * 0.2).to(device) if "alibi" in spec.features else None
-    cap = 2.0 if "soft_cap" in spec.features else None
+    cap = scenario.soft_cap if "soft_cap" in spec.features else None
     rope = None
     if spec.rope is not None:
         config = RopeConfig(spec.rope.rotary_dim, pairs=spec.rope.pairs, scaling=scenario.scaling)

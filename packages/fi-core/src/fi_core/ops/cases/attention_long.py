@@ -107,6 +107,12 @@ def _features() -> Iterator[Case]:
     yield _case("window_not_causal", windows=(60,), causal=False, features={"lse"})
     yield _case("window_append", _APPEND, windows=(200,), features={"sinks", "lse"}, head_dim=128)
     yield _case("soft_cap_slots", features={"soft_cap"}, page_size=1, head_dim=128)
+    # Caps that some steps' scores come near to, and that none does.
+    for head_dim in (64, 128, 256):
+        capped: dict[str, Any] = {"features": {"soft_cap", "lse"}, "head_dim": head_dim, "heads": (8, 2)}
+        for soft_cap in (10.0, 50.0):
+            yield _case(f"soft_cap_{soft_cap:.0f}_d{head_dim}", _APPEND, soft_cap=soft_cap, **capped)
+        yield _case(f"soft_cap_window_d{head_dim}", _APPEND, soft_cap=50.0, windows=(300,), **capped)
     yield _case("rope_q", rope=FusedRope(64), features={"lse"})
     yield _case("rope_q_d128", rope=FusedRope(128), head_dim=128, heads=(8, 2))
     yield _case("rope_q_interleaved", rope=FusedRope(32, "interleaved"))

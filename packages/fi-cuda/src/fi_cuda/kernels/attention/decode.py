@@ -21,7 +21,7 @@ class DecodeSpec(KernelSpec):
     """What is compiled into a decode kernel: element types (``query`` of Q, ``dtype`` of the output), head shape, addressing
     (``page_size`` 0: ragged; ``table``, ``mask`` and ``rope_pairs`` numbered as in TABLE_FORMS, MASK_FORMS and
     ROPE_PAIRS), tile, and the features of the call. ``q_scales``, ``k_scales`` and ``v_scales``: scales are in memory.
-    ``yields``: it is launched behind a kernel that may have the batch."""
+    ``yields``: it is launched behind a kernel that may have the batch; ``read_once``: no request has a second tile."""
 
     dtype: torch.dtype
     query: torch.dtype
@@ -52,6 +52,7 @@ class DecodeSpec(KernelSpec):
     lse: bool
     batch_invariant: bool
     yields: bool = False
+    read_once: bool = True
 
     stem: ClassVar = "attention_decode"
     overlapping: ClassVar = True
@@ -114,8 +115,10 @@ class BoxDecodeSpec(DecodeSpec):
     tensor_maps: ClassVar = ("keys", "values")
 
 
-def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm, yields: bool = False) -> DecodeSpec:
-    """The kernel of a call; ``yields`` as in DecodeSpec."""
+def decode_spec(
+    spec: AttentionSpec, tuning: DecodeTuning, form: CallForm, yields: bool = False, read_once: bool = True
+) -> DecodeSpec:
+    """The kernel of a call; ``yields`` and ``read_once`` as in DecodeSpec."""
     rope = spec.rope
     return (BoxDecodeSpec if form.boxes else DecodeSpec)(
         **call_fields(spec, form),
@@ -131,4 +134,5 @@ def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm, yield
         q_scales=form.q_scales,
         batch_invariant=spec.batch_invariant,
         yields=yields,
+        read_once=read_once,
     )

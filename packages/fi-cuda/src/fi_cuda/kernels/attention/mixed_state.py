@@ -15,15 +15,16 @@ from torch import Tensor
 from ...entries import LONG_ATTENTION_ENTRIES, MAX_SHORT_QUERY
 from .plan import ShortSteps
 from .prefill_state import PrefillState, attention_prefill
-from .prefill_tuning import prefill_tuning_for
+from .prefill_tuning import WARPGROUP_ROWS, prefill_tuning_for
 from .state import DecodeState, attention_decode
 from .tuning import built_in_tuning
 
-_MANY_ROWS = 64
-"""Packed rows of a request up to which the decode kernel reads K and V at the memory's pace."""
-_FEW_TILES = 11
-"""Tiles of the prefill kernel with more rows, up to which they are too few to keep a GPU busy: the decode kernel is faster
-(docs/kernels/decode.md)."""
+_MANY_ROWS, _TALL_ROWS = 32, 64
+"""Packed rows of a request up to which the decode kernel reads K and V at the memory's pace, and up to which it is not yet bound
+by products alone; in FP8, whose elements the prefill kernel converts, the latter alone matter."""
+_FEW, _MANY_WEIGHT, _TALL_WEIGHT = 95, 3, 8
+"""What the prefill kernel's tiles weigh with many and with tall rows, and up to which sum they are too few to keep a GPU busy:
+the decode kernel is faster with 31 of the former or 11 of the latter (docs/kernels/decode.md)."""
 
 
 def short_capacity(spec: AttentionSpec, capacity: Capacity) -> Capacity:
@@ -42,12 +43,25 @@ def has_short_path(spec: AttentionSpec) -> bool:
 
 
 def has_long_path(spec: AttentionSpec, capacity: Capacity, device: torch.device) -> bool:
-    """Whether the prefill kernel has a part in plans for short queries: those of so many rows that a step may be bound by
-    products, unless they are batch-invariant."""
-    if spec.batch_invariant or spec.group_size * capacity.max_q_len <= _MANY_ROWS:
+    """Whether the prefill kernel has a part in plans for short queries: those of so many rows and tiles that a step may be bound
+    by products, unless they are batch-invariant."""
+    steps = _decode_steps(spec, 1)
+    if spec.batch_invariant or capacity.max_q_len <= steps.q_len:
+        return False
+    tiles = (
+        capacity.max_batch * spec.num_kv_heads * -(-spec.group_size * capacity.max_q_len // WARPGROUP_ROWS)
+    )  # at most
+    if tiles * (steps.tall_weight if capacity.max_q_len > steps.tall_q_len else steps.weight) <= steps.most:
         return False
     request = attention_request(spec, MAX_SHORT_QUERY + 1, device)
     return any(not entry.reject(request) for entry in LONG_ATTENTION_ENTRIES)
+
+
+def _decode_steps(spec: AttentionSpec, tile_tokens: int) -> ShortSteps:
+    """The steps that the decode kernel serves under a plan of short queries that has the prefill kernel too."""
+    tall = _TALL_ROWS // spec.group_size
+    many = tall if spec.kv_is_fp8 else _MANY_ROWS // spec.group_size
+    return ShortSteps(many, _FEW, tile_tokens, tall, _MANY_WEIGHT, _TALL_WEIGHT)
 
 
 class ShortAttention:
@@ -64,8 +78,11 @@ class ShortAttention:
         if not has_long_path(spec, capacity, where):
             return attention_decode.plan(spec, capacity, device)
         tile_tokens = prefill_tuning_for(spec, where).kind(spec.group_size).q_rows // spec.group_size
-        steps = ShortSteps(max(_MANY_ROWS // spec.group_size, 1), _FEW_TILES, tile_tokens)
-        text = f"steps of at most {_FEW_TILES} tiles in requests of more than {steps.q_len} new tokens"
+        steps = _decode_steps(spec, tile_tokens)
+        text = (
+            f"steps of at most {_FEW // _MANY_WEIGHT} tiles in requests of more than {steps.q_len} new tokens"
+            f" ({_FEW // _TALL_WEIGHT} of more than {steps.tall_q_len})"
+        )
         return MixedState(DecodeState(spec, capacity, where, steps), PrefillState(spec, capacity, where, steps), text)
 
 

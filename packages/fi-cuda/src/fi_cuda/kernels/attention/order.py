@@ -52,15 +52,18 @@ class AttentionOrderSpec(KernelSpec):
     """The tiles of a prefill plan: tokens of a q tile and of a warpgroup, keys a step, ``unit`` of the position at which a tile's
     keys begin under a window, workers, all KV heads, ``pieces`` of a tile at most and ``slots`` for all of them, costs as in
     TileKind, that of a piece beyond an item's; ``fast_memory``: blocks may all read keys of their own; ``shift``: tiles
-    whose steps differ in lower bits only count as equally long; ``short_q_len`` and ``most_short_tiles``: batches that
-    ShortSteps holds have an empty list."""
+    whose steps differ in lower bits only count as equally long; ``short_q_len``, ``most_short``, ``tall_q_len``,
+    ``many_weight``, ``tall_weight``: batches that ShortSteps holds have an empty list."""
 
     tile_tokens: int
     group_tokens: int
     tokens: int
     unit: int
     short_q_len: int
-    most_short_tiles: int
+    most_short: int
+    tall_q_len: int
+    many_weight: int
+    tall_weight: int
     causal: bool
     windowed: bool
     shift: int
@@ -133,7 +136,10 @@ def order_spec(
         tokens=kind.kv_tokens,
         unit=first_key_unit(page_size, kind.kv_tokens),
         short_q_len=short.q_len,
-        most_short_tiles=short.most_tiles,
+        most_short=short.most,
+        tall_q_len=short.tall_q_len,
+        many_weight=short.weight,
+        tall_weight=short.tall_weight,
         causal=params.causal,
         windowed=params.window is not None,
         shift=max(0, most_steps.bit_length() - (_BINS - 1).bit_length()),
@@ -207,7 +213,10 @@ def fill_order_on_host(
     q_indptr: Tensor, kv_lens: Tensor, spec: AttentionOrderSpec, window: int | None, order: OrderList
 ) -> None:
     """Fill ``order`` in host memory as the kernel would from these CPU lengths, which are within the capacity."""
-    short = ShortSteps(spec.short_q_len, spec.most_short_tiles, spec.tile_tokens)
+    short = ShortSteps(
+        *(spec.short_q_len, spec.most_short, spec.tile_tokens),
+        *(spec.tall_q_len, spec.many_weight, spec.tall_weight),
+    )
     is_short = short.hold(q_indptr, spec.heads)
     found = () if is_short else _tiles(q_indptr.tolist(), kv_lens.tolist(), spec, window)
     tiles = sorted(found, key=lambda tile: tile[0])

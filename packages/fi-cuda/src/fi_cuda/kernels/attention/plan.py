@@ -100,18 +100,33 @@ LIMIT_PARAMS = (
 
 
 class ShortSteps(NamedTuple):
-    """Steps that the decode kernel serves under a plan that has the prefill kernel too: those with at most ``most_tiles`` of the
-    latter's tiles (``tile_tokens`` new tokens of a request and KV head) in requests of more than ``q_len`` new tokens."""
+    """Steps that the decode kernel serves under a plan that has the prefill kernel too: those in which the latter's
+    tiles (``tile_tokens`` new tokens of a request and KV head) weigh at most ``most``: 0 in requests of up to ``q_len`` new
+    tokens, ``tall_weight`` in those of more than ``tall_q_len``, and ``weight`` between."""
 
     q_len: int = 0
-    most_tiles: int = 0
+    most: int = 0
     tile_tokens: int = 1
+    tall_q_len: int = 0
+    weight: int = 1
+    tall_weight: int = 1
+
+    def weights(self, q_lens: Tensor) -> Tensor:
+        """Of a tile of requests with these new tokens."""
+        return (q_lens > self.q_len) * self.weight + (q_lens > self.tall_q_len) * (self.tall_weight - self.weight)
 
     def hold(self, q_indptr: Tensor, heads: int) -> bool:
         """Whether the step with these offsets on the CPU, int32 [B + 1], is one."""
         q_lens = q_indptr.diff()
         tiles = -(-q_lens // self.tile_tokens)
-        return int(tiles[q_lens > self.q_len].sum()) * heads <= self.most_tiles
+        return int((tiles * self.weights(q_lens)).sum()) * heads <= self.most
+
+    def constants(self) -> str:
+        """Of the planner's ``Config``, which counts likewise (``fi/attention/order.cuh``)."""
+        return (
+            f"static constexpr int kShortQLen = {self.q_len}, kMostShort = {self.most}, kTileTokens = {self.tile_tokens}, "
+            f"kTallQLen = {self.tall_q_len}, kManyWeight = {self.weight}, kTallWeight = {self.tall_weight};"
+        )
 
 
 NO_STEPS = ShortSteps()
@@ -179,8 +194,7 @@ class AttentionPlanSpec(KernelSpec):
             f"static constexpr int kWorkersPerBlock = {_WORKERS_PER_BLOCK};",
             f"static constexpr int kSharedRequests = {self.shared_requests};",
             f"static constexpr bool kShortOnly = {str(self.short is not None).lower()};",
-            f"static constexpr int kShortQLen = {short.q_len}, kMostShortTiles = {short.most_tiles}, "
-            f"kTileTokens = {short.tile_tokens};",
+            short.constants(),
             "static __device__ constexpr fi::scheduler::Params partition() {",
             f"  return {{{', '.join(map(str, head + tail))}, {{{kinds}}}}};",
             "}",

@@ -138,7 +138,7 @@ class PrefillState(ListState):
             signed_scale=scale <= 0,
             boxes=maps is not None,
         )
-        spec = prefill_spec(self._spec, tuning, form, after_decode=self._left_to_decode.q_len > 0)
+        spec = prefill_spec(self._spec, tuning, form, after_decode=self._left_to_decode != NO_STEPS)
         return Call(
             kv=weakref.ref(kv),
             layer=layer,

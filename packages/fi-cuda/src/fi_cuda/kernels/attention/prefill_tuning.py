@@ -27,7 +27,6 @@ MAX_PIECES = 16
 COPY_ORDERS = ("in order", "keys ahead", "apart")
 """As ``CopyOrder`` of ``fi/attention/prefill_tiles.cuh``."""
 _PATTERN_TOKENS = 8
-_FIRST_KEY_UNIT = 16
 _ITEM_BYTES = 64
 _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
@@ -103,8 +102,7 @@ def box_tokens(page_size: int | None, tokens: int) -> int | None:
 def first_key_unit(page_size: int | None, tokens: int) -> int:
     """What the position of a tile's first key is a multiple of: copies of pages must not cross their borders, others may begin
     anywhere. The less, the fewer keys before a window are multiplied."""
-    box = None if page_size is None else box_tokens(page_size, tokens)
-    return box or min(_FIRST_KEY_UNIT, tokens)
+    return (None if page_size is None else box_tokens(page_size, tokens)) or 1
 
 
 class HeadBytes(NamedTuple):
@@ -197,7 +195,7 @@ def _parts(spec: AttentionSpec, widest: int) -> int:
     """Of a step's weights: the more exponentials there are for its products, the smaller."""
     if widest <= _SHORT_HEAD_DIM:
         return 8
-    return 4 if spec.q_is_fp8 or "soft_cap" in spec.features else 2
+    return 4 if spec.q_is_fp8 else 2
 
 
 def prefill_params(

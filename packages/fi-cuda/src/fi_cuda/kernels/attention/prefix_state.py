@@ -16,6 +16,7 @@ from fi_core.protocols import AttentionKernel
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from torch import Tensor
 
+from ...entries import MAX_SHORT_QUERY
 from ...spec import kernel_for
 from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
@@ -28,8 +29,6 @@ from .state import Addressing, Call, DecodeState, address_of, attention_decode, 
 from .tuning import memory_gbs, num_processors
 
 _MAX_CALLS = 4096
-MAX_SHORT_QUERY = 16
-"""New tokens of a request up to which the decode kernel serves batches without levels."""
 
 
 class PrefixAttention:
@@ -49,7 +48,7 @@ def _plain(capacity: Capacity) -> Capacity:
 
 
 def _plain_kernel(capacity: Capacity) -> AttentionKernel:
-    """What serves batches without levels."""
+    """What serves batches without levels: by as many new tokens of a request as plans without levels have."""
     return attention_decode if capacity.max_q_len <= MAX_SHORT_QUERY else attention_prefill
 
 

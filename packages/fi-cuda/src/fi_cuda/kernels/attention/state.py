@@ -215,6 +215,7 @@ class DecodeState(ListState):
         super().__init__(spec, capacity, device, Layout.of(spec, capacity, device), short)
         assert isinstance(self._layout.tuning, DecodeTuning)
         self._tuning = self._layout.tuning
+        self._read_once = self._tuning.has_one_tile_each(spec, capacity)
 
     def planner_of(self, window: int | None) -> DevicePlanner:
         """What fills the lists of a window of the spec."""
@@ -283,7 +284,9 @@ class DecodeState(ListState):
         return Call(
             kv=weakref.ref(kv),
             layer=layer,
-            kernel=kernel_for(decode_spec(self._spec, self._tuning, form, self.yields_to != 0), self._device),
+            kernel=kernel_for(
+                decode_spec(self._spec, self._tuning, form, self.yields_to != 0, self._read_once), self._device
+            ),
             workspace=(
                 *map(address_of, lists[:2]),
                 *(region.of(self._buffer).data_ptr() for region in workspace),

@@ -79,11 +79,14 @@ class DecodeTuning:
         """Groups of warps with chunks, and a ring, of their own."""
         return self.num_warps // self.row_warps
 
+    def has_one_tile_each(self, spec: AttentionSpec, capacity: Capacity) -> bool:
+        """Whether no request of the capacity needs a second q tile."""
+        return capacity.max_q_len * spec.group_size <= self.rows
+
     def kind(self, spec: AttentionSpec, capacity: Capacity) -> TileKind:
         """The only kind of q tile. Where no request of the capacity needs a second one, the kind says so, which makes
         the planning kernel much smaller."""
-        fits = capacity.max_q_len * spec.group_size <= self.rows
-        limit = self.rows if fits else UNLIMITED_ROWS
+        limit = self.rows if self.has_one_tile_each(spec, capacity) else UNLIMITED_ROWS
         step = self.step_tokens(spec.page_size)
         return TileKind(self.rows, step, limit, self.item_cost * self.chunk_tokens // step, self.step_cost)
 

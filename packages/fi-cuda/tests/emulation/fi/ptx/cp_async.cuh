@@ -18,8 +18,7 @@ inline void cp_async_wait() {
 }
 inline void cp_async_arrive_noinc(unsigned long long* barrier) {
   cp_async_commit();
-  auto groups = std::move(emulated::self->copies);
-  emulated::self->copies = {};
+  auto groups = emulated::self->copies;
   emulated::later([groups, barrier]() mutable {
     groups.complete(0);
     arrive_at(barrier_word(barrier));

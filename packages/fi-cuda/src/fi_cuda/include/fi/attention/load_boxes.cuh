@@ -3,6 +3,7 @@
 
 #include "fi/attention/stage.cuh"
 #include "fi/attention/walk.cuh"
+#include "fi/ptx/l2_policy.cuh"
 #include "fi/ptx/mbarrier.cuh"
 #include "fi/ptx/tma.cuh"
 
@@ -47,7 +48,12 @@ class BoxLoader {
     __syncwarp();  // the expectation comes first
     if (walk.lane() < 2 * kEntries && readable) {
       unsigned char* to = stage + (of_keys ? box * Stage::Keys::kBoxBytes : Stage::kValueBegin + box * Stage::Values::kBoxBytes);
-      ptx::tma_load_5d(to, of_keys ? &keys_ : &values_, barrier, 0, token, 0, walk.kv_head(), page);
+      const ptx::TensorMap* map = of_keys ? &keys_ : &values_;
+      if constexpr (Config::kReadOnce) {
+        ptx::tma_load_5d(to, map, barrier, 0, token, 0, walk.kv_head(), page, ptx::evict_first_policy());
+      } else {
+        ptx::tma_load_5d(to, map, barrier, 0, token, 0, walk.kv_head(), page);
+      }
     }
   }
 

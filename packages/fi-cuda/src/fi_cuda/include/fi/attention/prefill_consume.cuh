@@ -51,11 +51,11 @@ class PrefillConsumer {
       return;
     }
     state_.begin(score_of(item));
-    if (steps.num_steps == 0) {
-      release(shared_.query_ring, query_place());
-      store().finish(item, state_);
-      return;
-    }
+    if (steps.num_steps > 0) work_through(item, rows, steps);
+    finish(item);
+  }
+
+  __device__ __forceinline__ void work_through(const AttentionItem& item, const Rows& rows, const Steps& steps) {
     if constexpr (Config::kRotaryDim > 0) rotate_queries(params_, item, rows, queries(), kOwnBarrier + warpgroup_);
     // Keys of the first step that no row sees are left out.
     first_step<kEdge>(item, rows, steps, rows.by_any.high - steps.last);
@@ -67,12 +67,24 @@ class PrefillConsumer {
 #pragma unroll 1
       for (int step = 1; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
     }
+  }
+
+  // The queries are free: before the output where they were last read long ago, behind it where it goes through their place.
+  __device__ __forceinline__ void finish(const AttentionItem& item) {
+    if (!Store::kStaged) {
+      if (item.kv_end == item.kv_begin) release(shared_.query_ring, query_place());
+      store().finish(item, state_);
+      return;
+    }
     store().finish(item, state_);
+    ptx::fence_proxy_async_shared();
+    __syncwarp();
+    release(shared_.query_ring, query_place());
   }
 
   // A warpgroup without rows of the item only keeps the rings and the turns going.
   __device__ __forceinline__ void skip(const Steps& steps) {
-    if (steps.num_steps == 0) release(shared_.query_ring, query_place());
+    if (steps.num_steps == 0 || Store::kStaged) release(shared_.query_ring, query_place());
 #pragma unroll 1
     for (int step = 0; step < steps.num_steps; ++step) {
       shared_.key_ring.wait_full(key_);
@@ -124,7 +136,7 @@ class PrefillConsumer {
 
   // A step on its own: its scores, then its values.
   __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
-    float scores[kTokens / 2], rescale[2];
+    float scores[kTokens / 2];
     unsigned weights[kTokens / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
     if constexpr (Config::kPingPong) wait_turn();
@@ -132,8 +144,8 @@ class PrefillConsumer {
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
-    state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
-    if (state_.raise(scores, step, rescale)) state_.rescale_output(rescale);
+    state_.make_and_raise(scores, params_, item, rows, steps.position(step), step,
+                          [&](const float (&rescale)[2]) { state_.rescale_output(rescale); });
     state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
@@ -166,8 +178,12 @@ class PrefillConsumer {
     state_.template multiply_values<kTokens, false>(weights_, shared_.values[value_place().stage]);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
-    state_.template make_scores<kTokens>(scores, params_, item, rows, steps.position(step));
-    const bool raised = state_.raise(scores, step, rescale);
+    bool raised = false;
+    state_.make_and_raise(scores, params_, item, rows, steps.position(step), step, [&](const float (&its)[2]) {
+      raised = true;
+      rescale[0] = its[0];
+      rescale[1] = its[1];
+    });
     state_.template weigh<kTokens>(scores);
     release_keys(steps, step, state_.zero_of_weights());
     ptx::wgmma_wait<0>();
@@ -212,7 +228,7 @@ class PrefillConsumer {
   __device__ __forceinline__ void release_keys(const Steps& steps, int step, int zero = 0) {
     if (threadIdx.x % kWarpThreads == 0) ptx::arrive(&shared_.key_ring.empty[key_.stage] + zero);
     if constexpr (!kTogether) key_.advance();
-    if (step == steps.num_steps - 1) release(shared_.query_ring, query_place());
+    if (!Store::kStaged && step == steps.num_steps - 1) release(shared_.query_ring, query_place());
   }
 
   __device__ __forceinline__ void release_values() {
@@ -275,7 +291,7 @@ class PrefillConsumer {
   }
 
   // Made where it is used: kept from item to item, its numbers would take registers from the scores.
-  __device__ __forceinline__ Store store() const { return Store(params_, shared_.flags + warpgroup_, warpgroup_); }
+  __device__ __forceinline__ Store store() const { return Store(params_, shared_.flags + warpgroup_, warpgroup_, queries()); }
 
   const Params& params_;
   Shared& shared_;

@@ -34,6 +34,19 @@ struct PrefillScore {
   }
 };
 
+// A soft cap as part of the exponent, where no score is far from 0: cap * tanh(x) = cap * x * (first + third * x^2), and a step's
+// largest score is found before it is capped, as tanh keeps the order. Within kBound the error is 2^-12.9 of the logit (the hardware's
+// tanh: 2^-11); beyond it, and where scores are masked, scores are capped one by one and the exponent is theirs, with `third` 0.
+struct BentLogits {
+  static constexpr float kBound = 0.3f, kFirst = 0.9998702f, kThird = -0.3217133f;
+  float first, third;
+
+  // Base-2 logit of a raw product.
+  __device__ __forceinline__ float operator()(float raw, float base = 0.0f) const {
+    return fmaf(raw, fmaf(raw * raw, third, first), -base);
+  }
+};
+
 template <class Config, class Params>
 class PrefillState {
  public:
@@ -48,6 +61,9 @@ class PrefillState {
   // An item's first keys raise nearly every row's top, slack or not, and short rows have no others: there the base is the top, so
   // that the largest weight is exactly 1, as in other implementations.
   static constexpr int kFollowedKeys = Tile::kFp8 ? 0 : 256;
+  // Beside overlapped steps the hardware's tanh costs nothing that this would save.
+  static constexpr bool kBent = Config::kSoftCap && !Config::kOverlap && !Config::kAlibi && !Config::kSignedScale &&
+                                PrefillScore<Config>::kUnits == 1;
 
   float output[Config::kHeadDimVo / 2];
   OnlineSoftmax<2, 4, 1, PrefillScore<Config>::kUnits, kLift> softmax;
@@ -109,11 +125,41 @@ class PrefillState {
       }
 #pragma unroll
       for (int idx = 0; idx < kWidth / 2; ++idx) {
-        scores[idx] = score_(scores[idx], idx / 4 * 8 + idx % 2, Rows::row(idx));
+        scores[idx] = score_(scores[idx], column_of(idx), Rows::row(idx));
       }
     }
     // Not in most steps.
-    if (position < rows.by_all.low || position + kWidth > rows.by_all.high) hide(params, item, rows, position, scores);
+    if (is_masked<kWidth>(rows, position)) hide(params, item, rows, position, scores);
+  }
+
+  // Makes scores of a full step's products and takes the largest of the warp's into account, as make_scores and raise do; where a
+  // top may have been raised, calls on_raise(rescale).
+  template <class OnRaise>
+  __device__ __forceinline__ void make_and_raise(float (&scores)[kTokens / 2], const Params& params, const AttentionItem& item,
+                                                 const GroupRows<Config, Params>& rows, int position, int step, OnRaise on_raise) {
+    float rescale[2];
+    if constexpr (!kBent) {
+      make_scores<kTokens>(scores, params, item, rows, position);
+      if (raise(scores, step, rescale)) on_raise(rescale);
+    } else {
+      ptx::pin_registers(scores);
+      const bool masked = is_masked<kTokens>(rows, position);
+      bool far, exceeds;
+      look_at(scores, far, exceeds);
+      is_bent_ = true;
+      if (masked || is_followed(step) || __any_sync(0xffffffffu, far || exceeds)) {
+        is_bent_ = !masked && !__any_sync(0xffffffffu, far);
+        if (is_bent_) {
+          raise_bent(scores, slack_of(step), rescale);
+          on_raise(rescale);
+        } else {
+          make_scores<kTokens>(scores, params, item, rows, position);
+          if (raise(scores, step, rescale)) on_raise(rescale);
+          straighten(scores);
+        }
+      }
+      ptx::pin_registers(scores);  // what follows is not to be begun on either side of the branch: it would take registers
+    }
   }
 
   // Takes the largest of the warp's scores of step `step` into account. After the first keys most steps raise no row's top: one vote
@@ -121,8 +167,7 @@ class PrefillState {
   // output has to be multiplied by.
   template <int kCount>
   __device__ __forceinline__ bool raise(const float (&scores)[kCount], int step, float (&rescale)[2]) {
-    const bool followed = step < kFollowedKeys / kTokens;
-    if (!followed) {
+    if (!is_followed(step)) {
       rescale[0] = rescale[1] = 1.0f;
       float limits[2];
       softmax.find_limits(kSlack, limits);
@@ -131,14 +176,18 @@ class PrefillState {
     }
     float tops[2];
     find_tops(scores, tops);
-    softmax.raise_lazily(tops, followed ? 0.0f : kSlack, rescale);
+    softmax.raise_lazily(tops, slack_of(step), rescale);
     return true;
   }
 
   // Likewise of an item's first step.
   template <int kCount>
-  __device__ __forceinline__ void raise_first(const float (&scores)[kCount]) {
+  __device__ __forceinline__ void raise_first(float (&scores)[kCount]) {
     find_tops(scores, softmax.top);
+    if constexpr (kBent) {
+      is_bent_ = false;
+      straighten(scores);
+    }
   }
 
   // Puts the weights of part kPart of kParts of a step's kWidth keys in the place of the scores.
@@ -151,7 +200,12 @@ class PrefillState {
       float base[2];
       softmax.find_bases(base);
       shift(base);
-      softmax.template weigh<Rows>(part, base);
+      if constexpr (kBent) {
+        const BentLogits logits = is_bent_ ? bent_logits() : BentLogits{softmax.factor[0], 0.0f};
+        softmax.template weigh_by<Rows>(part, [&](float score, int row) { return logits(score, base[row]); });
+      } else {
+        softmax.template weigh<Rows>(part, base);
+      }
     }
   }
 
@@ -188,6 +242,62 @@ class PrefillState {
   }
 
  private:
+  template <int kWidth>
+  static __device__ __forceinline__ bool is_masked(const GroupRows<Config, Params>& rows, int position) {
+    return position < rows.by_all.low || position + kWidth > rows.by_all.high;
+  }
+
+  static __device__ __forceinline__ bool is_followed(int step) { return step < kFollowedKeys / kTokens; }
+  static __device__ __forceinline__ float slack_of(int step) { return is_followed(step) ? 0.0f : kSlack; }
+
+  __device__ __forceinline__ BentLogits bent_logits() const {
+    const float inner = score_.inner[0], first = softmax.factor[0] * inner;
+    return {first * BentLogits::kFirst, first * inner * inner * BentLogits::kThird};
+  }
+
+  // Whether one of the lane's raw products is out of bounds, and whether one may be above its row's limit.
+  template <int kCount>
+  __device__ __forceinline__ void look_at(const float (&scores)[kCount], bool& far, bool& exceeds) const {
+    float limits[2], highest[2];
+    softmax.find_limits(kSlack, limits);
+    softmax.template find_highest<Rows>(scores, highest);
+    // Bits of floats below 0 are larger than those of others, and ordered as their magnitudes.
+    unsigned lowest[4] = {};
+#pragma unroll
+    for (int idx = 0; idx < kCount; idx += 2) {
+      unsigned& its = lowest[idx / 2 % 4];
+      its = max(max(its, __float_as_uint(scores[idx])), __float_as_uint(scores[idx + 1]));
+    }
+    const float inner = score_.inner[0], farthest = __uint_as_float(max(max(lowest[0], lowest[1]), max(lowest[2], lowest[3])));
+    const BentLogits logits = bent_logits();
+    far = !(fabsf(farthest) * inner <= BentLogits::kBound);
+    exceeds = false;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      far |= !(highest[row] * inner <= BentLogits::kBound);
+      exceeds |= !(limits[row] > 0.0f && logits(highest[row]) <= limits[row]);
+    }
+  }
+
+  // As raise, where all of the warp's raw products are within bounds.
+  template <int kCount>
+  __device__ __forceinline__ void raise_bent(const float (&scores)[kCount], float slack, float (&rescale)[2]) {
+    const BentLogits logits = bent_logits();
+    float tops[2];
+    softmax.template find_own_tops<Rows>(scores, tops);
+    softmax.agree_on_tops(tops);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) tops[row] = logits(tops[row]) / softmax.factor[0];
+    softmax.raise_lazily(tops, slack, rescale);
+  }
+
+  // What is masked becomes finite, as 0 times infinity is not 0.
+  template <int kCount>
+  __device__ __forceinline__ void straighten(float (&scores)[kCount]) {
+#pragma unroll
+    for (int idx = 0; idx < kCount; ++idx) scores[idx] = ptx::max_or_nan(scores[idx], -1e18f);
+  }
+
   template <int kCount>
   __device__ __forceinline__ void find_tops(const float (&scores)[kCount], float (&tops)[2]) const {
     softmax.template find_own_tops<Rows>(scores, tops);
@@ -244,12 +354,18 @@ class PrefillState {
     }
 #pragma unroll
     for (int unit = 0; unit < kCount; unit += kUnit) {
-      if (unit * 2 >= all_low && (unit + kUnit) * 2 <= all_high) continue;
+      const int end = unit + kUnit < kCount ? unit + kUnit : kCount;
+      if constexpr (Config::kWindowed || Config::kLevels) {
+        if (unit * 2 < all_low) {
 #pragma unroll
-      for (int idx = unit; idx < unit + kUnit && idx < kCount; ++idx) {
-        const int row = Rows::row(idx), column = idx / 4 * 8 + idx % 2;
+          for (int idx = unit; idx < end; ++idx) scores[idx] = fi::masked(scores[idx], column_of(idx) >= low[Rows::row(idx)]);
+        }
+      }
+      if ((unit + kUnit) * 2 <= all_high) continue;
+#pragma unroll
+      for (int idx = unit; idx < end; ++idx) {
+        const int row = Rows::row(idx), column = column_of(idx);
         bool visible = column < high[row];
-        if constexpr (Config::kWindowed || Config::kLevels) visible = visible && column >= low[row];
         if constexpr (Config::kMask != kNoMask) {
           if (visible && tokens[row] < item.q_len) visible = mask_row(params, item, tokens[row]).visible(position + column);
         }
@@ -258,6 +374,9 @@ class PrefillState {
     }
   }
 
+  // Beyond the thread's first.
+  static __device__ __forceinline__ constexpr int column_of(int idx) { return idx / 4 * 8 + idx % 2; }
+
   static __device__ __forceinline__ PackedMaskRow mask_row(const Params& params, const AttentionItem& item, int token) {
     const unsigned char* bits = static_cast<const unsigned char*>(params.mask_bits) +
                                 static_cast<const int64*>(params.mask_indptr)[item.request];
@@ -265,6 +384,7 @@ class PrefillState {
   }
 
   PrefillScore<Config> score_;
+  bool is_bent_;
   float shift_[2];  // what ALiBi adds to all of a lane's scores of a step, in units of scores
 };
 

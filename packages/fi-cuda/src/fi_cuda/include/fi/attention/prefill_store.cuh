@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fi/attention/prefill_state.cuh"
+#include "fi/ptx/ldmatrix.cuh"
 
 namespace fi {
 
@@ -16,11 +17,16 @@ class PrefillStore {
   using State = PrefillState<Config, Params>;
   using Rows = QueriesAsRows;
   static constexpr int kOutputs = Config::kHeadDimVo / 2;
-  static constexpr int kColumnTiles = Config::kHeadDimVo / 8;
+  static constexpr int kColumnTiles = Config::kHeadDimVo / 8, kUnits = kColumnTiles;  // of 16 bytes
 
  public:
-  __device__ __forceinline__ PrefillStore(const Params& params, int* flag, int warpgroup)
-      : params_(params), flag_(flag), warpgroup_(warpgroup), lane_(thread_anew() % kWarpThreads),
+  // Whether `staging`, the queries of the warpgroup's rows, is written. Of one stage they are wanted back before the output is ready;
+  // FP8 has half the room.
+  static constexpr bool kStaged = Config::kQueryStages > 1 && !Tile::kFp8 && Config::kHeadDimVo <= Config::kHeadDim &&
+                                  (Tile::kGroup & (Tile::kGroup - 1)) == 0 && (kUnits & (kUnits - 1)) == 0 && kUnits <= kWarpThreads;
+
+  __device__ __forceinline__ PrefillStore(const Params& params, int* flag, int warpgroup, unsigned char* staging)
+      : params_(params), flag_(flag), staging_(staging), warpgroup_(warpgroup), lane_(thread_anew() % kWarpThreads),
         first_row_(thread_anew() / kWarpThreads * 16 + lane_ / 4) {}
 
   // Called by all threads of the warpgroup.
@@ -48,44 +54,90 @@ class PrefillStore {
   }
 
   __device__ __forceinline__ int row_of(int row) const { return first_row_ + row * 8; }
-  __device__ __forceinline__ int token_of(const AttentionItem& item, int row) const {
-    return item.q_tile * Tile::kTileTokens + warpgroup_ * Tile::kGroupTokens + row_of(row) / Tile::kGroup;
+  // The token of one of the warpgroup's 64 rows.
+  __device__ __forceinline__ int token_at(const AttentionItem& item, int row) const {
+    return item.q_tile * Tile::kTileTokens + warpgroup_ * Tile::kGroupTokens + row / Tile::kGroup;
   }
-  __device__ __forceinline__ bool is_live(const AttentionItem& item, int row) const {
-    return row_of(row) < Tile::kGroupRows && token_of(item, row) < item.q_len;
+  __device__ __forceinline__ bool is_live_at(const AttentionItem& item, int row) const {
+    return row < Tile::kGroupRows && token_at(item, row) < item.q_len;
   }
+  __device__ __forceinline__ Dtype* address_of(const AttentionItem& item, int row) const {
+    const int64 token = item.q_begin + token_at(item, row), head = item.kv_head * Tile::kGroup + row % Tile::kGroup;
+    return static_cast<Dtype*>(params_.out) + token * params_.out_stride_token + head * params_.out_stride_head;
+  }
+  __device__ __forceinline__ int token_of(const AttentionItem& item, int row) const { return token_at(item, row_of(row)); }
+  __device__ __forceinline__ bool is_live(const AttentionItem& item, int row) const { return is_live_at(item, row_of(row)); }
 
-  // Rows to the output, sinks included. Lane t of a quad has columns 2 t and 2 t + 1 of every 8: quads exchange what they have of
-  // 32 columns, after which a lane stores 8 neighbours.
-  __device__ __forceinline__ void store(const AttentionItem& item, const PartialRow (&rows)[2], const float (&output)[kOutputs],
+  // Rows to the output, sinks included.
+  __device__ __forceinline__ void store(const AttentionItem& item, const PartialRow (&rows)[2], float (&output)[kOutputs],
                                         float scale) const {
-    Dtype* to[2];
     float factor[2];
-    bool live[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      live[row] = is_live(item, row);
+      const bool live = is_live(item, row);
       const int head = head_of(item, row);
-      const int64 token = item.q_begin + token_of(item, row);
       float sink = minus_infinity();
       if constexpr (Config::kSinks) {
-        if (live[row]) sink = static_cast<const float*>(params_.sinks)[head];
+        if (live) sink = static_cast<const float*>(params_.sinks)[head];
       }
       const RowResult result = finish_row(rows[row], sink);
       factor[row] = result.scale * scale;
-      to[row] = static_cast<Dtype*>(params_.out) + token * params_.out_stride_token + head * params_.out_stride_head;
       if constexpr (Config::kLse) {
-        if (live[row] && lane_ % 4 == 0) {
-          static_cast<float*>(params_.lse)[token * params_.lse_stride_token + head] = result.lse;
-        }
+        const int64 token = item.q_begin + token_of(item, row);
+        if (live && lane_ % 4 == 0) static_cast<float*>(params_.lse)[token * params_.lse_stride_token + head] = result.lse;
       }
     }
-    if constexpr (Tile::kFp8) {
-      store_interleaved(to, live, output, factor);
-      return;
+    // A row without keys has the factor 0, and zeros whatever its output is.
+    if (__any_sync(0xffffffffu, factor[0] == 0.0f || factor[1] == 0.0f)) {
+#pragma unroll
+      for (int idx = 0; idx < kOutputs; ++idx) output[idx] = factor[Rows::row(idx)] == 0.0f ? 0.0f : output[idx];
+    }
+    if constexpr (kStaged) store_by_rows(item, output, factor);
+    else if constexpr (Tile::kFp8) store_interleaved(item, output, factor);
+    else store_by_quads(item, output, factor);
+  }
+
+  // By way of shared memory: a warp's rows lie where its queries were, units of 16 bytes swizzled, and go from there as they lie in
+  // the output. A lane has a unit of every kStride-th row.
+  __device__ __forceinline__ void store_by_rows(const AttentionItem& item, const float (&output)[kOutputs],
+                                                const float (&factor)[2]) const {
+    constexpr int kPitch = Tile::kKeyColumns * kBoxRowBytes, kStride = kWarpThreads / kUnits, kRows = 16 / kStride;
+    const int warp_row = first_row_ - lane_ / 4, own = lane_ % 16;
+    unsigned char* slab = staging_ + warp_row * kPitch;
+    const unsigned place = own * kPitch + (lane_ / 16 ^ own % 8) * 16;
+#pragma unroll
+    for (int tile = 0; tile < kUnits; tile += 2) {
+      const unsigned parts[4] = {pair(output, tile, 0, factor[0]), pair(output, tile, 1, factor[1]),
+                                 pair(output, tile + 1, 0, factor[0]), pair(output, tile + 1, 1, factor[1])};
+      ptx::stmatrix_x4(slab + (place ^ tile * 16), parts);
+    }
+    __syncwarp();
+    const int row = lane_ / kUnits, unit = lane_ % kUnits;
+    const int64 stride_token = params_.out_stride_token, stride_head = params_.out_stride_head;
+    const int tokens_left = item.q_len - token_at(item, warp_row + row);
+    Dtype* to = address_of(item, warp_row + row) + unit * 8;
+    uint4 whole[kRows];
+#pragma unroll
+    for (int idx = 0; idx < kRows; ++idx) {
+      const int its = row + idx * kStride;
+      whole[idx] = *reinterpret_cast<const uint4*>(slab + its * kPitch + (unit ^ its % 8) * 16);
     }
 #pragma unroll
+    for (int idx = 0; idx < kRows; ++idx) {
+      // kStride and the heads of a token are powers of two.
+      const int token = idx * kStride / Tile::kGroup, head = idx * kStride % Tile::kGroup;
+      if (token < tokens_left) __stcg(reinterpret_cast<uint4*>(to + token * stride_token + head * stride_head), whole[idx]);
+    }
+  }
+
+  // From registers. Lane t of a quad has columns 2 t and 2 t + 1 of every 8: quads exchange what they have of 32 columns, after
+  // which a lane stores 8 neighbours.
+  __device__ __forceinline__ void store_by_quads(const AttentionItem& item, const float (&output)[kOutputs],
+                                                 const float (&factor)[2]) const {
+#pragma unroll
     for (int row = 0; row < 2; ++row) {
+      const bool live = is_live(item, row);
+      Dtype* to = address_of(item, row_of(row));
 #pragma unroll
       for (int tile = 0; tile + 4 <= kColumnTiles; tile += 4) {
         unsigned parts[4];
@@ -93,36 +145,36 @@ class PrefillStore {
         for (int idx = 0; idx < 4; ++idx) parts[idx] = pair(output, tile + idx, row, factor[row]);
         transpose_quad(parts);
         const uint4 whole = {parts[0], parts[1], parts[2], parts[3]};
-        if (live[row]) *reinterpret_cast<uint4*>(to[row] + (tile + lane_ % 4) * 8) = whole;
+        if (live) __stcg(reinterpret_cast<uint4*>(to + (tile + lane_ % 4) * 8), whole);
       }
 #pragma unroll
       for (int tile = kColumnTiles / 4 * 4; tile < kColumnTiles; ++tile) {
         const unsigned part = pair(output, tile, row, factor[row]);
-        if (live[row]) *reinterpret_cast<unsigned*>(to[row] + tile * 8 + lane_ % 4 * 2) = part;
+        if (live) *reinterpret_cast<unsigned*>(to + tile * 8 + lane_ % 4 * 2) = part;
       }
     }
   }
 
   // Of transposed values: of 16 dims the accumulators have the even ones in 8 columns and the odd ones in the 8 that follow, so
   // lane t of a quad has dims 4 t to 4 t + 3.
-  __device__ __forceinline__ void store_interleaved(Dtype* const (&to)[2], const bool (&live)[2],
-                                                    const float (&output)[kOutputs], const float (&factor)[2]) const {
+  __device__ __forceinline__ void store_interleaved(const AttentionItem& item, const float (&output)[kOutputs],
+                                                    const float (&factor)[2]) const {
     const int dim = lane_ % 4 * 4;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
+      const bool live = is_live(item, row);
+      Dtype* to = address_of(item, row_of(row));
 #pragma unroll
       for (int tile = 0; tile < kColumnTiles; tile += 2) {
         const float* even = output + tile * 4 + row * 2;
         const uint2 four = {pair(even[0], even[4], factor[row]), pair(even[1], even[5], factor[row])};
-        if (live[row]) *reinterpret_cast<uint2*>(to[row] + tile * 8 + dim) = four;
+        if (live) *reinterpret_cast<uint2*>(to + tile * 8 + dim) = four;
       }
     }
   }
 
-  // A row without keys has the factor 0, and zeros whatever its output is.
   static __device__ __forceinline__ unsigned pair(float first, float second, float factor) {
-    const bool none = factor == 0.0f;
-    return pair_of<Dtype>(none ? 0.0f : first * factor, none ? 0.0f : second * factor);
+    return pair_of<Dtype>(first * factor, second * factor);
   }
   static __device__ __forceinline__ unsigned pair(const float (&output)[kOutputs], int tile, int row, float factor) {
     const int idx = tile * 4 + row * 2;
@@ -212,6 +264,7 @@ class PrefillStore {
 
   const Params& params_;
   int* flag_;
+  unsigned char* staging_;
   const int warpgroup_, lane_, first_row_;
 };
 

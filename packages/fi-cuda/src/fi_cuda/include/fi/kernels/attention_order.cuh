@@ -9,10 +9,11 @@
 // One block. Pairs of a request and a q tile are sorted by the KV steps they visit (fewer count where warpgroups have no rows), most first: a stable counting sort in which
 // every warp counts a stretch of pairs of its own, so that equal lengths give an equal list. Tiles of one warpgroup's rows or
 // fewer wait for memory, not for products: they are spread over the longer tiles before them, so that both are in work at once.
-// A batch that exceeds the limits, or with negative lengths, has no tiles; nor has one with at most kMostShortTiles tiles of all heads in
-// requests of more than kShortQLen new tokens, which another kernel serves: its list is used, and empty.
+// A batch that exceeds the limits, or with negative lengths, has no tiles; nor has one whose tiles of all heads weigh at most kMostShort,
+// which another kernel serves: its list is used, and empty. A tile weighs kTallWeight in requests of more than kTallQLen new
+// tokens, kManyWeight in others of more than kShortQLen, else nothing.
 // Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kUnit (of a tile's first
-// key, under a window), kShortQLen, kMostShortTiles, kCausal,
+// key, under a window), kShortQLen, kMostShort, kTallQLen, kManyWeight, kTallWeight, kCausal,
 // kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots
 // (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item),
 // kFastMemory (blocks may all read keys of their own at the pace of their products).
@@ -115,7 +116,7 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
       if (fits) tiles = (end - begin + Config::kTileTokens - 1) / Config::kTileTokens;
       within &= fits;
       if (tiles > 0) atomicMax(&longest, kv_len);
-      if (end - begin > Config::kShortQLen) atomicAdd(&long_tiles, tiles);
+      if (end - begin > Config::kShortQLen) atomicAdd(&long_tiles, tiles * weight_of_tile<Config>(end - begin));
     }
     const int inclusive = inclusive_sum_over_lanes<32>(tiles);
     if (thread % 32 == 31) warp_sums[thread / 32] = inclusive;
@@ -133,7 +134,7 @@ __device__ __forceinline__ OrderedPairs count_pairs(const Params& params) {
   int most_keys = longest;
   if constexpr (Config::kWindowed) most_keys = min(longest, min(longest, params.window) + Config::kTileTokens + Config::kUnit);
   const int most_steps = (most_keys + Config::kTokens - 1) / Config::kTokens;
-  const bool is_long = static_cast<int64>(long_tiles) * Config::kHeads > Config::kMostShortTiles;
+  const bool is_long = static_cast<int64>(long_tiles) * Config::kHeads > Config::kMostShort;
   const bool has_tiles = within && before <= params.max_pairs && is_long;
   return {has_tiles ? before : 0, bin_of<Config>(most_steps)};
 }

@@ -12,6 +12,7 @@
 // max_tiles, max_q_tokens, max_q_len, max_kv_len; num_requests, window.
 #pragma once
 
+#include "fi/attention/order.cuh"
 #include "fi/attention/work_rows.cuh"
 #include "fi/ptx/dependent_launch.cuh"
 #include "fi/tile/scan.cuh"
@@ -78,10 +79,10 @@ struct OwnRequests {
         && 0 <= kv_lens[idx] && kv_lens[idx] <= params.max_kv_len;
   }
 
-  // Tiles of the prefill kernel, if the request's new tokens are many.
+  // What the request's tiles of the prefill kernel weigh.
   __device__ __forceinline__ plan::Int long_tiles(int idx) const {
-    const plan::Int q_len = q_indptr[idx + 1] - q_indptr[idx];
-    return q_len > Config::kShortQLen ? plan::ceil_div(q_len, Config::kTileTokens) : plan::Int{0};
+    const int q_len = q_indptr[idx + 1] - q_indptr[idx];
+    return plan::ceil_div(q_len, Config::kTileTokens) * weight_of_tile<Config>(q_len);
   }
 
   __device__ __forceinline__ bool within_limits(const Params& params) const {
@@ -173,7 +174,7 @@ __device__ __forceinline__ plan::Int sum_requests(const Params& params, const Pl
     for (int sum = 0; sum < kSums; ++sum) prefixes[sum][num_requests] = all[sum];
   }
   __syncthreads();
-  if constexpr (kSums == 3) within &= all[2] * line.params.num_kv_heads <= Config::kMostShortTiles;
+  if constexpr (kSums == 3) within &= all[2] * line.params.num_kv_heads <= Config::kMostShort;
   return within && all[1] * line.params.num_kv_heads <= params.max_tiles ? all[0] : 0;
 }
 

@@ -1,9 +1,9 @@
 // The locally typical tokens of a row (Meister et al., 2023), as fi_core.sample defines them: ranked by how far a token's shortfall
 // is from the mean shortfall, ascending, then by index, those before which less than the wanted mass lies.
 //
-// A row that no other filter has shortened is decided by a bracket (bracket_search.cuh) of distances, chosen from the bins of
-// bracket_estimate.cuh: two parts of the row, one on each side of the mean. Of other rows, and where the bracket cannot tell, the
-// distances' bits are in their order, as floats of at least 0: levels of 64 bins over ever lower bits, with exact sums of masses,
+// A row that no other filter has shortened is, with kBracket, decided by a bracket (bracket_search.cuh) of distances, chosen from the
+// bins of bracket_estimate.cuh: two parts of the row, one on each side of the mean. Of other rows, and where the bracket cannot tell,
+// the distances' bits are in their order, as floats of at least 0: levels of 64 bins over ever lower bits, with exact sums of masses,
 // lead to the distance at which the running sum reaches what is wanted. Of the tokens at exactly that distance, some in each block,
 // the running sum in index order decides. Nothing depends on the order of additions.
 #pragma once
@@ -129,9 +129,6 @@ struct WindowEstimate {
   }
 };
 
-// All tokens, also those whose shortfall is infinite.
-__device__ __forceinline__ TypicalSet every_typical() { return {0.0f, -minus_infinity(), 0x7fffffff}; }
-
 template <class Config>
 struct TypicalSearch {
   using Row = ClusterRow<Config>;
@@ -150,11 +147,13 @@ struct TypicalSearch {
   __device__ __forceinline__ TypicalSet find(float typical_p, bool alone, Weight weight, TargetOf target_of) {
     const float mean = mean_shortfall(weight);
     TypicalSet found = {{row.largest, mean}, every_token()};
-    if (alone && WindowEstimate<Config>{row, mean}.run(typical_p, Bracket::kMargin)) {
-      Bracket bracket{row, found.order, Wish::kDraw};
-      if (bracket.find(target_of, found.prefix)) {
-        answer = bracket.answer;
-        return found;
+    if constexpr (Config::kBracket) {
+      if (alone && WindowEstimate<Config>{row, mean}.run(typical_p, Bracket::kMargin)) {
+        Bracket bracket{row, found.order, Wish::kDraw};
+        if (bracket.find(target_of, found.prefix)) {
+          answer = bracket.answer;
+          return found;
+        }
       }
     }
     found.prefix = find_by_levels(mean, weight, target_of);

@@ -156,10 +156,10 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) limits[row] = fmaf(top[row], factor[row % kUnits], slack * kLog2E);
   }
-  // Whether one of the lane's scores may be above its row's limit; where a limit is not above 0, it always may. Bits of floats above 0
-  // are ordered as they are, and of integers three are compared at once.
+  // The largest of the lane's scores in each row, or 0 where none is above 0. Bits of floats above 0 are ordered as they are, and of
+  // integers three are compared at once.
   template <class Map, int kCount>
-  __device__ __forceinline__ bool may_exceed(const float (&scores)[kCount], const float (&limits)[kRows]) const {
+  __device__ __forceinline__ void find_highest(const float (&scores)[kCount], float (&highest)[kRows]) const {
     constexpr int kChains = 2;  // of a row, side by side, so that none is long
     int tops[kChains][kRows] = {}, held[kRows] = {}, seen[kRows] = {};
 #pragma unroll
@@ -169,12 +169,17 @@ struct OnlineSoftmax {
       if (turn % 2 == 0) held[row] = bits;
       else its = max(max(its, held[row]), bits);
     }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) highest[row] = __int_as_float(max(tops[0][row], tops[1][row]));
+  }
+  // Whether one of the lane's scores may be above its row's limit; where a limit is not above 0, it always may.
+  template <class Map, int kCount>
+  __device__ __forceinline__ bool may_exceed(const float (&scores)[kCount], const float (&limits)[kRows]) const {
+    float highest[kRows];
+    find_highest<Map>(scores, highest);
     bool any = false;
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const float highest = __int_as_float(max(tops[0][row], tops[1][row])) * factor[row % kUnits];
-      any |= !(limits[row] > 0.0f && highest <= limits[row]);
-    }
+    for (int row = 0; row < kRows; ++row) any |= !(limits[row] > 0.0f && highest[row] * factor[row % kUnits] <= limits[row]);
     return any;
   }
 
@@ -192,9 +197,14 @@ struct OnlineSoftmax {
   }
   template <class Map, int kCount>
   __device__ __forceinline__ void weigh(float (&scores)[kCount], const float (&base)[kRows]) {
+    weigh_by<Map>(scores, [&](float score, int row) { return fmaf(score, factor[row % kUnits], -base[row]); });
+  }
+  // The same for exponents that `exponent(score, row)` gives.
+  template <class Map, int kCount, class Exponent>
+  __device__ __forceinline__ void weigh_by(float (&scores)[kCount], Exponent exponent) {
 #pragma unroll
     for (int idx = 0; idx < kCount; ++idx) {
-      scores[idx] = ptx::exp2_approx(fmaf(scores[idx], factor[Map::row(idx) % kUnits], -base[Map::row(idx)]));
+      scores[idx] = ptx::exp2_approx(exponent(scores[idx], Map::row(idx)));
       mass[Map::row(idx)] += scores[idx];
     }
   }
