@@ -159,7 +159,7 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     else two, whose steps overlap (docs/kernels/prefill.md)."""
     head_dim_vo = spec.head_dim_vo or 0
     widest = max(spec.head_dim, head_dim_vo)
-    tokens, edge_tokens = (128, 32) if head_dim_vo <= _NARROW_HEAD_DIM else (64, 32)
+    tokens = 128 if head_dim_vo <= _NARROW_HEAD_DIM else 64
     boxes = box_tokens(spec.page_size, tokens) is not None
     as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
     # Producers that make FP8 wider row by row need too many registers.
@@ -168,7 +168,8 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     tuning = PrefillTuning(
         consumers=3 if three else 2,
         tokens=tokens,
-        edge_tokens=edge_tokens,
+        # Where steps overlap, each width of the first has its copy of the next: two take 1.6 s to compile, four 2.1.
+        edge_tokens=64 if widest > _NARROW_HEAD_DIM and tokens == 128 else 32,
         key_stages=4 if fp8 else 2 if three else 3,
         value_stages=3 if fp8 else 2,
         query_stages=2,
