@@ -43,6 +43,9 @@ NO_SEARCH_PENALISED = Kept(5 * 1024, 5 * 1024, threads_of_three=256)
 SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
 """Of kernels whose ``ClusterRowSpec.small_search`` holds."""
 
+TOP_P_SEARCH = SMALL_SEARCH._replace(sixes=True)
+"""Likewise, without top_k."""
+
 SEARCH = Kept(36 * 1024, 44 * 1024, most_blocks=2)
 
 
