@@ -76,9 +76,9 @@ def measure(model: Model, workload: Workload, num_steps: int, shared: bool, rate
     batch = count * workload.num_samples
     # Samples branch off while later prompts are still read, so they have room for as many tokens as there are steps till then.
     step_tokens = max(4096, 2 * batch)
-    new = sum(map(len, prompts)) // (step_tokens - batch) + count + 2 * (WARM_STEPS + num_steps)
-    longest = max(map(len, prompts)) + new + 1
     distinct = COMMON + count * OWN if workload.kind == "common" else sum(map(len, prompts))
+    new = distinct // (step_tokens - batch) + count + 2 * (WARM_STEPS + num_steps)
+    longest = max(map(len, prompts)) + new + 1
     pages = distinct // PAGE + count + batch * (new // PAGE + 3)
     config = EngineConfig(batch, step_tokens, longest, PAGE, pages, shared_prefixes=shared, sharing_rates=rates)
     engine = Engine(model, None, config)

@@ -56,7 +56,7 @@ __device__ __forceinline__ void attend_to_list(const Params& params, const ptx::
 
 // The decode kernel's, by as many warps as it has; the others' registers are theirs.
 template <class Config, class Params, class... Maps>
-__device__ __forceinline__ void attend_unshared(const Params& params, const Maps&... maps) {
+__device__ __forceinline__ void attend_unshared(const Params& params, const DecodeStart& start, const Maps&... maps) {
   using Decode = DecodeConfig<Config>;
   using Roles = PrefixRoles<Config>;
   constexpr int kLeast = 24, kGroups = (Decode::kNumThreads + kWarpgroupThreads - 1) / kWarpgroupThreads;
@@ -64,7 +64,7 @@ __device__ __forceinline__ void attend_unshared(const Params& params, const Maps
   static_assert(kGroups <= 1 + Config::kConsumers && DecodeShared<Decode>::kBytes <= Config::kSharedBytes);
   if (warpgroup_idx() < kGroups) {
     ptx::take_registers<(kShare < 256 ? kShare : 256)>();
-    if (threadIdx.x < Decode::kNumThreads) decode_items<Decode>(params, maps...);
+    if (threadIdx.x < Decode::kNumThreads) decode_items<Decode>(params, start, maps...);
   } else {
     ptx::give_registers<kLeast>();
   }
@@ -79,18 +79,18 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   }
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
-  // What the block reads first is on its way while it is asked which of it is needed.
-  if (threadIdx.x == 0) {
-    ptx::prefetch_to_l2(static_cast<const AttentionItem*>(params.rows) + blockIdx.x / params.num_kv_heads);
-    if constexpr (Config::kDecodeNumWarps > 0) ptx::prefetch_to_l2(static_cast<const WorkerStart*>(params.starts) + blockIdx.x);
-  }
   const ptx::TensorMap* const all[] = {&queries, &maps...};
-  if (static_cast<const PrefixHeader*>(params.header)->num_rows == 0) {
-    if constexpr (Config::kDecodeNumWarps > 0) {
-      if constexpr (Config::kDecodeBoxes) attend_unshared<Config>(params, *all[3], *all[4]);
-      else attend_unshared<Config>(params);
+  // What the block reads first is on its way while it is asked which of it is needed.
+  if (threadIdx.x == 0) ptx::prefetch_to_l2(static_cast<const AttentionItem*>(params.rows) + blockIdx.x / params.num_kv_heads);
+  const int* num_rows = &static_cast<const PrefixHeader*>(params.header)->num_rows;
+  if constexpr (Config::kDecodeNumWarps > 0) {
+    const DecodeStart start(params);
+    int rows = *num_rows;
+    if (rows == 0) {
+      if constexpr (Config::kDecodeBoxes) attend_unshared<Config>(params, start, *all[3], *all[4]);
+      else attend_unshared<Config>(params, start);
+      asm volatile("exit;");
     }
-    return;
   }
   if constexpr (Config::kBoxes) attend_to_list<Config>(params, queries, *all[1], *all[2]);
   else attend_to_list<Config>(params, queries);
