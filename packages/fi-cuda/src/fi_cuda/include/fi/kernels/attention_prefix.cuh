@@ -15,6 +15,7 @@
 #include "fi/attention/prefix_store.cuh"
 #include "fi/kernels/attention_decode.cuh"
 #include "fi/ptx/dependent_launch.cuh"
+#include "fi/ptx/exit.cuh"
 #include "fi/ptx/relaxed.cuh"
 
 namespace fi {
@@ -84,13 +85,15 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   if (threadIdx.x == 0) ptx::prefetch_to_l2(static_cast<const AttentionItem*>(params.rows) + blockIdx.x / params.num_kv_heads);
   const int* num_rows = &static_cast<const PrefixHeader*>(params.header)->num_rows;
   if constexpr (Config::kDecodeNumWarps > 0) {
+    constexpr int kSign = 1 << 31;
     const DecodeStart start(params);
-    int rows = *num_rows;
-    if (rows == 0) {
+    if ((*num_rows | (start.begin & kSign)) == 0) {  // which needs both, so that both are on their way before either is waited for
       if constexpr (Config::kDecodeBoxes) attend_unshared<Config>(params, start, *all[3], *all[4]);
       else attend_unshared<Config>(params, start);
-      asm volatile("exit;");
+      ptx::end_thread();  // and no return: so this code, the shorter work's, lies before the other
     }
+  } else {
+    if (*num_rows == 0) return;
   }
   if constexpr (Config::kBoxes) attend_to_list<Config>(params, queries, *all[1], *all[2]);
   else attend_to_list<Config>(params, queries);
