@@ -71,6 +71,25 @@ __device__ __forceinline__ void attend_unshared(const Params& params, const Deco
   }
 }
 
+// Has the decode kernel's code serve a batch without a list, and then ends the kernel.
+template <class Config, class Params, class... Maps>
+__device__ __forceinline__ void attend_without_list(const Params& params, const Maps&... maps) {
+  using Decode = DecodeConfig<Config>;
+  constexpr int kSign = 1 << 31;
+  // Both are on their way while the barriers are made.
+  const int num_rows = static_cast<const PrefixHeader*>(params.header)->num_rows;
+  const DecodeStart start(params);
+  const DecodeBarriers<Decode> barriers(decode_memory<Decode>());
+  const bool decodes = threadIdx.x < Decode::kNumThreads;
+  if (decodes) barriers.init(loader_of<Decode>(params, maps...).kArrivals);
+  if ((num_rows | (start.begin & kSign)) == 0) {  // asks for both, so that neither is fetched after the other
+    attend_unshared<Config>(params, start, maps...);
+    ptx::end_thread();  // and no return: so this code, the shorter work's, lies before the other
+  }
+  if (decodes) barriers.invalidate();
+  __syncthreads();
+}
+
 // `maps`: none, or those of K and V, and then the decode kernel's.
 template <class Config, class Params, class... Maps>
 __device__ __forceinline__ void attention_prefix(const Params& params, const ptx::TensorMap& queries, const Maps&... maps) {
@@ -83,17 +102,12 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   const ptx::TensorMap* const all[] = {&queries, &maps...};
   // What the block reads first is on its way while it is asked which of it is needed.
   if (threadIdx.x == 0) ptx::prefetch_to_l2(static_cast<const AttentionItem*>(params.rows) + blockIdx.x / params.num_kv_heads);
-  const int* num_rows = &static_cast<const PrefixHeader*>(params.header)->num_rows;
-  if constexpr (Config::kDecodeNumWarps > 0) {
-    constexpr int kSign = 1 << 31;
-    const DecodeStart start(params);
-    if ((*num_rows | (start.begin & kSign)) == 0) {  // which needs both, so that both are on their way before either is waited for
-      if constexpr (Config::kDecodeBoxes) attend_unshared<Config>(params, start, *all[3], *all[4]);
-      else attend_unshared<Config>(params, start);
-      ptx::end_thread();  // and no return: so this code, the shorter work's, lies before the other
-    }
-  } else {
-    if (*num_rows == 0) return;
+  if constexpr (Config::kDecodeBoxes) {
+    attend_without_list<Config>(params, *all[3], *all[4]);
+  } else if constexpr (Config::kDecodeNumWarps > 0) {
+    attend_without_list<Config>(params);
+  } else if (static_cast<const PrefixHeader*>(params.header)->num_rows == 0) {
+    return;
   }
   if constexpr (Config::kBoxes) attend_to_list<Config>(params, queries, *all[1], *all[2]);
   else attend_to_list<Config>(params, queries);
