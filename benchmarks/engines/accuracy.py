@@ -1,12 +1,14 @@
 """Teacher-forced log-probabilities of one engine with one attention backend, and how far those of several backends differ.
 
 usage: python accuracy.py run ENGINE MODEL_FOLDER BACKEND OUT.json [--options JSON ...] [--name NAME] [--text FILE ...]
+                              [--prefill-only]
        python accuracy.py compare FI.json OWN.json OWN.json ... [REFERENCE.json ...] [ROWS.jsonl]
 64 prompts, each with 64 tokens drawn for it: "prompt" are the tokens' log-probabilities as a prefill computes them, "decode" as
-decode steps do. With --text (for real weights) prompts and tokens are cut from files. SGLang cannot force tokens in decode steps:
-there "decode" are those of its own greedy tokens, up to the first that two backends choose differently. ``compare`` also counts
-equal greedy texts, and their tokens before the first difference, and tells the largest margin of a first difference: how far the
-best token was above the second there, by the backend for which that is less.
+decode steps do (left out with --prefill-only, for backends whose decode steps take minutes). With --text (for real weights)
+prompts and tokens are cut from files. SGLang cannot force tokens in decode steps: there "decode" are those of its own greedy
+tokens, up to the first that two backends choose differently. ``compare`` also counts equal greedy texts, and their tokens before
+the first difference, and tells the largest margin of a first difference: how far the best token was above the second there, by
+the backend for which that is less.
 """
 
 from __future__ import annotations
@@ -69,8 +71,10 @@ def run(options: argparse.Namespace) -> None:
     result["name"] = options.name or options.backend
     found = engine.prompt_logprobs([prompt + more for prompt, more in zip(prompts, drawn, strict=True)])
     result["prompt"] = [values[-NUM_NEW:] for values in found]
-    result["decode_tokens"], result["decode"] = engine.decode_logprobs(prompts, drawn)
-    result["greedy"], result["margins"] = engine.greedy(prompts, NUM_NEW)
+    result |= dict.fromkeys(("decode_tokens", "decode", "greedy", "margins"), [])
+    if not options.prefill_only:
+        result["decode_tokens"], result["decode"] = engine.decode_logprobs(prompts, drawn)
+        result["greedy"], result["margins"] = engine.greedy(prompts, NUM_NEW)
     for part in ("prompt", "decode", "margins"):
         result[part] = [[round(value, 6) for value in values] for values in result[part]]
     Path(options.out).write_text(json.dumps(result))
@@ -86,7 +90,9 @@ def common_length(one: list[int], two: list[int]) -> int:
 
 def difference(one: dict[str, Any], two: dict[str, Any], part: str) -> tuple[float, float, int]:
     """(mean, largest absolute difference, numbers compared) of the positions that have the same tokens before them."""
-    apart = []
+    apart: list[float] = []
+    if not (one[part] and two[part]):
+        return float("nan"), float("nan"), 0
     for row, (first, second) in enumerate(zip(one[part], two[part], strict=True)):
         same = len(first) if part == "prompt" else common_length(one["decode_tokens"][row], two["decode_tokens"][row])
         apart += [abs(a - b) for a, b in zip(first[:same], second[:same], strict=False)]
@@ -96,7 +102,7 @@ def difference(one: dict[str, Any], two: dict[str, Any], part: str) -> tuple[flo
 def margin_of_differences(one: dict[str, Any], two: dict[str, Any]) -> float:
     """The largest margin at which two greedy texts part, of either's there the smaller; 0 where none do."""
     largest = 0.0
-    for row, (a, b) in enumerate(zip(one["greedy"], two["greedy"], strict=True)):
+    for row, (a, b) in enumerate(zip(one["greedy"], two["greedy"], strict=False)):
         if a != b:
             at = common_length(a, b)
             largest = max(largest, min(one["margins"][row][at], two["margins"][row][at]))
@@ -113,8 +119,9 @@ def compare(paths: list[str], rows_file: str | None = None) -> int:
     rows, status = [], 0
     for part in ("prompt", "decode"):
         pairs = [pair_of(one, two, part) for one, two in combinations(runs, 2)]
-        ours = [row["mean"] for row in pairs if row["one"] == runs[0]["name"]]
-        own = [row["mean"] for row in pairs if row["one"] != runs[0]["name"]]
+        known = [row for row in pairs if row["numbers"]]
+        ours = [row["mean"] for row in known if row["one"] == runs[0]["name"]]
+        own = [row["mean"] for row in known if row["one"] != runs[0]["name"]]
         rows += pairs + [pair_of(run, reference, part) for reference in exact for run in runs]
         if own:
             holds = max(ours) <= max(own)
@@ -156,6 +163,7 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--options", action="append", default=[])
     parser.add_argument("--text", action="append", default=[], help="a file that prompts and tokens are cut from")
+    parser.add_argument("--prefill-only", action="store_true")
     parser.add_argument("--name", help="what compare calls it, instead of the backend")
     run(parser.parse_args())
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from engines import Engine, SglangEngine, VllmEngine, engine_options, open_engine
+from engines import Engine, SglangEngine, VllmEngine, engine_options, open_engine, until
 
 ATTENTION = (
     "attention",
@@ -117,6 +117,7 @@ def of_sglang(engine: SglangEngine, prompts: list[list[int]], steps: int) -> dic
             record_shapes=False,
         )
         engine.generate(prompts, steps + 16)
+        until(lambda: bool(list(Path(folder).glob("*-DECODE.trace.json.gz"))), "a trace of decode steps")
         [path] = Path(folder).glob("*-DECODE.trace.json.gz")
         with gzip.open(path) as file:
             events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]

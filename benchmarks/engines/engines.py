@@ -143,18 +143,22 @@ class VllmEngine:
         ]
 
     def forget(self) -> None:
-        _until(self.engine.reset_prefix_cache)
+        until(self.engine.reset_prefix_cache, EMPTIED)
 
     def close(self) -> None:
         del self.engine
 
 
-def _until(succeeds: Callable[[], bool], patience: float = 10.0) -> None:
-    """Call it until it does: an engine that answers before its last step ended still holds that step's pages."""
-    until = time.monotonic() + patience
+EMPTIED = "an empty prefix cache; requests are still running"
+"""An engine that answers before its last step ended still holds that step's pages."""
+
+
+def until(succeeds: Callable[[], bool], what: str, patience: float = 10.0) -> None:
+    """Call it until it does; TimeoutError where ``what`` has not come after ``patience`` seconds."""
+    last = time.monotonic() + patience
     while not succeeds():
-        if time.monotonic() > until:
-            raise TimeoutError("the prefix cache was not emptied: requests are still running")
+        if time.monotonic() > last:
+            raise TimeoutError(f"waited {patience} s for {what}")
         time.sleep(0.05)
 
 
@@ -259,7 +263,7 @@ class SglangEngine:
         return lists
 
     def forget(self) -> None:
-        _until(lambda: self.engine.flush_cache().success)
+        until(lambda: self.engine.flush_cache().success, EMPTIED)
 
     def close(self) -> None:
         self.engine.shutdown()

@@ -159,9 +159,11 @@ all_pressure() { # also with every index checked on the device, and with some ca
 }
 
 speed_of() { # speed_of BACKEND OF
+  local loads=${WORKLOADS:-fixed,sampled,long,prefix,chat@16,uniform@16,profile} profile=()
   choose "$1"
+  case ",$loads," in *,profile,*) profile=(--profile "$out/profile_$1.json") ;; esac
   part "${LIMIT:-500}" "speed_$1" "$python" "$here/throughput.py" "$engine" "$work/models/llama8b" "$1" "$out/throughput.jsonl" --options "$large" \
-    --workloads "${WORKLOADS:-fixed,sampled,long,prefix,chat@16,uniform@16}" --requests "${REQUESTS:-64}" --rounds "${ROUNDS:-3}" --turns "$work/turns" --of "$2" --profile "$out/profile_$1.json"
+    --workloads "$loads" --requests "${REQUESTS:-64}" --rounds "${ROUNDS:-3}" --turns "$work/turns" --of "$2" "${profile[@]}"
   touch "$work/turns/ready.$1"
 }
 

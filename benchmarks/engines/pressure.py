@@ -26,11 +26,13 @@ ABORT_EVERY = 7
 
 @dataclass
 class Outcome:
-    """``answers`` of the requests that finished, by number; ``preempted`` how often, ``pages_left`` what is in use then."""
+    """``answers`` of the requests that finished, by number; ``preempted`` how often, ``pages_left`` what is in use then;
+    ``accepted`` drafted tokens, where the engine speculates."""
 
     answers: dict[int, Tokens]
     preempted: int
     pages_left: float
+    accepted: int
 
 
 def requests_of(num: int, vocab_size: int) -> list[tuple[Tokens, int]]:
@@ -66,20 +68,27 @@ def load_vllm(engine: VllmEngine, requests: list[tuple[Tokens, int]]) -> Outcome
             inner.abort_request([str(number) for number in due])
             for number in due:
                 del names[number]
-    preempted = sum(metric.value for metric in engine.engine.get_metrics() if metric.name == "vllm:num_preemptions")
+    metrics = engine.engine.get_metrics()
+    preempted, accepted = (
+        sum(metric.value for metric in metrics if metric.name == f"vllm:{name}")
+        for name in ("num_preemptions", "spec_decode_num_accepted_tokens")
+    )
     left = inner.engine_core.engine_core.scheduler.kv_cache_manager.usage
-    return Outcome({number: tokens for number, tokens in answers.items() if not is_aborted(number)}, preempted, left)
+    return Outcome(
+        {number: tokens for number, tokens in answers.items() if not is_aborted(number)}, preempted, left, accepted
+    )
 
 
 def load_sglang(engine: SglangEngine, requests: list[tuple[Tokens, int]]) -> Outcome:
     """SGLang itself raises at a page that is lost, whenever it is idle."""
-    inner, answers, preempted = engine.engine, {}, 0
+    inner, answers, preempted, accepted = engine.engine, {}, 0, 0
 
     async def one(number: int, prompt: Tokens, num: int) -> None:
-        nonlocal preempted
+        nonlocal preempted, accepted
         params = {"temperature": 0.0, "max_new_tokens": num, "ignore_eos": True}
         output = await inner.async_generate(input_ids=prompt, sampling_params=params, rid=f"load{number}")
         preempted += output["meta_info"].get("num_retractions") or 0
+        accepted += output["meta_info"].get("spec_num_correct_drafts") or 0
         if not is_aborted(number):
             answers[number] = output["output_ids"]
 
@@ -93,7 +102,7 @@ def load_sglang(engine: SglangEngine, requests: list[tuple[Tokens, int]]) -> Out
         await asyncio.gather(abort(), *tasks)
 
     inner.loop.run_until_complete(everything())
-    return Outcome(answers, preempted, 0.0)
+    return Outcome(answers, preempted, 0.0, accepted)
 
 
 def main() -> None:
@@ -128,6 +137,7 @@ def main() -> None:
         "tokens": sum(map(len, gaps)),
         "preempted": found.preempted,
         "pages_left": found.pages_left,
+        "accepted": found.accepted,
     }
     print("pressure", json.dumps(report), flush=True)
     engine.close()

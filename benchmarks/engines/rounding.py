@@ -8,6 +8,7 @@ float64, or the mean absolute difference of two implementations and the share of
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -66,6 +67,10 @@ class Step:
         self.lens = torch.tensor(self.kv_lens, dtype=torch.int32, device=DEVICE)
 
 
+Runner = Callable[[Kind, Step], Tensor]
+"""Attention by some implementation."""
+
+
 def step_of(kind: Kind, q_lens: list[int], kv_lens: list[int]) -> Step:
     generator = torch.Generator(DEVICE).manual_seed(5)
 
@@ -114,12 +119,16 @@ def exact(kind: Kind, step: Step) -> Tensor:
     return torch.cat(outputs)
 
 
-def by_fi(kind: Kind, step: Step) -> Tensor:
+@functools.cache
+def plans_of(kind: Kind) -> PlanPair:
     named = {"soft_cap": kind.soft_cap, "sinks": kind.sinks}
     features = frozenset(name for name, value in named.items() if value)
     form = LayerForm(kind.num_heads, kind.num_kv_heads, kind.head_dim, "bf16", features)
-    pair = PlanPair(form.spec(torch.bfloat16, PAGE, (kind.window,)), Limits(64, 16384, 1024), DEVICE)
-    plan = pair.pick(max(step.q_lens))
+    return PlanPair(form.spec(torch.bfloat16, PAGE, (kind.window,)), Limits(64, 16384, 1024), DEVICE)
+
+
+def by_fi(kind: Kind, step: Step) -> Tensor:
+    plan = plans_of(kind).pick(max(step.q_lens))
     plan.update(fi.Batch(step.q_indptr, step.lens, table=step.table))
     arguments = fi.LayerArgs(kind.head_dim**-0.5, kind.soft_cap, kind.window, sinks_of(kind, torch.float32))
     out = torch.full_like(step.q, float("nan"))
@@ -199,7 +208,7 @@ def attention_rows() -> list[dict[str, Any]]:
     for kind in KINDS:
         for case, q_lens in (("prefill", lengths), ("decode", [1] * len(lengths))):
             step = step_of(kind, q_lens, lengths)
-            implementations: dict[str, Callable[[Kind, Step], Tensor]] = {
+            implementations: dict[str, Runner] = {
                 "fi": by_fi,
                 "FLASH_ATTN": by_flash,
                 "TRITON_ATTN": by_triton,

@@ -5,8 +5,7 @@ usage: python throughput.py ENGINE MODEL_FOLDER BACKEND OUT.jsonl [--workloads f
 A line of JSON for each round of each workload is appended to OUT as it comes. The requests of a workload arrive all at once;
 those of workload@R as a Poisson process of R a second, the same in every run, and then the line has the time to the first token
 and for each further one too. --rounds repeats the whole list. With --turns, N such processes, each with its own backend, start
-together and then run their rounds in turns. --profile adds where the time of decode steps goes. Lengths are drawn with a
-fixed seed:
+together and then run their rounds in turns. Lengths are drawn with a fixed seed:
 chat     prompts and answers distributed like a chat's (log-normal, medians 200 and 180, at most 2048)
 uniform  prompts and answers uniform from 512 to 2048
 long     prompts of 32768 tokens, answers of 256 (a sixteenth of the requests)
@@ -14,6 +13,7 @@ fixed    prompts of 1024, answers of 256
 short    prompts uniform from 64 to 256, answers of 128
 sampled  prompts and answers of 256, drawn with temperature 0.8, top-k 50, top-p 0.9 (the others are greedy)
 prefix   a common system prompt of 8192 tokens, then 128 of one's own, answers of 256
+profile  none of these: where the time of decode steps goes, once, written to what --profile names
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--of", type=int, default=1)
     parser.add_argument("--profile")
     options = parser.parse_args()
+    if ("profile" in options.workloads.split(",")) != bool(options.profile):
+        parser.error("--profile names the file of the workload profile; they come together")
     vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
     turns = Turns(options.turns, options.of)
     started = time.perf_counter()
@@ -135,11 +137,15 @@ def main() -> None:
         warm = [prompt for prompt, _ in requests_of("short", options.requests, vocab_size)]  # kernels differ by rows
         for sampling in ({}, *SAMPLING.values()):
             engine.generate(warm, 8, **sampling)
-    if options.profile:
-        with turns.turn():
-            profile_decode(engine, vocab_size, options.backend, options.profile)
+        engine.serve([(prompt, 32) for prompt in warm[:16]], arrivals_of(16, 16.0))  # and steps of both kinds at once
     done: Counter[str] = Counter()
     for workload in options.workloads.split(",") * options.rounds:
+        if workload == "profile":
+            if not done[workload]:
+                with turns.turn():
+                    profile_decode(engine, vocab_size, options.backend, options.profile)
+            done[workload] += 1
+            continue
         requests = requests_of(workload.partition("@")[0], options.requests, vocab_size)
         with turns.turn():
             found = measure(engine, workload, requests)

@@ -17,6 +17,7 @@ from .memory_cases import memory_cases
 from .prefix_cases import prefix_cases
 from .problem import Case
 from .sampling_cases import sampling_cases
+from .speculation_cases import speculation_cases
 
 GROUPS = ("memory", "decode", "prefill", "prefill_fp8", "prefill_features", "append", "mixed", "prefix", "sampling")
 
@@ -25,7 +26,8 @@ def all_cases() -> list[Case]:
     """In the order they run."""
     decode = (*decode_cases(), *rotated_cases(), *verify_cases())
     prefill = (*prefill_cases(), *prefill_fp8_cases(), *prefill_feature_cases())
-    return [*memory_cases(), *decode, *prefill, *append_cases(), *prefix_cases(), *sampling_cases()]
+    sampling = (*sampling_cases(), *speculation_cases())
+    return [*memory_cases(), *decode, *prefill, *append_cases(), *prefix_cases(), *sampling]
 
 
 def choose(ops: Sequence[str], names: Sequence[str]) -> list[Case]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from fi_core.contract import EXACT, Cost, Tolerance
-from fi_core.ops import filter_logits, sample, top_k
+from fi_core.ops import filter_logits, logprobs, sample, top_k
 from fi_core.reference.sampling.boundary import boundary_distance
 from fi_core.reference.sampling.draw import filter_logits as reference_filter
 from fi_core.reference.sampling.draw import sample as reference_sample
@@ -24,10 +24,15 @@ from .sampling_penalties import penalties_of
 BATCHES, VOCABULARIES = (1, 16, 64, 256, 512), (128256, 32000)
 MORE_BATCHES, MORE_VOCABULARIES = (1, 64, 256), (151936, 201088)
 TOP_K, TOP_P, MIN_P, TEMPERATURE = 50, 0.9, 0.1, 0.8
+TOP_N = 20
+"""Whose log-probabilities are asked for beside the drawn token's."""
+LONG_ROWS, LONG_TOP_K = 524288, 2048
+"""Of an indexer that picks tokens of a long context for attention."""
 EXPONENTIAL_ERROR = 2.0**-19
 """Relative error of any backend's exponential, by which a draw may be another than the reference's."""
 MAX_BOUNDARY_ROWS = 0.01
 """Share of the rows that may draw a token beyond a filter's limit, with generators other than ours; and of typical_p's."""
+_LOGPROBS = Tolerance(1e-5, 2e-5)
 _PROBS = Tolerance(5e-3, 1e-4)
 """Admits a token more or less at a filter's limit; the conformance suite holds our kernels to the exact set."""
 
@@ -42,6 +47,7 @@ class SamplingInputs:
     filters: FilterParams
     keys: DrawKeys
     penalties: PenaltyParams = NO_PENALTIES
+    k: int = TOP_K
 
 
 def _filters(task: str, num_rows: int, device: torch.device) -> FilterParams:
@@ -146,18 +152,38 @@ def _filter_check(expected: Tensor, kind: str) -> Callable[[Outputs], Accuracy]:
     return checker({"out": expected}, {"out": _PROBS if kind == "probs" else EXACT})
 
 
-def _top_k(device: torch.device, task: str, num_rows: int, vocab_size: int) -> Problem:
-    inputs = _inputs(device, task, num_rows, vocab_size)
+def _top_k(device: torch.device, task: str, num_rows: int, vocab_size: int, k: int = TOP_K) -> Problem:
+    inputs = replace(_inputs(device, task, num_rows, vocab_size), k=k)
 
     def call() -> Outputs:
-        values, indices = top_k.top_k(inputs.logits, TOP_K)
+        values, indices = top_k.top_k(inputs.logits, k)
         return {"values": values, "indices": indices}
 
     values, indices = inputs.logits.sort(dim=1, descending=True, stable=True)
-    expected = {"values": values[:, :TOP_K], "indices": indices[:, :TOP_K]}
-    request = {"dtype": torch.float32, "vocab_size": vocab_size, "k": TOP_K}
+    expected = {"values": values[:, :k].clone(), "indices": indices[:, :k].clone()}
+    request = {"dtype": torch.float32, "vocab_size": vocab_size, "k": k}
     check = checker(expected, {"values": EXACT, "indices": EXACT})
-    cost: Cost = top_k.cost(num_rows, vocab_size, TOP_K, torch.float32)
+    cost: Cost = top_k.cost(num_rows, vocab_size, k, torch.float32)
+    return Problem(request, inputs, {"": lambda: call}, check, cost, reads(inputs.logits))
+
+
+def _logprobs(device: torch.device, task: str, num_rows: int, vocab_size: int) -> Problem:
+    """Of tokens that were drawn, and of the most likely ones."""
+    inputs = replace(_inputs(device, task, num_rows, vocab_size), k=TOP_N)
+    tokens = torch.empty_like(inputs.keys.seed)
+    reference_sample(inputs.logits, inputs.filters, inputs.keys, None, tokens)
+
+    def call() -> Outputs:
+        found = logprobs.logprobs(inputs.logits, tokens, TOP_N)
+        return {"chosen": found.chosen, "values": found.values, "indices": found.indices}
+
+    exact = inputs.logits.double().log_softmax(-1)
+    best = inputs.logits.sort(dim=1, descending=True, stable=True).indices[:, :TOP_N].clone()
+    chosen = exact.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    expected = {"chosen": chosen, "values": exact.gather(1, best), "indices": best}
+    request = {"dtype": torch.float32, "vocab_size": vocab_size, "top_n": TOP_N}
+    check = checker(expected, {"chosen": _LOGPROBS, "values": _LOGPROBS, "indices": EXACT})
+    cost = logprobs.cost(num_rows, vocab_size, TOP_N, torch.float32)
     return Problem(request, inputs, {"": lambda: call}, check, cost, reads(inputs.logits))
 
 
@@ -178,6 +204,7 @@ TASKS: dict[str, tuple[str, Callable[..., Problem]]] = {
     "topk50 renorm": ("filter_logits", partial(_filter, kind="probs")),
     "topk50 mask": ("filter_logits", partial(_filter, kind="logits")),
     "topk50 select": ("top_k", _top_k),
+    "logprobs20": ("logprobs", _logprobs),
 }
 """What a case asks for -> its operation and builder."""
 
@@ -188,7 +215,7 @@ MAIN_TASKS = ("plain", "topp.9", "topk50 topp.9", "topk50 topp.9 joint")
 
 def sampling_cases() -> Iterator[Case]:
     """Every task at every batch size and vocabulary; "sampling B1 V128256" begins as the names of the peers' file. Then some at
-    more vocabularies, and of bfloat16, flat and peaked logits."""
+    more vocabularies, and of bfloat16, flat and peaked logits, and many of the largest of long rows."""
     for vocab_size in VOCABULARIES:
         for num_rows in BATCHES:
             for task, (op, build) in TASKS.items():
@@ -202,3 +229,6 @@ def sampling_cases() -> Iterator[Case]:
             for task in MAIN_TASKS:
                 made = partial(_sample, task=task, num_rows=num_rows, vocab_size=vocab_size, kind=kind)
                 yield Case("sample", "sampling", f"sampling B{num_rows} V{vocab_size} {task} {kind}".rstrip(), made)
+    for num_rows in MORE_BATCHES:
+        made = partial(_top_k, task="select", num_rows=num_rows, vocab_size=LONG_ROWS, k=LONG_TOP_K)
+        yield Case("top_k", "sampling", f"sampling B{num_rows} V{LONG_ROWS} topk{LONG_TOP_K} select", made)

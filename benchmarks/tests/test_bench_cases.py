@@ -7,7 +7,8 @@ from fi_benchmarks.attention_inputs import Shape, attention_problem, checked_row
 from fi_benchmarks.catalogue import GROUPS, all_cases, choose
 from fi_benchmarks.memory_cases import memory_cases
 from fi_benchmarks.numerics import compare
-from fi_benchmarks.sampling_cases import TASKS
+from fi_benchmarks.sampling_cases import TASKS, _top_k
+from fi_benchmarks.speculation_cases import TASKS as SPECULATION_TASKS
 from fi_core.contract import EXACT, Tolerance, target_of
 from fi_core.registry import registry, use
 
@@ -19,6 +20,7 @@ def test_names_are_unique_and_every_group_and_operation_is_there():
     assert len({case.name for case in cases}) == len(cases)
     assert {case.group for case in cases} == set(GROUPS)
     wanted = "rope append_kv rmsnorm add_rmsnorm silu_mul gelu_mul merge_states copy_pages attention sample filter_logits top_k"
+    wanted += " logprobs verify_chain verify_tree"
     assert {case.op for case in cases} == set(wanted.split())
     assert {case.op for case in cases} <= set(registry().operations)
 
@@ -138,6 +140,28 @@ def test_sampling_is_checked_against_the_reference(task):
     assert problem.check(outputs).message is None
     name, tensor = next(iter(outputs.items()))
     assert problem.check({**outputs, name: torch.full_like(tensor, 7)}).message is not None
+
+
+@pytest.mark.parametrize("task", SPECULATION_TASKS)
+def test_verification_is_checked_against_the_reference(task):
+    _, build = SPECULATION_TASKS[task]
+    problem = build(CPU, num_rows=3, vocab_size=1000)
+    with use(backend="reference"):
+        outputs = dict(problem.ours[""]()())
+    assert problem.check(outputs).message is None
+    for name, tensor in outputs.items():
+        assert problem.check({**outputs, name: tensor + 1}).message is not None
+    if "chain" in task:
+        assert problem.check({"drawn": outputs["tokens"]}).message is None
+        assert problem.check({"drawn": outputs["tokens"] + 1000}).message is not None
+
+
+def test_many_of_a_long_row_are_checked_against_a_sort():
+    problem = _top_k(CPU, "select", 2, 3000, k=2048)
+    with use(backend="reference"):
+        outputs = dict(problem.ours[""]()())
+    assert problem.check(outputs).message is None
+    assert problem.check({"indices": outputs["indices"].flip(1)}).message is not None
 
 
 def test_draws_of_other_generators_must_be_of_what_the_filters_keep():

@@ -69,6 +69,32 @@ def test_decode_steps_are_compared_up_to_the_first_token_that_differs(script, tm
     assert row["equal_texts"] == 1 and row["equal_tokens"] == 5 and row["texts"] == 2
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt_oss"])
+def test_decode_steps_of_the_torch_models_are_their_prefill(script, monkeypatch, kind):
+    """With attention in float64; and a distance is 0 to itself alone."""
+    rounding, spread = script("rounding"), script("spread")
+    for module in (rounding, spread):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+    small = {"HIDDEN": 64, "INNER": 64, "LAYERS": 2, "VOCAB": 50, "NUM_PROMPTS": 3, "NUM_NEW": 4}
+    for name, value in small.items():
+        monkeypatch.setattr(spread, name, value)
+
+    def exact(layer, step):
+        return rounding.exact(layer, step).bfloat16()
+
+    def scaled(layer, step):
+        return exact(layer, step) * 1.05
+
+    model = spread.model_of(kind, 0)
+    found = [by(model, spread.Requests.drawn(model, 0), exact) for by in (spread.by_prefill, spread.by_decode)]
+    torch.testing.assert_close(found[0][:, 1:], found[1], rtol=0, atol=0.05)
+    assert found[0].shape == (3, 4) and found[0].isfinite().all()
+    monkeypatch.setattr(spread, "RUNNERS", {"fi": exact, "A": exact, "B": scaled})
+    row = spread.distances(kind, 0, "prompt")
+    assert row["fi, A"] == 0 and row["fi, B"] == row["A, B"] > 0
+    assert list(spread.summaries([row]))[0]["fi, B over theirs"] == 1
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
 def test_the_reference_attends_in_float32(script, kind):
     """Against attention by hand of the last query."""
@@ -192,9 +218,9 @@ def test_a_round_reports_latencies_where_requests_arrive(script):
 
 def test_a_cache_is_emptied_when_the_last_step_has_ended(script):
     answers = iter([False, False, True])
-    script("engines")._until(lambda: next(answers))
-    with pytest.raises(TimeoutError, match="not emptied"):
-        script("engines")._until(lambda: False, patience=0.1)
+    script("engines").until(lambda: next(answers), "an end")
+    with pytest.raises(TimeoutError, match="waited 0.1 s for an end"):
+        script("engines").until(lambda: False, "an end", patience=0.1)
 
 
 def test_attention_of_one_layer_is_computed_exactly(script, monkeypatch):

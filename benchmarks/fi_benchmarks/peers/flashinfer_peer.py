@@ -18,6 +18,7 @@ from ..memory_cases import AppendInputs, GateInputs, MergeInputs, NormInputs, Ro
 from ..prefix_cases import PrefixInputs
 from ..problem import Call, Maker, Outputs, Problem
 from ..sampling_cases import MIN_P, TOP_K, TOP_P, SamplingInputs
+from ..speculation_cases import DraftInputs
 from . import Peer, PeerOptions, add_folder
 
 _WORKSPACE_BYTES = 512 << 20
@@ -326,6 +327,30 @@ def _filter(problem: Problem) -> Mapping[str, Maker]:
     return {"flashinfer": make}
 
 
+def _verify(problem: Problem) -> Mapping[str, Maker]:
+    """Rejection sampling; it has no verification without the draft's probabilities."""
+    inputs: DraftInputs = problem.inputs
+    if inputs.draft_probs is None:
+        return {}
+
+    def make() -> Call:
+        module, tokens = _flashinfer().sampling, inputs.draft_tokens.to(torch.int32)
+        seed = {"seed": 7, "offset": 0}
+
+        def call() -> Outputs:
+            found = module.chain_speculative_sampling(inputs.draft_probs, tokens, inputs.target_probs, **seed)
+            return {"drawn": found[0]}
+
+        return call
+
+    return {"flashinfer": make}
+
+
+def _top_k(problem: Problem) -> Mapping[str, Maker]:
+    inputs: SamplingInputs = problem.inputs
+    return {"flashinfer": lambda: lambda: {"values": _flashinfer().top_k(inputs.logits, inputs.k, sorted=True)[0]}}
+
+
 PEER = Peer(
     "flashinfer",
     _find,
@@ -340,5 +365,7 @@ PEER = Peer(
         "merge_states": _merge,
         "sample": _sample,
         "filter_logits": _filter,
+        "verify_chain": _verify,
+        "top_k": _top_k,
     },
 )

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from ..memory_cases import CopyInputs, GateInputs, NormInputs
 from ..problem import Call, Maker, Outputs, Problem
-from ..sampling_cases import TOP_K, SamplingInputs
+from ..sampling_cases import SamplingInputs
 from . import Peer, PeerOptions
 
 
@@ -77,7 +77,13 @@ def _sample(problem: Problem) -> Mapping[str, Maker]:
 
 def _top_k(problem: Problem) -> Mapping[str, Maker]:
     inputs: SamplingInputs = problem.inputs
-    return {"torch": lambda: lambda: {"values": torch.topk(inputs.logits, TOP_K).values}}
+    return {"torch": lambda: lambda: {"values": torch.topk(inputs.logits, inputs.k).values}}
+
+
+def _logprobs(problem: Problem) -> Mapping[str, Maker]:
+    inputs: SamplingInputs = problem.inputs
+
+    return {"torch": lambda: lambda: {"values": torch.log_softmax(inputs.logits, -1).topk(inputs.k).values}}
 
 
 PEER = Peer(
@@ -91,5 +97,6 @@ PEER = Peer(
         "copy_pages": _copy,
         "sample": _sample,
         "top_k": _top_k,
+        "logprobs": _logprobs,
     },
 )

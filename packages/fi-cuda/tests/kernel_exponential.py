@@ -22,6 +22,7 @@ WEIGHT_ERROR = 3 * 2.0**-23
 @dataclass(frozen=True)
 class ProbeWeightSpec(KernelSpec):
     stem: ClassVar = "probe_weight"
+    contracts: ClassVar = False
     include_folders: ClassVar = (Path(__file__).parent / "include", INCLUDE_FOLDER)
     layout: ClassVar = ParamsLayout(
         (("shortfalls", "pointer"), ("weights", "output"), ("masses", "output"), ("count", "int64"))

@@ -4,6 +4,7 @@ import pytest
 from fi_cuda.cache import ArtifactCache, Resources
 from fi_cuda.compile import build, compile_source, parse_resources
 from fi_cuda.source import CompileTarget, KernelSource, SourceError
+from fi_cuda.toolchain import NO_CONTRACTION
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -83,6 +84,16 @@ def test_flags_reach_the_compiler(folder):
     assert fast.cubin != exact.cubin
     assert len(lines.cubin) > len(exact.cubin)
     assert fast.flags == ("fast_math=True",)
+
+
+def test_products_and_sums_are_rounded_one_by_one_where_the_text_asks_for_it(folder):
+    text = TEXT.replace("*= outer()", "= x[0] * x[1] + outer()")
+    apart = TEXT.replace("*= outer()", "= __fadd_rn(__fmul_rn(x[0], x[1]), outer())")
+    joined, asked, exact = (
+        compile_source(source(folder, given), CompileTarget()).cubin
+        for given in (text, f"{NO_CONTRACTION}\n{text}", f"{NO_CONTRACTION}\n{apart}")
+    )
+    assert asked == exact != joined
 
 
 def test_register_limit_shows_in_the_report(folder):

@@ -14,6 +14,8 @@ from fi_cuda.kernels.append_kv import AppendShape, num_units, spec_for
 from fi_cuda.kernels.merge_states import MergeStatesSpec
 from fi_cuda.kernels.rmsnorm import RmsNormSpec
 from fi_cuda.kernels.rows import vector_bytes
+from fi_cuda.shipped import shipped_specs
+from fi_cuda.toolchain import NO_CONTRACTION
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -268,3 +270,12 @@ def test_hopper_gets_these_kernels_and_older_gpus_what_they_can_run(name):
         capability = f"capability: cuda sm_{older[0]}{older[1]} is below {least}"
         assert all(capability in reasons[entry.full_name] for entry in kernels)
         assert capability in str(found)
+
+
+def test_no_kernel_that_samples_may_join_products_and_sums():
+    # Their float decisions are taken at several places, and the emulated kernels, which join none, are to decide alike.
+    sampling = [
+        spec for spec in shipped_specs() if any(name.startswith("fi/sampling/") for name in spec.source().headers())
+    ]
+    assert {spec.stem for spec in sampling} >= {"sample", "filter_logits", "top_k", "verify", "penalize_logits"}
+    assert all(spec.source().text.startswith(NO_CONTRACTION) for spec in sampling)

@@ -96,6 +96,7 @@ def test_typical_draws_are_those_of_the_reference(num_rows, monkeypatch):
         {"top_k": 40},
         {"top_p": 0.9},
         {"min_p": 0.02},
+        {"typical_p": 0.8},
         {"top_k": 100, "top_p": 0.95, "min_p": 0.005},
     ],
     ids=lambda values: "+".join(values) or "plain",

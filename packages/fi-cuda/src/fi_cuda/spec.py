@@ -15,6 +15,7 @@ from .compile import INCLUDE_FOLDER, build, default_cache
 from .launch import LaunchableKernel, LaunchShape, TensorMapKernel
 from .params import ParamsLayout
 from .source import CompileTarget, KernelSource
+from .toolchain import NO_CONTRACTION
 
 CPP_TYPES = {
     torch.float32: "float",
@@ -70,7 +71,9 @@ class KernelSpec:
     - ``include_folders``: where its own headers are (default: this package's);
     - ``tensor_maps``: names of tensor maps (``tensor_map.py``), which follow ``params`` in the function's parameters as
       ``const fi::ptx::TensorMap&`` and the struct's values in ``launch``;
-    - ``overlapping``, ``cooperative``: how it is launched (``LaunchShape``).
+    - ``overlapping``, ``cooperative``: how it is launched (``LaunchShape``);
+    - ``contracts``: False if the compiler may not join products and sums: where a float decides at two places, joined at one of
+      them it could decide otherwise, and emulation, which joins none, would not show it.
     """
 
     stem: ClassVar[str]
@@ -78,6 +81,7 @@ class KernelSpec:
     include_folders: ClassVar[tuple[Path, ...]] = (INCLUDE_FOLDER,)
     overlapping: ClassVar[bool] = False
     cooperative: ClassVar[bool] = False
+    contracts: ClassVar[bool] = True
     tensor_maps: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -112,6 +116,7 @@ class KernelSpec:
         bounds = f"{self.num_threads}" if blocks is None else f"{self.num_threads}, {blocks}"
         maps = "".join(f",\n    const __grid_constant__ fi::ptx::TensorMap {name}" for name in self.tensor_maps)
         lines = [
+            *([] if self.contracts else [NO_CONTRACTION]),
             f'#include "fi/kernels/{self.stem}.cuh"',
             *(['#include "fi/ptx/tma.cuh"'] if self.tensor_maps else []),
             "",

@@ -15,6 +15,10 @@ from fi_core.errors import FiError
 
 from .source import CompileTarget
 
+NO_CONTRACTION = "#pragma STDC FP_CONTRACT OFF"
+"""C's way to say that a product and a sum are rounded one by one, wherever the text has no fmaf. NVRTC knows an option alone,
+which concerns the whole source."""
+
 HEADERS = ("cuda_bf16.h", "cuda_fp8.h")
 """What device code may include besides this package's own headers; all come with nvidia-cuda-runtime."""
 
@@ -105,7 +109,7 @@ def compile_cubin(source: str, name: str, target: CompileTarget, include_folders
     """Compile CUDA C++ (C++17, ``name`` appears in messages) to machine code; raises CompileError or ToolchainError.
 
     Quoted includes are looked up in ``include_folders``. Only a cubin is ever asked for: cuda.core's PTX output needs a
-    driver. The result is not loaded.
+    driver. The result is not loaded. A source with ``NO_CONTRACTION`` gets what it asks for from here.
     """
     toolchain = find_toolchain()
     from cuda.core import Program, ProgramOptions
@@ -120,6 +124,7 @@ def compile_cubin(source: str, name: str, target: CompileTarget, include_folders
         use_fast_math=target.fast_math or None,
         lineinfo=target.line_info or None,
         max_register_count=target.max_registers,
+        fma=False if NO_CONTRACTION in source else None,
     )
     log = io.StringIO()
     program = Program(source, "c++", options)

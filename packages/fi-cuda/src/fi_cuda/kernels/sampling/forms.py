@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from fi_core.sampling import PenaltyParams
 from torch import Tensor
 
-from ...spec import KernelSpec
+from ...spec import KernelSpec, join_constants
 from .geometry import NO_SEARCH, SMALL_SEARCH, Geometry, Kept
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
@@ -26,6 +26,8 @@ class ClusterRowSpec(KernelSpec):
     block_threads: int
     warp_tokens: int
     resident_blocks: int
+
+    contracts: ClassVar = False
 
     @property
     def blocks_per_multiprocessor(self) -> int:
@@ -75,7 +77,7 @@ class ClusterRowSpec(KernelSpec):
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 56
         beside = self._searched_bytes if self.search else 0
         if self.penalised:
-            beside = max(beside, -(-(32 + warps * self.warp_tokens * 3 // 8) // 16) * 16)
+            beside = max(beside, -(-(16 + warps * self.warp_tokens // 8) // 16) * 16)
         return 4 * warps * self.warp_tokens + 16 + exchanged + beside
 
     @property
@@ -102,7 +104,7 @@ class ClusterRowSpec(KernelSpec):
             f"static constexpr bool kPenalised = {str(self.penalised).lower()};",
             f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
         )
-        return [*super().config_lines(), *derived]
+        return join_constants([*super().config_lines(), *derived])
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ class Kept(NamedTuple):
 
 
 NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256)
-NO_SEARCH_PENALISED = Kept(9 * 1024, 9 * 1024)
-"""With three bits of each token beside it."""
+NO_SEARCH_PENALISED = Kept(5 * 1024, 5 * 1024, threads_of_three=256)
+"""With a bit of each token beside it."""
 
 SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
 """Of kernels whose ``ClusterRowSpec.small_search`` holds."""

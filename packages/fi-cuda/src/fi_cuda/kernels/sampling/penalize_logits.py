@@ -33,6 +33,7 @@ class PenalizeLogitsSpec(KernelSpec):
 
     stem: ClassVar = "penalize_logits"
     overlapping: ClassVar = True
+    contracts: ClassVar = False
     layout: ClassVar = ParamsLayout(
         (
             ("logits", "pointer"),

@@ -18,17 +18,17 @@ __device__ __forceinline__ float penalised_by_counts(const Params& params, const
                                                      float value) {
   const int* prompt = static_cast<const int*>(params.prompt_counts);
   const int* output = static_cast<const int*>(params.output_counts);
-  const int said = output == nullptr ? 0 : output[at.shared.history * params.output_stride + token];
+  const int said = output == nullptr ? 0 : output[at.history * params.output_stride + token];
   if (params.repetition != nullptr) {
-    const bool asked = prompt != nullptr && prompt[at.shared.history * params.prompt_stride + token] != 0;
-    const float factor = static_cast<const float*>(params.repetition)[at.shared.place];
-    if (asked || said != 0) value = value > 0.0f ? __fdiv_rn(value, factor) : value * factor;
+    const bool asked = prompt != nullptr && prompt[at.history * params.prompt_stride + token] != 0;
+    const float factor = static_cast<const float*>(params.repetition)[at.place];
+    if (asked || said != 0) value = value > 0.0f ? __fdiv_rn(value, factor) : __fmul_rn(value, factor);
   }
   if (params.frequency != nullptr) {
-    const float each = static_cast<const float*>(params.frequency)[at.shared.place];
+    const float each = static_cast<const float*>(params.frequency)[at.place];
     value = __fsub_rn(value, __fmul_rn(each, static_cast<float>(said)));
   }
-  if (params.presence != nullptr && said > 0) value = __fsub_rn(value, static_cast<const float*>(params.presence)[at.shared.place]);
+  if (params.presence != nullptr && said > 0) value = __fsub_rn(value, static_cast<const float*>(params.presence)[at.place]);
   return value;
 }
 
@@ -50,16 +50,16 @@ __device__ __forceinline__ void penalize_logits(const Params& params) {
   const T* logits = static_cast<const T*>(params.logits) + index * params.logits_stride;
   __shared__ PenaltyShared<kTokens> kept;
   PenaltyPatch<Config, Params> patch(params, kept, slice, first_token);
+  bool fits = true;
   if (changed) {
     PenaltyStage<Config, Params> stage{patch, static_cast<int>(index), slot};
     load_slice<Config>(logits, first_token, params.vocab_size, slice, stage);
-    patch.apply();
+    fits = patch.apply();
   } else {
     load_slice<Config>(logits, first_token, params.vocab_size, slice);
     __syncthreads();
   }
   ptx::allow_next_kernel();
-  const bool fits = !changed || patch.fits();
   T* out = static_cast<T*>(params.out) + index * params.out_stride;
   for_each_four<Config, 1>(slice, [&](int place, float4 four) {
     const int token = first_token + place;

@@ -62,8 +62,9 @@ struct PenalisedSampleStage : PenaltyStage<Config, Params> {
       : PenaltyStage<Config, Params>{patch, plain.output, plain.slot}, plain(plain) {}
 
   __device__ __forceinline__ void begun() {
-    plain.begun();
-    PenaltyStage<Config, Params>::begun();
+    this->patch.ask(this->output, this->slot);
+    plain.begun();  // waits for what it loads
+    this->patch.keep();
   }
 };
 
@@ -227,8 +228,7 @@ struct SampleKernel {
       PenaltyPatch<Config, Params> patch(params, row.shared.penalties, slice, row.first_token);
       PenalisedSampleStage<Config, Params> penalised(stage, patch);
       load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
-      patch.apply();
-      fits = patch.fits();
+      fits = patch.apply();
       return patch.settle(row.shared.filters.temperature);
     } else {
       return load_slice<Config>(logits, row.first_token, params.vocab_size, slice, stage);

@@ -8,38 +8,38 @@
 #pragma once
 
 #include "fi/sampling/row.cuh"
-#include "fi/tile/scan.cuh"
 
 namespace fi {
 
-// What a block keeps of a row's columns in shared memory: scalars, and bits of its `kTokens` tokens.
+// What a block keeps in shared memory of a row's columns, and bits of its `kTokens` tokens.
 template <int kTokens>
 struct PenaltyShared {
   static_assert(kTokens % 32 == 0);
-  int place, history;  // rows of the columns
-  int bias_begin, bias_end, num_entries;
-  float repetition, frequency, presence;
-  unsigned allowed[kTokens / 32];       // those that stay, and all places past the vocabulary
-  unsigned short seen[kTokens / 8];     // places of those of prompt and output: a part of kSeenOfWarp for each warp's words
+  alignas(16) int columns[4];  // repetition, frequency and presence, floats, and the number of the history's entries
+  unsigned allowed[kTokens / 32];  // those that stay; of words in the vocabulary
 };
 
 // A block's part of a row, the tokens from `first_token` (a multiple of 32) on, for an output in place `slot` of the columns. What
-// the patches need comes with the row: bits into shared memory, the first entry of each list that is this thread's into registers.
+// the patches need comes with the row: masks into shared memory, all else that is this thread's into registers.
 template <class Config, class Params>
 struct PenaltyPatch {
   static constexpr int kThreads = Config::kNumThreads, kTokens = RowShape<Config>::kBlockTokens, kWords = kTokens / 32;
   static constexpr int kWordsEach = (kWords + kThreads - 1) / kThreads;
   static constexpr int kEntriesEach = kThreads < 512 ? 512 / kThreads : 1;
-  static constexpr int kSeenOfWarp = kTokens / 8 / (kThreads / 32);
+  static constexpr int kColumns = 4;
 
   const Params& params;
   PenaltyShared<kTokens>& shared;
   float* slice;
   int first_token, num_tokens;
-  int biased = -1;  // the token of this thread's first bias, and what is added
+  int place, history, bias_begin, bias_end;
+  // What is this thread's: words of bits, 32 tokens from threadIdx.x * 32 on and from kThreads * 32 further on; the first entries of
+  // the history; its first bias; one of the scalars.
+  unsigned allowed_words[kWordsEach], step_words[kWordsEach], seen[kWordsEach];
+  int2 counted[kEntriesEach];
+  int biased = -1;
   float bias = 0.0f;
-  int2 counted[kEntriesEach];  // this thread's first entries of the history
-  int num_seen = 0;            // places on this warp's list; more than kSeenOfWarp: they are not
+  int scalar = 0;
 
   __device__ __forceinline__ PenaltyPatch(const Params& params, PenaltyShared<kTokens>& shared, float* slice, int first_token)
       : params(params),
@@ -48,80 +48,78 @@ struct PenaltyPatch {
         first_token(first_token),
         num_tokens(max(0, min(params.vocab_size - first_token, kTokens))) {}
 
-  // By all threads; what it stores in shared memory is there after the next barrier.
-  __device__ __forceinline__ void prepare(int output, int64 slot) {
-    const int place = slot > 0 ? static_cast<int>(slot) : 0;
-    const int history = params.history_rows == nullptr ? place : static_cast<const int*>(params.history_rows)[output];
-    const int* indptr = static_cast<const int*>(params.bias_indptr);
-    const int begin = indptr == nullptr ? 0 : indptr[place], end = indptr == nullptr ? 0 : indptr[place + 1];
-    unsigned allowed[kWordsEach], seen[kWordsEach];
+  // By all threads. Loads go out in an order in which none waits for another: where a history's place is not itself loaded, what
+  // depends on it must not stand behind loads that share its scoreboard.
+  __device__ __forceinline__ void ask(int output, int64 slot) {
+    const int thread = static_cast<int>(threadIdx.x);
+    place = slot < 0 ? 0 : static_cast<int>(slot);
+    history = params.history_rows == nullptr ? place : static_cast<const int*>(params.history_rows)[output];
 #pragma unroll
     for (int idx = 0; idx < kWordsEach; ++idx) {
-      const int word = static_cast<int>(threadIdx.x) + idx * kThreads;
-      const bool inside = word * 32 < num_tokens;
-      allowed[idx] = inside ? allowed_word(output, place, first_token + word * 32) : 0;
-      seen[idx] = inside && has_history() ? seen_words(history)[word] : 0;
+      seen[idx] = 0;
+      allowed_words[idx] = step_words[idx] = 0xffffffffu;
     }
+    if (has_history()) {
+      if (params.repetition != nullptr) load_words(seen, params.seen, history, params.seen_stride);
+      const int2* entries = entries_of(history) + thread;
 #pragma unroll
-    for (int idx = 0; idx < kEntriesEach; ++idx) {
-      const int entry = static_cast<int>(threadIdx.x) + idx * kThreads;
-      counted[idx] = has_history() && entry < params.capacity ? entry_at(history, entry) : make_int2(-1, 0);
+      for (int idx = 0; idx < kEntriesEach; ++idx) {
+        counted[idx] = thread + idx * kThreads < params.capacity ? entries[idx * kThreads] : make_int2(-1, 0);
+      }
+      const int column = kThreads - 1 - thread;  // of the scalars, one a thread
+      if (column < kColumns) {
+        const void* values = column == 0   ? params.repetition
+                             : column == 1 ? params.frequency
+                             : column == 2 ? params.presence
+                                           : params.num_entries;
+        scalar = column == 0 ? __float_as_int(1.0f) : 0;
+        if (values != nullptr) scalar = static_cast<const int*>(values)[column == 3 ? history : place];
+      }
     }
-    if (threadIdx.x == kThreads - 1) {  // the first has the row's other parameters to load
-      const int num_entries = !has_history() ? 0 : static_cast<const int*>(params.num_entries)[history];
-      shared.place = place;
-      shared.history = history;
-      shared.bias_begin = begin;
-      shared.bias_end = end;
-      shared.num_entries = num_entries;
-      shared.repetition = value_of(params.repetition, place, 1.0f);
-      shared.frequency = value_of(params.frequency, place, 0.0f);
-      shared.presence = value_of(params.presence, place, 0.0f);
+    if (params.allowed != nullptr) load_words(allowed_words, params.allowed, place, params.allowed_stride);
+    if (params.step_allowed != nullptr) load_words(step_words, params.step_allowed, output, params.step_allowed_stride);
+    const int* indptr = static_cast<const int*>(params.bias_indptr);
+    bias_begin = bias_end = 0;
+    if (indptr != nullptr) {
+      bias_begin = indptr[place];
+      bias_end = indptr[place + 1];
     }
-    const int mine = begin + static_cast<int>(threadIdx.x);
-    if (mine < end) {
+  }
+
+  // This part's words of row `row` of a table of bits that are this thread's.
+  __device__ __forceinline__ void load_words(unsigned (&words)[kWordsEach], const void* table, int row, int64 stride) const {
+    const unsigned* from = static_cast<const unsigned*>(table) + row * stride + static_cast<unsigned>(first_token) / 32 + threadIdx.x;
+#pragma unroll
+    for (int idx = 0; idx < kWordsEach; ++idx) {
+      if (has_word(idx)) words[idx] = __ldg(from + idx * kThreads);
+    }
+  }
+
+  // Then, by all threads; what it stores in shared memory is there after the next barrier.
+  __device__ __forceinline__ void keep() {
+    asm volatile("" : "+r"(bias_begin));  // no sum with it, and so no wait, before here
+    const int mine = bias_begin + static_cast<int>(threadIdx.x);
+    if (mine < bias_end) {
       biased = static_cast<const int*>(params.bias_tokens)[mine];
       bias = bias_at(history, mine);
     }
 #pragma unroll
     for (int idx = 0; idx < kWordsEach; ++idx) {
-      const int word = static_cast<int>(threadIdx.x) + idx * kThreads;
-      const int left = num_tokens - word * 32;
-      if (left > 0) shared.allowed[word] = left < 32 ? allowed[idx] | 0xffffffffu << left : allowed[idx];
-      if (left > 0 && left < 32) seen[idx] &= ~(0xffffffffu << left);
+      if (has_word(idx)) shared.allowed[threadIdx.x + idx * kThreads] = allowed_words[idx] & step_words[idx];
     }
-    if (has_history() && params.repetition != nullptr) list_seen(seen);
+    const int column = kThreads - 1 - static_cast<int>(threadIdx.x);
+    if (column < kColumns) shared.columns[column] = has_history() ? scalar : column == 0 ? __float_as_int(1.0f) : 0;
   }
 
-  // The places of this thread's words' bits to its warp's list.
-  __device__ __forceinline__ void list_seen(const unsigned (&seen)[kWordsEach]) {
-    int mine = 0;
-#pragma unroll
-    for (int idx = 0; idx < kWordsEach; ++idx) mine += __popc(seen[idx]);
-    const Prefix<int> prefix = prefix_over_lanes<32>(mine);
-    num_seen = prefix.total;
-    if (num_seen > kSeenOfWarp) return;
-    unsigned short* to = shared.seen + threadIdx.x / 32 * kSeenOfWarp + prefix.exclusive;
-#pragma unroll
-    for (int idx = 0; idx < kWordsEach; ++idx) {
-      const int first = (static_cast<int>(threadIdx.x) + idx * kThreads) * 32;
-#pragma unroll 1
-      for (unsigned bits = seen[idx]; bits != 0; bits &= bits - 1) {
-        *to++ = static_cast<unsigned short>(first + __ffs(static_cast<int>(bits)) - 1);
-      }
-    }
+  // Whether the vocabulary has tokens in this thread's word `idx`.
+  __device__ __forceinline__ bool has_word(int idx) const {
+    return static_cast<int>(threadIdx.x + idx * kThreads) * 32 < num_tokens;
+  }
+  __device__ __forceinline__ const int2* entries_of(int history) const {
+    return reinterpret_cast<const int2*>(static_cast<const int*>(params.entries) + history * params.entry_stride);
   }
 
   __device__ __forceinline__ bool has_history() const { return !Config::kDense && params.seen != nullptr; }
-  __device__ __forceinline__ float value_of(const void* column, int place, float none) const {
-    return column == nullptr ? none : static_cast<const float*>(column)[place];
-  }
-  __device__ __forceinline__ const unsigned* seen_words(int history) const {
-    return static_cast<const unsigned*>(params.seen) + history * params.seen_stride + first_token / 32;
-  }
-  __device__ __forceinline__ int2 entry_at(int history, int entry) const {
-    return reinterpret_cast<const int2*>(static_cast<const int*>(params.entries) + history * params.entry_stride)[entry];
-  }
   __device__ __forceinline__ float bias_at(int history, int entry) const {
     const float value = static_cast<const float*>(params.bias_values)[entry];
     const int* until = static_cast<const int*>(params.bias_until);
@@ -129,19 +127,10 @@ struct PenaltyPatch {
     return early ? minus_infinity() : value;
   }
 
-  // Bits of the tokens that are allowed, of the 32 from `token` on.
-  __device__ __forceinline__ unsigned allowed_word(int output, int place, int token) const {
-    unsigned bits = 0xffffffffu;
-    if (params.allowed != nullptr) bits = word_of(params.allowed, place * params.allowed_stride, token);
-    if (params.step_allowed != nullptr) bits &= word_of(params.step_allowed, output * params.step_allowed_stride, token);
-    return bits;
+  // Bits of the 32 from place / 32 * 32 on, that of `place` lowest. After keep and a barrier.
+  __device__ __forceinline__ unsigned allowed(int place) const {
+    return shared.allowed[static_cast<unsigned>(place) / 32] >> (place & 31);
   }
-  __device__ __forceinline__ static unsigned word_of(const void* masks, int64 row, int token) {
-    return __ldg(static_cast<const unsigned*>(masks) + row + token / 32);
-  }
-
-  // Bits of the 32 from place / 32 * 32 on, that of `place` lowest. After prepare and a barrier.
-  __device__ __forceinline__ unsigned allowed(int place) const { return shared.allowed[place / 32] >> (place & 31); }
 
   // Calls patch(place) if `token` is in this part.
   template <class Patch>
@@ -151,62 +140,71 @@ struct PenaltyPatch {
     if (at < static_cast<unsigned>(num_tokens)) patch(static_cast<int>(at));
   }
 
-  // Calls patch(place) for the seen tokens in the words that this thread's warp has listed.
-  template <class Patch>
-  __device__ __forceinline__ void for_each_seen(int history, Patch patch) const {
-    if (num_seen <= kSeenOfWarp) {
-      const unsigned short* from = shared.seen + threadIdx.x / 32 * kSeenOfWarp;
-#pragma unroll 1
-      for (int idx = static_cast<int>(threadIdx.x % 32); idx < num_seen; idx += 32) patch(from[idx]);
-      return;
-    }
-#pragma unroll 1
-    for (int word = static_cast<int>(threadIdx.x); word * 32 < num_tokens; word += kThreads) {
-#pragma unroll 1
-      for (unsigned bits = seen_words(history)[word]; bits != 0; bits &= bits - 1) {
-        const int at = word * 32 + __ffs(static_cast<int>(bits)) - 1;
-        if (at < num_tokens) patch(at);
-      }
-    }
-  }
-
-  // Whether all that is to be counted is in the history: if not, the row cannot be drawn from. After prepare and a barrier.
-  __device__ __forceinline__ bool counts() const {
-    return has_history() && (shared.frequency != 0.0f || shared.presence != 0.0f);
-  }
-  __device__ __forceinline__ bool fits() const { return !counts() || shared.num_entries <= params.capacity; }
-
   // All parts but the bitmasks, each value rounded after each step, as the reference does. By all threads, which meet here, after
-  // prepare and the row's arrival.
-  __device__ __forceinline__ void apply() const {
+  // keep and the row's arrival. False if the history lacks what is to be counted: the row cannot be drawn from.
+  __device__ __forceinline__ bool apply() {
     __syncthreads();
-    const int begin = shared.bias_begin, end = shared.bias_end, history = shared.history;
-    if (begin < end) {
-      const auto add = [&](int token, float amount) {
-        if_inside(token, [&](int at) { slice[at] = __fadd_rn(slice[at], amount); });
-      };
-      add(biased, bias);
+    const int4 columns = *reinterpret_cast<const int4*>(shared.columns);
+    const float repetition = __int_as_float(columns.x), frequency = __int_as_float(columns.y), presence = __int_as_float(columns.z);
+    const int num_entries = frequency != 0.0f || presence != 0.0f ? columns.w : 0;
+    if (bias_begin < bias_end) {
+      add_bias();
+      __syncthreads();
+    }
+    if (repetition != 1.0f) {
+      repeat(repetition);
+      __syncthreads();
+    }
+    if (num_entries > params.capacity) return false;
+    if (num_entries > 0) {
+      subtract_counts(num_entries, frequency, presence);
+      __syncthreads();
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ void add_bias() const {
+    const auto add = [&](int token, float amount) {
+      if_inside(token, [&](int at) { slice[at] = __fadd_rn(slice[at], amount); });
+    };
+    add(biased, bias);
 #pragma unroll 1
-      for (int entry = begin + static_cast<int>(threadIdx.x) + kThreads; entry < end; entry += kThreads) {
-        add(static_cast<const int*>(params.bias_tokens)[entry], bias_at(history, entry));
+    for (int entry = bias_begin + static_cast<int>(threadIdx.x) + kThreads; entry < bias_end; entry += kThreads) {
+      add(static_cast<const int*>(params.bias_tokens)[entry], bias_at(history, entry));
+    }
+  }
+
+  // The seen tokens, of which each thread has those of its words. What lies past the vocabulary is NaN and stays so.
+  __device__ __forceinline__ void repeat(float repetition) {
+    const Divisor divisor(repetition);
+    const float least = divisor.moderate ? 1e-18f : -minus_infinity();
+    float* from = slice + threadIdx.x * 32;
+    // All words in one loop, so that a warp's lanes wait for one another once.
+#pragma unroll 1
+    for (;;) {
+      if (seen[0] == 0) {
+        bool more = false;
+#pragma unroll
+        for (int idx = 1; idx < kWordsEach; ++idx) {
+          more |= seen[idx] != 0;
+          seen[idx - 1] = seen[idx];
+          seen[idx] = 0;
+        }
+        if (!more) break;
+        from += kThreads * 32;
+        if (kWordsEach > 2 && seen[0] == 0) continue;
       }
-      __syncthreads();
+      const int last = 31 - __clz(static_cast<int>(seen[0]));
+      seen[0] ^= 1u << last;
+      const float number = from[last];
+      float value = number > 0.0f ? divisor.quotient(number) : __fmul_rn(number, repetition);
+      if (number > 0.0f && !(number > least && number < 1e18f)) value = __fdiv_rn(number, repetition);
+      from[last] = value;
     }
-    const float repetition = shared.repetition;
-    if (has_history() && repetition != 1.0f) {
-      const Divisor divisor(repetition);
-      for_each_seen(history, [&](int at) {
-        const float number = slice[at];
-        const float size = fabsf(number);
-        float value = __fmul_rn(number, repetition);
-        if (number > 0.0f) value = divisor.moderate && size > 1e-18f && size < 1e18f ? divisor.quotient(number) : __fdiv_rn(number, repetition);
-        slice[at] = value;
-      });
-      __syncthreads();
-    }
-    if (!counts() || !fits()) return;
-    const float frequency = shared.frequency, presence = shared.presence;
-    const int num_entries = shared.num_entries;
+  }
+
+  // The first entries that are this thread's have come with the row.
+  __device__ __forceinline__ void subtract_counts(int num_entries, float frequency, float presence) const {
     const auto subtract = [&](int2 entry) {
       if_inside(entry.x, [&](int at) {
         slice[at] = __fsub_rn(__fsub_rn(slice[at], __fmul_rn(frequency, static_cast<float>(entry.y))), presence);
@@ -214,36 +212,40 @@ struct PenaltyPatch {
     };
 #pragma unroll
     for (int idx = 0; idx < kEntriesEach; ++idx) {
-      if (static_cast<int>(threadIdx.x) + idx * kThreads < num_entries) subtract(counted[idx]);
+      const bool is_one = static_cast<int>(threadIdx.x) + idx * kThreads < num_entries;
+      subtract(make_int2(is_one ? counted[idx].x : -1, counted[idx].y));
     }
 #pragma unroll 1
     for (int entry = static_cast<int>(threadIdx.x) + kEntriesEach * kThreads; entry < num_entries; entry += kThreads) {
-      subtract(entry_at(history, entry));
+      subtract(entries_of(history)[entry]);
     }
-    __syncthreads();
   }
 
   // After apply, this thread's part: rounded to the logits' type, divided by `temperature`, and -inf where the bitmasks say so.
   // Returns its extremes.
   __device__ __forceinline__ Extremes settle(float temperature) const {
-    using Shape = RowShape<Config>;
     Extremes found = {minus_infinity(), -minus_infinity()};
-    const Divisor divisor(temperature);
-    const bool whole = static_cast<int>(threadIdx.x / 32 + 1) * Shape::kWarpTokens <= num_tokens;
-    if (!whole || Shape::kFullRounds == 0) {
-      for_each_four<Config, 1>(slice, [&](int place, float4 four) { settle_four(found, divisor, place, four); });
-      return found;
-    }
     if (temperature == 1.0f) {
-      settle_full_rounds<false>(found, divisor);
+      settle<false>(found, Divisor(1.0f));
     } else {
-      settle_full_rounds<true>(found, divisor);
-    }
-    if (Shape::kRounds > Shape::kFullRounds) {
-      const int place = place_of_partial_round<Config>();
-      settle_four(found, divisor, place, four_behind<Config>(slice, place));
+      settle<true>(found, Divisor(temperature));
     }
     return found;
+  }
+
+  template <bool kDivided>
+  __device__ __forceinline__ void settle(Extremes& found, const Divisor& divisor) const {
+    using Shape = RowShape<Config>;
+    const bool whole = static_cast<int>(threadIdx.x / 32 + 1) * Shape::kWarpTokens <= num_tokens;
+    if (!whole || Shape::kFullRounds == 0) {
+      for_each_four<Config, 1>(slice, [&](int place, float4 four) { settle_four<kDivided>(found, divisor, place, four); });
+      return;
+    }
+    settle_full_rounds<kDivided>(found, divisor);
+    if (Shape::kRounds > Shape::kFullRounds) {
+      const int place = place_of_partial_round<Config>();
+      settle_four<kDivided>(found, divisor, place, four_behind<Config>(slice, place));
+    }
   }
 
   // Without bounds, a mask's word beside each four tokens.
@@ -251,27 +253,29 @@ struct PenaltyPatch {
   __device__ __forceinline__ void settle_full_rounds(Extremes& found, const Divisor& divisor) const {
     const int first = place_of_full_round<Config>(0);
     const unsigned* words = shared.allowed + first / 32;
-#pragma unroll 2
+    const unsigned turn = (first - 1) & 31;  // which leaves the four tokens' bits in places 1 to 4, where one instruction tests all
+#pragma unroll kDivided ? 1 : 4
     for (int round = 0; round < RowShape<Config>::kFullRounds; ++round) {
       float* place = slice + first + round * 128;
       const float4 four = *reinterpret_cast<const float4*>(place);
       Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
       round_off(part.data);
       if (kDivided) divisor.divide(part.data);
-      mask(part.data, words[round * 4] >> (first & 31));
+      mask<1>(part.data, __funnelshift_r(words[round * 4], words[round * 4], turn));
 #pragma unroll
       for (int e = 0; e < 4; ++e) found.template take<Config>(part.data[e]);
       store_pack(place, part);
     }
   }
 
+  template <bool kDivided>
   __device__ __forceinline__ void settle_four(Extremes& found, const Divisor& divisor, int place, float4 four) const {
     const int left = num_tokens - place;  // of the vocabulary; what lies behind it stays as it is
     if (left <= 0) return;
     Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
     round_off(part.data);
-    if (divisor.value != 1.0f) divisor.divide(part.data);
-    mask(part.data, allowed(place));
+    if (kDivided) divisor.divide(part.data);
+    mask<0>(part.data, allowed(place) | (left < 4 ? ~0u << left : 0));
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (e < left) found.template take<Config>(part.data[e]);
@@ -286,9 +290,11 @@ struct PenaltyPatch {
       for (int e = 0; e < 4; ++e) numbers[e] = to_float(from_float<T>(numbers[e]));
     }
   }
+  // `stays`: their bits, from place kFirst on.
+  template <int kFirst>
   __device__ __forceinline__ static void mask(float (&numbers)[4], unsigned stays) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) numbers[e] = stays >> e & 1 ? numbers[e] : minus_infinity();
+    for (int e = 0; e < 4; ++e) numbers[e] = stays & 1u << (kFirst + e) ? numbers[e] : minus_infinity();
   }
 };
 
@@ -300,7 +306,10 @@ struct PenaltyStage {
   int output;
   int64 slot;
 
-  __device__ __forceinline__ void begun() { patch.prepare(output, slot); }
+  __device__ __forceinline__ void begun() {
+    patch.ask(output, slot);
+    patch.keep();
+  }
 };
 
 }  // namespace fi

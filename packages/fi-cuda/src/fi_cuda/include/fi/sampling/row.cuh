@@ -190,19 +190,22 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
   return load_slice<Config>(row, first_token, vocab_size, slice, stage);
 }
 
-// Quotients by a divisor whose reciprocal is known, as a division rounds them: the reciprocal rounded to nearest leaves a product
-// within 2 units in the last place, and two exact remainders correct it (Markstein, "Computation of elementary functions on the IBM
-// RISC System/6000 processor", 1990, section 5). Numbers whose remainders might be subnormal or overflow are divided one by one.
+// Quotients by a divisor, as a division rounds them. The product with its reciprocal and what that lacks is within half a unit in
+// the last place and a millionth of one; then the remainder is exact, and the sum with its quotient rounds rightly (Markstein,
+// "Computation of elementary functions on the IBM RISC System/6000 processor", 1990, section 5). Numbers whose remainders might be
+// subnormal or overflow are divided one by one.
 struct Divisor {
-  float value, reciprocal;
+  float value, reciprocal, rest;
   bool moderate;
 
   __device__ __forceinline__ explicit Divisor(float value)
-      : value(value), reciprocal(__frcp_rn(value)), moderate(value > 9.5e-7f && value < 1.0e6f) {}
+      : value(value),
+        reciprocal(__frcp_rn(value)),
+        rest(__fmul_rn(fmaf(-reciprocal, value, 1.0f), reciprocal)),
+        moderate(value > 9.5e-7f && value < 1.0e6f) {}
 
   __device__ __forceinline__ float quotient(float number) const {
-    float found = number * reciprocal;
-    found = fmaf(fmaf(-found, value, number), reciprocal, found);
+    const float found = fmaf(number, reciprocal, __fmul_rn(number, rest));
     return fmaf(fmaf(-found, value, number), reciprocal, found);
   }
   __device__ __forceinline__ bool serves(const float (&numbers)[4]) const {
