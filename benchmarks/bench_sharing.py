@@ -131,7 +131,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     common = [row for row in rows if row["prompts"] == "common"]
     figure, axes = pyplot.subplots(figsize=(6, 4))
@@ -142,8 +142,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="samples a request (64 requests, 8192 common tokens)", ylabel="inter-token latency, ms")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xticks([row["num_samples"] for row in common], [str(row["num_samples"]) for row in common])
     axes.grid(alpha=0.3)
     axes.legend()

@@ -130,7 +130,7 @@ def test_the_kernel_agrees_on_fields_and_shared_memory(name, compile_with_offset
     resources = compile_with_offsets(made, fits).resources
     # A producer that gathers rows keeps in memory what an item needs, and decode's code its list's ends where heads are of 256.
     # These specs are not shipped.
-    allowed = {"rows": 20, "decode, d64 by rows": 28, "decode, d256": 24}
+    allowed = {"rows": 20, "decode, d64 by rows": 28, "decode, d256": 28}
     assert max(resources.spill_store_bytes, resources.spill_load_bytes) <= allowed.get(name, 0)
 
 
@@ -315,7 +315,6 @@ def test_plans_for_long_queries_have_room_for_few_that_share():
 def test_capacities_that_planning_cannot_count_are_named(launches):
     for changes, name in (
         ({"max_prefixes": 5000}, "max_prefixes"),
-        ({"max_prefixes": 50, "max_prefix_depth": 40}, "max_prefix_depth"),
         ({"max_q_tokens": 2**27, "max_q_len": 2**20, "max_batch": 2**27}, "max_q_tokens"),
     ):
         with pytest.raises(CapacityError, match=name):
