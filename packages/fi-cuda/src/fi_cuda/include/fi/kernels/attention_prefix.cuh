@@ -43,16 +43,16 @@ __device__ __forceinline__ void attend_to_list(const Params& params, const ptx::
   static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes);
   if (threadIdx.x == 0) shared.template init<Copies>(Shared::kRecordLanes);
   __syncthreads();
-  PrefixRoles<Config>::run(
-      [&] {
-        if (warp_idx() < Copies::kWarps) {
-          PrefixLoader<Config, Params, Copies>(params, queries, copies_of<Config>(params, maps...), shared).run();
-        }
-      },
-      [&](int warpgroup) {
-        PrefillConsumer<Config, Params, PrefixStore<Config, Params>>(params, shared, warpgroup).run();
-        PrefixMerger<Config, Params>(params, static_cast<int>(threadIdx.x) - kWarpgroupThreads).run();
-      });
+  if (warpgroup_idx() == 0) {
+    ptx::give_registers<Config::kProducerRegisters>();
+    if (warp_idx() < Copies::kWarps) {
+      PrefixLoader<Config, Params, Copies>(params, queries, copies_of<Config>(params, maps...), shared).run();
+    }
+    ptx::end_thread();  // so that this code lies before the consumers', who wait for what it brings
+  }
+  ptx::take_registers<Config::kConsumerRegisters>();
+  PrefillConsumer<Config, Params, PrefixStore<Config, Params>>(params, shared, warpgroup_idx() - 1).run();
+  PrefixMerger<Config, Params>(params, static_cast<int>(threadIdx.x) - kWarpgroupThreads).run();
 }
 
 // The decode kernel's, by as many warps as it has; the others' registers are theirs.
