@@ -35,7 +35,7 @@ _LEAST_SHARING_TOKENS = 4096
 """Query tokens of nodes, each level counted, for which there is room however large the plan."""
 _INT32_MAX = 2**31 - 1
 # See SharingTimes; the rest of a call takes 12 us on either side.
-_UNIT_PS, _LEVELS_PS, _UNSHARED = 91_000, 3_000_000, 1.07
+_UNIT_PS, _LEVELS_PS, _UNSHARED = 91_000, 9_500_000, 1.07
 _READ_SHARE, _ATTEND_GBS, _PRODUCTS_A_NS, _REUSE_BYTES = 0.92, 9154, 450_000, 120_000_000
 _PIECES_OF_WORKER = 3
 """Further pieces of nodes and of requests' own keys, for each worker: more are not made."""
