@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...prefixes import SharedPrefixes
-from ...records import FusedRope
 from ...reference.append_kv import bytes_view
+from ...rope import FusedRope
 from .kv import CacheForm, CacheInputs
 
 Node = tuple[int, int, int, int]
