@@ -13,9 +13,11 @@ from fi_core.ops import OPERATIONS
 from fi_core.ops.cases.prefixes import Forest
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
 from fi_core.registry import registry
+from fi_core.rope import FusedRope
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import (
     layout,
+    order,
     plan,
     prefill_state,
     prefill_tuning,
@@ -34,7 +36,7 @@ from fi_cuda.kernels.attention.prefix import (
     prefix_tuning_for,
 )
 from fi_cuda.kernels.attention.prefix_plan import PrefixLayout, prefix_plan_spec
-from fi_cuda.kernels.attention.prefix_state import attention_prefix
+from fi_cuda.kernels.attention.prefix_state import attention_apart, attention_prefix
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
 pytestmark = pytest.mark.timeout(120)
@@ -174,7 +176,7 @@ def test_tunings_are_overridden_and_wrong_ones_named(monkeypatch):
 @pytest.fixture
 def launches(monkeypatch, recorder):
     """A machine of 7 processors whose kernels are recorded instead of launched."""
-    for module in (plan, prefill_state, prefix_plan, prefix_state, state):
+    for module in (order, plan, prefill_state, prefix_plan, prefix_state, state):
         monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
     for module in (layout, prefix_state):
         monkeypatch.setattr(module, "num_processors", lambda device: 7)
@@ -310,6 +312,18 @@ def test_plans_for_long_queries_have_room_for_few_that_share():
     assert made.max_sharing_tokens == 4096 and made.num_bytes < 240 << 20
     assert prefix_plan_spec(spec, few, built_in_prefix_tuning(spec), 132).bounded
     assert not prefix_plan_spec(spec, FEW, built_in_prefix_tuning(spec), 132).bounded
+
+
+def test_batches_without_levels_have_the_kernels_of_plans_without_them(launches):
+    mixed = attention_prefix.plan(SPEC, replace(CAPACITY, max_q_tokens=200, max_q_len=40), "cpu")
+    assert any("without levels" in line and "the decode kernel" in line for line in mixed.describe())
+
+
+def test_levels_that_no_kernel_serves_are_told_and_not_used(launches):
+    spec = replace(SPEC, rope=FusedRope(SPEC.head_dim))
+    made = attention_apart.plan(spec, CAPACITY, "cpu")
+    assert made.describe()[0].startswith("levels are not used")
+    assert attention_apart.workspace_bytes(spec, CAPACITY, "cpu") == sum(tensor.nbytes for tensor in made.workspace)
 
 
 def test_capacities_that_planning_cannot_count_are_named(launches):
