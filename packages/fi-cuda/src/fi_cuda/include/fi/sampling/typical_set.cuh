@@ -138,7 +138,7 @@ struct TypicalSearch {
   static_assert(1 << kLevelBits == kRankBins);
   // Wider than top_p's: where a few heavy tokens of one bin lie at the window's end, the estimate is off by as much as they weigh.
   static constexpr int kMargin = kBlocks < 8 ? 150 * kBlocks : 1200;
-  static_assert(3 * kMargin <= kBlocks * SearchShared<Config>::kBracketTokens);
+  static_assert(!Config::kBracket || 3 * kMargin <= kBlocks * SearchShared<Config>::kBracketTokens);
 
   Row& row;
   Answer answer = {};  // of a draw, if the bracket found it
