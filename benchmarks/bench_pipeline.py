@@ -6,7 +6,8 @@ process compiled nothing (exit status 1 if it did). Such a call launches one blo
 every pointer and tensor map leads to zeroed memory, every number is 0. Then the host's cost of a launch with its
 arguments ready, with the driver's part and without, of whole public calls, and of importing fi_cuda; and 50 processes that
 ask at once for one kernel that was never compiled (exit status 1 if it was not compiled just once). Prints a table;
-``--out`` adds pipeline.json; ``--stem`` asks for the first calls of some kernels alone.
+``--out`` adds pipeline.json; ``--stem`` asks for the first calls of some kernels alone, ``--slowest`` for those of the
+specs that took longest in an earlier run. A spec is named by what it has unlike most shipped ones of its class.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from fi_benchmarks.results import commit
+from fi_benchmarks.shipped import FIRST, Selection, names_of
 from fi_core.bench.model_workloads import MODEL_WORKLOADS
 from fi_core.bench.workload import SCALES
 from fi_core.contract import target_of
@@ -43,7 +46,8 @@ MAP_WIDTH = 128
 NUM_IMPORTS = 5
 NUM_AT_ONCE = 50
 
-AIMS_US = {"first call": 2e6, "from the cache": 20e3, "launch, Python alone": 6.0, "import fi_cuda": 50e3}
+CACHED = "from the cache"
+AIMS_US = {FIRST: 2e6, CACHED: 20e3, "launch, Python alone": 6.0, "import fi_cuda": 50e3}
 
 IMPORT = """
 import time, torch
@@ -112,35 +116,28 @@ def empty_arguments(spec: Any, scratch: torch.Tensor) -> list[Any]:
     return [*values, *(tensor_map_of(scratch.view(-1, MAP_WIDTH), Box((8, MAP_WIDTH))) for _ in spec.tensor_maps)]
 
 
-def chosen_specs(stems: Sequence[str]) -> list[Any]:
-    """The shipped specs; of ``stems`` alone where some are named."""
-    from fi_cuda.shipped import shipped_specs
-
-    return [spec for spec in shipped_specs() if not stems or spec.stem in stems]
-
-
 def first_calls(
-    measure: str, device: torch.device, scratch: torch.Tensor, share: tuple[int, int], stems: Sequence[str]
+    measure: str, device: torch.device, scratch: torch.Tensor, share: tuple[int, int], selection: Selection
 ) -> list[Row]:
     """The first call of a small kernel that is not shipped, which brings up what a process needs once; then of each
-    shipped spec of share (i, n): i, i + n, ..."""
+    selected spec of share (i, n): i, i + n, ..."""
     from fi_cuda.kernels.rmsnorm import RmsNormSpec
     from fi_cuda.shipped import shipped_specs
     from fi_cuda.spec import kernel_for
 
-    shipped = chosen_specs(stems)
     first, step = share
     small = next(spec for spec in shipped_specs() if isinstance(spec, RmsNormSpec))
     small = dataclasses.replace(small, width=8 * (first + 1))  # another one for each share
+    names = names_of([*shipped_specs(), small])
     rows = []
-    for spec in [small, *shipped[first::step]]:
+    for spec in [small, *selection.specs()[first::step]]:
         scratch.zero_()
         torch.cuda.synchronize()
         started = time.perf_counter()
         kernel = kernel_for(spec, device)
         kernel.launch(device, spec.cluster_size, 1, *empty_arguments(spec, scratch))
         torch.cuda.synchronize()
-        rows.append(row(measure, spec.stem, str(spec), [(time.perf_counter() - started) * 1e6]))
+        rows.append(row(measure, spec.stem, names[spec], [(time.perf_counter() - started) * 1e6]))
     rows[0]["measure"] = f"{measure}, first of the process"
     return rows
 
@@ -164,7 +161,7 @@ def launches(device: torch.device, scratch: torch.Tensor) -> list[Row]:
     from fi_cuda.shipped import shipped_specs
     from fi_cuda.spec import kernel_for
 
-    rows = []
+    rows, names = [], names_of(shipped_specs())
     success = (launching.driver.CUresult.CUDA_SUCCESS,)
     for spec in {spec.stem: spec for spec in shipped_specs()}.values():
         kernel = kernel_for(spec, device)
@@ -176,7 +173,7 @@ def launches(device: torch.device, scratch: torch.Tensor) -> list[Row]:
 
         for _ in range(CALLS_BETWEEN_SYNCS):
             launch()
-        rows.append(row("launch", spec.stem, str(spec), times_of(launch)))
+        rows.append(row("launch", spec.stem, names[spec], times_of(launch)))
         seen: list[object] = []
         driver = launching.driver
         try:
@@ -185,7 +182,7 @@ def launches(device: torch.device, scratch: torch.Tensor) -> list[Row]:
             if not seen:
                 raise FiError("a launch no longer calls driver.cuLaunchKernelEx: its Python part cannot be told apart")
             launching.driver = SimpleNamespace(cuLaunchKernelEx=lambda *given: success)
-            rows.append(row("launch, Python alone", spec.stem, str(spec), times_of(launch)))
+            rows.append(row("launch, Python alone", spec.stem, names[spec], times_of(launch)))
         finally:
             launching.driver = driver
     return rows
@@ -207,24 +204,23 @@ def public_calls(device: torch.device) -> list[Row]:
     return rows
 
 
-def child(stage: str, share: tuple[int, int], stems: Sequence[str]) -> None:
+def child(stage: str, share: tuple[int, int], selection: Selection) -> None:
     """One process on the device; prints its rows and the origins of its kernels as JSON."""
     observer = Observer()
     registry().manager.register(observer, "observer")
     device = torch.device("cuda", torch.cuda.current_device())
     scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8, device=device)
-    rows = first_calls(stage, device, scratch, share, stems)
+    rows = first_calls(stage, device, scratch, share, selection)
     origins = list(observer.origins)
-    if stage == "from the cache" and not stems:
+    if stage == CACHED and selection.takes_all:
         rows += launches(device, scratch) + public_calls(device)
     print(json.dumps({"rows": rows, "origins": origins, "device": torch.cuda.get_device_name(device)}))
 
 
-def run_children(stage: str, cache: str, jobs: int, stems: Sequence[str]) -> dict[str, Any]:
+def run_children(stage: str, cache: str, jobs: int, selection: Selection) -> dict[str, Any]:
     """What ``jobs`` processes with equal shares of the specs found, side by side."""
     environment = {**os.environ, "FI_CACHE_DIR": cache}
-    named = [word for stem in stems for word in ("--stem", stem)]
-    child_of = [sys.executable, __file__, "--stage", stage, *named, "--share"]
+    child_of = [sys.executable, __file__, "--stage", stage, *selection.words(), "--share"]
     commands = [[*child_of, str(first), str(jobs)] for first in range(jobs)]
     children = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for command in commands]
     outputs = [child.communicate()[0] for child in children]
@@ -302,22 +298,45 @@ def proof(compiled: Sequence[str], cached: Sequence[str], jobs: int = 1) -> tupl
     return f"kernels compiled: {counts[0]} at first, {counts[1]} in a later process", holds
 
 
+def written(found: dict[str, Any], rows: Sequence[Row]) -> str:
+    """pipeline.json: ``found``, a line for each spec with its first calls, and one for each other row."""
+    calls: dict[tuple[str, str], Row] = {}
+    others = []
+    for item in rows:
+        if item["measure"] in (FIRST, CACHED):
+            spec = calls.setdefault((item["op"], item["case"]), {"op": item["op"], "case": item["case"]})
+            spec[item["measure"]] = round(item["us"])
+        else:
+            others.append(item)
+    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
+    for key, items in (("specs", calls.values()), ("rows", others)):
+        lines = ",\n".join(json.dumps(item) for item in items)
+        parts.append(f"{json.dumps(key)}: [\n{lines}\n]")
+    return "{" + ",\n".join(parts) + "}\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for pipeline.json")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile side by side (times grow a little)")
     parser.add_argument("--stem", action="append", default=[], help="first calls of these kernels alone (repeatable)")
+    parser.add_argument(
+        "--slowest", nargs=2, metavar=("N", "FILE"), help="first calls of the N specs that took longest in FILE alone"
+    )
+    parser.add_argument("--commit", metavar="TEXT", help="what the file names (default: git's answer)")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    slowest, earlier = (int(options.slowest[0]), Path(options.slowest[1])) if options.slowest else (0, None)
+    selection = Selection(tuple(options.stem), slowest, earlier)
     if options.stage is not None:
-        child(options.stage, tuple(options.share), options.stem)
+        child(options.stage, tuple(options.share), selection)
         return 0
     with tempfile.TemporaryDirectory(prefix="fi-pipeline-") as folder:
         waits, origins = many_at_once(folder)
     with tempfile.TemporaryDirectory(prefix="fi-pipeline-") as folder:
-        first = run_children("first call", folder, options.jobs, options.stem)
-        second = run_children("from the cache", folder, 1, options.stem)
+        first = run_children(FIRST, folder, options.jobs, selection)
+        second = run_children(CACHED, folder, 1, selection)
     import_rows, touched = imports()
     rows = [*first["rows"], *second["rows"], *import_rows, waits]
     text, holds = proof(first["origins"], second["origins"], options.jobs)
@@ -326,13 +345,14 @@ def main() -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         found = {
             "device": first["device"],
-            "rows": rows,
+            "commit": options.commit or commit(),
+            "jobs": options.jobs,
             "proof": text,
             "proof_holds": holds,
             "compiled_once": once,
             **touched,
         }
-        (options.out / "pipeline.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.out / "pipeline.json").write_text(written(found, rows))
     print("\n".join(summary(rows)))
     print(text)
     print(

@@ -1,11 +1,14 @@
 """benchmarks/bench_pipeline.py without a GPU: its empty launches fit every layout, and what its proof accepts."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fi_cuda.kernels.rmsnorm import RmsNormSpec
+from fi_cuda.shipped import shipped_specs
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks/bench_pipeline.py"
 
@@ -22,8 +25,6 @@ bench_pipeline = load()
 
 
 def test_an_empty_launch_fits_the_layout_of_every_shipped_spec():
-    from fi_cuda.shipped import shipped_specs
-
     layouts = {spec.stem: spec.layout for spec in shipped_specs()}
     for layout in layouts.values():
         values = bench_pipeline.empty_values(layout, 4096)
@@ -35,7 +36,6 @@ def test_an_empty_launch_fits_the_layout_of_every_shipped_spec():
 
 def test_an_empty_launch_has_a_tensor_map_for_each_that_the_kernel_takes(monkeypatch):
     from fi_cuda import tensor_map
-    from fi_cuda.shipped import shipped_specs
 
     asked = []
     monkeypatch.setattr(tensor_map, "tensor_map_of", lambda tensor, box: asked.append((tensor, box)) or "map")
@@ -93,3 +93,34 @@ def test_the_table_has_each_measure_with_its_worst_case():
     _, first, second = bench_pipeline.summary(rows)
     assert first.split() == ["from", "the", "cache", "2", "2000.0", "3000.0", "20000", "large"]
     assert second.split() == ["public", "call", "1", "8.0", "8.0", "x"]
+
+
+def test_a_short_name_for_each_shipped_spec():
+    specs = shipped_specs()
+    names = bench_pipeline.names_of(specs)
+    assert len(set(names.values())) == len(specs)
+    rms, other = (RmsNormSpec(torch.bfloat16, torch.bfloat16, width, 16, False) for width in (4096, 128))
+    assert bench_pipeline.names_of([rms, rms, other]) == {rms: "RmsNormSpec", other: "RmsNormSpec width=128"}
+
+
+def test_the_file_has_a_line_for_each_spec_and_leads_to_the_slowest(tmp_path):
+    *others, slow, newer = shipped_specs()
+    names = bench_pipeline.names_of(shipped_specs())
+    rows = [
+        bench_pipeline.row(measure, spec.stem, names[spec], [us + 1e6 * (spec == slow)])
+        for measure, us in (("first call", 5e5), ("from the cache", 4e3))
+        for spec in (*others, slow)
+    ]
+    file = tmp_path / "pipeline.json"
+    file.write_text(
+        bench_pipeline.written({"device": "x"}, [*rows, bench_pipeline.row("public call", "rope", "y", [7.0])])
+    )
+    found = json.loads(file.read_text())
+    assert found["device"] == "x" and [row["case"] for row in found["rows"]] == ["y"]
+    line = {"op": slow.stem, "case": names[slow], "first call": 1500000, "from the cache": 1004000}
+    assert len(found["specs"]) == len(others) + 1 and found["specs"][-1] == line
+    selection = bench_pipeline.Selection(slowest=2, earlier=file)
+    assert selection.specs() == [newer, slow] and not selection.takes_all
+    assert selection.words() == ["--slowest", "2", str(file)]
+    stem = bench_pipeline.Selection(("rope",))
+    assert {spec.stem for spec in stem.specs()} == {"rope"} and stem.words() == ["--stem", "rope"]
