@@ -3,7 +3,8 @@
 Two measures on the GPU, for lengths of three kinds, on which neither may depend: a graph of 64 updates divided by 64, for
 decode batches of 1 to 4096 requests; and what an update adds to a step, a graph of one and 32 layers of attention less a
 graph of the layers alone. The host's is the time until eager calls return, of a batch seen before and of a new record.
-Mode "levels": all requests share 8192 tokens, and eighths of them 1024 more.
+Mode "levels": all requests share 8192 tokens, and eighths of them 1024 more. ``--out FOLDER`` writes plan_update.json, whose rows
+have the GPU's microseconds, and as ``families`` the host's, or those of the layers.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import fi_core as fi
 import torch
+from fi_benchmarks import results
+from fi_benchmarks.runner import OURS, Row
 
 NUM_UPDATES = 64
 NUM_RUNS = 50
@@ -135,12 +139,21 @@ def decode_batches(size: int, table: torch.Tensor, mode: str) -> Iterator[tuple[
         yield name, fi.Batch(torch.arange(size + 1, dtype=torch.int32, device="cuda"), kv_lens, table, levels=levels)
 
 
+def row_of(case: str, us: float, families: dict[str, float]) -> Row:
+    return Row("attention", "plan_update", case, "cuda.attention_plan", OURS, us, families=families)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mode", action="append", choices=MODES, help="repeatable; default: all")
     parser.add_argument("--size", action="append", type=int, help=f"requests; repeatable; default: {SIZES}")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where plan_update.json goes (default: none is written)"
+    )
+    parser.add_argument("--commit", metavar="TEXT", help="what the rows name (default: git's answer)")
     given = parser.parse_args()
     torch.manual_seed(0)
+    rows = []
     print(f"{'requests':>8} {'lengths':>8} {'mode':>10} {'GPU us':>8} {'host us':>8} {'new record us':>13}")
     for mode in given.mode or MODES:
         for size in given.size or SIZES:
@@ -148,6 +161,9 @@ def main() -> None:
             for name, batch in decode_batches(size, table, mode):
                 gpu, host, new = update_times(plan, batch)
                 print(f"{size:8} {name:>8} {mode:>10} {gpu:8.2f} {host:8.2f} {new:13.2f}", flush=True)
+                rows.append(
+                    row_of(f"updates alone, {mode}, {size} {name}", gpu, {"host": host, "host, new record": new})
+                )
     print(f"\n{'requests':>8} {'lengths':>8} {'mode':>10} {'step us':>10} {'layers us':>10} {'update us':>10}")
     for mode in given.mode or MODES:
         for size in sorted({*STEP_SIZES} & {*(given.size or SIZES)}):
@@ -155,6 +171,9 @@ def main() -> None:
             for name, batch in decode_batches(size, table, mode):
                 step, layers = step_times(plan, batch)
                 print(f"{size:8} {name:>8} {mode:>10} {step:10.2f} {layers:10.2f} {step - layers:10.2f}", flush=True)
+                rows.append(row_of(f"update in a step, {mode}, {size} {name}", step - layers, {"layers": layers}))
+    if given.out is not None:
+        results.write(given.out, "plan_update", rows, results.circumstances(torch.device("cuda", 0), {}, given.commit))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def step_of(kind: Kind, q_lens: list[int], kv_lens: list[int]) -> Step:
 
 
 def sinks_of(kind: Kind, dtype: torch.dtype) -> Tensor | None:
-    return torch.linspace(-1, 3, kind.num_heads, device=DEVICE, dtype=dtype) if kind.sinks else None
+    """The same numbers in every dtype, those of a model's parameter."""
+    return torch.linspace(-1, 3, kind.num_heads, device=DEVICE).bfloat16().to(dtype) if kind.sinks else None
 
 
 def exact(kind: Kind, step: Step) -> Tensor:

@@ -92,7 +92,7 @@ def test_built_in_tiles_fit_the_shared_memory(head_dim, head_dim_vo, page_size, 
         ({"rows": 8}, "rows"),
         ({"consumers": 5}, "consumers"),
         ({"tokens": 100}, "tokens"),
-        ({"tokens": 96, "edge_tokens": 64}, "edge_tokens"),
+        ({"tokens": 96, "edge_tokens": 40}, "edge_tokens"),
         ({"value_stages": 0}, "value_stages"),
         ({"key_stages": 20}, "key_stages"),
         ({"landing_stages": 1}, "landing_stages"),
@@ -103,6 +103,14 @@ def test_wrong_tunings_are_named(given, message, monkeypatch):
     monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
     with pytest.raises(ArgumentError, match=message):
         overridden(given)
+
+
+@pytest.mark.parametrize(("page_size", "tokens"), [(None, 80), (8, 80), (16, 80), (64, 64), (1, 64)])
+def test_wide_heads_have_steps_that_their_pages_fit(page_size, tokens):
+    spec = replace(SPEC, head_dim=256, head_dim_vo=256, page_size=page_size, table="dense" if page_size else "ragged")
+    tuning = built_in_prefill_tuning(spec)
+    assert (tuning.tokens, tuning.key_stages) == (tokens, 2 if tokens == 80 else 3)
+    assert built_in_prefill_tuning(replace(spec, kv_format="fp8_e4m3")).tokens == 64
 
 
 def test_fp8_may_land_and_fp8_queries_have_to(monkeypatch):

@@ -124,6 +124,7 @@ def compile_cubin(source: str, name: str, target: CompileTarget, include_folders
         use_fast_math=target.fast_math or None,
         lineinfo=target.line_info or None,
         max_register_count=target.max_registers,
+        no_cache=True,  # of NVRTC's own: what this package keeps it checks, and says where it came from
         fma=False if NO_CONTRACTION in source else None,
     )
     log = io.StringIO()

@@ -31,8 +31,8 @@ class AppendKVSpec(KernelSpec):
     ``*_rounds``: heads that a thread takes after each other (``q_rounds`` 0: no q). More heads than a row of blocks serves
     take more rows. ``whole``: bits 0 to 2 for q, K and V: the rows of blocks serve just the heads there are, and all threads
     have work in each round; ``packed``: the stride of heads is their dim everywhere; ``scales_per_head``: FP8 scales of K or V
-    differ; ``streaming``: cached lines are the first that leave L2; ``values_first``: V is stored before K, and its packs
-    come in pairs."""
+    differ; ``streaming``: cached lines are the first that leave L2; ``values_first``: V is loaded and stored before K, and its
+    packs come in pairs."""
 
     dtype: torch.dtype
     stored: torch.dtype
@@ -97,6 +97,13 @@ class AppendKVSpec(KernelSpec):
     @property
     def num_threads(self) -> int:
         return self.tokens_per_block * self.threads_per_token
+
+    @property
+    def blocks_per_multiprocessor(self) -> int | None:
+        """1024 threads, so 64 registers each, for threads that hold little beside a table's angles: left alone, the compiler
+        settles for fewer registers and has threads wait longer. Angles that are computed need more."""
+        holds_little = self.angle_bytes > 0 and max(self.q_rounds, self.k_rounds, self.v_rounds) <= 1
+        return 1024 // self.num_threads if self.values_first or holds_little else None
 
     def served(self) -> tuple[int, int, int]:
         """Heads of q, K and V that a row of blocks serves."""

@@ -18,6 +18,8 @@ _WARPGROUP_THREADS = 128
 _REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
 _REGISTERS_FOR_ROWS = {1: (56, 256), 2: (56, 224), 3: (32, 160)}
 """Of a producer's and of a consumer's thread, by warpgroups of consumers: producers that copy rows themselves need more."""
+_REGISTERS_FOR_LONG_STEPS, _FITTING = (24, 240), 320
+"""The same where two warpgroups' output and scores, of so many columns together, do not fit."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class PrefillSpec(KernelSpec):
     def config_lines(self) -> list[str]:
         """As ever, with the registers of producers and consumers and the block's shared memory."""
         producer, consumer = (_REGISTERS if self.has_boxes else _REGISTERS_FOR_ROWS)[self.consumers]
+        if self.has_boxes and self.overlap and self.head_dim_vo + self.tokens > _FITTING:
+            producer, consumer = _REGISTERS_FOR_LONG_STEPS
         head = (
             f"static constexpr int kProducerRegisters = {producer}, kConsumerRegisters = {consumer}, "
             f"kSharedBytes = {self.shared_bytes};"

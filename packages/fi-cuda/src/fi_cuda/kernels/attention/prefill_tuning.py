@@ -32,6 +32,7 @@ _BARRIER_BYTES = 512
 _ALIGNMENT = 1024
 _NARROW_HEAD_DIM = 128
 _SHORT_HEAD_DIM = 64
+_WIDE_HEAD_DIM, _LONG_STEP = 192, 80
 _MAX_TOKENS = 256
 
 
@@ -67,7 +68,7 @@ class PrefillTuning:
         for name, allowed in (
             ("consumers", (1, 2, 3)),
             ("tokens", tuple(range(16, _MAX_TOKENS + 1, 16))),
-            ("edge_tokens", tuple(size for size in range(16, self.tokens + 1, 16) if self.tokens % size == 0)),
+            ("edge_tokens", tuple(range(16, self.tokens + 1, 16))),
             ("ping_pong", (False, True)),
             ("overlap", (False, True)),
             ("copy_order", COPY_ORDERS),
@@ -160,8 +161,12 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
     head_dim_vo = spec.head_dim_vo or 0
     widest = max(spec.head_dim, head_dim_vo)
     tokens = 128 if head_dim_vo <= _NARROW_HEAD_DIM else 64
-    boxes = box_tokens(spec.page_size, tokens) is not None
     as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
+    # Products with queries read those from shared memory once for a step's keys: the more keys, the less of its time.
+    long_steps = head_dim_vo > _WIDE_HEAD_DIM and as_stored and box_tokens(spec.page_size, _LONG_STEP) is not None
+    if long_steps:
+        tokens = _LONG_STEP
+    boxes = box_tokens(spec.page_size, tokens) is not None
     # Producers that make FP8 wider row by row need too many registers.
     three = widest <= _NARROW_HEAD_DIM and (boxes or as_stored)
     fp8 = three and spec.q_is_fp8
@@ -169,8 +174,8 @@ def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTE
         consumers=3 if three else 2,
         tokens=tokens,
         # Where steps overlap, each width of the first has its copy of the next: two take 1.6 s to compile, four 2.1.
-        edge_tokens=64 if widest > _NARROW_HEAD_DIM and tokens == 128 else 32,
-        key_stages=4 if fp8 else 2 if three else 3,
+        edge_tokens=64 if widest > _NARROW_HEAD_DIM and tokens == 128 else 48 if long_steps else 32,
+        key_stages=4 if fp8 else 2 if three or long_steps else 3,
         value_stages=3 if fp8 else 2,
         query_stages=2,
         ping_pong=not three,

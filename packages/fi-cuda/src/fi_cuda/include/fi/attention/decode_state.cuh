@@ -1,5 +1,8 @@
 // What a warp holds of an item: its query rows, the online softmax over the chunks it has seen, and their weighted values.
 // Lane 4 g + t holds rows 8 n + 2 t and 8 n + 2 t + 1 of every row tile n.
+//
+// Where a tile of 8 rows has but 4 to fill, rows 4 to 7 are the same queries again, and what the rounding of the weights of rows
+// 0 to 3 leaves is multiplied in their place: the error of weights of 8 bits would be as large as that of the rounded output.
 #pragma once
 
 #include "fi/attention/operands.cuh"
@@ -37,8 +40,11 @@ struct DecodeState {
   static constexpr int kRowTiles = WarpPlace<Config>::kWarpRows / 8;
   static constexpr int kTokenTiles = Config::kChunkTokens / 16;
   static constexpr int kScores = kRowTiles * kTokenTiles * 4;
+  static constexpr int kHalfRows = Config::kRows / 2;
+  static constexpr bool kMayDouble = kSame<Factor, __nv_bfloat16> && Config::kRows == 8 && Config::kGroupSize <= kHalfRows;
 
   int first_row;  // of this warp's rows in the tile
+  int last_row;   // of the 8, the last that does not stand there again
   unsigned query[Ops::kSteps][kRowTiles][2];
   float scale[kRowTiles][2];
   float slope[kRowTiles][2];
@@ -47,10 +53,19 @@ struct DecodeState {
 
   __device__ __forceinline__ DecodeState() : softmax(1.0f) {}
 
+  static __device__ __forceinline__ bool doubles(const AttentionItem& item) {
+    return kMayDouble && item.q_len * Config::kGroupSize <= kHalfRows;
+  }
+  // The row of the tile that row `idx` of this warp's is.
+  __device__ __forceinline__ Row row_at(const AttentionItem& item, int idx) const {
+    return Row(item, first_row + (kMayDouble ? idx & last_row : idx));
+  }
+
   // Loads an item's query rows, `first` the first of this warp's in the tile, which begin() then takes up: what is held of the
   // item before stays, but for its rows.
   __device__ __forceinline__ void load(const Params& params, const AttentionItem& item, int first, int lane) {
     first_row = first;
+    last_row = doubles(item) ? kHalfRows - 1 : 7;
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) load_query(params, item, n, lane);
   }
@@ -64,7 +79,7 @@ struct DecodeState {
       settle_query(params, item, rotator, n, lane);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const Row row(item, first_row + n * 8 + lane % 4 * 2 + r);
+        const Row row = row_at(item, n * 8 + lane % 4 * 2 + r);
         if constexpr (Config::kAlibi) slope[n][r] = row.live ? static_cast<const float*>(params.slopes)[row.head] : 0.0f;
       }
 #pragma unroll
@@ -83,7 +98,7 @@ struct DecodeState {
 
   // Row 8 n + g of Q.
   __device__ __forceinline__ void load_query(const Params& params, const AttentionItem& item, int n, int lane) {
-    const Row row(item, first_row + n * 8 + lane / 4);
+    const Row row = row_at(item, n * 8 + lane / 4);
     const Query* q = static_cast<const Query*>(params.q);
     if (row.live) q += (item.q_begin + row.token) * params.q_stride_token + row.head * params.q_stride_head;
 #pragma unroll
@@ -100,7 +115,7 @@ struct DecodeState {
   __device__ __forceinline__ void settle_query(
       const Params& params, const AttentionItem& item, const Rotator<Config>& rotator, int n, int lane) {
     if constexpr (Rotations<Config>::kQueries) {
-      const Row row(item, first_row + n * 8 + lane / 4);
+      const Row row = row_at(item, n * 8 + lane / 4);
       const Row first(item, first_row + n * 8), last(item, first_row + n * 8 + 7);
       rotator.template rotate_query<Held>(query, n, row.live ? row.token : -1, first.token, min(last.token, item.q_len - 1),
                                           item.offset());
@@ -114,7 +129,7 @@ struct DecodeState {
     for (int r = 0; r < 2; ++r) {
       scale[n][r] = logit_scale;
       if constexpr (Config::kQScales) {
-        const Row scored(item, first_row + n * 8 + lane % 4 * 2 + r);
+        const Row scored = row_at(item, n * 8 + lane % 4 * 2 + r);
         if (scored.live) scale[n][r] *= static_cast<const float*>(params.q_scales)[scored.head * params.q_scale_stride];
       }
     }
@@ -200,7 +215,13 @@ struct DecodeState {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int first = score_idx(n, tile, 2 * half);
-          weights[n][half] = ptx::movmatrix_trans(Ops::template packed<Factor>(scores[first], scores[first + 1]));
+          unsigned rounded = Ops::template packed<Factor>(scores[first], scores[first + 1]);
+          if constexpr (kMayDouble) {
+            const float2 kept = Ops::template unpacked<Factor>(rounded);
+            const unsigned rest = Ops::template packed<Factor>(scores[first] - kept.x, scores[first + 1] - kept.y);
+            rounded = lane % 4 * 2 > last_row ? rest : rounded;
+          }
+          weights[n][half] = ptx::movmatrix_trans(rounded);
         }
       }
       Ops::for_values(stage, tile, lane, [&](int dim_tile, const unsigned(&a)[4]) {
@@ -240,7 +261,7 @@ struct DecodeState {
       result = capped(result, 0.0f) * capped.unit();
     }
     if constexpr (Config::kAlibi) {
-      const Row row(item, first_row + n * 8 + lane % 4 * 2 + r);
+      const Row row = row_at(item, n * 8 + lane % 4 * 2 + r);
       const int distance = position + lane / 4 + e / 2 * 8 - query_position(row.token, item.q_len, item.kv_len);
       result = fmaf(slope[n][r], static_cast<float>(distance), result);
     }
@@ -253,7 +274,7 @@ struct DecodeState {
 #pragma unroll
     for (int idx = 0; idx < kScores; ++idx) {
       const int in_row = ScoreRow::row(idx);
-      const Row row(item, first_row + in_row / 2 * 8 + lane % 4 * 2 + in_row % 2);
+      const Row row = row_at(item, in_row / 2 * 8 + lane % 4 * 2 + in_row % 2);
       const ColumnLimits seen = rule(params).limits(query_position(row.token, item.q_len, item.kv_len), item.kv_len);
       const int key = position + idx / 4 % kTokenTiles * 16 + lane / 4 + idx % 4 / 2 * 8;
       bool visible = key >= seen.low && key < min(seen.high, item.kv_end);

@@ -135,7 +135,12 @@ class ItemFinisher {
 #pragma unroll
       for (int warp = 0; warp < WarpPlace<Config>::kTokenWarps; ++warp) {
         const int row = warp * Config::kRows + unit / kQuads;
-        const float4 values = *reinterpret_cast<const float4*>(shares_.totals + row * kPitch + unit % kQuads * 4);
+        const float* totals = shares_.totals + row * kPitch + unit % kQuads * 4;
+        float4 values = *reinterpret_cast<const float4*>(totals);
+        if (State::doubles(item)) {
+          const float4 rest = *reinterpret_cast<const float4*>(totals + State::kHalfRows * kPitch);
+          values = {values.x + rest.x, values.y + rest.y, values.z + rest.z, values.w + rest.w};
+        }
         shares[warp] = {shares_.rows[row], {values.x, values.y, values.z, values.w}};
       }
       RowPart pieces[kPiecesAtOnce] = {sum_of(shares)};

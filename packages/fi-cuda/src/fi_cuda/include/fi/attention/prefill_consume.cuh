@@ -24,7 +24,7 @@ class PrefillConsumer {
   static constexpr bool kDirect = Config::kBoxes && !Tile::kLanded;
   // Whole steps go round both rings together: one cursor is enough.
   static constexpr bool kTogether = !Config::kOverlap && Config::kKeyStages == Config::kValueStages;
-  static_assert(kTokens % kEdge == 0 && kEdge % kStepKeys == 0);
+  static_assert(kEdge <= kTokens && kEdge % kStepKeys == 0);
 
  public:
   __device__ __forceinline__ PrefillConsumer(const Params& params, Shared& shared, int warpgroup)
@@ -106,7 +106,7 @@ class PrefillConsumer {
   __device__ __forceinline__ void first_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int width) {
     if constexpr (kWidth < kTokens) {
       if (width > kWidth) {
-        first_step<kWidth + kEdge>(item, rows, steps, width);
+        first_step<(kWidth + kEdge < kTokens ? kWidth + kEdge : kTokens)>(item, rows, steps, width);
         return;
       }
     }

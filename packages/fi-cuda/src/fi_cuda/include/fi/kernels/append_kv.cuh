@@ -7,7 +7,7 @@
 // (0: no RoPE), kPairs, kAngleBytes (0: computed), kThreadsPerToken, kQRounds (0: no q), kKRounds, kVRounds, kNumThreads;
 // kWhole: bits 0 to 2 for q, K and V: the rounds of all threads are just the heads; kPacked: heads follow each other;
 // kScalesPerHead: some stride of scales is not 0; kStreaming: cached lines leave L2 first; kValuesFirst: V, whose packs come in
-// pairs of neighbours, is stored while K waits for its angles.
+// pairs of neighbours, is loaded first, and stored while K and its angles are under way.
 // Params: k, v, q [tokens, heads, dim]; *_strides (outer: token, inner: head); k_cache, v_cache with *_cache_strides (outer:
 // page, inner: token) and *_head_stride; *_scales (null: the scale is *_scale) with *_scale_stride (0: one for all heads);
 // q_indptr, kv_lens; table, table_row, indptr, slots, what kAddressing needs; rope (cos_sin or inv_freq), rope_stride, factor.
@@ -136,7 +136,7 @@ __device__ __forceinline__ void append_kv(const Params& params) {
   HeadScales<VSplit, Stored, kPerHead> v_scales;
   destination.start(params);
   q_held.load(q, q_inner, q_share);
-  k_held.load(k, k_inner, k_share);
+  if constexpr (!kValuesFirst) k_held.load(k, k_inner, k_share);
   v_held.load(v, v_inner, v_share);
   q_scales.load(nullptr, 0, 1.0f, q_share);
   k_scales.load(params.k_scales, params.k_scale_stride, params.k_scale, k_share);
@@ -159,6 +159,8 @@ __device__ __forceinline__ void append_kv(const Params& params) {
       }
     }
   }
+  // K is used when its angles have come, and asked for behind them: until then memory serves V, which is used first.
+  if constexpr (kValuesFirst) k_held.load(k, k_inner, k_share);
   // A branch on the page, which no valid table lets be taken: without it the compiler takes V apart, and so waits for it, between
   // the loads of the angles.
   if (kValuesFirst && place.page < 0) return;

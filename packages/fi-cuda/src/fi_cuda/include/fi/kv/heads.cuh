@@ -101,13 +101,13 @@ struct HeldHeads {
   }
 
   // Rotates units of pairs if kRotates, converts (fi/tile/stored.cuh) and stores from first_target on. kStreaming: packs are 16
-  // bytes. Neighbouring packs of 8 bytes that do not rotate are stored as one.
+  // bytes. Neighbouring packs of 8 bytes of FP8 that do not rotate are stored as one.
   template <bool kStreaming, bool kRotates = true, class Stored, bool kPerHead>
   __device__ __forceinline__ void store(Stored* first_target, int64 head_stride, const HeadShare& share,
                                         const Rotation<Split::kCount>& rotation,
                                         const HeadScales<Split, Stored, kPerHead>& scales) {
     constexpr bool kAllPairs = Split::kRotaryDim > 0 && Split::kUnits == Split::kRotatedUnits;
-    constexpr bool kJoins = !kRotates && kAllPairs && Split::kSecond == Split::kCount && Split::kCount * sizeof(Stored) == 8;
+    constexpr bool kJoins = !kRotates && kAllPairs && Split::kSecond == Split::kCount && Split::kCount == 8 && kIsFp8<Stored>;
     Divisor divisor = divisor_of(scales.data[0]);
 #pragma unroll
     for (int round = 0; round < Split::kRounds; ++round) {
@@ -116,7 +116,8 @@ struct HeldHeads {
         Stored* target = first_target + round * Split::kLanes * head_stride;
         if (kPerHead && round > 0) divisor = divisor_of(scales.data[round]);
         if constexpr (kJoins) {
-          put<kStreaming>(target, joined(stored_as<Stored>(first[round], divisor), stored_as<Stored>(second[round], divisor)));
+          const uint2 low = quantised_words<Stored>(first[round], divisor), high = quantised_words<Stored>(second[round], divisor);
+          __stwb(reinterpret_cast<uint4*>(target), make_uint4(low.x, low.y, high.x, high.y));
         } else {
           if constexpr (Split::kRotaryDim > 0) {
             if (share.rotated) {

@@ -80,15 +80,14 @@ __device__ __forceinline__ float quotient(float x, const Divisor& divisor) {
   return result;
 }
 
-// x / scale, saturated to the largest finite value, infinities included, and rounded to nearest even; NaN stays NaN.
+// The elements of a pack, divided.
 // kExact: always what IEEE division gives. Otherwise floats, too, take the short way, which can differ only where the quotient
 // is within 2^-20 ulp of a middle between two floats, one of them a tie of the FP8 format: for results of a computation, which
-// are themselves rounded more than that. sm_89 and newer convert two values an instruction.
-template <class Stored, bool kExact = true, class T, int kBytes>
-__device__ __forceinline__ Pack<Stored, Pack<T, kBytes>::kCount> quantise(const Pack<T, kBytes>& x, const Divisor& divisor) {
+// are themselves rounded more than that.
+template <bool kExact, class T, int kBytes>
+__device__ __forceinline__ void quotients(float (&values)[Pack<T, kBytes>::kCount], const Pack<T, kBytes>& x, const Divisor& divisor) {
   constexpr int kCount = Pack<T, kBytes>::kCount;
   constexpr bool kIsShort = sizeof(T) == 2 || !kExact;
-  float values[kCount];
   to_floats(values, x);
   if (divisor.lift != 1.0f) {
     asm volatile("");  // a branch, seldom taken, instead of predicated instructions
@@ -97,19 +96,45 @@ __device__ __forceinline__ Pack<Stored, Pack<T, kBytes>::kCount> quantise(const 
   }
 #pragma unroll
   for (int e = 0; e < kCount; ++e) values[e] = kIsShort ? short_quotient(values[e], divisor) : quotient(values[e], divisor);
+}
+
+// Two numbers saturated to the largest finite value, infinities included, and rounded to nearest even, the first in the low byte;
+// NaN stays NaN. One instruction on sm_89 and newer.
+template <class Stored>
+__device__ __forceinline__ __nv_fp8x2_storage_t fp8x2_of(float first, float second) {
+  return __nv_cvt_float2_to_fp8x2({first, second}, __NV_SATFINITE, kFp8Format<Stored>);
+}
+
+// x / scale, rounded as fp8x2_of does.
+template <class Stored, bool kExact = true, class T, int kBytes>
+__device__ __forceinline__ Pack<Stored, Pack<T, kBytes>::kCount> quantise(const Pack<T, kBytes>& x, const Divisor& divisor) {
+  constexpr int kCount = Pack<T, kBytes>::kCount;
+  float values[kCount];
+  quotients<kExact>(values, x, divisor);
   Pack<Stored, kCount> stored;
   if constexpr (kCount == 1) {
     stored.data[0].__x = __nv_cvt_float_to_fp8(values[0], __NV_SATFINITE, kFp8Format<Stored>);
   } else {
 #pragma unroll
     for (int e = 0; e < kCount; e += 2) {
-      const float2 pair = {values[e], values[e + 1]};
-      const __nv_fp8x2_storage_t both = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, kFp8Format<Stored>);
       // As one value: bytes would be taken apart and put together again.
-      *reinterpret_cast<__nv_fp8x2_storage_t*>(&stored.data[e]) = both;
+      *reinterpret_cast<__nv_fp8x2_storage_t*>(&stored.data[e]) = fp8x2_of<Stored>(values[e], values[e + 1]);
     }
   }
   return stored;
+}
+
+// The same of 8 elements as two words: packs of bytes that become parts of a larger store are taken apart and put together again,
+// some 5 instructions for two of them.
+template <class Stored, bool kExact = true, class T, int kBytes>
+__device__ __forceinline__ uint2 quantised_words(const Pack<T, kBytes>& x, const Divisor& divisor) {
+  static_assert(Pack<T, kBytes>::kCount == 8);
+  float values[8];
+  quotients<kExact>(values, x, divisor);
+  const auto word = [&](int e) {
+    return fp8x2_of<Stored>(values[e], values[e + 1]) | static_cast<unsigned>(fp8x2_of<Stored>(values[e + 2], values[e + 3])) << 16;
+  };
+  return {word(0), word(4)};
 }
 
 }  // namespace fi

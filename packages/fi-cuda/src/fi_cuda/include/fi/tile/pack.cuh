@@ -57,13 +57,6 @@ __device__ __forceinline__ void keep_whole(Pack<T, kBytes>& pack) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ Pack<T, 16> joined(const Pack<T, 8>& low, const Pack<T, 8>& high) {
-  const uint2 lows = *reinterpret_cast<const uint2*>(&low), highs = *reinterpret_cast<const uint2*>(&high);
-  const uint4 both = {lows.x, lows.y, highs.x, highs.y};
-  return *reinterpret_cast<const Pack<T, 16>*>(&both);
-}
-
 // The line is among the first to leave L2, so that much that is written leaves it evenly.
 template <class T>
 __device__ __forceinline__ void stream_pack(T* address, const Pack<T, 16>& pack) {
