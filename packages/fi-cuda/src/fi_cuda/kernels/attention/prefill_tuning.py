@@ -27,8 +27,9 @@ MAX_PIECES = 16
 COPY_ORDERS = ("in order", "keys ahead", "apart")
 """As ``CopyOrder`` of ``fi/attention/prefill_tiles.cuh``."""
 _PATTERN_TOKENS = 8
+_GATHERING_WARPS, _WARP_ROWS = 4, 32
 _ITEM_BYTES = 64
-_BARRIER_BYTES = 512
+_BARRIER_BYTES = 512 + 1024  # and what is looked up for rows
 _ALIGNMENT = 1024
 _NARROW_HEAD_DIM = 128
 _SHORT_HEAD_DIM = 64
@@ -98,6 +99,15 @@ def box_tokens(page_size: int | None, tokens: int) -> int | None:
     fits = size % tokens == 0 or tokens % size == 0
     box = min(size, tokens)
     return box if fits and box % _PATTERN_TOKENS == 0 else None
+
+
+def run_tokens(spec: AttentionSpec, tuning: PrefillTuning) -> int | None:
+    """Pages of one token that a producing warp copies together where they follow each other in memory: its rows of a step; None
+    where they come one by one."""
+    gathered = (
+        spec.page_size == 1 and spec.kv_dtype == spec.q_dtype and not tuning.overlap and not tuning.landing_stages
+    )
+    return _WARP_ROWS if gathered and tuning.tokens == _GATHERING_WARPS * _WARP_ROWS else None
 
 
 def first_key_unit(page_size: int | None, tokens: int) -> int:

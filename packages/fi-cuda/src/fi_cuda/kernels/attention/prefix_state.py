@@ -23,7 +23,16 @@ from .prefill_state import attention_prefill
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, WARPGROUP_WARPS, box_tokens
 from .prefix import NUM_LISTS, prefix_spec, prefix_tuning_for
 from .prefix_plan import PrefixLayout, PrefixPlanner, SharingTimes, prefix_plan_spec
-from .state import Addressing, Call, DecodeState, address_of, attention_decode, cache_strides_of, scale_of
+from .state import (
+    Addressing,
+    Call,
+    DecodeState,
+    address_of,
+    attention_decode,
+    cache_strides_of,
+    near_strides_of,
+    scale_of,
+)
 from .tuning import memory_gbs, num_processors
 
 _MAX_CALLS = 4096
@@ -207,7 +216,7 @@ class PrefixState:
             workspace=(*addresses[: len(lists)], *beside[:2], *addresses[len(lists) :], *beside[2:]),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), 0, 0, k_scales, v_scales),
-            cache_strides=cache_strides_of(kv),
+            cache_strides=(cache_strides_of if maps else near_strides_of)(kv),
             numbers=(
                 *(0, k_scale_stride, v_scale_stride, self._spec.num_kv_heads, 0, layout.max_segments),
                 *(scale, layer.soft_cap or 1.0, v_scale, 1.0),
