@@ -20,8 +20,8 @@ _ONE_BLOCK_BYTES = 160 * 1024
 
 class Kept(NamedTuple):
     """Most of the shared memory that a kernel keeps beside its part of a row, in blocks of a cluster of up to 8 and of 16;
-    as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``. Where many rows share
-    multiprocessors, a cluster has ``least_cluster`` blocks or more."""
+    as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``. Where many rows
+    share multiprocessors, a cluster has ``least_cluster`` blocks or more."""
 
     bytes: int
     bytes_of_16: int
