@@ -26,13 +26,15 @@ _ONE_BLOCK_BYTES = 160 * 1024
 
 class Kept(NamedTuple):
     """Most of the shared memory that a kernel keeps beside its part of a row, in blocks of a cluster of up to 8 and of 16;
-    as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``; ``sixes``: whether
-    clusters of six are faster than of eight."""
+    as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``. Where many rows
+    share multiprocessors, a cluster has ``least_cluster`` blocks or more; ``sixes``: whether clusters of six are faster than of
+    eight."""
 
     bytes: int
     bytes_of_16: int
     most_blocks: int = 3
     threads_of_three: int = 512
+    least_cluster: int = 1
     sixes: bool = False
 
 
@@ -43,8 +45,11 @@ NO_SEARCH_PENALISED = Kept(5 * 1024, 5 * 1024, threads_of_three=256)
 SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
 """Of kernels whose ``ClusterRowSpec.small_search`` holds."""
 
+SHORT_LIST = SMALL_SEARCH._replace(least_cluster=4)
+"""With top_k: fewer warps have too few groups of tokens for a usual k, and the general search is three times as slow."""
+
 TOP_P_SEARCH = SMALL_SEARCH._replace(sixes=True)
-"""Likewise, without top_k."""
+"""With top_p and without top_k."""
 
 SEARCH = Kept(36 * 1024, 44 * 1024, most_blocks=2)
 
@@ -100,7 +105,7 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, kept: Kept 
 
 def _shared_multiprocessors(vocab_size: int, rows_held: int, kept: Kept, threads: int) -> Geometry:
     """The smallest cluster of which two blocks fit on a multiprocessor; three, if they do with partial rounds."""
-    cluster_size = 1
+    cluster_size = kept.least_cluster
     while True:
         for filling in (_MOST_FILLING, 0.0):
             form = geometry(vocab_size, cluster_size, kept.threads_of_three, filling)
