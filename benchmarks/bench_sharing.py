@@ -76,9 +76,9 @@ def measure(model: Model, workload: Workload, num_steps: int, shared: bool, rate
     batch = count * workload.num_samples
     # Samples branch off while later prompts are still read, so they have room for as many tokens as there are steps till then.
     step_tokens = max(4096, 2 * batch)
-    new = sum(map(len, prompts)) // (step_tokens - batch) + count + 2 * (WARM_STEPS + num_steps)
-    longest = max(map(len, prompts)) + new + 1
     distinct = COMMON + count * OWN if workload.kind == "common" else sum(map(len, prompts))
+    new = distinct // (step_tokens - batch) + count + 2 * (WARM_STEPS + num_steps)
+    longest = max(map(len, prompts)) + new + 1
     pages = distinct // PAGE + count + batch * (new // PAGE + 3)
     config = EngineConfig(batch, step_tokens, longest, PAGE, pages, shared_prefixes=shared, sharing_rates=rates)
     engine = Engine(model, None, config)
@@ -131,7 +131,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     common = [row for row in rows if row["prompts"] == "common"]
     figure, axes = pyplot.subplots(figsize=(6, 4))
@@ -142,8 +142,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="samples a request (64 requests, 8192 common tokens)", ylabel="inter-token latency, ms")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xticks([row["num_samples"] for row in common], [str(row["num_samples"]) for row in common])
     axes.grid(alpha=0.3)
     axes.legend()

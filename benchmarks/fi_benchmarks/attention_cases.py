@@ -118,12 +118,14 @@ def _prefill(name: str, shape: Shape, lengths: list[int], group: str = "prefill"
 
 
 def prefill_cases() -> Iterator[Case]:
-    """Whole prompts from ragged K and V (the peers' file's names) and from pages of 16 and 1, then of variable lengths and
-    of equal ones with the same work."""
+    """Whole prompts from ragged K and V (the peers' file's names) and from pages of 16 and 1, these also where they follow each
+    other in memory, then of variable lengths and of equal ones with the same work."""
     ragged = replace(LLAMA, page_size=None)
     for length, count in PREFILL_LENGTHS:
-        for shape in (ragged, replace(LLAMA, page_size=16), replace(LLAMA, page_size=1)):
+        slots = replace(LLAMA, page_size=1)
+        for shape in (ragged, replace(LLAMA, page_size=16), slots, replace(slots, in_order=True)):
             suffix = "" if shape.page_size is None else f" page{shape.page_size}"
+            suffix += " in order" if shape.in_order else ""
             name = f"prefill B{count} S{length} h32/8 d128 causal=1{suffix}"
             yield _prefill(name, shape, [length] * count)
     for length, count in PREFILL_LENGTHS:

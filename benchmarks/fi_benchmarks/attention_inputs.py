@@ -32,7 +32,7 @@ MIXED_Q_LEN = 512
 class Shape:
     """Heads, dims and cache of a model; ``page_size`` None: ragged K and V. ``window``, ``soft_cap``, ``sinks`` and
     ``alibi`` as in fi.LayerArgs (sinks are random, slopes those of the paper); ``q_format`` and ``rope`` as in
-    fi.AttentionSpec."""
+    fi.AttentionSpec. ``in_order``: pages follow each other in memory, as allocators with room give them; else at random."""
 
     num_qo_heads: int = 32
     num_kv_heads: int = 8
@@ -46,6 +46,7 @@ class Shape:
     alibi: bool = False
     q_format: QFormat = "same"
     rope: FusedRope | None = None
+    in_order: bool = False
 
     @property
     def rotates_or_reads_fp8_queries(self) -> bool:
@@ -117,7 +118,9 @@ def make_inputs(device: torch.device, shape: Shape, q_lens: Sequence[int], kv_le
     else:
         counts = [-(-length // shape.page_size) for length in kv_lens]
         rows = (sum(counts), shape.page_size, *heads)
-        pages = torch.randperm(sum(counts), device=device, generator=generator).int()
+        count = sum(counts)
+        order = torch.arange(count) if shape.in_order else torch.randperm(count, device=device, generator=generator)
+        pages = order.to(device, torch.int32)
         table = torch.zeros((len(counts), max(counts)), dtype=torch.int32, device=device)
         for row, part in zip(table, pages.split(counts), strict=True):
             row[: part.shape[0]] = part

@@ -13,9 +13,11 @@ from fi_core.ops import OPERATIONS
 from fi_core.ops.cases.prefixes import Forest
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
 from fi_core.registry import registry
+from fi_core.rope import FusedRope
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import (
     layout,
+    order,
     plan,
     prefill_state,
     prefill_tuning,
@@ -34,7 +36,7 @@ from fi_cuda.kernels.attention.prefix import (
     prefix_tuning_for,
 )
 from fi_cuda.kernels.attention.prefix_plan import PrefixLayout, prefix_plan_spec
-from fi_cuda.kernels.attention.prefix_state import attention_prefix
+from fi_cuda.kernels.attention.prefix_state import attention_apart, attention_prefix
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
 pytestmark = pytest.mark.timeout(120)
@@ -51,28 +53,37 @@ def batch_of(q_lens, kv_lens, forest: Forest) -> Batch:
 # Selection
 
 
+ROPE = {"rope": "q", "rope_pairs": "half", "rotary_dim": 64}
+ALL_FP8 = {"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3"}
+
+
 @pytest.mark.parametrize(
     ("changes", "served"),
     [
-        ({}, True),
-        ({"levels": False}, False),
-        ({"max_q_len": 8192, "group_size": 64, "page_size": 1, "table": "indptr"}, True),
-        ({"features": frozenset({"soft_cap", "sinks", "lse"}), "causal": False, "kv_format": "fp8_e4m3"}, True),
-        ({"features": frozenset({"alibi", "mask"}), "windowed": True}, True),
-        ({"q_format": "fp8_e4m3"}, False),
-        ({"rope": "q", "rope_pairs": "half", "rotary_dim": 64}, False),
-        ({"batch_invariant": True}, False),
-        ({"table": "ragged", "page_size": None}, False),
-        ({"group_size": 65}, False),
+        ({}, "attention_prefix"),
+        ({"max_q_len": 8192, "group_size": 64, "page_size": 1, "table": "indptr"}, "attention_prefix"),
+        (
+            {"features": frozenset({"soft_cap", "sinks", "lse"}), "causal": False, "kv_format": "fp8_e4m3"},
+            "attention_prefix",
+        ),
+        ({"features": frozenset({"alibi", "mask"}), "windowed": True}, "attention_prefix"),
+        ({"max_q_len": 512, **ALL_FP8}, "attention_prefix_fp8"),
+        ({"max_q_len": 1, **ALL_FP8}, "attention_prefix_fp8"),
+        ({"max_q_len": 1, "q_format": "fp8_e4m3"}, "attention_prefix_apart"),
+        ({"max_q_len": 4, **ROPE}, "attention_prefix_apart"),
+        ({"max_q_len": 4, **ROPE, "rope": "qk"}, "attention_prefix_apart"),
+        ({"max_q_len": 512, **ROPE}, "attention_prefix_rotated"),
+        ({"max_q_len": 512, "q_format": "fp8_e4m3"}, None),
+        ({"max_q_len": 512, **ROPE, "rope": "qk"}, None),
+        ({"batch_invariant": True}, None),
+        ({"table": "ragged", "page_size": None}, None),
+        ({"group_size": 65}, None),
     ],
 )
 def test_what_is_served(changes, served):
     attention = next(operation for operation in OPERATIONS if operation.name == "attention")
-    entry = next(entry for entry in ATTENTION_ENTRIES if entry.name == "attention_prefix")
     request = attention.request(Target("cuda", (9, 0)), **{**attention.typical, "levels": True, **changes})
-    assert (not entry.reject(request)) == served
-    others = [entry for entry in ATTENTION_ENTRIES if entry.name != "attention_prefix"]
-    assert not request["levels"] or all(entry.reject(request) for entry in others)
+    assert [entry.name for entry in ATTENTION_ENTRIES if not entry.reject(request)] == [served] * (served is not None)
 
 
 # Agreement with the kernel
@@ -119,9 +130,9 @@ def test_the_kernel_agrees_on_fields_and_shared_memory(name, compile_with_offset
         needed = max(made.shared_bytes if made.shared_bytes > made.decode_bytes else 0, 1024)
         fits = f"static_assert((sizeof(fi::PrefillShared<Config>) + 2047) / 1024 >= {needed // 1024});"
     resources = compile_with_offsets(made, fits).resources
-    # A producer that gathers rows keeps in memory what an item needs, and decode's code places in a chunk where its tiles are
-    # large. These specs are not shipped.
-    allowed = {"rows": 20, "decode, d64 by rows": 20, "decode of more rows": 160, "decode, d256": 96}
+    # A producer that gathers rows keeps in memory what an item needs, and decode's code its list's ends where heads are of 256.
+    # These specs are not shipped.
+    allowed = {"rows": 12, "decode, d256": 36}
     assert max(resources.spill_store_bytes, resources.spill_load_bytes) <= allowed.get(name, 0)
 
 
@@ -165,7 +176,7 @@ def test_tunings_are_overridden_and_wrong_ones_named(monkeypatch):
 @pytest.fixture
 def launches(monkeypatch, recorder):
     """A machine of 7 processors whose kernels are recorded instead of launched."""
-    for module in (plan, prefill_state, prefix_plan, prefix_state, state):
+    for module in (order, plan, prefill_state, prefix_plan, prefix_state, state):
         monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
     for module in (layout, prefix_state):
         monkeypatch.setattr(module, "num_processors", lambda device: 7)
@@ -303,10 +314,21 @@ def test_plans_for_long_queries_have_room_for_few_that_share():
     assert not prefix_plan_spec(spec, FEW, built_in_prefix_tuning(spec), 132).bounded
 
 
+def test_batches_without_levels_have_the_kernels_of_plans_without_them(launches):
+    mixed = attention_prefix.plan(SPEC, replace(CAPACITY, max_q_tokens=200, max_q_len=40), "cpu")
+    assert any("without levels" in line and "the decode kernel" in line for line in mixed.describe())
+
+
+def test_levels_that_no_kernel_serves_are_told_and_not_used(launches):
+    spec = replace(SPEC, rope=FusedRope(SPEC.head_dim))
+    made = attention_apart.plan(spec, CAPACITY, "cpu")
+    assert made.describe()[0].startswith("levels are not used")
+    assert attention_apart.workspace_bytes(spec, CAPACITY, "cpu") == sum(tensor.nbytes for tensor in made.workspace)
+
+
 def test_capacities_that_planning_cannot_count_are_named(launches):
     for changes, name in (
         ({"max_prefixes": 5000}, "max_prefixes"),
-        ({"max_prefixes": 50, "max_prefix_depth": 40}, "max_prefix_depth"),
         ({"max_q_tokens": 2**27, "max_q_len": 2**20, "max_batch": 2**27}, "max_q_tokens"),
     ):
         with pytest.raises(CapacityError, match=name):

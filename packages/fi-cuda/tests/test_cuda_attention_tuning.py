@@ -19,7 +19,7 @@ from fi_cuda.kernels.attention import boxes, tuning
 from fi_cuda.kernels.attention.call import MASK_FORMS, TABLE_FORMS, CallForm
 from fi_cuda.kernels.attention.decode import decode_spec
 from fi_cuda.kernels.attention.mixed_state import attention_mixed, attention_short
-from fi_cuda.kernels.attention.prefix_state import attention_prefix
+from fi_cuda.kernels.attention.prefix_state import attention_apart, attention_prefix
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, built_in_tuning, tuning_for
 
 CPU = torch.device("cpu")
@@ -110,7 +110,9 @@ def attention():
 
 
 def test_the_entry_is_complete_and_registered(attention):
-    kernels = {"attention_decode": attention_short, "attention_prefix": attention_prefix}
+    kernels = {"attention_decode": attention_short}
+    kernels |= dict.fromkeys(("attention_prefix", "attention_prefix_fp8"), attention_prefix)
+    kernels |= dict.fromkeys(("attention_prefix_apart", "attention_prefix_rotated"), attention_apart)
     for entry in ATTENTION_ENTRIES:
         check_entry(entry, {"attention": attention})
         assert entry.load() is kernels.get(entry.name, attention_mixed)

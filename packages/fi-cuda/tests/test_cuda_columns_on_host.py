@@ -28,10 +28,10 @@ def form(request, monkeypatch):
     sample_module._bound_to_columns.cache_clear()
 
 
-def penalties_of(seed, vocab_size, capacity=64):
+def penalties_of(seed, vocab_size, capacity=64, num_told=40, num_biased=20):
     generator = torch.Generator().manual_seed(seed)
     history = TokenHistory.empty(NUM_ROWS, vocab_size, capacity)
-    told = torch.randint(0, vocab_size, (NUM_ROWS, 40), generator=generator)
+    told = torch.randint(0, vocab_size, (NUM_ROWS, num_told), generator=generator)
     told[1, :20] = 7
     reference_record(history, told, None)
     words = (vocab_size + 31) // 32
@@ -39,12 +39,12 @@ def penalties_of(seed, vocab_size, capacity=64):
     column = torch.rand(NUM_ROWS, generator=generator)
     return PenaltyParams(
         allowed=masks[0] | masks[1],
-        bias_indptr=torch.arange(NUM_ROWS + 1, dtype=torch.int32) * 20,
+        bias_indptr=torch.arange(NUM_ROWS + 1, dtype=torch.int32) * num_biased,
         bias_tokens=torch.rand((NUM_ROWS, vocab_size), generator=generator)
-        .topk(20, dim=1)
+        .topk(num_biased, dim=1)
         .indices.to(torch.int32)
         .flatten(),
-        bias_values=3 * torch.randn(NUM_ROWS * 20, generator=generator),
+        bias_values=3 * torch.randn(NUM_ROWS * num_biased, generator=generator),
         repetition=column + 0.7,
         frequency=column - 0.3,
         presence=column,
@@ -84,6 +84,14 @@ def test_penalised_draws_are_those_of_the_reference(form, values, vocab_size, mo
         check_draws(monkeypatch, logits, values, "sequential", penalties, slots)
         if kind == "normal":
             check_draws(monkeypatch, logits.bfloat16(), values, "sequential", penalties, slots)
+
+
+def test_lists_longer_than_what_comes_with_the_row(form, monkeypatch):
+    # Half of the vocabulary in a history, and more biases than a warp has lanes.
+    penalties = penalties_of(3, VOCAB, capacity=700, num_told=1100, num_biased=100)
+    assert 512 < int(penalties.history.num_entries.min()) and int(penalties.history.num_entries.max()) <= 700
+    check_draws(monkeypatch, rows_of("normal"), {}, "sequential", penalties)
+    check_draws(monkeypatch, rows_of("normal"), {"top_p": 0.9}, "sequential", penalties)
 
 
 def test_what_a_history_lacks_makes_its_row_unusable(form, monkeypatch):

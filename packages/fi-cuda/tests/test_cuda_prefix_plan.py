@@ -20,7 +20,7 @@ from fi_cuda.kernels.attention.layout import Layout
 from fi_cuda.kernels.attention.plan import DevicePlanner, fill_on_host
 from fi_cuda.kernels.attention.prefill_tuning import WARPGROUP_ROWS, box_tokens
 from fi_cuda.kernels.attention.prefix import PrefixTuning, built_in_prefix_tuning
-from fi_cuda.kernels.attention.prefix_plan import PrefixLayout, PrefixPlanner, prefix_plan_spec
+from fi_cuda.kernels.attention.prefix_plan import MAX_DEPTH, PrefixLayout, PrefixPlanner, prefix_plan_spec
 from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
 pytestmark = pytest.mark.timeout(120)
@@ -234,6 +234,12 @@ def test_nodes_that_do_not_pay_are_left_to_those_within_them():
     assert nodes == {(0, 0), (2, 0)} and max(row[5] for row in planned.rows if row[3] == NODE) == 3000
     given = check(SPEC, [1] * 14, [3040] * 14, forest, {"choose": False})
     assert {(row[0], row[7]) for row in given.rows if row[3] == NODE} == {(0, 0), (0, 100), (2, 0), (12, 0)}
+
+
+def test_nodes_deeper_than_a_warp_has_lanes_are_read_by_each_request():
+    deep = Forest(tuple((0, 3, 16 * level, 16 * level + 16) for level in range(40)))
+    planned = check(SPEC, [1] * 3, [700] * 3, deep, {"choose": False})
+    assert sorted(row[7] for row in planned.rows if row[3] == NODE) == [16 * level for level in range(MAX_DEPTH)]
 
 
 def test_tokens_beyond_the_room_share_nothing(monkeypatch):

@@ -4,7 +4,14 @@ import pytest
 import torch
 from fi_cuda.kernels.sampling.filter_logits import FilterLogitsSpec
 from fi_cuda.kernels.sampling.forms import kept_for
-from fi_cuda.kernels.sampling.geometry import NO_SEARCH, SEARCH, SMALL_SEARCH, geometry_for
+from fi_cuda.kernels.sampling.geometry import (
+    NO_SEARCH,
+    SEARCH,
+    SHORT_LIST,
+    SMALL_SEARCH,
+    TOP_P_SEARCH,
+    geometry_for,
+)
 from fi_cuda.kernels.sampling.sample import SampleSpec
 from fi_cuda.kernels.sampling.top_k import TopKSpec
 from fi_cuda.kernels.sampling.verify import VerifySpec
@@ -19,15 +26,15 @@ VOCABULARIES = (1, 2, 97, 1024, 1025, 4096, 4097, 32000, 50257, 128256, 151936, 
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
-@pytest.mark.parametrize("num_rows", [1, 8, 9, 32, 33, 4096])
-@pytest.mark.parametrize("kept", [NO_SEARCH, SMALL_SEARCH, SEARCH])
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 21, 22, 32, 33, 4096])
+@pytest.mark.parametrize("kept", [NO_SEARCH, SMALL_SEARCH, SHORT_LIST, TOP_P_SEARCH, SEARCH])
 def test_a_cluster_holds_its_row(vocab_size, num_rows, kept):
     form = geometry_for(vocab_size, num_rows, kept=kept)
     warps = form.cluster_size * form.num_threads // 32
     assert warps * form.warp_tokens >= vocab_size
     # Slices begin at multiples of 16 bytes in any dtype.
     assert form.warp_tokens % 8 == 0
-    assert form.cluster_size in (1, 2, 4, 8, 16) and form.num_threads in (128, 256, 512)
+    assert form.cluster_size in (1, 2, 4, 6, 8, 16) and form.num_threads in (128, 256, 512)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
@@ -40,6 +47,12 @@ def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
     specs = (
         SampleSpec.of(torch.float32, 16, filtering, every),
         SampleSpec.of(torch.float32, 16, geometry_for(vocab_size, num_rows, kept=NO_SEARCH), frozenset()),
+        SampleSpec.of(
+            torch.float32,
+            16,
+            geometry_for(vocab_size, num_rows, kept=kept_for(frozenset({"top_p"}))),
+            frozenset({"top_p"}),
+        ),
         FilterLogitsSpec.of(torch.float32, 16, filtering, every, 16, True),
         TopKSpec(torch.float32, 16, *form, 2048, False),
         VerifySpec(torch.float32, 16, *form, tree=True, proposals=False),
@@ -57,3 +70,7 @@ def test_few_rows_are_spread_and_many_share_multiprocessors():
     assert (few.resident_blocks, some.resident_blocks, many.resident_blocks) == (1, 1, 2)
     assert all(geometry_for(128256, 256, kept=kept).resident_blocks == 3 for kept in (NO_SEARCH, SMALL_SEARCH))
     assert geometry_for(32000, 256).cluster_size == 2
+    assert geometry_for(32000, 256, kept=SHORT_LIST).cluster_size == 4
+    # 16 clusters of 8 do not fit on the multiprocessors at a time, of 6 they do.
+    for kept in (NO_SEARCH, TOP_P_SEARCH):
+        assert [geometry_for(128256, rows, kept=kept).cluster_size for rows in (8, 16, 22)] == [16, 6, 8]

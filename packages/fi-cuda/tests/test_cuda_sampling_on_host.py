@@ -19,7 +19,7 @@ from fi_cuda.kernels.sampling.geometry import geometry
 pytestmark = pytest.mark.timeout(300)
 
 COLUMNS = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32, "temperature": torch.float32}
-ONE_BLOCK, TWO_BLOCKS = (1, 128), (2, 256)
+ONE_BLOCK, TWO_BLOCKS, THREE_BLOCKS = (1, 128), (2, 256), (3, 128)
 VOCAB = 1010
 
 
@@ -74,7 +74,7 @@ def check_draws(logits, values, orders=("sequential",)):
 KINDS = ("normal", "peaked", "narrow", "equal", "tied", "gap", "one_hot", "few", "bad")
 
 
-@pytest.mark.parametrize("form", [ONE_BLOCK, TWO_BLOCKS])
+@pytest.mark.parametrize("form", [ONE_BLOCK, TWO_BLOCKS, THREE_BLOCKS])
 def test_top_p_draws_what_the_reference_draws(on_host, form):
     on_host(form)
     for kind in KINDS:

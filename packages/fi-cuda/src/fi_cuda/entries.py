@@ -119,6 +119,7 @@ _LONG_QUERIES: Mapping[str, Rule] = {
     "rope_pairs": OneOf("none"),
     "rotary_dim": Between(0, 0),
 }
+_APART_QUERIES: Mapping[str, Rule] = {**_SHORT_QUERIES, "group_size": Between(1, _MAX_LONG_GROUP)}
 _LONG_FP8_QUERIES: Mapping[str, Rule] = {
     **_LONG_QUERIES,
     "kv_format": OneOf("fp8_e4m3"),
@@ -131,13 +132,13 @@ _LONG_ROTATED_QUERIES: Mapping[str, Rule] = {
     "rope": OneOf("q"),
 }
 
-_SHARED_PREFIXES: Mapping[str, Rule] = {
-    **_LONG_QUERIES,
+_LEVELS: Mapping[str, Rule] = {
     "levels": OneOf(True),
-    "max_q_len": Between(1),
     "table": OneOf("dense", "indptr"),
     "batch_invariant": OneOf(False),
 }
+_SHARED_PREFIXES: Mapping[str, Rule] = {**_LONG_QUERIES, "max_q_len": Between(1)}
+_SHARED_FP8_PREFIXES: Mapping[str, Rule] = {**_LONG_FP8_QUERIES, "max_q_len": Between(1)}
 
 
 def _same_or_fp8(request: Request) -> bool:
@@ -146,6 +147,9 @@ def _same_or_fp8(request: Request) -> bool:
 
 def _pairs_in_lanes(request: Request) -> bool:
     return request["rope_pairs"] != "half" or int(request["rotary_dim"]) % 32 == 0
+
+
+_PAIRS_IN_LANES = Condition("a rotary_dim that 32 divides with rope_pairs 'half'", _pairs_in_lanes)
 
 
 def _on_hopper(request: Request) -> bool:
@@ -232,6 +236,10 @@ def _load_attention_prefix() -> Any:
     return importlib.import_module("fi_cuda.kernels.attention.prefix_state").attention_prefix
 
 
+def _load_attention_apart() -> Any:
+    return importlib.import_module("fi_cuda.kernels.attention.prefix_state").attention_apart
+
+
 LONG_ATTENTION_ENTRIES: list[KernelEntry] = [
     KernelEntry(
         "attention",
@@ -254,6 +262,25 @@ LONG_ATTENTION_ENTRIES: list[KernelEntry] = [
 ]
 """Kernels of attention whose plans have the prefill kernel."""
 
+
+def _levels_entry(name: str, rules: Mapping[str, Rule], load: Callable[[], Any], *more: Condition) -> KernelEntry:
+    conditions = (
+        Condition("a Hopper GPU", _on_hopper),
+        Condition("K and V in q's dtype or in FP8", _same_or_fp8),
+        *more,
+    )
+    rules, least = {**rules, **_LEVELS}, WARPGROUP_CAPABILITY
+    return KernelEntry("attention", name, BACKEND, rules, load, ("cuda",), min_capability=least, conditions=conditions)
+
+
+_PREFIX_ENTRIES = [
+    _levels_entry("attention_prefix", _SHARED_PREFIXES, _load_attention_prefix),
+    _levels_entry("attention_prefix_fp8", _SHARED_FP8_PREFIXES, _load_attention_prefix),
+]
+_NOT_PREFIX = Condition(
+    "what no kernel for levels serves", lambda request: all(e.reject(request) for e in _PREFIX_ENTRIES)
+)
+
 ATTENTION_ENTRIES: list[KernelEntry] = [
     KernelEntry(
         "attention",
@@ -263,24 +290,12 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
         _load_attention_decode,
         devices=("cuda",),
         min_capability=BARRIER_CAPABILITY,
-        conditions=(
-            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
-            Condition("a rotary_dim that 32 divides with rope_pairs 'half'", _pairs_in_lanes),
-        ),
+        conditions=(Condition("K and V in q's dtype or in FP8", _same_or_fp8), _PAIRS_IN_LANES),
     ),
     *LONG_ATTENTION_ENTRIES,
-    KernelEntry(
-        "attention",
-        "attention_prefix",
-        BACKEND,
-        _SHARED_PREFIXES,
-        _load_attention_prefix,
-        devices=("cuda",),
-        min_capability=WARPGROUP_CAPABILITY,
-        conditions=(
-            Condition("a Hopper GPU", _on_hopper),
-            Condition("K and V in q's dtype or in FP8", _same_or_fp8),
-        ),
-    ),
+    *_PREFIX_ENTRIES,
+    # Levels are accepted, and requests read their keys each for itself.
+    _levels_entry("attention_prefix_apart", _APART_QUERIES, _load_attention_apart, _PAIRS_IN_LANES, _NOT_PREFIX),
+    _levels_entry("attention_prefix_rotated", _LONG_ROTATED_QUERIES, _load_attention_apart),
 ]
 """Kernels of attention, each for some lengths of queries."""

@@ -211,7 +211,7 @@ def _all_prefill_specs(eight: AttentionSpec, sinks: AttentionSpec) -> Iterator[K
     ragged = replace(eight, page_size=None, table="ragged")
     for spec in (ragged, replace(ragged, causal=False), replace(eight, dtype=torch.float16, kv_format="fp16")):
         yield from _prefill_specs(spec, CallForm())
-    yield from _prefill_specs(replace(eight, page_size=1), CallForm(), boxes=False)
+    yield from _prefill_specs(replace(eight, page_size=1), CallForm())
     yield from _prefill_specs(replace(eight, kv_format="fp8_e4m3"), CallForm(k_scales=True, v_scales=True))
     yield from _prefill_specs(replace(eight, rope=FusedRope(128)), CallForm())
     all_fp8 = replace(eight, kv_format="fp8_e4m3", q_format="fp8_e4m3")
@@ -246,9 +246,7 @@ def _decode_specs(
     yield decode_spec(spec, tuning, form._replace(boxes=boxes))
 
 
-def _prefill_specs(
-    spec: AttentionSpec, form: CallForm, window: int | None = None, boxes: bool = True
-) -> Iterator[KernelSpec]:
+def _prefill_specs(spec: AttentionSpec, form: CallForm, window: int | None = None) -> Iterator[KernelSpec]:
     tuning = built_in_prefill_tuning(spec)
     params = prefill_params(spec, _PREFILL, tuning, window, _HOPPER_PROCESSORS)
     short = short_capacity(spec, _PREFILL)
@@ -257,4 +255,4 @@ def _prefill_specs(
     yield plan_spec(params, _PREFILL)
     for fast_memory in (False, True):
         yield order_spec(params, _PREFILL, tuning, spec.page_size, ShortSteps(short.max_q_len), fast_memory)
-    yield prefill_spec(spec, tuning, form._replace(boxes=boxes), after_decode=True)
+    yield prefill_spec(spec, tuning, form._replace(boxes=True), after_decode=True)

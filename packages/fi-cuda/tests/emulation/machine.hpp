@@ -274,14 +274,18 @@ T& shared_variable(const void* tag) {
   return *reinterpret_cast<T*>(place);
 }
 
-inline void run_fiber() {
-  machine->kernel();
+inline void end_fiber() {
   Fiber& fiber = *self;
   fiber.ended = true;
   --fiber.block->live;
   --fiber.block->cluster->live;
   ++machine->events;
   _longjmp(machine->scheduler, 1);
+}
+
+inline void run_fiber() {
+  machine->kernel();
+  end_fiber();
 }
 
 inline void resume(Fiber& fiber) {

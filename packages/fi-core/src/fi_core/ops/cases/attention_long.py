@@ -81,6 +81,11 @@ def _layouts() -> Iterator[Case]:
     for page_size in (1, 2, 3, 5, 8, 16, 24, 32, 64, 100, 128, 255, 256):
         for name, options in _PLACES.items():
             yield _case(f"page_size_{page_size}_{name}", page_size=page_size, **options)
+    # Of a step of 128 keys some parts of 32 follow each other in memory and some do not.
+    runs: dict[str, Any] = {"page_size": 1, "run": 70}
+    yield _case("slots_in_runs", _APPEND, head_dim=128, heads=(8, 2), features={"lse"}, **runs)
+    yield _case("slots_in_runs_window", _APPEND, windows=(200,), kv_layout="HND", storage="padded", **runs)
+    yield _case("slots_in_runs_d96", head_dim=96, table="indptr", storage="interleaved", causal=False, **runs)
     for storage in ("interleaved", "padded"):
         for kv_layout in ("NHD", "HND"):
             placed: dict[str, Any] = {"storage": storage, "kv_layout": kv_layout, "strided": True}

@@ -25,7 +25,8 @@ class CacheForm:
 
     ``storage``: two tensors, views of one tensor with K and V in turn, or rows that are wider than a head. ``scale``: no
     scale, a float, a scalar tensor, or one a head. ``table_row`` puts the rows of a dense table out of order.
-    ``first_page`` leaves that many pages unused (and, if not 0, unwritten) before the others.
+    ``first_page`` leaves that many pages unused (and, if not 0, unwritten) before the others. ``run``: so many pages follow
+    each other, as allocators give them; 1: each lies anywhere.
     """
 
     num_heads: int
@@ -40,6 +41,7 @@ class CacheForm:
     as_bytes: bool = False
     table_row: bool = False
     first_page: int = 0
+    run: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def _paged(
     size = form.page_size or 1
     counts = [math.ceil(length / size) for length in kv_lens]
     num_used = sum(counts) + 2
-    ids = (torch.randperm(num_used, generator=generator) + form.first_page).tolist()
+    runs = torch.randperm(-(-num_used // form.run), generator=generator) * form.run + form.first_page
+    ids = [page for first in runs.tolist() for page in range(first, min(first + form.run, form.first_page + num_used))]
     stale, pages, taken = ids[-1], [], 0
     for count in counts:
         pages.append(ids[taken : taken + count])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...prefixes import SharedPrefixes
 from ...reference.append_kv import bytes_view
+from ...rope import FusedRope
 from .kv import CacheForm, CacheInputs
 
 Node = tuple[int, int, int, int]
@@ -151,6 +152,12 @@ def forests() -> Iterator[ForestCase]:
         yield _case(f"head_dim_{head_dim}", order, five, (8, 1), head_dim=head_dim)
     yield _case("fp8", order, five, (90, 1), **wide, kv_format="fp8_e4m3", scale="heads", features={"lse"})
     yield _case("fp8_e5m2", order, (2, 1, 1, 3, 1), (90, 1), **wide, kv_format="fp8_e5m2", scale="tensor")
+    all_fp8: dict[str, Any] = {**wide, "kv_format": "fp8_e4m3", "q_format": "fp8_e4m3", "fp8_weights": True}
+    yield _case("fp8_q", order, five, (90, 1), **all_fp8, scale="heads", q_scale="heads", features={"lse"})
+    yield _case("fp8_q_mixed", order, (1, 20, 1, 5, 33), (90, 1), **all_fp8, scale="tensor", q_scale="float")
+    yield _case("fp8_q_bf16_kv", order, (1, 2, 1, 1, 3), (90, 1), **wide, q_format="fp8_e4m3", q_scale="tensor")
+    yield _case("rope_q", order, (1, 20, 1, 5, 33), (8, 1), **wide, rope=FusedRope(128), features={"lse"})
+    yield _case("rope_qk", order, (1, 2, 1, 3, 1), (8, 1), **wide, rope=FusedRope(64, keys=True))
     for seed in range(6):
         count = (7, 12, 20, 5, 16, 33)[seed]
         forest = _random_forest(seed, count, 5, (40, 90, 300, 20, 130, 60)[seed])

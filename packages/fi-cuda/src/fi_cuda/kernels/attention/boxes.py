@@ -50,12 +50,14 @@ def _map_of(tensor: Tensor, num_tokens: int) -> TensorMap:
 
 
 def column_maps_of(kv: KVCache, num_tokens: int, width_bytes: int) -> tuple[TensorMap, TensorMap] | None:
-    """The maps of K and V with dims page (ragged: one), KV head, token, element, and boxes of ``num_tokens`` of a head,
-    ``width_bytes`` wide and swizzled, of which the last may reach beyond the row; None for tensors that no map describes."""
+    """The maps of K and V with dims page (ragged: one), KV head, token, element, and boxes of ``num_tokens`` of a head (of a page
+    each, where pages have one), ``width_bytes`` wide and swizzled, of which the last may reach beyond the row; None for tensors
+    that no map describes."""
     k, v = (tensor if kv.is_paged else tensor[None] for tensor in kv.as_nhd())
     if not (_describable(k) and _describable(v)):
         return None
-    box = Box((1, 1, num_tokens, width_bytes // k.element_size()), width_bytes)
+    rows = (num_tokens, 1, 1) if kv.is_paged and k.shape[1] == 1 else (1, 1, num_tokens)
+    box = Box((*rows, width_bytes // k.element_size()), width_bytes)
     # L2 must not fetch more than a row: what follows it may belong to another head, which another block reads much later.
     boxes = (
         box if tensor.shape[-1] * tensor.element_size() % 256 == 0 else box._replace(l2_promotion_bytes=128)

@@ -12,7 +12,7 @@ from ...params import ParamsLayout
 from ...spec import KernelSpec, join_constants
 from .call import STRIDE_PARAMS, TENSOR_PARAMS, CallForm, call_fields
 from .decode import ROPE_PAIRS
-from .prefill_tuning import COPY_ORDERS, HeadBytes, PrefillTuning, box_tokens, prefill_shared_bytes
+from .prefill_tuning import COPY_ORDERS, HeadBytes, PrefillTuning, box_tokens, prefill_shared_bytes, run_tokens
 
 _WARPGROUP_THREADS = 128
 _REGISTERS = {1: (56, 256), 2: (40, 232), 3: (32, 160)}
@@ -118,8 +118,8 @@ class PrefillSpec(KernelSpec):
 
     @property
     def has_boxes(self) -> bool:
-        """Whether tensor maps bring K and V."""
-        return len(self.tensor_maps) > 1
+        """Whether tensor maps bring all of K and V, not only pages of one token that follow each other in memory."""
+        return len(self.tensor_maps) > 1 and self.page_size != 1
 
     def config_lines(self) -> list[str]:
         """As ever, with the registers of producers and consumers and the block's shared memory."""
@@ -136,7 +136,7 @@ class PrefillSpec(KernelSpec):
 
 @dataclass(frozen=True)
 class BoxPrefillSpec(PrefillSpec):
-    """The same with K and V copied as boxes of tensor maps."""
+    """The same with K and V copied as boxes of tensor maps; of pages of one token, those that follow each other in memory."""
 
     tensor_maps: ClassVar = ("queries", "keys", "values")
 
@@ -151,7 +151,8 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
     """The fields of a call's spec, by name."""
     rope = spec.rope
     landing_stages = tuning.landing_stages if spec.q_is_fp8 or form.boxes else 0
-    in_boxes = form.boxes and not landing_stages
+    tokens = box_tokens(spec.page_size, tuning.tokens)
+    in_boxes = form.boxes and tokens is not None and not landing_stages
     copy_order = "in order" if tuning.copy_order == "apart" and not in_boxes else tuning.copy_order
     return dict(
         **call_fields(spec, form),
@@ -162,7 +163,7 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         consumers=tuning.consumers,
         tokens=tuning.tokens,
         edge_tokens=tuning.edge_tokens,
-        box_tokens=(box_tokens(spec.page_size, tuning.tokens) or 0) if form.boxes else 0,
+        box_tokens=(tokens or run_tokens(spec, tuning) or 0) if form.boxes else 0,
         key_stages=tuning.key_stages,
         value_stages=tuning.value_stages,
         query_stages=tuning.query_stages,

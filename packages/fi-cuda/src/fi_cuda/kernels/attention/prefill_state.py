@@ -19,8 +19,8 @@ from .layout import Layout
 from .order import OrderPlanner, fill_order_on_host, has_fast_memory, order_spec
 from .plan import NO_STEPS, ShortSteps
 from .prefill import prefill_spec
-from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens
-from .state import Call, ListState, address_of, cache_strides_of, scale_of
+from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, PrefillTuning, box_tokens, run_tokens
+from .state import Call, ListState, address_of, cache_strides_of, near_strides_of, scale_of
 from .tuning import memory_gbs
 
 
@@ -66,6 +66,7 @@ class PrefillState(ListState):
         lands = self._tuning.landing_stages > 0
         by_boxes = lands or spec.kv_dtype == spec.q_dtype
         self._box_tokens = box_tokens(spec.page_size, self._tuning.tokens) if by_boxes else None
+        self._run_tokens = run_tokens(spec, self._tuning)
         elements = BOX_ROW_BYTES // spec.q_dtype.itemsize
         self._query_box = Box((WARPGROUP_ROWS // spec.group_size, spec.group_size, elements))
 
@@ -79,6 +80,8 @@ class PrefillState(ListState):
             changed = ", changed in shared memory" if tuning.landing_stages else ""
             boxes = f"boxes of {self._box_tokens} tokens by tensor maps{changed}"
             loader = f"{boxes}; {loader} from a cache that no map describes"
+        elif self._run_tokens is not None:
+            loader = f"{loader}; {self._run_tokens} that follow each other in memory as a box"
         return (
             f"tiles: {params.kinds[0].q_rows} rows x {tuning.tokens} KV tokens; {tuning.consumers} warpgroups {turns},"
             f" {tuning.key_stages} + {tuning.value_stages} stages",
@@ -150,7 +153,7 @@ class PrefillState(ListState):
                 address_of(None if rope is None else rope.inv_freq),
                 *(q_scales, k_scales, v_scales),
             ),
-            cache_strides=cache_strides_of(kv),
+            cache_strides=(cache_strides_of if spec.has_boxes else near_strides_of)(kv),
             numbers=(
                 *(q_scale_stride, k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
                 *(layer.window or 0, scale, layer.soft_cap or 1.0, v_scale),
@@ -161,7 +164,8 @@ class PrefillState(ListState):
 
     def _maps_of(self, kv: KVCache) -> tuple[TensorMap, ...] | None:
         """Tensor maps of K and V, if the copy engine can bring them."""
-        return None if self._box_tokens is None else column_maps_of(kv, self._box_tokens, BOX_ROW_BYTES)
+        tokens = self._box_tokens or self._run_tokens
+        return None if tokens is None else column_maps_of(kv, tokens, BOX_ROW_BYTES)
 
 
 attention_prefill = PrefillAttention()

@@ -27,8 +27,9 @@ MAX_PIECES = 16
 COPY_ORDERS = ("in order", "keys ahead", "apart")
 """As ``CopyOrder`` of ``fi/attention/prefill_tiles.cuh``."""
 _PATTERN_TOKENS = 8
+_GATHERING_WARPS, _WARP_ROWS = 4, 32
 _ITEM_BYTES = 64
-_BARRIER_BYTES = 512
+_BARRIER_BYTES = 512 + 1024  # and what is looked up for rows
 _ALIGNMENT = 1024
 _NARROW_HEAD_DIM = 128
 _SHORT_HEAD_DIM = 64
@@ -100,6 +101,15 @@ def box_tokens(page_size: int | None, tokens: int) -> int | None:
     return box if fits and box % _PATTERN_TOKENS == 0 else None
 
 
+def run_tokens(spec: AttentionSpec, tuning: PrefillTuning) -> int | None:
+    """Pages of one token that a producing warp copies together where they follow each other in memory: its rows of a step; None
+    where they come one by one."""
+    gathered = (
+        spec.page_size == 1 and spec.kv_dtype == spec.q_dtype and not tuning.overlap and not tuning.landing_stages
+    )
+    return _WARP_ROWS if gathered and tuning.tokens == _GATHERING_WARPS * _WARP_ROWS else None
+
+
 def first_key_unit(page_size: int | None, tokens: int) -> int:
     """What the position of a tile's first key is a multiple of: copies of pages must not cross their borders, others may begin
     anywhere. The less, the fewer keys before a window are multiplied."""
@@ -132,11 +142,11 @@ def prefill_shared_bytes(tuning: PrefillTuning, heads: HeadBytes) -> int:
     return (queries + keys + values + landing) * BOX_ROW_BYTES + items + _BARRIER_BYTES + _ALIGNMENT
 
 
-def prefill_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuning:
-    """The parameters for a plan. Raises ArgumentError for unknown names or values in what
-    ``fi_tuning`` returns, and for tiles that do not fit the pages or the shared memory."""
+def prefill_tuning_for(spec: AttentionSpec, device: torch.device, long_steps: bool = True) -> PrefillTuning:
+    """The parameters for a plan; ``long_steps`` as in ``built_in_prefill_tuning``. Raises ArgumentError for unknown names or
+    values in what ``fi_tuning`` returns, and for tiles that do not fit the pages or the shared memory."""
     limit = shared_limit(device)
-    built_in = built_in_prefill_tuning(spec, limit)
+    built_in = built_in_prefill_tuning(spec, limit, long_steps)
     given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
     if not given:
         return built_in
@@ -155,15 +165,18 @@ def prefill_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefillTuni
     return tuning
 
 
-def built_in_prefill_tuning(spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTES) -> PrefillTuning:
+def built_in_prefill_tuning(
+    spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTES, long_steps: bool = True
+) -> PrefillTuning:
     """Three warpgroups, each a step at a time, where the registers of a thread hold the scores of 128 keys beside its output;
-    else two, whose steps overlap (docs/kernels/prefill.md)."""
+    else two, whose steps overlap (docs/kernels/prefill.md). ``long_steps``: where they pay, they may have so many keys that
+    producers are left 24 registers."""
     head_dim_vo = spec.head_dim_vo or 0
     widest = max(spec.head_dim, head_dim_vo)
     tokens = 128 if head_dim_vo <= _NARROW_HEAD_DIM else 64
     as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
     # Products with queries read those from shared memory once for a step's keys: the more keys, the less of its time.
-    long_steps = head_dim_vo > _WIDE_HEAD_DIM and as_stored and box_tokens(spec.page_size, _LONG_STEP) is not None
+    long_steps &= head_dim_vo > _WIDE_HEAD_DIM and as_stored and box_tokens(spec.page_size, _LONG_STEP) is not None
     if long_steps:
         tokens = _LONG_STEP
     boxes = box_tokens(spec.page_size, tokens) is not None

@@ -24,7 +24,7 @@ from .tuning import HOPPER_MEMORY_GBS
 MAX_PREFIXES = 4096
 """Nodes that a plan may be made for: one block compares each with those before it."""
 MAX_DEPTH = 31
-"""Nodes around one request: a lane of a warp reads each part's place."""
+"""Nodes around one request that are used, the outer ones: a lane of a warp reads each part's place."""
 
 _NODE_WIDTH, _PLACE_WIDTH, _SEGMENT_WIDTH, _HEADER_WIDTH = 16, 12, 4, 4
 _TABLE_SIZES = ((64, 64, 128), (64, 256, 256), (256, 256, 256), (1024, 1024, 512))
@@ -35,7 +35,7 @@ _LEAST_SHARING_TOKENS = 4096
 """Query tokens of nodes, each level counted, for which there is room however large the plan."""
 _INT32_MAX = 2**31 - 1
 # See SharingTimes; the rest of a call takes 12 us on either side.
-_UNIT_PS, _LEVELS_PS, _UNSHARED = 91_000, 3_000_000, 1.07
+_UNIT_PS, _LEVELS_PS, _UNSHARED = 91_000, 9_500_000, 1.07
 _READ_SHARE, _ATTEND_GBS, _PRODUCTS_A_NS, _REUSE_BYTES = 0.92, 9154, 450_000, 120_000_000
 _PIECES_OF_WORKER = 3
 """Further pieces of nodes and of requests' own keys, for each worker: more are not made."""
@@ -227,10 +227,15 @@ def _sharing_tokens(spec: AttentionSpec, capacity: Capacity, tuning: PrefixTunin
     return min(capacity.max_q_tokens, capacity.max_batch * min(tile, capacity.max_q_len))
 
 
+def _depth(capacity: Capacity) -> int:
+    """Nodes around one request that are used."""
+    return min(capacity.max_prefixes, capacity.max_prefix_depth, MAX_DEPTH)
+
+
 def _node_tokens(spec: AttentionSpec, capacity: Capacity, tuning: PrefixTuning) -> tuple[int, bool]:
     """Query tokens of nodes, each level counted, for which there is room; and whether there may be more, which then share
     nothing. (They would be in requests of many new tokens, which gain least, and their parts take memory.)"""
-    depth = min(capacity.max_prefixes, capacity.max_prefix_depth)
+    depth = _depth(capacity)
     most = depth * _sharing_tokens(spec, capacity, tuning)
     room = max(_LEAST_SHARING_TOKENS, depth * capacity.max_batch)
     return min(most, room), most > room
@@ -264,11 +269,9 @@ class PrefixLayout:
     @classmethod
     def of(cls, spec: AttentionSpec, capacity: Capacity, tuning: PrefixTuning, workers: int) -> PrefixLayout:
         """Raises CapacityError for more nodes or tokens than planning counts."""
-        depth = min(capacity.max_prefixes, capacity.max_prefix_depth)
-        for name, limit in (("max_prefixes", MAX_PREFIXES), ("max_prefix_depth", MAX_DEPTH)):
-            actual = depth if name == "max_prefix_depth" else capacity.max_prefixes
-            if actual > limit:
-                raise CapacityError(name, f"at most {limit}", actual)
+        depth = _depth(capacity)
+        if capacity.max_prefixes > MAX_PREFIXES:
+            raise CapacityError("max_prefixes", f"at most {MAX_PREFIXES}", capacity.max_prefixes)
         heads, tile = spec.num_qo_heads, tuning.tiles.consumers * (WARPGROUP_ROWS // spec.group_size)
         in_nodes, _ = _node_tokens(spec, capacity, tuning)
         sharing = min(_sharing_tokens(spec, capacity, tuning), in_nodes)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 from fi_core.prefixes import SharedPrefixes
-from fi_core.protocols import AttentionKernel
+from fi_core.protocols import AttentionKernel, AttentionState
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from torch import Tensor
 
@@ -19,11 +19,11 @@ from ...spec import kernel_for
 from ...tensor_map import Box, tensor_map_of
 from .boxes import column_maps_of
 from .call import CallForm
-from .prefill_state import attention_prefill
+from .mixed_state import attention_mixed, attention_short
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, WARPGROUP_WARPS, box_tokens
 from .prefix import NUM_LISTS, prefix_spec, prefix_tuning_for
 from .prefix_plan import PrefixLayout, PrefixPlanner, SharingTimes, prefix_plan_spec
-from .state import Addressing, Call, DecodeState, address_of, attention_decode, cache_strides_of, scale_of
+from .state import Addressing, Call, DecodeState, address_of, cache_strides_of, near_strides_of, scale_of
 from .tuning import memory_gbs, num_processors
 
 _MAX_CALLS = 4096
@@ -35,10 +35,41 @@ class PrefixAttention:
     def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
         where = torch.device(device)
         layout = PrefixLayout.of(spec, capacity, prefix_tuning_for(spec, where), num_processors(where))
-        return layout.num_bytes + _plain_kernel(capacity).workspace_bytes(spec, _plain(capacity), device)
+        return layout.num_bytes + attention_apart.workspace_bytes(spec, capacity, device)
 
     def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> PrefixState:
         return PrefixState(spec, capacity, torch.device(device))
+
+
+class ApartAttention:
+    """The ``AttentionKernel`` protocol for what the kernel for levels lacks (RoPE within attention, FP8 queries over K and V of
+    another format): requests read all their keys each for itself."""
+
+    def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
+        return _plain_kernel(capacity).workspace_bytes(spec, _plain(capacity), device)
+
+    def plan(self, spec: AttentionSpec, capacity: Capacity, device: str) -> ApartState:
+        return ApartState(_plain_kernel(capacity).plan(spec, _plain(capacity), device))
+
+
+class ApartState:
+    """The ``AttentionState`` protocol, over the state of a plan without levels."""
+
+    def __init__(self, plain: AttentionState) -> None:
+        self._plain = plain
+
+    @property
+    def workspace(self) -> Sequence[Tensor]:
+        return self._plain.workspace
+
+    def update(self, batch: Batch) -> None:
+        self._plain.update(replace(batch, levels=None))
+
+    def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
+        self._plain.run(q, kv, layer, out, lse)
+
+    def describe(self) -> Sequence[str]:
+        return ("levels are not used: no kernel for them has this plan's features", *self._plain.describe())
 
 
 def _plain(capacity: Capacity) -> Capacity:
@@ -46,8 +77,8 @@ def _plain(capacity: Capacity) -> Capacity:
 
 
 def _plain_kernel(capacity: Capacity) -> AttentionKernel:
-    """What serves batches without levels: by as many new tokens of a request as plans without levels have."""
-    return attention_decode if capacity.max_q_len <= MAX_SHORT_QUERY else attention_prefill
+    """What serves plans without levels, by as many new tokens of a request."""
+    return attention_short if capacity.max_q_len <= MAX_SHORT_QUERY else attention_mixed
 
 
 class PrefixState:
@@ -62,7 +93,7 @@ class PrefixState:
         for region in (layout.header, layout.barrier):
             region.of(self._buffer).zero_()
         self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
-        # With other kernels than decode's nothing is gained: they have tiles as long as a node's.
+        # With the prefill kernel nothing is gained: it has tiles as long as a node's.
         plain, num_warps = self._unshared, WARPGROUP_WARPS * (1 + tuning.tiles.consumers)
         self._decode: DecodeState | None = None
         if tuning.choose and isinstance(plain, DecodeState) and plain.serves_as(self._num_workers, num_warps):
@@ -78,7 +109,7 @@ class PrefixState:
         self._addressing: Addressing | None = None
         self._calls: dict[tuple[int, int, bool], Call] = {}
         self._box_tokens = box_tokens(spec.page_size, tuning.tiles.tokens)
-        self._query_box = Box((1, spec.group_size, BOX_ROW_BYTES // spec.dtype.itemsize))
+        self._query_box = Box((1, spec.group_size, BOX_ROW_BYTES // spec.q_dtype.itemsize))
 
     @property
     def workspace(self) -> Sequence[Tensor]:
@@ -181,13 +212,15 @@ class PrefixState:
         layout = self._layout
         lists = (layout.rows, layout.tokens, layout.segments)
         written = (layout.header, layout.barrier, layout.parts, layout.part_logs)
+        q_scales, q_scale_stride, q_scale = scale_of(layer.q_scale)
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
-        scale = layer.scale * k_scale
+        scale = layer.scale * q_scale * k_scale
         assert self._addressing is not None
         maps = None if self._box_tokens is None else column_maps_of(kv, self._box_tokens, BOX_ROW_BYTES)
         form = CallForm(
             lse=with_lse,
+            q_scales=q_scales != 0,
             k_scales=k_scales != 0,
             v_scales=v_scales != 0,
             table_row=self._addressing.has_rows,
@@ -206,10 +239,10 @@ class PrefixState:
             ),
             workspace=(*addresses[: len(lists)], *beside[:2], *addresses[len(lists) :], *beside[2:]),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
-            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), 0, 0, k_scales, v_scales),
-            cache_strides=cache_strides_of(kv),
+            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), 0, q_scales, k_scales, v_scales),
+            cache_strides=(cache_strides_of if maps else near_strides_of)(kv),
             numbers=(
-                *(0, k_scale_stride, v_scale_stride, self._spec.num_kv_heads, 0, layout.max_segments),
+                *(q_scale_stride, k_scale_stride, v_scale_stride, self._spec.num_kv_heads, 0, layout.max_segments),
                 *(scale, layer.soft_cap or 1.0, v_scale, 1.0),
             ),
             maps=(*(maps or ()), *(() if part is None else part.maps)),
@@ -228,4 +261,5 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 attention_prefix = PrefixAttention()
-"""What the kernel entry loads."""
+attention_apart = ApartAttention()
+"""What the kernel entries load."""

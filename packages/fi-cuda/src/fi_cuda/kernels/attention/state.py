@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from fi_core.errors import ArgumentError
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, ResolvedLayer
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from .plan import DevicePlanner, ShortSteps, fill_on_host
 from .tuning import DecodeTuning
 
 _MAX_CALLS = 4096
+_MAX_ROW_STRIDE_BYTES = 2**32
 
 
 class DecodeAttention:
@@ -335,6 +337,19 @@ def cache_strides_of(kv: KVCache) -> tuple[int, ...]:
     for cache in kv.as_nhd():
         strides += [cache.stride(0) if kv.is_paged else 0, cache.stride(-3), cache.stride(-2)]
     return tuple(strides)
+
+
+def near_strides_of(kv: KVCache) -> tuple[int, ...]:
+    """The same for kernels that copy rows one by one, which count the bytes from page to page and from token to token in 32
+    bits. Raises ArgumentError for a cache where they are more."""
+    for cache in kv.as_nhd():
+        steps = [stride for size, stride in zip(cache.shape[:-2], cache.stride(), strict=False) if size > 1]
+        farthest = max(steps, default=0) * cache.element_size()
+        if farthest >= _MAX_ROW_STRIDE_BYTES:
+            raise ArgumentError(
+                "kv", "pages and tokens less than 4 GiB apart, or that a tensor map describes", farthest
+            )
+    return cache_strides_of(kv)
 
 
 def scale_of(scale: Any) -> tuple[int, int, float]:

@@ -10,7 +10,7 @@ from fi_core.sampling import PenaltyParams
 from torch import Tensor
 
 from ...spec import KernelSpec, join_constants
-from .geometry import NO_SEARCH, SMALL_SEARCH, Geometry, Kept
+from .geometry import NO_SEARCH, SHORT_LIST, SMALL_SEARCH, TOP_P_SEARCH, Geometry, Kept
 
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
 _RANK_BINS, _LOCAL_TOKENS, _BRACKET_TOKENS, _COMPARED_TOKENS, _MESSAGES = 64, 1024, 512, 128, 9
@@ -147,7 +147,11 @@ class FilteringSpec(ClusterRowSpec):
 
 def kept_for(filters: frozenset[str]) -> Kept:
     """What a kernel with these filters keeps to look for the last token that they keep; min_p alone is a limit."""
-    return SMALL_SEARCH if filters & {"top_k", "top_p", "typical_p"} else NO_SEARCH
+    if "top_k" in filters:
+        return SHORT_LIST
+    if "typical_p" in filters:
+        return SMALL_SEARCH
+    return TOP_P_SEARCH if "top_p" in filters else NO_SEARCH
 
 
 def address(tensor: Tensor | None) -> int:

@@ -12,6 +12,12 @@ _ROUND, _MOST_FILLING = 128, 0.03
 
 _MAX_CLUSTER = 16
 _FEW_ROWS, _SOME_ROWS = 8, 32
+_SIXES = 21
+"""Clusters of six blocks, one a multiprocessor, that a Hopper GPU holds; of eight it holds 15, as its parts of 16 or 18
+multiprocessors are filled each by itself."""
+_MOST_OF_SIX = 128 * 1024
+"""Shared memory that their slices may take."""
+
 _MULTIPROCESSOR_BYTES, _RESERVED_BYTES = 228 * 1024, 1024
 """Shared memory of a Hopper multiprocessor, and what each of its blocks takes besides its own."""
 
@@ -20,20 +26,30 @@ _ONE_BLOCK_BYTES = 160 * 1024
 
 class Kept(NamedTuple):
     """Most of the shared memory that a kernel keeps beside its part of a row, in blocks of a cluster of up to 8 and of 16;
-    as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``."""
+    as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``. Where many rows
+    share multiprocessors, a cluster has ``least_cluster`` blocks or more; ``sixes``: whether clusters of six are faster than of
+    eight."""
 
     bytes: int
     bytes_of_16: int
     most_blocks: int = 3
     threads_of_three: int = 512
+    least_cluster: int = 1
+    sixes: bool = False
 
 
-NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256)
+NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256, sixes=True)
 NO_SEARCH_PENALISED = Kept(5 * 1024, 5 * 1024, threads_of_three=256)
 """With a bit of each token beside it."""
 
 SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
 """Of kernels whose ``ClusterRowSpec.small_search`` holds."""
+
+SHORT_LIST = SMALL_SEARCH._replace(least_cluster=4)
+"""With top_k: fewer warps have too few groups of tokens for a usual k, and the general search is three times as slow."""
+
+TOP_P_SEARCH = SMALL_SEARCH._replace(sixes=True)
+"""With top_p and without top_k."""
 
 SEARCH = Kept(36 * 1024, 44 * 1024, most_blocks=2)
 
@@ -74,6 +90,10 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, kept: Kept 
     if num_rows > _SOME_ROWS:
         return _shared_multiprocessors(vocab_size, rows_held, kept, threads)
     cluster_size = _MAX_CLUSTER if num_rows <= _FEW_ROWS else _MAX_CLUSTER // 2
+    if kept.sixes and _FEW_ROWS < num_rows <= _SIXES and vocab_size > _MAX_CLUSTER // 2 * 2048:
+        six = geometry(vocab_size, 6, threads)
+        if six.slice_bytes <= _MOST_OF_SIX:
+            return six
     while cluster_size > 1 and vocab_size <= cluster_size * 2048:
         cluster_size //= 2
     while True:
@@ -85,7 +105,7 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, kept: Kept 
 
 def _shared_multiprocessors(vocab_size: int, rows_held: int, kept: Kept, threads: int) -> Geometry:
     """The smallest cluster of which two blocks fit on a multiprocessor; three, if they do with partial rounds."""
-    cluster_size = 1
+    cluster_size = kept.least_cluster
     while True:
         for filling in (_MOST_FILLING, 0.0):
             form = geometry(vocab_size, cluster_size, kept.threads_of_three, filling)

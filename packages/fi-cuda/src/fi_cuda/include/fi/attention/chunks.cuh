@@ -45,6 +45,10 @@ class ChunkMeeting {
     if constexpr (kRowWarps > 1) ptx::init_barrier(barrier_, 32 * kRowWarps);
   }
 
+  __device__ __forceinline__ void invalidate() const {
+    if constexpr (kRowWarps > 1) ptx::invalidate_barrier(barrier_);
+  }
+
   // All who share chunks are here.
   __device__ __forceinline__ void sync() {
     if constexpr (kRowWarps == 1) {

@@ -16,7 +16,8 @@ __device__ __forceinline__ auto direct_copies_of(const Params& params) {
 }
 template <class Config, class Params>
 __device__ __forceinline__ auto direct_copies_of(const Params& params, const ptx::TensorMap& keys, const ptx::TensorMap& values) {
-  return BoxCopies<Config, Params>(params, keys, values);
+  if constexpr (kGathered<Config>) return GatherCopies<Config, Params>(params, keys, values);
+  else return BoxCopies<Config, Params>(params, keys, values);
 }
 
 // `maps`: none, or those of K and V.

@@ -14,6 +14,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   using typename Base::Tile;
   using Base::copies_, Base::is_first_, Base::item_, Base::kColumns, Base::lane_, Base::params_, Base::queries_, Base::query_,
       Base::shared_;
+  static constexpr bool kRuns = kGathered<Config> && Config::kBoxTokens > 0;
   // Of an item's row.
   static constexpr int kHeadColumn = 1, kSlotColumn = 6, kMergeColumn = 11, kFirstPieceColumn = 12, kSlotsColumn = 15;
 
@@ -24,7 +25,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   __device__ __forceinline__ void run() {
     if (static_cast<const OrderHeader*>(params_.order)->is_used) take_tiles();
     else work_through_share();
-    if constexpr (kGathered<Config>) copies_.leave();
+    if constexpr (kGathered<Config>) copies_.leave(shared_);
     if (is_first_) Base::end_list();
   }
 
@@ -37,12 +38,13 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
     const auto row_of = [&](int tile) {
       return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
     };
-    int& counter = static_cast<OrderHeader*>(params_.order)->taken;
     int tile = static_cast<int>(blockIdx.x);
     int mine = row_of(tile);
 #pragma unroll 1
     while (tile < total) {
-      const int next = Base::told(Base::asked(counter), counter, total);
+      OrderHeader* order = static_cast<OrderHeader*>(params_.order);
+      asm volatile("" : "+l"(order));  // kept from tile to tile it would take registers
+      const int next = Base::told(Base::asked(order->taken), order->taken, total);
       const int its_row = row_of(next);
       load_item(of_head(mine, tile % num_heads));
       tile = next;
@@ -94,7 +96,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   // The place of an item's first step. While it is looked up the last copies of the item before arrive.
   __device__ __forceinline__ auto first_place() {
     const auto place = copies_.place_of(0);
-    if constexpr (kGathered<Config>) copies_.leave();
+    if constexpr (kGathered<Config>) copies_.leave(shared_);
     return place;
   }
 
@@ -113,11 +115,28 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   // ... or by the same: a step's keys, then its values, the order in which whole steps need stages and set them free ...
   __device__ __forceinline__ void load_in_order(int num_steps) {
     auto place = first_place();
+    if constexpr (kRuns) {
+      load_steps<false>(0, min(1, num_steps), num_steps, place);
+      // Where an item's second step is no run, none is looked for.
+      if (Copies::is_run(place)) load_steps<true>(1, num_steps, num_steps, place);
+      else load_steps<false>(1, num_steps, num_steps, place);
+    } else {
+      load_steps<false>(0, num_steps, num_steps, place);
+    }
+  }
+  // kLooks: for rows that follow each other in memory.
+  template <bool kLooks, class Place>
+  __device__ __forceinline__ void load_steps(int begin, int end, int num_steps, Place& place) {
 #pragma unroll 1
-    for (int step = 0; step < num_steps; ++step) {
+    for (int step = begin; step < end; ++step) {
       const auto next = copies_.place_of(min(step + 1, num_steps - 1));
-      copies_.load_keys(shared_, step, place);
-      copies_.load_values(shared_, step, place);
+      if constexpr (kLooks) {
+        copies_.template load_keys<true>(shared_, step, place);
+        copies_.template load_values<true>(shared_, step, place);
+      } else {
+        copies_.load_keys(shared_, step, place);
+        copies_.load_values(shared_, step, place);
+      }
       place = next;
     }
   }

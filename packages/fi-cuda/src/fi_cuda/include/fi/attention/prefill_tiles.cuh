@@ -73,6 +73,14 @@ struct PrefillLanding<Config, true> {
   unsigned char landing[Config::kLandingStages][PrefillTile<Config>::kLandingBytes];
 };
 
+// What the lanes of the producing warps look up, of two steps.
+template <bool kGathered>
+struct PrefillPlaces {};
+template <>
+struct PrefillPlaces<true> {
+  alignas(16) int places[2][kWarpgroupThreads];
+};
+
 // At a multiple of 1024, where the swizzle's patterns begin.
 template <class Config>
 struct PrefillShared : PrefillLanding<Config> {
@@ -91,6 +99,7 @@ struct PrefillShared : PrefillLanding<Config> {
   Ring<Config::kQueryStages> query_ring;
   Ring<Config::kKeyStages> key_ring;
   Ring<Config::kValueStages> value_ring;
+  PrefillPlaces<kGathered<Config>> looked_up;
   int flags[Config::kConsumers];
   int taken[2];  // what producers of several warps tell one another
   Ring<Tile::kLandingStages> landing_ring;

@@ -118,7 +118,7 @@ class PrefixLoader : ListLoader<Config, Params, Copies> {
     }
     find_next();
     if (steps.num_steps > 0) copies_.load_values(shared_, steps.num_steps - 1, before);
-    if constexpr (kGathered<Config>) copies_.leave();
+    if constexpr (kGathered<Config>) copies_.leave(shared_);
   }
 
   // The item is read from where it is put: a producer's thread has few registers.

@@ -40,11 +40,17 @@ class PrefixStore : public PrefillStore<Config, Params> {
       const bool none = result.scale == 0.0f;
       const float factor = result.scale * scale;
       const int64 part = first + Base::row_of(row);
-      float2* to = static_cast<float2*>(Base::params_.parts) + part * (Config::kHeadDimVo / 2) + Base::lane_ % 4;
+      float* to = static_cast<float*>(Base::params_.parts) + part * Config::kHeadDimVo + Base::lane_ % 4 * (Tile::kFp8 ? 4 : 2);
+      const auto value = [&](int idx) { return none ? 0.0f : output[idx] * factor; };
 #pragma unroll
-      for (int tile = 0; tile < kOutputs / 4; ++tile) {
+      for (int tile = 0; tile < kOutputs / 4; tile += Tile::kFp8 ? 2 : 1) {
         const int idx = tile * 4 + row * 2;
-        __stcg(to + tile * 4, none ? float2{} : float2{output[idx] * factor, output[idx + 1] * factor});
+        // Transposed values' dims lie as in store_interleaved.
+        if constexpr (Tile::kFp8) {
+          __stcg(reinterpret_cast<float4*>(to + tile * 8), float4{value(idx), value(idx + 4), value(idx + 1), value(idx + 5)});
+        } else {
+          __stcg(reinterpret_cast<float2*>(to + tile * 8), float2{value(idx), value(idx + 1)});
+        }
       }
       if (Base::lane_ % 4 == 0) __stcg(static_cast<float*>(Base::params_.part_logs) + part, result.lse * kLog2E);
     }

@@ -147,40 +147,84 @@ __device__ __forceinline__ BoxLoader<Config, Params> loader_of(
   return BoxLoader<Config, Params>(params, keys, values);
 }
 
-// What a block does once the kernels before are done, by its first Config::kNumThreads threads: others, if there are any, have ended.
-// `maps`: none, or those of K and V.
-template <class Config, class Params, class... Maps>
-__device__ __forceinline__ void decode_items(const Params& params, const Maps&... maps) {
+// What a block reads first: its range of the plan's items, and of the first of them, which lies beside it, 16 bytes a thread.
+struct DecodeStart {
+  int begin, end;
+  int4 part;
+
+  template <class Params>
+  __device__ __forceinline__ explicit DecodeStart(const Params& params) : part{} {
+    const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
+    begin = start->begin;
+    end = start->end;
+    if (threadIdx.x < kItemParts) part = reinterpret_cast<const int4*>(&start->first)[threadIdx.x];
+  }
+};
+
+// The block's barriers, made before its items are known, or given up; by its first Config::kNumThreads threads.
+template <class Config>
+class DecodeBarriers {
   using Shared = DecodeShared<Config>;
+
+ public:
+  __device__ __forceinline__ explicit DecodeBarriers(unsigned char* shared)
+      : stages_(reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp_.token_warp * Config::kStages),
+        meeting_(reinterpret_cast<unsigned long long*>(shared + Shared::kMeetings) + warp_.token_warp) {}
+
+  // Before the block's next barrier.
+  __device__ __forceinline__ void init(int arrivals) const {
+    if (is_first()) {
+#pragma unroll
+      for (int stage = 0; stage < Config::kStages; ++stage) ptx::init_barrier(stages_ + stage, arrivals);
+      meeting_.init();
+    }
+    ptx::fence_barrier_init();
+  }
+
+  // So that the memory, after the block's next barrier, may be used for something else.
+  __device__ __forceinline__ void invalidate() const {
+    if (is_first()) {
+#pragma unroll
+      for (int stage = 0; stage < Config::kStages; ++stage) ptx::invalidate_barrier(stages_ + stage);
+      meeting_.invalidate();
+    }
+    ptx::fence_proxy_async_shared();
+  }
+
+  __device__ __forceinline__ ChunkMeeting<Config> meeting() const { return meeting_; }
+
+ private:
+  __device__ __forceinline__ bool is_first() const { return threadIdx.x % 32 == 0 && warp_.row_warp == 0; }
+
+  const WarpPlace<Config> warp_;
+  unsigned long long* stages_;
+  ChunkMeeting<Config> meeting_;
+};
+
+template <class Config>
+__device__ __forceinline__ unsigned char* decode_memory() {
   extern __shared__ __align__(128) unsigned char unaligned[];
-  unsigned char* shared = unaligned + (-ptx::shared_address(unaligned) & (ChunkStage<Config>::kAlignment - 1));
+  return unaligned + (-ptx::shared_address(unaligned) & (ChunkStage<Config>::kAlignment - 1));
+}
+
+// What a block does once the kernels before are done and its barriers made, by its first Config::kNumThreads threads: others, if
+// there are any, have ended. `start` may still be on its way. `maps`: none, or those of K and V.
+template <class Config, class Params, class... Maps>
+__device__ __forceinline__ void decode_items(const Params& params, const DecodeStart& start, const Maps&... maps) {
+  using Shared = DecodeShared<Config>;
+  unsigned char* shared = decode_memory<Config>();
   const auto loader = loader_of<Config>(params, maps...);
   AttentionItem* items = reinterpret_cast<AttentionItem*>(shared + Shared::kItems);
-  const WorkerStart* start = static_cast<const WorkerStart*>(params.starts) + blockIdx.x;
   const AttentionItem* list = static_cast<const AttentionItem*>(params.items);
-  // The first item lies beside its range, and both are on their way while the barriers are made.
-  const int begin = start->begin, end = start->end;
-  int4 part = {};
-  if (threadIdx.x < kItemParts) part = reinterpret_cast<const int4*>(&start->first)[threadIdx.x];
-  const WarpPlace<Config> warp;
-  ChunkMeeting<Config> meeting(reinterpret_cast<unsigned long long*>(shared + Shared::kMeetings) + warp.token_warp);
-  if (threadIdx.x % 32 == 0 && warp.row_warp == 0) {
-    unsigned long long* barriers = reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers);
-#pragma unroll
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      ptx::init_barrier(barriers + warp.token_warp * Config::kStages + stage, loader.kArrivals);
-    }
-    meeting.init();
-  }
-  ptx::fence_barrier_init();
-  if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = part;
+  ChunkMeeting<Config> meeting = DecodeBarriers<Config>(shared).meeting();
+  if (threadIdx.x < kItemParts) reinterpret_cast<int4*>(items)[threadIdx.x] = start.part;
   if constexpr (Rotations<Config>::kKeys) rotator_of<Config>(params, shared + Shared::kRotations).fill_table();
   auto place = RingCursor<Config::kStages>::consumer();
-  for (int first = begin; first < end; first += kItemsAtOnce) {
-    const int count = min(end - first, kItemsAtOnce);
-    fetch_items<Config::kNumThreads>(items, list + first, first == begin, count);
+  for (int first = start.begin; first < start.end; first += kItemsAtOnce) {
+    const int count = min(start.end - first, kItemsAtOnce);
+    fetch_items<Config::kNumThreads>(items, list + first, first == start.begin, count);
     __syncthreads();
-    attend_items<Config>(params, loader, shared, first - begin, count, end - first - count, place, meeting);
+    attend_items<Config>(params, loader, shared, first - start.begin, count, start.end - first - count, place, meeting);
     __syncthreads();
   }
 }
@@ -191,7 +235,9 @@ __device__ __forceinline__ void attention_decode(const Params& params, const Map
   if (threadIdx.x == 0) (ptx::prefetch_tensor_map(&maps), ...);
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
-  decode_items<Config>(params, maps...);
+  const DecodeStart start(params);
+  DecodeBarriers<Config>(decode_memory<Config>()).init(loader_of<Config>(params, maps...).kArrivals);
+  decode_items<Config>(params, start, maps...);
 }
 
 }  // namespace fi

@@ -15,6 +15,7 @@
 #include "fi/attention/prefix_store.cuh"
 #include "fi/kernels/attention_decode.cuh"
 #include "fi/ptx/dependent_launch.cuh"
+#include "fi/ptx/exit.cuh"
 #include "fi/ptx/relaxed.cuh"
 
 namespace fi {
@@ -42,21 +43,21 @@ __device__ __forceinline__ void attend_to_list(const Params& params, const ptx::
   static_assert(sizeof(Shared) + 1024 <= Config::kSharedBytes);
   if (threadIdx.x == 0) shared.template init<Copies>(Shared::kRecordLanes);
   __syncthreads();
-  PrefixRoles<Config>::run(
-      [&] {
-        if (warp_idx() < Copies::kWarps) {
-          PrefixLoader<Config, Params, Copies>(params, queries, copies_of<Config>(params, maps...), shared).run();
-        }
-      },
-      [&](int warpgroup) {
-        PrefillConsumer<Config, Params, PrefixStore<Config, Params>>(params, shared, warpgroup).run();
-        PrefixMerger<Config, Params>(params, static_cast<int>(threadIdx.x) - kWarpgroupThreads).run();
-      });
+  if (warpgroup_idx() == 0) {
+    ptx::give_registers<Config::kProducerRegisters>();
+    if (warp_idx() < Copies::kWarps) {
+      PrefixLoader<Config, Params, Copies>(params, queries, copies_of<Config>(params, maps...), shared).run();
+    }
+    ptx::end_thread();  // so that this code lies before the consumers', who wait for what it brings
+  }
+  ptx::take_registers<Config::kConsumerRegisters>();
+  PrefillConsumer<Config, Params, PrefixStore<Config, Params>>(params, shared, warpgroup_idx() - 1).run();
+  PrefixMerger<Config, Params>(params, static_cast<int>(threadIdx.x) - kWarpgroupThreads).run();
 }
 
 // The decode kernel's, by as many warps as it has; the others' registers are theirs.
 template <class Config, class Params, class... Maps>
-__device__ __forceinline__ void attend_unshared(const Params& params, const Maps&... maps) {
+__device__ __forceinline__ void attend_unshared(const Params& params, const DecodeStart& start, const Maps&... maps) {
   using Decode = DecodeConfig<Config>;
   using Roles = PrefixRoles<Config>;
   constexpr int kLeast = 24, kGroups = (Decode::kNumThreads + kWarpgroupThreads - 1) / kWarpgroupThreads;
@@ -64,10 +65,29 @@ __device__ __forceinline__ void attend_unshared(const Params& params, const Maps
   static_assert(kGroups <= 1 + Config::kConsumers && DecodeShared<Decode>::kBytes <= Config::kSharedBytes);
   if (warpgroup_idx() < kGroups) {
     ptx::take_registers<(kShare < 256 ? kShare : 256)>();
-    if (threadIdx.x < Decode::kNumThreads) decode_items<Decode>(params, maps...);
+    if (threadIdx.x < Decode::kNumThreads) decode_items<Decode>(params, start, maps...);
   } else {
     ptx::give_registers<kLeast>();
   }
+}
+
+// Has the decode kernel's code serve a batch without a list, and then ends the kernel.
+template <class Config, class Params, class... Maps>
+__device__ __forceinline__ void attend_without_list(const Params& params, const Maps&... maps) {
+  using Decode = DecodeConfig<Config>;
+  constexpr int kSign = 1 << 31;
+  // Both are on their way while the barriers are made.
+  const int num_rows = static_cast<const PrefixHeader*>(params.header)->num_rows;
+  const DecodeStart start(params);
+  const DecodeBarriers<Decode> barriers(decode_memory<Decode>());
+  const bool decodes = threadIdx.x < Decode::kNumThreads;
+  if (decodes) barriers.init(loader_of<Decode>(params, maps...).kArrivals);
+  if ((num_rows | (start.begin & kSign)) == 0) {  // asks for both, so that neither is fetched after the other
+    attend_unshared<Config>(params, start, maps...);
+    ptx::end_thread();  // and no return: so this code, the shorter work's, lies before the other
+  }
+  if (decodes) barriers.invalidate();
+  __syncthreads();
 }
 
 // `maps`: none, or those of K and V, and then the decode kernel's.
@@ -79,17 +99,14 @@ __device__ __forceinline__ void attention_prefix(const Params& params, const ptx
   }
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
-  // What the block reads first is on its way while it is asked which of it is needed.
-  if (threadIdx.x == 0) {
-    ptx::prefetch_to_l2(static_cast<const AttentionItem*>(params.rows) + blockIdx.x / params.num_kv_heads);
-    if constexpr (Config::kDecodeNumWarps > 0) ptx::prefetch_to_l2(static_cast<const WorkerStart*>(params.starts) + blockIdx.x);
-  }
   const ptx::TensorMap* const all[] = {&queries, &maps...};
-  if (static_cast<const PrefixHeader*>(params.header)->num_rows == 0) {
-    if constexpr (Config::kDecodeNumWarps > 0) {
-      if constexpr (Config::kDecodeBoxes) attend_unshared<Config>(params, *all[3], *all[4]);
-      else attend_unshared<Config>(params);
-    }
+  // What the block reads first is on its way while it is asked which of it is needed.
+  if (threadIdx.x == 0) ptx::prefetch_to_l2(static_cast<const AttentionItem*>(params.rows) + blockIdx.x / params.num_kv_heads);
+  if constexpr (Config::kDecodeBoxes) {
+    attend_without_list<Config>(params, *all[3], *all[4]);
+  } else if constexpr (Config::kDecodeNumWarps > 0) {
+    attend_without_list<Config>(params);
+  } else if (static_cast<const PrefixHeader*>(params.header)->num_rows == 0) {
     return;
   }
   if constexpr (Config::kBoxes) attend_to_list<Config>(params, queries, *all[1], *all[2]);

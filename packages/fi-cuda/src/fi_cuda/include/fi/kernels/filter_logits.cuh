@@ -65,6 +65,7 @@ struct FilterStage {
   int index;
 
   __device__ __forceinline__ void begun() const {
+    clear_early(shared);
     if (threadIdx.x != 0) return;
     RowFilters filters = load_filters<Config>(params, index);
     normalise(filters, params.vocab_size);

@@ -38,6 +38,7 @@ struct SampleStage {
 
   // While the row is under way. A slot, which decides addresses, has been.
   __device__ __forceinline__ void begun() {
+    clear_early(shared);
     if (threadIdx.x == 0) load(slot > 0 ? slot : 0);
   }
 

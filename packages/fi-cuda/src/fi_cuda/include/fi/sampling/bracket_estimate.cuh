@@ -23,7 +23,7 @@ struct BracketEstimate {
   // kept weight reaches `fraction` of all, and list_count 0. False, in all blocks, if no two logits with mass differ.
   __device__ __forceinline__ bool run(float fraction, int margin) {
     if (!(row.largest > bottom())) return false;
-    count();
+    count(kClearsEarly<Config>);
     if (threadIdx.x < 32) choose(fraction, margin);
     __syncthreads();
     return true;
@@ -37,15 +37,14 @@ struct BracketEstimate {
 
   // Of each bin the number of the row's tokens and their mean place in it, of every block, in search.count_parts for the first warp: the upper and the
   // lower 16 bits. The bin of the largest logits is first; places are from 0 at a bin's lower end.
-  __device__ __forceinline__ void count() {
+  __device__ __forceinline__ void count(bool cleared) {
     const float bottom = this->bottom();
     auto& search = row.shared.search;
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-#pragma unroll 1
-    for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins * 32 / 4; idx += kThreads) {
-      reinterpret_cast<uint4*>(search.counts)[idx] = make_uint4(0, 0, 0, 0);
+    if (!cleared) {
+      clear_counts<Config>(search);
+      __syncthreads();
     }
-    __syncthreads();
     // A word for each lane and bin, in the lane's bank, so that no two lanes collide whatever the distribution.
     unsigned char* column = reinterpret_cast<unsigned char*>(&search.counts[0][lane]);
     const float per_unit = __fdividef(1.0f, row.largest - bottom);
@@ -63,17 +62,9 @@ struct BracketEstimate {
       }
     });
     __syncthreads();
-    unsigned* own = reinterpret_cast<unsigned*>(search.own_bins);
-#pragma unroll 2
-    for (int bin = warp; bin < kRankBins; bin += kWarps) {
-      const unsigned column = search.counts[bin][lane];
-      const unsigned number = __reduce_add_sync(0xffffffffu, column / kOneToken);
-      const unsigned places = __reduce_add_sync(0xffffffffu, column % kOneToken);
-      // The mean place, in 2^16ths.
-      const float mean = __fdividef(static_cast<float>(places) * 512.0f, fmaxf(static_cast<float>(number), 1.0f));
-      if (lane == 0) own[kRankBins - 1 - bin] = number << 16 | static_cast<unsigned>(mean);
-    }
+    add_columns();
     __syncthreads();
+    const unsigned* own = reinterpret_cast<const unsigned*>(search.own_bins);
     uint4* parts = reinterpret_cast<uint4*>(search.count_parts[row.rank]);
 #pragma unroll 1
     for (int block = warp; block < kBlocks; block += kWarps) {
@@ -82,6 +73,30 @@ struct BracketEstimate {
       }
     }
     row.mailbox.receive_in_first_warp(kParts, kBlocks * kRankBins * 4);
+  }
+
+  // A bin's number of tokens and their mean place in 2^16ths, in search.own_bins: a few threads share its columns.
+  __device__ __forceinline__ void add_columns() const {
+    auto& search = row.shared.search;
+    constexpr int kParts = kThreads >= 512 ? 8 : 4, kFours = 8 / kParts;  // of a bin; of 4 columns, for a thread
+#pragma unroll 1
+    for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins * kParts; idx += kThreads) {
+      const int bin = idx / kParts, part = idx % kParts;
+      unsigned number = 0, places = 0;
+#pragma unroll
+      for (int four = 0; four < kFours; ++four) {
+        // Neighbouring bins begin at different banks.
+        const int at = (four + bin) % kFours * kParts + part;
+        const uint4 columns = reinterpret_cast<const uint4*>(search.counts[bin])[at];
+        number += columns.x / kOneToken + columns.y / kOneToken + columns.z / kOneToken + columns.w / kOneToken;
+        places += columns.x % kOneToken + columns.y % kOneToken + columns.z % kOneToken + columns.w % kOneToken;
+      }
+      number = sum_over_lanes<kParts>(number);
+      places = sum_over_lanes<kParts>(places);
+      const float mean = __fdividef(static_cast<float>(places) * 512.0f, fmaxf(static_cast<float>(number), 1.0f));
+      unsigned* own = reinterpret_cast<unsigned*>(search.own_bins);
+      if (part == 0) own[kRankBins - 1 - bin] = number << 16 | static_cast<unsigned>(mean);
+    }
   }
 
   // Two bins of the row, number 2 * lane and the next.

@@ -6,40 +6,28 @@
 // if the bracket proves not to hold the end, or too many tokens are alike, PrefixSearch takes over.
 #pragma once
 
-#include "fi/sampling/answer.cuh"
 #include "fi/sampling/bracket_estimate.cuh"
+#include "fi/sampling/bracket_list.cuh"
 #include "fi/sampling/ranked_tokens.cuh"
 
 namespace fi {
 
-// A rank order: the token of the largest value is first, and of the lowest index of those with equal ones.
-struct ByLogit {
-  float largest;
-
-  __device__ __forceinline__ float top() const { return largest; }
-  __device__ __forceinline__ float value(float logit) const { return logit; }
-};
-
 template <class Config, class Order = ByLogit>
-struct BracketSearch {
-  using Row = ClusterRow<Config>;
-  using Shared = SearchShared<Config>;
-  static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
-  static constexpr int kRounds = RowShape<Config>::kRounds;
-  static constexpr int kRoundsPerWord = 8;  // a bit for each of 4 tokens
-  static constexpr int kWords = (kRounds + kRoundsPerWord - 1) / kRoundsPerWord;
+struct BracketSearch : BracketList<Config, Order> {
+  using List = BracketList<Config, Order>;
+  using typename List::Bins;
+  using typename List::Row;
+  using typename List::Shared;
+  using List::end_of, List::find_tied, List::for_each_listed, List::kBinCountShift, List::kBlocks, List::kRounds, List::kRoundsPerWord,
+      List::kThreads, List::kWarps, List::kWords, List::list, List::order, List::row;
   static constexpr int kMargin = kBlocks == 1 ? 170 : 300;
   static constexpr int kCountShift = 51;  // in sums: up to 2^19 tokens weigh no more than 2^51
-  static constexpr int kBinCountShift = 48;
   static_assert(kBlocks <= kWarps && 3 * kMargin <= kBlocks * Shared::kBracketTokens);
 
-  Row& row;
-  Order order;
   Wish wish;
   Answer answer = {};
 
-  // With an estimate in search.bracket. False, in all blocks, if another search must do it, and then `found` is as it was;
-  // target_of(total mass), at least 1 and at most that, is to be reached.
+  // With an estimate in search.bracket. target_of(total mass), at least 1 and at most that, is to be reached. False, in all blocks, if another search must do it, and then `found` is as it was.
   // With Wish::kDraw the drawn token's block also has, in row.shared.warp_amount, the kept mass of each warp's tokens.
   template <class TargetOf>
   __device__ __forceinline__ bool find(TargetOf target_of, RankPrefix& found) {
@@ -49,33 +37,37 @@ struct BracketSearch {
     share(bins);
     if (threadIdx.x < 32) locate_bin(target_of);
     __syncthreads();
-    const int bin = search.boundary_bin;
-    const bool few = search.num_ranked <= kComparedTokens;
+    const int bin = search.boundary_bin, count = search.num_ranked;
     if (bin >= 0 && wish != Wish::kNothing) sum_before(bin);
     if (bin < 0) {
       // Every block has read the sums before others may be sent.
       row.meet();
       return false;
     }
-    if (!few && !find_tied(bins, bin)) return false;  // they met in there: the same messages must not follow at once
-    if (few) {
+    if (wish == Wish::kDraw) clear_bins();  // for add_kept_to_warps
+    if (count > kComparedTokens) {
+      if (!find_tied(bins, bin)) return false;  // they met in there: the same messages must not follow at once
+    } else {
       send_tokens(bins, bin);
-      row.mailbox.receive(kList, sizeof(RankedToken) * static_cast<unsigned>(search.num_ranked));
-      compare();
+      __syncthreads();
+      row.mailbox.receive_in_first_warp(kList, sizeof(RankedToken) * static_cast<unsigned>(count));
+      if (count <= 32) {
+        if (threadIdx.x < 32) compare<32>();  // and settle after it: no barriers
+        __syncwarp();
+      } else {
+        __syncthreads();
+        compare<kThreads>();
+        __syncthreads();
+      }
     }
+    if (wish != Wish::kNothing && threadIdx.x < 32) settle();
+    __syncthreads();
     found = search.own_found;
     if (wish != Wish::kNothing) {
-      if (threadIdx.x < 32) settle();
-      __syncthreads();
       read_message(search.found, answer);
       if (wish == Wish::kDraw && static_cast<int>(answer.block) == row.rank) add_kept_to_warps(found);
     }
     return true;
-  }
-
-  // Rounds of for_each_four are in a word of `hits`, four bits each, the last one lowest.
-  __device__ __forceinline__ static constexpr int end_of(int word) {
-    return (word + 1) * kRoundsPerWord < kRounds ? (word + 1) * kRoundsPerWord : kRounds;
   }
 
   // The second pass: sums of the warps in row.shared, tokens of values from `low` up to `high` on this block's list.
@@ -83,12 +75,14 @@ struct BracketSearch {
     clear_bins();
     MassSum total;
     MassSumAbove above;
-    unsigned hits[kWords];  // this thread's tokens in the bracket
+    unsigned hits[kWords];  // this thread's fours of which one may be in the bracket
+    const float top = fminf(high, order.top()), middle = 0.5f * (top + low);
+    const float reach = 0.50001f * (top - low) + 1e-6f * fmaxf(fabsf(top), fabsf(low));
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       unsigned marked = 0;
       const auto visit = [&](float4 four) {
-        marked <<= 4;
+        float nearest = -minus_infinity();
         const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -96,8 +90,9 @@ struct BracketSearch {
           const float value = order.value(logits[e]);
           total.add(weight);
           above.add_if_above(weight, value, high);
-          if (!(value > high) && value >= low) marked += 1u << e;
+          nearest = fminf(nearest, fabsf(value - middle));
         }
+        marked = 2 * marked + (nearest <= reach ? 1u : 0u);
       };
       constexpr int kFull = RowShape<Config>::kFullRounds;
 #pragma unroll 2
@@ -107,7 +102,7 @@ struct BracketSearch {
       if (end_of(word) > kFull) visit(four_behind<Config>(row.shared.slice, place_of_partial_round<Config>()));
       hits[word] = marked;
     }
-    list(hits);
+    list(hits, low, high);
     const uint64 all = sum_over_warp(total.mass()), before = sum_over_warp(above.mass());
     if (threadIdx.x % 32 == 0) {
       const int warp = static_cast<int>(threadIdx.x / 32);
@@ -116,52 +111,6 @@ struct BracketSearch {
     }
     __syncthreads();
   }
-
-  __device__ __forceinline__ void list(const unsigned (&hits)[kWords]) const {
-    auto& search = row.shared.search;
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    int mine = 0;
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) mine += __popc(hits[word]);
-    if (mine == 0) return;
-    int slot = atomicAdd(&search.list_count, mine);
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-#pragma unroll 1
-      for (unsigned left = hits[word]; left != 0; left &= left - 1) {
-        const int bit = __ffs(static_cast<int>(left)) - 1;
-        const int round = end_of(word) - 1 - bit / 4;
-        const int place = warp * RowShape<Config>::kWarpTokens + (round * 32 + lane) * 4 + bit % 4;
-        if (slot < Shared::kBracketTokens) {
-          const unsigned token = static_cast<unsigned>(row.first_token + place);
-          search.bracket_tokens[slot] = make_uint2(__float_as_uint(row.shared.slice[place]), token);
-        }
-        ++slot;
-      }
-    }
-  }
-
-  // Calls visit(logit, token) for this block's tokens in the bracket.
-  template <class Visit>
-  __device__ __forceinline__ void for_each_listed(Visit visit) const {
-    const auto& search = row.shared.search;
-    const int count = min(search.list_count, Shared::kBracketTokens);
-#pragma unroll 1
-    for (int idx = static_cast<int>(threadIdx.x); idx < count; idx += kThreads) {
-      const uint2 entry = search.bracket_tokens[idx];
-      visit(__uint_as_float(entry.x), static_cast<int>(entry.y));
-    }
-  }
-
-  // Of equal width between the bracket's ends.
-  struct Bins {
-    float top, per_unit;
-
-    __device__ __forceinline__ Bins(float largest_value, float2 bracket) : top(fminf(bracket.y, largest_value)) {
-      per_unit = top > bracket.x ? __fdividef(static_cast<float>(kRankBins), top - bracket.x) : 0.0f;
-    }
-    __device__ __forceinline__ int of(float value) const { return min(__float2int_rz((top - value) * per_unit), kRankBins - 1); }
-  };
 
   __device__ __forceinline__ void clear_bins() const {
     unsigned* bins = &row.shared.search.bracket_bins[0][0];
@@ -274,17 +223,19 @@ struct BracketSearch {
     });
   }
 
-  // The last kept token, in search.own_found, and what each block's tokens of the bin add to the kept mass.
+  // The last kept token, in search.own_found, and what each block's tokens of the bin add to the kept mass: by the first kWorkers
+  // threads, of up to 32 or kComparedTokens tokens.
+  template <int kWorkers>
   __device__ __forceinline__ void compare() {
     auto& search = row.shared.search;
     const int count = search.num_ranked;
     const uint64 wanted = search.boundary_wanted;
-    const int place = compared_place<kThreads>();
-    if (static_cast<int>(threadIdx.x / 32) * 32 / kComparers<kThreads> < count) {  // whole warps
-      const bool leads = place < count && threadIdx.x % kComparers<kThreads> == 0;
+    const int place = compared_place<kWorkers>();
+    if (static_cast<int>(threadIdx.x / 32) * 32 / kComparers<kWorkers> < count) {  // whole warps
+      const bool leads = place < count && threadIdx.x % kComparers<kWorkers> == 0;
       const RankedToken own = place < count ? search.boundary[place] : RankedToken{0, 0};
       int rank;
-      const uint64 before = compare_with_all<kThreads>(search.boundary, count, own, rank);
+      const uint64 before = compare_with_all<kWorkers>(search.boundary, count, own, rank);
       if (leads && before < wanted) {
         const int token = static_cast<int>(token_of(own.rank_key));
         const int block = token / RowShape<Config>::kBlockTokens;
@@ -293,58 +244,6 @@ struct BracketSearch {
         if (wanted <= before + own.amount) search.own_found = {logit_of(own.rank_key), token};
       }
     }
-    __syncthreads();
-  }
-
-  // What compare does where all tokens of the bin are equal, of which those of the lowest index are kept; false if they are not.
-  __device__ __forceinline__ bool find_tied(const Bins& bins, int bin) {
-    auto& search = row.shared.search;
-    float low = -minus_infinity(), high = minus_infinity();
-    for_each_listed([&](float logit, int) {
-      if (bins.of(order.value(logit)) != bin) return;
-      low = fminf(low, logit);
-      high = fmaxf(high, logit);
-    });
-    int listed;
-    const BoundaryShare all = share_boundary(row, low, high, listed);
-    if (all.smallest != all.largest) return false;
-    const uint64 each = mass_at(row.largest - all.largest);
-    int number = static_cast<int>((search.boundary_wanted + each - 1) / each);  // that are kept of them
-#pragma unroll 1
-    for (int block = 0; block < kBlocks; ++block) {
-      const int theirs = static_cast<int>(search.bracket_parts[block][bin] >> kBinCountShift);
-      const int kept = min(number, theirs);
-      if (threadIdx.x == 0) {
-        search.kept[0][block] = static_cast<unsigned>(each * kept) & 0xffffu;
-        search.kept[1][block] = static_cast<unsigned>(each * kept >> 16);
-      }
-      if (number > 0 && number <= theirs && block == row.rank) publish_tied(all.largest, number - 1);
-      number -= kept;
-    }
-    row.mailbox.receive(kFound, 16);
-    Answer none;
-    if (threadIdx.x == 0) search.own_found = read_message(search.found, none);
-    __syncthreads();
-    return true;
-  }
-
-  // The token that is number `number`, from 0, in index order of this block's listed ones of this logit.
-  __device__ __forceinline__ void publish_tied(float tied, int number) {
-    auto& search = row.shared.search;
-    for_each_listed([&](float logit, int token) {
-      if (logit != tied) return;
-      int before = 0;
-#pragma unroll 2
-      for (int idx = 0; idx < search.list_count; ++idx) {
-        const uint2 other = search.bracket_tokens[idx];
-        if (__uint_as_float(other.x) == tied && static_cast<int>(other.y) < token) ++before;
-      }
-      if (before != number) return;
-#pragma unroll 1
-      for (unsigned block = 0; block < kBlocks; ++block) {
-        row.mailbox.send(kFound, block, &search.found, message({order.value(tied), token}, Answer{}));
-      }
-    });
   }
 
   // By the first warp, after compare: the answer, in search.found.
@@ -360,8 +259,6 @@ struct BracketSearch {
   // Adds the kept tokens of the bracket to the warps' sums of those above it.
   __device__ __forceinline__ void add_kept_to_warps(RankPrefix prefix) {
     auto& search = row.shared.search;
-    clear_bins();
-    __syncthreads();
     for_each_listed([&](float logit, int token) {
       if (!prefix.has(order.value(logit), token)) return;
       const int warp = (token - row.first_token) / RowShape<Config>::kWarpTokens;

@@ -151,6 +151,23 @@ struct ClusterShared {
   float warp_largest[kWarps], warp_smallest[kWarps];
 };
 
+// A row whose only search begins with BracketEstimate clears its counts while it is loaded.
+template <class Config>
+constexpr bool kClearsEarly = Config::kBracket && !Config::kGroups && !Config::kPenalised;
+
+template <class Config>
+__device__ __forceinline__ void clear_counts(SearchShared<Config>& search) {
+#pragma unroll 1
+  for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins * 32 / 4; idx += Config::kNumThreads) {
+    reinterpret_cast<uint4*>(search.counts)[idx] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void clear_early(ClusterShared<Config>& shared) {
+  if constexpr (kClearsEarly<Config>) clear_counts<Config>(shared.search);
+}
+
 // Sum over a warp of numbers below 2^51, in two instructions that add 32 bits.
 __device__ __forceinline__ uint64 sum_over_warp(uint64 value) {
   const unsigned low = __reduce_add_sync(0xffffffffu, static_cast<unsigned>(value) & 0xffffffu);
@@ -237,7 +254,7 @@ struct ClusterRow {
   __device__ __forceinline__ void share(Extremes mine, int num_tokens, float temperature, bool with_groups) {
     vocab_size = num_tokens;
     __syncwarp();  // narrow loads leave a lane's logits to others
-    if (temperature != 1.0f) mine = divide_slice<Config>(shared.slice, vocab_size - first_token, temperature);
+    if (temperature != 1.0f) mine = divide_slice<Config>(shared.slice, vocab_size - first_token, temperature, mine);
     mailbox.opened();
     share_extremes(mine, with_groups);
   }

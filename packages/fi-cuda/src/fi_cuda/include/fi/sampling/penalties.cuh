@@ -48,51 +48,39 @@ struct PenaltyPatch {
         first_token(first_token),
         num_tokens(max(0, min(params.vocab_size - first_token, kTokens))) {}
 
-  // By all threads. Loads go out in an order in which none waits for another: where a history's place is not itself loaded, what
-  // depends on it must not stand behind loads that share its scoreboard.
+  // By all threads. No load waits for another, nor stands in a branch: where branches meet again, all of their loads are waited for.
   __device__ __forceinline__ void ask(int output, int64 slot) {
     const int thread = static_cast<int>(threadIdx.x);
+    const int column = kThreads - 1 - thread;  // of the scalars, one a thread
+    const void* values = column == 0   ? params.repetition
+                         : column == 1 ? params.frequency
+                         : column == 2 ? params.presence
+                         : column == 3 ? params.num_entries
+                                       : nullptr;
+    const bool has_one = has_history() && values != nullptr;
     place = slot < 0 ? 0 : static_cast<int>(slot);
     history = params.history_rows == nullptr ? place : static_cast<const int*>(params.history_rows)[output];
+    load_words(seen, 0, has_history() && params.repetition != nullptr, params.seen, history, params.seen_stride);
+    const int2* entries = entries_of(history) + thread;
 #pragma unroll
-    for (int idx = 0; idx < kWordsEach; ++idx) {
-      seen[idx] = 0;
-      allowed_words[idx] = step_words[idx] = 0xffffffffu;
+    for (int idx = 0; idx < kEntriesEach; ++idx) {
+      const bool is_one = has_history() && thread + idx * kThreads < params.capacity;
+      counted[idx] = is_one ? entries[idx * kThreads] : make_int2(-1, 0);
     }
-    if (has_history()) {
-      if (params.repetition != nullptr) load_words(seen, params.seen, history, params.seen_stride);
-      const int2* entries = entries_of(history) + thread;
-#pragma unroll
-      for (int idx = 0; idx < kEntriesEach; ++idx) {
-        counted[idx] = thread + idx * kThreads < params.capacity ? entries[idx * kThreads] : make_int2(-1, 0);
-      }
-      const int column = kThreads - 1 - thread;  // of the scalars, one a thread
-      if (column < kColumns) {
-        const void* values = column == 0   ? params.repetition
-                             : column == 1 ? params.frequency
-                             : column == 2 ? params.presence
-                                           : params.num_entries;
-        scalar = column == 0 ? __float_as_int(1.0f) : 0;
-        if (values != nullptr) scalar = static_cast<const int*>(values)[column == 3 ? history : place];
-      }
-    }
-    if (params.allowed != nullptr) load_words(allowed_words, params.allowed, place, params.allowed_stride);
-    if (params.step_allowed != nullptr) load_words(step_words, params.step_allowed, output, params.step_allowed_stride);
-    const int* indptr = static_cast<const int*>(params.bias_indptr);
-    bias_begin = bias_end = 0;
-    if (indptr != nullptr) {
-      bias_begin = indptr[place];
-      bias_end = indptr[place + 1];
-    }
+    scalar = has_one ? static_cast<const int*>(values)[column == 3 ? history : place] : column == 0 ? __float_as_int(1.0f) : 0;
+    load_words(allowed_words, 0xffffffffu, params.allowed != nullptr, params.allowed, place, params.allowed_stride);
+    load_words(step_words, 0xffffffffu, params.step_allowed != nullptr, params.step_allowed, output, params.step_allowed_stride);
+    const int* indptr = static_cast<const int*>(params.bias_indptr) + place;
+    bias_begin = params.bias_indptr != nullptr ? indptr[0] : 0;
+    bias_end = params.bias_indptr != nullptr ? indptr[1] : 0;
   }
 
-  // This part's words of row `row` of a table of bits that are this thread's.
-  __device__ __forceinline__ void load_words(unsigned (&words)[kWordsEach], const void* table, int row, int64 stride) const {
+  // This part's words of row `row` of a table of bits that are this thread's; `none` where it has none.
+  __device__ __forceinline__ void load_words(unsigned (&words)[kWordsEach], unsigned none, bool used, const void* table, int row,
+                                             int64 stride) const {
     const unsigned* from = static_cast<const unsigned*>(table) + row * stride + static_cast<unsigned>(first_token) / 32 + threadIdx.x;
 #pragma unroll
-    for (int idx = 0; idx < kWordsEach; ++idx) {
-      if (has_word(idx)) words[idx] = __ldg(from + idx * kThreads);
-    }
+    for (int idx = 0; idx < kWordsEach; ++idx) words[idx] = used && has_word(idx) ? from[idx * kThreads] : none;
   }
 
   // Then, by all threads; what it stores in shared memory is there after the next barrier.

@@ -244,27 +244,32 @@ struct Divisor {
   }
 };
 
-// Divides this thread's part of the slice, `num_tokens` of whose places are in the vocabulary, by `temperature`; returns the
-// new extremes.
+// Divides this thread's part of the slice, `num_tokens` of whose places are in the vocabulary, by `temperature`; `found` are the
+// extremes before, of some part of the row, and what it returns those after, of the same part or of this thread's.
 template <class Config>
-__device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, float temperature) {
-  Extremes found = {minus_infinity(), -minus_infinity()};
+__device__ __forceinline__ Extremes divide_slice(float* slice, int num_tokens, float temperature, Extremes found) {
   const Divisor divisor(temperature);
   __syncwarp();  // other lanes may have read these places from memory
-  for_each_four<Config, 2>(slice, [&](int place, float4 four) {
-    if (place >= num_tokens) return;
-    Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
-    divisor.divide(part.data);
-    if (place + 4 <= num_tokens) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) found.template take<Config>(part.data[e]);
-    } else {
+  if (divisor.moderate) {
+    for_each_four<Config, 2>(slice, [&](int place, float4 four) {
+      if (place >= num_tokens) return;
+      Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
+      divisor.divide(part.data);
+      store_pack(slice + place, part);
+    });
+    // Quotients are in the order of what is divided.
+    return {__fdiv_rn(found.largest, temperature), __fdiv_rn(found.smallest, temperature)};
+  }
+  found = {minus_infinity(), -minus_infinity()};
+  for_each_four<Config, 1>(slice, [&](int place, float4 four) {
 #pragma unroll 1
-      for (int e = 0; e < 3; ++e) {
-        if (place + e < num_tokens) found.template take<Config>(e == 0 ? part.data[0] : e == 1 ? part.data[1] : part.data[2]);
+    for (int e = 0; e < 4; ++e) {
+      if (place + e < num_tokens) {
+        const float logit = __fdiv_rn(e < 2 ? (e == 0 ? four.x : four.y) : (e == 2 ? four.z : four.w), temperature);
+        found.template take<Config>(logit);
+        slice[place + e] = logit;
       }
     }
-    store_pack(slice + place, part);
   });
   return found;
 }

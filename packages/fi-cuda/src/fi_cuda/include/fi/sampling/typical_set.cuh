@@ -57,7 +57,7 @@ struct WindowEstimate {
   __device__ __forceinline__ bool run(float fraction, int margin) {
     Estimate estimate{row};
     if (!(row.largest > estimate.bottom())) return false;
-    estimate.count();
+    estimate.count(false);
     if (threadIdx.x < 32) choose(estimate, fraction, margin);
     __syncthreads();
     return true;
@@ -136,6 +136,9 @@ struct TypicalSearch {
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
   static constexpr int kDistanceBits = 31, kLevelBits = 6;
   static_assert(1 << kLevelBits == kRankBins);
+  // Wider than top_p's: where a few heavy tokens of one bin lie at the window's end, the estimate is off by as much as they weigh.
+  static constexpr int kMargin = kBlocks < 8 ? 150 * kBlocks : 1200;
+  static_assert(!Config::kBracket || 3 * kMargin <= kBlocks * SearchShared<Config>::kBracketTokens);
 
   Row& row;
   Answer answer = {};  // of a draw, if the bracket found it
@@ -148,7 +151,7 @@ struct TypicalSearch {
     const float mean = mean_shortfall(weight);
     TypicalSet found = {{row.largest, mean}, every_token()};
     if constexpr (Config::kBracket) {
-      if (alone && WindowEstimate<Config>{row, mean}.run(typical_p, Bracket::kMargin)) {
+      if (alone && WindowEstimate<Config>{row, mean}.run(typical_p, kMargin)) {
         Bracket bracket{row, found.order, Wish::kDraw};
         if (bracket.find(target_of, found.prefix)) {
           answer = bracket.answer;
