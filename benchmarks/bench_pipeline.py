@@ -327,6 +327,8 @@ def main() -> int:
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.slowest and int(options.slowest[0]) < 1:
+        parser.error("--slowest takes a count of at least 1")
     slowest, earlier = (int(options.slowest[0]), Path(options.slowest[1])) if options.slowest else (0, None)
     selection = Selection(tuple(options.stem), slowest, earlier)
     if options.stage is not None:

@@ -130,6 +130,9 @@ def pipeline(check: Check) -> None:
     worst: dict[str, float] = {}
     for row in found["rows"]:
         worst[row["measure"]] = max(row["us"], worst.get(row["measure"], 0.0))
+    for spec in found["specs"]:
+        for measure in spec.keys() - {"op", "case"}:
+            worst[measure] = max(spec[measure], worst.get(measure, 0.0))
     for measure, microseconds in worst.items():
         check.row(f"worst {measure}", f"{microseconds:.1f} µs")
     check.row("second process", found["proof"], status == 0)

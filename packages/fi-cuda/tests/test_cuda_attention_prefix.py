@@ -78,6 +78,7 @@ ALL_FP8 = {"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3"}
         ({"batch_invariant": True}, None),
         ({"table": "ragged", "page_size": None}, None),
         ({"group_size": 65}, None),
+        ({"levels": False, "max_q_len": 1}, "attention_decode"),
     ],
 )
 def test_what_is_served(changes, served):

@@ -59,7 +59,7 @@ def check(count, device):
         numbers = floats(count, others, generator)
         for special in (0.0, torch.inf, -torch.inf):
             numbers[torch.randint(0, count, (count // 50,), device=device, generator=generator)] = special
-        assert torch.equal(quotients(numbers, divisors), numbers / divisors)
+        assert torch.equal(quotients(numbers, divisors).view(torch.int32), (numbers / divisors).view(torch.int32))
 
 
 def test_quotients_are_those_of_a_division(monkeypatch):

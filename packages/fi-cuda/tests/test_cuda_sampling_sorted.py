@@ -133,7 +133,8 @@ def test_the_check_can_fail():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_keep_what_sorting_keeps(kind, num_rows):
     logits = rows_of(kind, num_rows)
+    some = [0, num_rows // 2, num_rows - 1]
     with fi.use(backend="cuda"):
         for values in VALUES:
             for joint in (False, True):
-                check_kept(logits[:3], values, joint, masked_logits(logits.cuda(), values, joint)[:3])
+                check_kept(logits[some], values, joint, masked_logits(logits.cuda(), values, joint)[some])

@@ -209,7 +209,8 @@ class Batch:
     - ragged: ``kv_indptr`` int32 [B + 1], request b's keys are rows kv_indptr[b] .. kv_indptr[b] + kv_lens[b].
 
     ``slot_mapping`` int64 [T] overrides where ``append_kv`` writes each token (page * page_size + offset, -1: nowhere).
-    ``levels`` names the prefixes that requests share. Rows of q past q_indptr[B] are left untouched.
+    ``levels`` names the prefixes that requests share: they change the work, never the result, and a kernel may leave them
+    unused, which its plan's ``describe`` says. Rows of q past q_indptr[B] are left untouched.
     """
 
     q_indptr: torch.Tensor

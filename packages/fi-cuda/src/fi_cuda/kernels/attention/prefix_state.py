@@ -22,7 +22,7 @@ from .call import CallForm
 from .mixed_state import attention_mixed, attention_short
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, WARPGROUP_WARPS, box_tokens
 from .prefix import NUM_LISTS, prefix_spec, prefix_tuning_for
-from .prefix_plan import PrefixLayout, PrefixPlanner, SharingTimes, prefix_plan_spec
+from .prefix_plan import MAX_DEPTH, PrefixLayout, PrefixPlanner, SharingTimes, prefix_plan_spec
 from .state import Addressing, Call, DecodeState, address_of, cache_strides_of, near_strides_of, scale_of
 from .tuning import memory_gbs, num_processors
 
@@ -93,7 +93,7 @@ class PrefixState:
         for region in (layout.header, layout.barrier):
             region.of(self._buffer).zero_()
         self._unshared = _plain_kernel(capacity).plan(spec, _plain(capacity), str(device))
-        # With the prefill kernel nothing is gained: it has tiles as long as a node's.
+        # Only against decode alone: where the prefill kernel takes part too, its tiles are as long as a node's.
         plain, num_warps = self._unshared, WARPGROUP_WARPS * (1 + tuning.tiles.consumers)
         self._decode: DecodeState | None = None
         if tuning.choose and isinstance(plain, DecodeState) and plain.serves_as(self._num_workers, num_warps):
@@ -122,7 +122,7 @@ class PrefixState:
             f"with levels, tiles: {rows} rows x {tuning.tokens} KV tokens, taken by {self._num_workers} blocks; at most"
             f" {layout.max_rows} a KV head, of which {layout.max_node_rows} of nodes",
             f"with levels, rows of partial results: {layout.max_parts}; planner: device, one kernel",
-            f"with levels, {self._choice}",
+            f"with levels, {self._choice}; of the nodes around a request at most {MAX_DEPTH}, the outer ones",
             *(f"without levels, {line}" for line in self._unshared.describe()),
         )
 
