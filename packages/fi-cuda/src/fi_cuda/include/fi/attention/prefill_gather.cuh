@@ -159,6 +159,7 @@ class GatherCopies {
     if (!kMayLeaveOut || position_of(step, first_row) < kv_end_) copy_rows<kDim>(source, shared, stage, step);
     ptx::cp_async_commit();
     if (pending_ != kNothing) pass_on<1>(shared);
+    else __syncwarp();  // all lanes have read the places before those of a later step take theirs
     const unsigned char* full = reinterpret_cast<unsigned char*>(&ring.full[cursor.stage]);
     pending_ = static_cast<int>(full - reinterpret_cast<unsigned char*>(&shared));
   }

@@ -116,6 +116,7 @@ struct HeldHeads {
         Stored* target = first_target + round * Split::kLanes * head_stride;
         if (kPerHead && round > 0) divisor = divisor_of(scales.data[round]);
         if constexpr (kJoins) {
+          static_assert(!kStreaming);
           const uint2 low = quantised_words<Stored>(first[round], divisor), high = quantised_words<Stored>(second[round], divisor);
           __stwb(reinterpret_cast<uint4*>(target), make_uint4(low.x, low.y, high.x, high.y));
         } else {
