@@ -287,7 +287,7 @@ def yielding(monkeypatch):
 def test_batches_that_are_through_sooner_without_levels_are_left_to_decode(yielding):
     spec = AttentionSpec(32, 8, 128)
     for count, shared, own, wanted in (
-        *((64, 8192, 256, True), (16, 2048, 256, True), (8, 1024, 512, False)),
+        *((64, 8192, 256, True), (32, 4096, 1024, True), (16, 2048, 256, False), (8, 1024, 512, False)),
         *((64, 0, 2048, False), (2, 64, 2048, False)),
     ):
         forest = Forest(((0, count, 0, shared),) if shared else ((0, 1, 0, 64),))
