@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from fi_cuda.compile import compile_source
+from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning
+from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 from fi_cuda.params import KINDS
 from fi_cuda.source import CompileTarget, KernelSource
 
@@ -42,6 +44,18 @@ class Launches:
 @pytest.fixture
 def recorder():
     return Launches()
+
+
+@pytest.fixture
+def prefill_launches(monkeypatch, recorder):
+    """A machine of 7 processors whose prefill kernels are recorded instead of launched."""
+    for module in (order, plan, prefill_state):
+        monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
+    monkeypatch.setattr(layout, "num_processors", lambda device: 7)
+    monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
+    monkeypatch.setattr(prefill_state, "column_maps_of", lambda kv, *box: (("keys", *box), ("values", *box)))
+    monkeypatch.setattr(prefill_state, "tensor_map_of", lambda tensor, box: (tensor.data_ptr(), box.shape))
+    return recorder
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs, 
 from fi_core.registry import registry
 from fi_core.rope import FusedRope, RopeConfig, RopeTable
 from fi_cuda.entries import ATTENTION_ENTRIES
-from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning
+from fi_cuda.kernels.attention import prefill_state, prefill_tuning
 from fi_cuda.kernels.attention.call import CallForm
 from fi_cuda.kernels.attention.plan import DeviceWorkList, fill_on_host
 from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillSpec, prefill_spec
@@ -35,18 +35,6 @@ CPU = torch.device("cpu")
 SPEC = AttentionSpec(8, 2, 64)
 CAPACITY = Capacity(max_batch=5, max_q_tokens=300, max_q_len=200, max_kv_len=500)
 TUNING = PrefillTuning(2, 64, 64, 2, 2, 1, True, True, 1, "apart", 1, 1, 2)
-
-
-@pytest.fixture
-def launches(monkeypatch, recorder):
-    """A machine of 7 processors whose kernels are recorded instead of launched."""
-    for module in (order, plan, prefill_state):
-        monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
-    monkeypatch.setattr(layout, "num_processors", lambda device: 7)
-    monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
-    monkeypatch.setattr(prefill_state, "column_maps_of", lambda kv, *box: (("keys", *box), ("values", *box)))
-    monkeypatch.setattr(prefill_state, "tensor_map_of", lambda tensor, box: (tensor.data_ptr(), box.shape))
-    return recorder
 
 
 class Override:
@@ -222,7 +210,7 @@ def dense_batch(q_lens, kv_lens, **others):
     return Batch(q_indptr, torch.tensor(kv_lens, dtype=torch.int32), table, **others)
 
 
-def test_an_update_from_the_cpu_fills_the_list(launches):
+def test_an_update_from_the_cpu_fills_the_list(prefill_launches):
     made = attention_prefill.plan(SPEC, CAPACITY, "cpu")
     assert "boxes of 16 tokens" in "\n".join(made.describe())
     batch = dense_batch([100, 20, 0, 1], [400, 20, 3, 0])
@@ -239,7 +227,7 @@ def test_an_update_from_the_cpu_fills_the_list(launches):
     assert made._orders[None].header.tolist() == [5, 1, 0, 0]  # shares would take as long, and their pieces are merged
 
 
-def test_many_tiles_are_ordered_by_their_steps(launches):
+def test_many_tiles_are_ordered_by_their_steps(prefill_launches):
     capacity = Capacity(max_batch=9, max_q_tokens=5000, max_q_len=3000, max_kv_len=4000)
     spec = replace(SPEC, windows=(None, 1500))
     made = attention_prefill.plan(spec, capacity, "cpu")
@@ -266,7 +254,7 @@ def test_many_tiles_are_ordered_by_their_steps(launches):
             assert begin == min(first, stop) // 16 * 16  # a page, which a copy lies in
 
 
-def test_short_queries_are_spread_over_longer_tiles(launches):
+def test_short_queries_are_spread_over_longer_tiles(prefill_launches):
     capacity = Capacity(max_batch=200, max_q_tokens=5000, max_q_len=4096, max_kv_len=4096)
     made = attention_prefill.plan(SPEC, capacity, "cpu")
     made.update(dense_batch([4096] + [1] * 127, [4096] + [2048] * 127))
@@ -278,13 +266,13 @@ def test_short_queries_are_spread_over_longer_tiles(launches):
     assert 10 < sum(place < natural // 4 for place in places) < 60  # some in every part
 
 
-def test_split_points_of_a_batch_invariant_plan_depend_on_no_order(launches):
+def test_split_points_of_a_batch_invariant_plan_depend_on_no_order(prefill_launches):
     made = attention_prefill.plan(replace(SPEC, batch_invariant=True), CAPACITY, "cpu")
     made.update(dense_batch([100, 200], [400, 400]))
     assert not made._orders[None].header.any()
 
 
-def test_a_call_passes_each_value_under_its_name(launches):
+def test_a_call_passes_each_value_under_its_name(prefill_launches):
     spec = AttentionSpec(
         8, 2, 64, 32, kv_format="fp8_e4m3", kv_layout="HND", windows=(None, 64),
         features=frozenset({"lse", "soft_cap", "sinks", "alibi", "mask"}),
@@ -302,7 +290,7 @@ def test_a_call_passes_each_value_under_its_name(launches):
     q = torch.zeros(22, 3 * 8, 64, dtype=torch.bfloat16)[:, :8]
     out, lse = torch.zeros(22, 8, 32, dtype=torch.bfloat16), torch.zeros(22, 9)[:, :8]
     made.run(q, kv, layer, out, lse)
-    grid, values, kernel = launches.last["attention_prefill"]
+    grid, values, kernel = prefill_launches.last["attention_prefill"]
     found, buffer = made._layout, made.workspace[0]
     lists = found.lists[64].of(buffer)
     tensors = {
@@ -329,24 +317,24 @@ def test_a_call_passes_each_value_under_its_name(launches):
     assert (kernel.mask, kernel.table, kernel.table_row, kernel.k_scales, kernel.v_scales) == (2, 1, True, True, False)
 
 
-def test_boxes_and_negative_scales_choose_their_kernels(launches, monkeypatch):
+def test_boxes_and_negative_scales_choose_their_kernels(prefill_launches, monkeypatch):
     made = attention_prefill.plan(SPEC, CAPACITY, "cpu")
     made.update(dense_batch([100], [400]))
     q = torch.zeros(100, 8, 64, dtype=torch.bfloat16)
     kv = KVCache(*torch.zeros(2, 9, 16, 2, 64, dtype=torch.bfloat16))
     for scale, signed in ((0.1, False), (-0.1, True), (0.0, True)):
         made.run(q, kv, LayerArgs(scale=scale).resolve(SPEC), torch.empty_like(q), None)
-        _, values, kernel = launches.last["attention_prefill"]
+        _, values, kernel = prefill_launches.last["attention_prefill"]
         assert type(kernel) is BoxPrefillSpec and kernel.signed_scale == signed
         assert values["scale"] == scale
         assert values["keys"] == ("keys", 16, 128) and values["values"] == ("values", 16, 128)
     empty = KVCache(*torch.zeros(2, 0, 16, 2, 64, dtype=torch.bfloat16))
     monkeypatch.setattr(prefill_state, "column_maps_of", lambda kv, *box: None)
     made.run(q, empty, LayerArgs().resolve(SPEC), torch.empty_like(q), None)
-    assert type(launches.last["attention_prefill"][2]) is PrefillSpec
-    launches.last.clear()
+    assert type(prefill_launches.last["attention_prefill"][2]) is PrefillSpec
+    prefill_launches.last.clear()
     made.run(q[:0], kv, LayerArgs().resolve(SPEC), torch.empty_like(q[:0]), None)
-    assert not launches.last  # nothing to do
+    assert not prefill_launches.last  # nothing to do
 
 
 @pytest.mark.gpu
@@ -375,7 +363,7 @@ def test_the_gpu_orders_tiles_as_the_host_does(heads, window, causal):
     assert 1 in used
 
 
-def test_a_call_passes_scales_of_queries_and_frequencies(launches):
+def test_a_call_passes_scales_of_queries_and_frequencies(prefill_launches):
     made = attention_prefill.plan(ALL_FP8, CAPACITY, "cpu")
     made.update(dense_batch([1, 20], [400, 500]))
     k = torch.zeros(9, 16, 2, 64, dtype=torch.float8_e4m3fn)
@@ -383,7 +371,7 @@ def test_a_call_passes_scales_of_queries_and_frequencies(launches):
     q = torch.zeros(21, 8, 64, dtype=torch.float8_e4m3fn)
     out = torch.zeros(21, 8, 64, dtype=torch.bfloat16)
     made.run(q, KVCache(k, k, k_scale=2.0), LayerArgs(scale=0.3, q_scale=scales).resolve(ALL_FP8), out, None)
-    _, values, kernel = launches.last["attention_prefill"]
+    _, values, kernel = prefill_launches.last["attention_prefill"]
     assert (values["q_scales"], values["q_scale_stride"], values["scale"]) == (scales.data_ptr(), 1, 0.6)
     assert values["queries"] == (q.data_ptr(), (16, 4, 128)) and values["keys"] == ("keys", 16, 128)
     assert type(kernel) is BoxPrefillSpec and kernel.query == torch.float8_e4m3fn and kernel.q_scales
@@ -394,6 +382,6 @@ def test_a_call_passes_scales_of_queries_and_frequencies(launches):
     table = RopeTable.make(RopeConfig(32, pairs="interleaved"), "cpu")
     k, q = k.bfloat16(), q.bfloat16()
     made.run(q, KVCache(k, k), LayerArgs(rope=table).resolve(spec), out, None)
-    _, values, kernel = launches.last["attention_prefill"]
+    _, values, kernel = prefill_launches.last["attention_prefill"]
     assert (values["inv_freq"], values["rope_factor"]) == (table.inv_freq.data_ptr(), 1.0)
     assert (kernel.rotary_dim, kernel.rope_pairs) == (32, 2)

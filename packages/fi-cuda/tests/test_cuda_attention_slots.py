@@ -6,31 +6,18 @@ import pytest
 import torch
 from fi_core.errors import ArgumentError
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
-from fi_cuda.kernels.attention import layout, order, plan, prefill_state, prefill_tuning, state
+from fi_cuda.kernels.attention import prefill_state, state
 from fi_cuda.kernels.attention.call import CallForm
 from fi_cuda.kernels.attention.prefill import BoxPrefillSpec, PrefillSpec, prefill_spec
 from fi_cuda.kernels.attention.prefill_state import attention_prefill
 from fi_cuda.kernels.attention.prefill_tuning import COPY_ORDERS, built_in_prefill_tuning
-from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES
 
 SLOTS = AttentionSpec(8, 2, 128, page_size=1)
 CAPACITY = Capacity(max_batch=5, max_q_tokens=300, max_q_len=200, max_kv_len=500)
 
 
 @pytest.fixture
-def launches(monkeypatch, recorder):
-    """A machine of 7 processors whose kernels are recorded instead of launched."""
-    for module in (order, plan, prefill_state):
-        monkeypatch.setattr(module, "kernel_for", recorder.kernel_for)
-    monkeypatch.setattr(layout, "num_processors", lambda device: 7)
-    monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
-    monkeypatch.setattr(prefill_state, "column_maps_of", lambda kv, *box: (("keys", *box), ("values", *box)))
-    monkeypatch.setattr(prefill_state, "tensor_map_of", lambda tensor, box: (tensor.data_ptr(), box.shape))
-    return recorder
-
-
-@pytest.fixture
-def made(launches):
+def made(prefill_launches):
     """A plan of one request."""
     state_of_plan = attention_prefill.plan(SLOTS, CAPACITY, "cpu")
     q_indptr, kv_lens = torch.tensor([0, 100], dtype=torch.int32), torch.tensor([40], dtype=torch.int32)
@@ -52,15 +39,15 @@ def test_the_kernel_agrees_on_fields_and_shared_memory(boxes, compile_with_offse
     assert resources.spill_store_bytes == resources.spill_load_bytes == 0
 
 
-def test_pages_of_one_token_have_maps_for_runs(launches, made, monkeypatch):
+def test_pages_of_one_token_have_maps_for_runs(prefill_launches, made, monkeypatch):
     assert "rows by a warpgroup; 32 that follow each other in memory as a box" in "\n".join(made.describe())
     run(made, 9)
-    _, values, kernel = launches.last["attention_prefill"]
+    _, values, kernel = prefill_launches.last["attention_prefill"]
     assert type(kernel) is BoxPrefillSpec and kernel.box_tokens == 32 and not kernel.has_boxes
     assert kernel.copy_order == COPY_ORDERS.index("in order") and values["keys"] == ("keys", 32, 128)
     monkeypatch.setattr(prefill_state, "column_maps_of", lambda kv, *box: None)
     run(made, 9)
-    kernel = launches.last["attention_prefill"][2]
+    kernel = prefill_launches.last["attention_prefill"][2]
     assert type(kernel) is PrefillSpec and kernel.box_tokens == 0
 
 
