@@ -261,18 +261,16 @@ def _shapes() -> Iterator[Case]:
         yield case(f"head_dim_{head_dim}", (1, 6), (19, 22), dtype=_BF16, head_dim=head_dim)
     yield case("head_dim_192_128", (1, 6), (19, 22), dtype=_BF16, head_dim=192, head_dim_vo=128)
     yield case("smollm_heads", (1, 1), (40, 3), heads=(9, 3))
-    # As many KV heads as warps may share a tile among them.
-    four, eight = {"head_dim": 128, "heads": (16, 4)}, {"head_dim": 64, "heads": (16, 8)}
-    yield case("heads_4", (1, 2, 0, 1), (300, 37, 0, 900), dtype=_BF16, features={"lse"}, **four)
-    yield case(
-        "heads_4_slots", (1, 2, 1), (70, 133, 9), dtype=_FP16, features={"sinks"}, page_size=1, table_row=True, **four
-    )
-    yield case("heads_8_window", (2, 1, 4), (500, 4, 133), dtype=_BF16, windows=(100,), **eight)
-    yield case(
-        "heads_8_rope", (1, 1), (150, 70), dtype=_BF16, rope=FusedRope(64, keys=True), storage="interleaved", **eight
-    )
-    heads_8 = {"kv_format": "fp8_e4m3", "scale": "heads", "q_format": "fp8_e4m3", "q_scale": "heads", "heads": (32, 8)}
-    yield case("heads_8_fp8", (1, 2), (250, 40), dtype=_BF16, head_dim=128, kv_layout="HND", **heads_8)
+    # Batches large enough for tiles of several KV heads.
+    four: dict[str, Any] = {"head_dim": 128, "heads": (16, 4)}
+    eight: dict[str, Any] = {"head_dim": 64, "heads": (16, 8)}
+    many = (tuple(1 + idx % 2 for idx in range(64)), (900, *range(2, 128, 2)))
+    some = ((1, 2, 0, 1) * 8, (500, 4, 0, 133, *range(10, 150, 5)))
+    yield case("many_slots", *many, dtype=_BF16, features={"lse"}, page_size=1, **four)
+    yield case("many_slots_of_rows", *many, dtype=_FP16, features={"sinks"}, page_size=5, table_row=True, **four)
+    yield case("many_windows", *some, dtype=_BF16, features={"sinks", "lse"}, windows=(100,), **eight)
+    fp8: dict[str, Any] = {"kv_format": "fp8_e4m3", "scale": "heads", "rope": FusedRope(64, keys=True)}
+    yield case("many_fp8_rotated", *some, dtype=_BF16, kv_layout="HND", **fp8, **eight)
     for page_size in (1, 3, 64, 256):
         yield case(f"page_size_{page_size}", (1, 6, 1), (19, 70, 64), dtype=_BF16, page_size=page_size)
     for page_size in (1, 2, 5, 8, 24, 32, 100, 128, 255):
@@ -402,5 +400,6 @@ def _large() -> Iterator[Case]:
     turned: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (8, 2), "rope": FusedRope(128, keys=True)}
     yield case("rope_long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, **turned)
     yield case("long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, dtype=_BF16, head_dim=128, heads=(8, 2))
-    yield case("long_decode_heads_4", (1, 1, 1), (40000, 1, 9000), _LARGE, dtype=_BF16, head_dim=128, heads=(16, 4))
+    slots: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (16, 4), "page_size": 1}
+    yield case("many_slots_long", (1,) * 64, (40000, 1, 9000, *range(61)), _LARGE, **slots)
     yield case("long_prefill", (3000, 1), (3000, 5000), _LARGE, dtype=_BF16, head_dim=128, heads=(4, 1))

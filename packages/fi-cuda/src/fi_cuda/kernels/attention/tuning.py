@@ -34,6 +34,7 @@ _FEW_WARPS = 4
 _MANY_WARPS = 8  # as many as find 255 registers a thread
 _MIN_STAGES = 2
 _HEADS_ITEM_COST = 3
+_MANY_HEADS, _SHORT_WINDOW = 256, 1024
 _STAGE_ALIGNMENT = 1024
 _BARRIER_BYTES = 8
 _RESERVED_BYTES = 1024  # of shared memory, which the driver keeps for each block
@@ -241,9 +242,22 @@ def built_in_tuning(spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER
             row_warps = min(best.row_warps, num_warps)
             rows = best.rows * row_warps // best.row_warps
             best = replace(best, num_stages=most_stages, num_warps=num_warps, row_warps=row_warps, rows=rows)
-    if best.row_warps == 1 and spec.num_kv_heads % best.num_warps == 0 and not spec.batch_invariant:
+    if _has_head_warps(spec, capacity, best):
         best = replace(best, head_warps=best.num_warps, item_cost=_HEADS_ITEM_COST)
     return best
+
+
+def _has_head_warps(spec: AttentionSpec, capacity: Capacity, tuning: DecodeTuning) -> bool:
+    """Whether each warp has a KV head of its own: what lies together is then read together, and an item's end needs no meeting of
+    warps. Worth it for large batches where pages are small and lie anywhere, where windows make items short, and where elements
+    of FP8 are rotated; elsewhere shares are less even than the heads' neighbourhood gives (docs/kernels/decode.md)."""
+    if tuning.row_warps > 1 or spec.num_kv_heads % tuning.num_warps or spec.batch_invariant:
+        return False
+    if capacity.max_batch * spec.num_kv_heads < _MANY_HEADS or spec.head_dim > _WIDE_HEAD_DIM:
+        return False
+    has_small_pages = spec.page_size is not None and spec.page_size < _GROUP_TOKENS  # which no box copies
+    has_short_items = any(window is not None and window <= _SHORT_WINDOW for window in spec.windows)
+    return has_small_pages or has_short_items or (spec.kv_is_fp8 and spec.rope is not None and spec.rope.keys)
 
 
 def partition_params(

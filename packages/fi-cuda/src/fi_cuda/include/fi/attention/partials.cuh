@@ -91,13 +91,13 @@ class ItemFinisher {
  public:
   // `shares`: those of this warp's KV head. "The block" is all threads that have it.
   __device__ __forceinline__ ItemFinisher(const Params& params, Shares<Config>& shares)
-      : params_(params), shares_(shares), thread_(static_cast<int>(threadIdx.x) % kThreads) {}
+      : params_(params), shares_(shares), thread_(WarpPlace<Config>::kHeadWarps == 1 ? threadIdx.x : threadIdx.x % kThreads) {}
 
   // Called by all threads of the block at an item's begin: brings its slot into L2, so that who looks for the piece before it
   // is there need not wait for memory.
   __device__ __forceinline__ void prepare(const AttentionItem& item) const {
     constexpr int kUnitsOfLine = 128 / sizeof(float4);
-    const int unit = thread_ * kUnitsOfLine;
+    const int unit = static_cast<int>(thread_) * kUnitsOfLine;
     if (item.slot >= 0 && unit < num_units_of(item)) {
       ptx::prefetch_to_l2(values_at(item.slot, unit));
       ptx::prefetch_to_l2(row_at(item.slot, unit));
@@ -133,7 +133,7 @@ class ItemFinisher {
   // `at_once`: adds the tile's other pieces, of which this one is the first.
   __device__ __forceinline__ void add_shares(const AttentionItem& item, int num_units, bool at_once) const {
 #pragma unroll 1
-    for (int first = thread_; first < num_units; first += kUnitsAtOnce * kThreads) {
+    for (int first = static_cast<int>(thread_); first < num_units; first += kUnitsAtOnce * kThreads) {
       if constexpr (kUnitsAtOnce == 1) {
         RowPart pieces[kPiecesAtOnce] = {sum_of_shares(item, first)};
         if (!at_once) {
@@ -273,7 +273,7 @@ class ItemFinisher {
     int log_units = item.num_pieces() <= (kThreads >> 3) * kPiecesAtOnce ? 3 : 2;
     while (log_units < 5 && num_units >> log_units > num_mergers) ++log_units;
     const int units_at_once = 1 << log_units, step = kThreads >> log_units;
-    const int lane = thread_ % 32, warp = thread_ / 32;
+    const int lane = static_cast<int>(thread_ % 32), warp = static_cast<int>(thread_ / 32);
     const int in_group = lane & (units_at_once - 1), first_piece = (warp << (5 - log_units)) + (lane >> log_units);
 #pragma unroll 1
     for (int first = rank << log_units; first < num_units; first += num_mergers << log_units) {
@@ -290,7 +290,7 @@ class ItemFinisher {
       WarpPlace<Config>::sync_head();  // what the sums are put over has been read
       if (lane < units_at_once) shares_.put_sum(warp * 32 + lane, sum);
       WarpPlace<Config>::sync_head();
-      if (thread_ < units_at_once && unit < num_units) {
+      if (static_cast<int>(thread_) < units_at_once && unit < num_units) {
         constexpr int kWarps = kThreads / 32;
         RowPart sums[kWarps];
 #pragma unroll
@@ -305,39 +305,37 @@ class ItemFinisher {
   template <int kFrom, int kCount>
   __device__ __forceinline__ void wait_for_pieces(RowPart (&parts)[kCount], const AttentionItem& item, int first, int step,
                                                   int unit) const {
-    wait_for<kFrom>(parts, [&](int idx) {
-      const int piece = first + idx * step;
-      return piece < item.num_pieces() ? Word{item.slot_of(piece), unit} : Word{kNoSlot, 0};
-    });
+    wait_for<kFrom>(
+        parts, [&](int idx) { return first + idx * step < item.num_pieces(); },
+        [&](int idx) { return Word{item.slot_of(first + idx * step), unit}; });
   }
 
   // The same of one piece, for units `first` + idx * kThreads.
   template <int kCount>
   __device__ __forceinline__ void wait_for_units(RowPart (&parts)[kCount], const AttentionItem& item, int piece, int first,
                                                  int num_units) const {
-    wait_for<0>(parts, [&](int idx) {
-      const int unit = first + idx * kThreads;
-      return Word{unit < num_units ? item.slot_of(piece) : kNoSlot, unit};
-    });
+    wait_for<0>(
+        parts, [&](int idx) { return first + idx * kThreads < num_units; },
+        [&](int idx) { return Word{item.slot_of(piece), first + idx * kThreads}; });
   }
 
   // A unit of a slot.
   struct Word {
     int slot, unit;
   };
-  static constexpr int kNoSlot = -1;
 
-  template <int kFrom, int kCount, class WordOf>
-  __device__ __forceinline__ void wait_for(RowPart (&parts)[kCount], const WordOf& word_of) const {
+  // `is_there`: whether there is a part of that number, `word_of`: where.
+  template <int kFrom, int kCount, class IsThere, class WordOf>
+  __device__ __forceinline__ void wait_for(RowPart (&parts)[kCount], const IsThere& is_there, const WordOf& word_of) const {
     // Compared as a whole: a comparison for each word would wait for its load before the next load is issued.
     unsigned largest;
     do {
       largest = 0;
 #pragma unroll
       for (int idx = kFrom; idx < kCount; ++idx) {
-        const Word word = word_of(idx);
         parts[idx] = empty_part();
-        if (word.slot != kNoSlot) {
+        if (is_there(idx)) {
+          const Word word = word_of(idx);
           const float2 row = ptx::load_relaxed(row_at(word.slot, word.unit));
           const float4 values = ptx::load_relaxed(values_at(word.slot, word.unit));
           parts[idx] = {{row.x, row.y}, {values.x, values.y, values.z, values.w}};
@@ -349,8 +347,8 @@ class ItemFinisher {
     const float absent = __uint_as_float(kAbsent);
 #pragma unroll
     for (int idx = kFrom; idx < kCount; ++idx) {
-      const Word word = word_of(idx);
-      if (word.slot != kNoSlot) {
+      if (is_there(idx)) {
+        const Word word = word_of(idx);
         ptx::store_relaxed(row_at(word.slot, word.unit), float2{absent, absent});
         ptx::store_relaxed(values_at(word.slot, word.unit), float4{absent, absent, absent, absent});
       }
@@ -374,7 +372,7 @@ class ItemFinisher {
 
   const Params& params_;
   Shares<Config>& shares_;
-  const int thread_;
+  const unsigned thread_;
 };
 
 }  // namespace fi
