@@ -66,7 +66,7 @@ class ClusterRowSpec(KernelSpec):
 
     @property
     def penalised(self) -> bool:
-        """Whether penalties change the row while it is loaded, for which bits of its tokens and lists lie where later a search does."""
+        """Whether penalties change the row while it is loaded, for which bits and lists lie where later a search does."""
         return False
 
     @property
