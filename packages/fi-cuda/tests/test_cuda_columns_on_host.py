@@ -94,6 +94,8 @@ def test_lists_longer_than_what_comes_with_the_row(form, monkeypatch):
     assert 512 < int(penalties.history.num_entries.min()) and int(penalties.history.num_entries.max()) <= 700
     check_draws(monkeypatch, rows_of("normal"), {}, "sequential", penalties)
     check_draws(monkeypatch, rows_of("normal"), {"top_p": 0.9}, "sequential", penalties)
+    # A block whose list is applied may be sent what top_k begins with.
+    check_draws(monkeypatch, rows_of("normal"), {"top_k": 50}, "sequential", penalties)
 
 
 def test_what_a_history_lacks_makes_its_row_unusable(form, monkeypatch):

@@ -230,7 +230,9 @@ struct SampleKernel {
       PenalisedSampleStage<Config, Params> penalised(stage, patch);
       load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
       fits = patch.apply();
-      return patch.settle(row.shared.filters.temperature);
+      const Extremes found = patch.settle(row.shared.filters.temperature);
+      if constexpr (kReadyLate<Config>) row.mailbox.ready();
+      return found;
     } else {
       return load_slice<Config>(logits, row.first_token, params.vocab_size, slice, stage);
     }

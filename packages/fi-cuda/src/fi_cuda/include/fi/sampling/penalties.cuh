@@ -255,35 +255,37 @@ struct PenaltyPatch {
 
   // The seen tokens, of which each thread has those of its words, kTogether words apart. What lies past the vocabulary is NaN and stays so.
   __device__ __forceinline__ void repeat(float repetition) {
+    const Divisor divisor(repetition);
+    // Of positive floats' bits: those whose quotients Divisor has.
+    constexpr unsigned kLeast = 0x219392f0u;  // above 1e-18
+    unsigned served = divisor.moderate ? 0x5d5e0b6bu - kLeast : 0;  // up to 1e18
+    asm volatile("" : "+r"(served));  // computed once, not for each token
+    float* from = slice + (first_word() + thread_of_part()) * 32;
     unsigned seen[kWordsEach];
 #pragma unroll
     for (int idx = 0; idx < kWordsEach; ++idx) {
       const int word = thread_of_part() + idx * kTogether;
       seen[idx] = word < kPartWords ? shared.seen[first_word() + word] : 0;
     }
-    const Divisor divisor(repetition);
-    const float least = divisor.moderate ? 1e-18f : -minus_infinity();
-    float* from = slice + (first_word() + thread_of_part()) * 32;
     // All words in one loop, so that a warp's lanes wait for one another once.
 #pragma unroll 1
     for (;;) {
-      if (seen[0] == 0) {
-        bool more = false;
+      const bool next = kWordsEach > 1 && seen[0] == 0;
+      unsigned left = 0;
 #pragma unroll
-        for (int idx = 1; idx < kWordsEach; ++idx) {
-          more |= seen[idx] != 0;
-          seen[idx - 1] = seen[idx];
-          seen[idx] = 0;
-        }
-        if (!more) break;
-        from += kTogether * 32;
-        if (kWordsEach > 2 && seen[0] == 0) continue;
+      for (int idx = 0; idx < kWordsEach; ++idx) {
+        if (next) seen[idx] = idx + 1 < kWordsEach ? seen[idx + 1] : 0;
+        left |= seen[idx];
       }
+      from += next ? kTogether * 32 : 0;
+      if (left == 0) break;
+      if (kWordsEach > 2 && seen[0] == 0) continue;
       const int last = 31 - __clz(static_cast<int>(seen[0]));
       seen[0] ^= 1u << last;
       const float number = from[last];
-      float value = number > 0.0f ? divisor.quotient(number) : __fmul_rn(number, repetition);
-      if (number > 0.0f && !(number > least && number < 1e18f)) value = __fdiv_rn(number, repetition);
+      const bool positive = number > 0.0f;
+      float value = positive ? divisor.quotient(number) : __fmul_rn(number, repetition);
+      if (positive && __float_as_uint(number) - kLeast >= served) value = __fdiv_rn(number, repetition);
       from[last] = value;
     }
   }
@@ -329,23 +331,36 @@ struct PenaltyPatch {
     }
   }
 
-  // Without bounds, a mask's word beside each four tokens.
+  // Without bounds, a mask's word beside each four tokens; of a few rounds all is read before any is written.
   template <bool kDivided>
   __device__ __forceinline__ void settle_full_rounds(Extremes& found, const Divisor& divisor) const {
+    constexpr int kBatch = kDivided ? 1 : 4, kRounds = RowShape<Config>::kFullRounds, kWhole = kRounds / kBatch * kBatch;
     const int first = place_of_full_round<Config>(0);
-    const unsigned* words = shared.allowed + first / 32;
+#pragma unroll 1
+    for (int round = 0; round < kWhole; round += kBatch) settle_rounds<kDivided, kBatch>(found, divisor, first + round * 128);
+    if constexpr (kRounds > kWhole) settle_rounds<kDivided, kRounds - kWhole>(found, divisor, first + kWhole * 128);
+  }
+
+  template <bool kDivided, int kCount>
+  __device__ __forceinline__ void settle_rounds(Extremes& found, const Divisor& divisor, int first) const {
+    float* place = slice + first;
+    const unsigned* words = shared.allowed + static_cast<unsigned>(first) / 32;
     const unsigned turn = (first - 1) & 31;  // which leaves the four tokens' bits in places 1 to 4, where one instruction tests all
-#pragma unroll kDivided ? 1 : 4
-    for (int round = 0; round < RowShape<Config>::kFullRounds; ++round) {
-      float* place = slice + first + round * 128;
-      const float4 four = *reinterpret_cast<const float4*>(place);
-      Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
+    float4 fours[kCount];
+    unsigned bits[kCount];
+#pragma unroll
+    for (int round = 0; round < kCount; ++round) {
+      fours[round] = *reinterpret_cast<const float4*>(place + round * 128);
+      bits[round] = words[round * 4];
+    }
+#pragma unroll
+    for (int round = 0; round < kCount; ++round) {
+      Pack<float, 16> part = {{fours[round].x, fours[round].y, fours[round].z, fours[round].w}};
       round_off(part.data);
       if (kDivided) divisor.divide(part.data);
-      mask<1>(part.data, __funnelshift_r(words[round * 4], words[round * 4], turn));
-#pragma unroll
-      for (int e = 0; e < 4; ++e) found.template take<Config>(part.data[e]);
-      store_pack(place, part);
+      mask<1>(part.data, __funnelshift_r(bits[round], bits[round], turn));
+      found.template take_four<Config>(part.data);
+      store_pack(place + round * 128, part);
     }
   }
 
