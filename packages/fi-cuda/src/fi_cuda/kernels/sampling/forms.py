@@ -15,7 +15,7 @@ from .geometry import NO_SEARCH, SHORT_LIST, SMALL_SEARCH, TOP_P_SEARCH, Geometr
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
 _RANK_BINS, _LOCAL_TOKENS, _BRACKET_TOKENS, _COMPARED_TOKENS, _MESSAGES = 64, 1024, 512, 128, 9
 
-# As fi/sampling/penalties.cuh has them.
+# As fi/sampling/penalty_tables.cuh has them.
 _ENTRIES, _BIASES = 512, 32
 
 
