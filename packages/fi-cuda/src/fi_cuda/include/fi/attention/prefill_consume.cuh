@@ -19,6 +19,8 @@ class PrefillConsumer {
   using Steps = ItemSteps<Config>;
   static constexpr int kTokens = Config::kTokens;
   static constexpr int kEdge = Config::kEdgeTokens;
+  // Widths of a first step with code of its own. Others share that of all other steps, where those are not begun beside one another.
+  static constexpr int kWidestFirst = Config::kOverlap ? kTokens : (kTokens - 1) / kEdge * kEdge;
   static constexpr int kStepKeys = Tile::kStepElements;
   // Values that are multiplied where the copy engine put them, with whatever stands in the place of tokens that are not readable.
   static constexpr bool kDirect = Config::kBoxes && !Tile::kLanded;
@@ -57,15 +59,21 @@ class PrefillConsumer {
 
   __device__ __forceinline__ void work_through(const AttentionItem& item, const Rows& rows, const Steps& steps) {
     if constexpr (Config::kRotaryDim > 0) rotate_queries(params_, item, rows, queries(), kOwnBarrier + warpgroup_);
-    // Keys of the first step that no row sees are left out.
-    first_step<kEdge>(item, rows, steps, rows.by_any.high - steps.last);
+    const int width = rows.by_any.high - steps.last;
+    int step = 0;
+    if constexpr (kWidestFirst > 0) {
+      if (Config::kOverlap || width <= kWidestFirst) {
+        first_step<kEdge>(item, rows, steps, width);
+        step = 1;
+      }
+    }
     if constexpr (Config::kOverlap) {
 #pragma unroll 1
-      for (int step = 1; step < steps.num_steps; ++step) next_step(item, rows, steps, step);
+      for (; step < steps.num_steps; ++step) next_step(item, rows, steps, step);
       if (steps.num_steps > 1) last_values<kTokens, false>(weights_, item, steps);
     } else {
 #pragma unroll 1
-      for (int step = 1; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
+      for (; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
     }
   }
 
@@ -101,10 +109,11 @@ class PrefillConsumer {
     }
   }
 
-  // The first step, of which some row sees `width` keys; with kOverlap its values are started beside the next step's scores.
+  // The first step, of whose keys those beyond the first `width` are seen by no row, and left out; with kOverlap its values are
+  // started beside the next step's scores.
   template <int kWidth>
   __device__ __forceinline__ void first_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int width) {
-    if constexpr (kWidth < kTokens) {
+    if constexpr (kWidth < kWidestFirst) {
       if (width > kWidth) {
         first_step<(kWidth + kEdge < kTokens ? kWidth + kEdge : kTokens)>(item, rows, steps, width);
         return;
@@ -134,22 +143,26 @@ class PrefillConsumer {
     }
   }
 
-  // A step on its own: its scores, then its values.
+  // A step on its own: its scores, then its values. The first one may be one too.
   __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
     float scores[kTokens / 2];
     unsigned weights[kTokens / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
-    if constexpr (Config::kPingPong) wait_turn();
+    const bool fresh = step == 0;
+    // First steps take no turns: some warpgroup's may be narrower.
+    if (Config::kPingPong && !fresh) wait_turn();
     State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
-    if constexpr (Config::kPingPong) pass_turn();
+    if (Config::kPingPong && !fresh) pass_turn();
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
-    state_.make_and_raise(scores, params_, item, rows, steps.position(step), step,
-                          [&](const float (&rescale)[2]) { state_.rescale_output(rescale); });
+    state_.make_and_raise(scores, params_, item, rows, steps.position(step), step, [&](const float (&rescale)[2]) {
+      if (!fresh) state_.rescale_output(rescale);
+    });
     state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
+    if (kDirect && fresh) clear(item.kv_end - steps.last, kTokens);
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
-    weigh_and_multiply<0>(scores, weights);
+    weigh_and_multiply<0>(scores, weights, fresh);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
     release_values();
@@ -157,13 +170,14 @@ class PrefillConsumer {
 
   // The weights of a step in parts, each beside the products of the part before; those of the first are there.
   template <int kPart>
-  __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / kStepKeys][4]) {
+  __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / kStepKeys][4],
+                                                     bool fresh) {
     constexpr int kParts = Config::kParts;
     if constexpr (kPart < kParts) {
       if constexpr (kPart > 0) state_.template weigh<kTokens, kPart, kParts>(scores);
       State::template pack<kTokens, kPart, kParts>(scores, weights);
-      state_.template multiply_values<kTokens, false, kPart, kParts>(weights, shared_.values[value_place().stage]);
-      weigh_and_multiply<kPart + 1>(scores, weights);
+      state_.template multiply_values<kTokens, kPart, kParts>(weights, shared_.values[value_place().stage], fresh && kPart == 0);
+      weigh_and_multiply<kPart + 1>(scores, weights, fresh);
     }
   }
 
@@ -175,7 +189,7 @@ class PrefillConsumer {
     State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
     wait_full(shared_.value_ring, value_place());
     if (kDirect && step == 1) clear(item.kv_end - steps.last, kTokens);
-    state_.template multiply_values<kTokens, false>(weights_, shared_.values[value_place().stage]);
+    state_.template multiply_values<kTokens>(weights_, shared_.values[value_place().stage], false);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
     bool raised = false;
@@ -200,7 +214,7 @@ class PrefillConsumer {
     if constexpr (kFresh && kDirect) clear(item.kv_end - steps.last, kWidth);
     // Of a first step on its own too, where it is not the last one.
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - (kFresh ? steps.last : item.kv_begin));
-    state_.template multiply_values<kWidth, kFresh>(weights, shared_.values[value_place().stage]);
+    state_.template multiply_values<kWidth>(weights, shared_.values[value_place().stage], kFresh);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
     release_values();
