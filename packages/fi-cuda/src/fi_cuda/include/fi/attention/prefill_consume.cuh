@@ -67,6 +67,7 @@ class PrefillConsumer {
         step = 1;
       }
     }
+    if (step == 0) begin_whole_steps(item, steps);
     if constexpr (Config::kOverlap) {
 #pragma unroll 1
       for (; step < steps.num_steps; ++step) next_step(item, rows, steps, step);
@@ -143,26 +144,32 @@ class PrefillConsumer {
     }
   }
 
-  // A step on its own: its scores, then its values. The first one may be one too.
+  // The first step is as all others: before it.
+  __device__ __forceinline__ void begin_whole_steps(const AttentionItem& item, const Steps& steps) {
+    state_.clear_output();
+    if (kDirect && item.kv_end - steps.last < kTokens) {
+      wait_full(shared_.value_ring, value_place());
+      clear(item.kv_end - steps.last, kTokens);
+    }
+  }
+
+  // A step on its own: its scores, then its values.
   __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
     float scores[kTokens / 2];
     unsigned weights[kTokens / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
-    const bool fresh = step == 0;
-    // First steps take no turns: some warpgroup's may be narrower.
-    if (Config::kPingPong && !fresh) wait_turn();
+    const bool takes_turn = Config::kPingPong && step > 0;  // some warpgroup's first step may be narrower
+    if (takes_turn) wait_turn();
     State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
-    if (Config::kPingPong && !fresh) pass_turn();
+    if (takes_turn) pass_turn();
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
-    state_.make_and_raise(scores, params_, item, rows, steps.position(step), step, [&](const float (&rescale)[2]) {
-      if (!fresh) state_.rescale_output(rescale);
-    });
+    state_.make_and_raise(scores, params_, item, rows, steps.position(step), step,
+                          [&](const float (&rescale)[2]) { state_.rescale_output(rescale); });
     state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
-    if (kDirect && fresh) clear(item.kv_end - steps.last, kTokens);
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
-    weigh_and_multiply<0>(scores, weights, fresh);
+    weigh_and_multiply<0>(scores, weights);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
     release_values();
@@ -170,14 +177,13 @@ class PrefillConsumer {
 
   // The weights of a step in parts, each beside the products of the part before; those of the first are there.
   template <int kPart>
-  __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / kStepKeys][4],
-                                                     bool fresh) {
+  __device__ __forceinline__ void weigh_and_multiply(float (&scores)[kTokens / 2], unsigned (&weights)[kTokens / kStepKeys][4]) {
     constexpr int kParts = Config::kParts;
     if constexpr (kPart < kParts) {
       if constexpr (kPart > 0) state_.template weigh<kTokens, kPart, kParts>(scores);
       State::template pack<kTokens, kPart, kParts>(scores, weights);
-      state_.template multiply_values<kTokens, kPart, kParts>(weights, shared_.values[value_place().stage], fresh && kPart == 0);
-      weigh_and_multiply<kPart + 1>(scores, weights, fresh);
+      state_.template multiply_values<kTokens, kPart, kParts>(weights, shared_.values[value_place().stage], false);
+      weigh_and_multiply<kPart + 1>(scores, weights);
     }
   }
 

@@ -117,21 +117,17 @@ __device__ __forceinline__ void append_kv(const Params& params) {
   const int64 q_inner = Config::kPacked ? kDim : params.q_strides.inner;
   const int64 k_head_stride = Config::kPacked ? kDim : params.k_head_stride;
   const int64 v_head_stride = Config::kPacked ? kDimVo : params.v_head_stride;
-  int64 q_source = token * params.q_strides.outer + q_share.offset(q_inner);
-  int64 k_source = token * params.k_strides.outer + k_share.offset(k_inner);
-  int64 v_source = token * params.v_strides.outer + v_share.offset(v_inner);
-  // Keeps the compiler from moving the arithmetic behind the wait. Not the addresses: it would no longer know that they are of
-  // global memory, and loads from any other are slower.
-  asm volatile("" : "+l"(k_source), "+l"(v_source));
-  if constexpr (Config::kQRounds > 0) asm volatile("" : "+l"(q_source));
+  T* q = static_cast<T*>(params.q) + token * params.q_strides.outer + q_share.offset(q_inner);
+  const T* k = static_cast<const T*>(params.k) + token * params.k_strides.outer + k_share.offset(k_inner);
+  const T* v = static_cast<const T*>(params.v) + token * params.v_strides.outer + v_share.offset(v_inner);
+  // Keeps the compiler from moving the arithmetic behind the wait.
+  asm volatile("" : "+l"(k), "+l"(v));
+  if constexpr (Config::kQRounds > 0) asm volatile("" : "+l"(q));
   Destination<Config, Params> destination(params, token);
   if (token >= params.num_tokens) return;
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
 
-  T* q = static_cast<T*>(params.q) + q_source;
-  const T* k = static_cast<const T*>(params.k) + k_source;
-  const T* v = static_cast<const T*>(params.v) + v_source;
   HeldHeads<QSplit> q_held;
   HeldHeads<KSplit> k_held;
   HeldHeads<VSplit> v_held;

@@ -31,17 +31,15 @@ __device__ __forceinline__ void rmsnorm(const Params& params) {
   const bool live = row < params.num_rows;
   const int inner_size = Config::kNested ? params.inner_size : 1;
   const T* weight = static_cast<const T*>(params.weight);
-  int64 x_row = row_offset(row, inner_size, params.x_strides);
-  int64 residual_row = row_offset(row, inner_size, params.residual_strides);
+  const T* x = static_cast<const T*>(params.x) + row_offset(row, inner_size, params.x_strides);
+  T* residual = static_cast<T*>(params.residual) + row_offset(row, inner_size, params.residual_strides);
   // Keeps the compiler from moving the arithmetic behind the wait.
-  asm volatile("" : "+l"(x_row));
-  if constexpr (Config::kAdd) asm volatile("" : "+l"(residual_row));
+  asm volatile("" : "+l"(x));
+  if constexpr (Config::kAdd) asm volatile("" : "+l"(residual));
   if (kRowsPerBlock == 1 && !live) return;
   ptx::wait_for_previous_kernel();
   ptx::allow_next_kernel();
 
-  const T* x = static_cast<const T*>(params.x) + x_row;
-  T* residual = static_cast<T*>(params.residual) + residual_row;
   Pack<T, Config::kVectorBytes> weights[kPacksPerThread];
   Pack<T, Config::kVectorBytes> held[kPacksPerThread];
   Pack<T, Config::kVectorBytes> added[Config::kAdd ? kPacksPerThread : 1];
