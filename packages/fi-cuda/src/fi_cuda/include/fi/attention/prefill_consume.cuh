@@ -19,8 +19,8 @@ class PrefillConsumer {
   using Steps = ItemSteps<Config>;
   static constexpr int kTokens = Config::kTokens;
   static constexpr int kEdge = Config::kEdgeTokens;
-  // Widths of a first step with code of its own. Others share that of all other steps, where those are not begun beside one another.
-  static constexpr int kWidestFirst = Config::kOverlap ? kTokens : (kTokens - 1) / kEdge * kEdge;
+  // The widest first step with code of its own. For shared prefixes a first step of all its keys is as every other: less code.
+  static constexpr int kWidestFirst = Config::kOverlap || !Config::kLevels ? kTokens : (kTokens - 1) / kEdge * kEdge;
   static constexpr int kStepKeys = Tile::kStepElements;
   // Values that are multiplied where the copy engine put them, with whatever stands in the place of tokens that are not readable.
   static constexpr bool kDirect = Config::kBoxes && !Tile::kLanded;
@@ -62,7 +62,7 @@ class PrefillConsumer {
     const int width = rows.by_any.high - steps.last;
     int step = 0;
     if constexpr (kWidestFirst > 0) {
-      if (Config::kOverlap || width <= kWidestFirst) {
+      if (kWidestFirst == kTokens || width <= kWidestFirst) {
         first_step<kEdge>(item, rows, steps, width);
         step = 1;
       }
@@ -158,7 +158,7 @@ class PrefillConsumer {
     float scores[kTokens / 2];
     unsigned weights[kTokens / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
-    const bool takes_turn = Config::kPingPong && step > 0;  // some warpgroup's first step may be narrower
+    const bool takes_turn = Config::kPingPong && step > 0;  // first steps take none, whatever their width
     if (takes_turn) wait_turn();
     State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
     if (takes_turn) pass_turn();
