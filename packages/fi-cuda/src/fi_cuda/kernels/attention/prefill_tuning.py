@@ -177,7 +177,9 @@ def built_in_prefill_tuning(
     tokens = 128 if head_dim_vo <= _NARROW_HEAD_DIM else 64
     as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
     # Products with queries read those from shared memory once for a step's keys: the more keys, the less of its time.
-    long_steps = not levels and head_dim_vo > _WIDE_HEAD_DIM and as_stored and box_tokens(spec.page_size, _LONG_STEP) is not None
+    long_steps = (
+        not levels and head_dim_vo > _WIDE_HEAD_DIM and as_stored and box_tokens(spec.page_size, _LONG_STEP) is not None
+    )
     if long_steps:
         tokens = _LONG_STEP
     boxes = box_tokens(spec.page_size, tokens) is not None
