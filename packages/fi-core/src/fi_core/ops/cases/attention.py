@@ -19,6 +19,7 @@ from ...reference.attention import oracle
 from ...rope import FusedRope, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
 from ...tolerances import attention_tolerance, lse_tolerance
 from . import poisoned
+from .attention_batches import large_batches
 from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale
 from .prefixes import Forest, forests, share
 
@@ -261,16 +262,8 @@ def _shapes() -> Iterator[Case]:
         yield case(f"head_dim_{head_dim}", (1, 6), (19, 22), dtype=_BF16, head_dim=head_dim)
     yield case("head_dim_192_128", (1, 6), (19, 22), dtype=_BF16, head_dim=192, head_dim_vo=128)
     yield case("smollm_heads", (1, 1), (40, 3), heads=(9, 3))
-    # Batches large enough for tiles of several KV heads.
-    four: dict[str, Any] = {"head_dim": 128, "heads": (16, 4)}
-    eight: dict[str, Any] = {"head_dim": 64, "heads": (16, 8)}
-    many = (tuple(1 + idx % 2 for idx in range(64)), (900, *range(2, 128, 2)))
-    some = ((1, 2, 0, 1) * 8, (500, 4, 0, 133, *range(10, 150, 5)))
-    yield case("many_slots", *many, dtype=_BF16, features={"lse"}, page_size=1, **four)
-    yield case("many_slots_of_rows", *many, dtype=_FP16, features={"sinks"}, page_size=5, table_row=True, **four)
-    yield case("many_windows", *some, dtype=_BF16, features={"sinks", "lse"}, windows=(100,), **eight)
-    fp8: dict[str, Any] = {"kv_format": "fp8_e4m3", "scale": "heads", "rope": FusedRope(64, keys=True)}
-    yield case("many_fp8_rotated", *some, dtype=_BF16, kv_layout="HND", **fp8, **eight)
+    for name, lens, values in large_batches():
+        yield case(name, *lens, **values)
     for page_size in (1, 3, 64, 256):
         yield case(f"page_size_{page_size}", (1, 6, 1), (19, 70, 64), dtype=_BF16, page_size=page_size)
     for page_size in (1, 2, 5, 8, 24, 32, 100, 128, 255):
