@@ -80,11 +80,10 @@ class PrefixSpec(PrefillSpec):
     cooperative: ClassVar = True  # rows are merged once every block has left its parts
     layout: ClassVar = ParamsLayout(
         (
-            ("starts", "pointer"),
+            ("starts", "pointer"),  # to the header: what blocks read first, in one line of constants
             ("items", "pointer"),
             ("rows", "pointer"),
             ("tokens", "pointer"),
-            ("positions", "pointer"),
             ("segments", "pointer"),
             ("header", "output"),
             ("barrier", "output"),
@@ -94,6 +93,7 @@ class PrefixSpec(PrefillSpec):
             ("partial_rows", "output"),
             *TENSOR_PARAMS,
             ("inv_freq", "pointer"),
+            ("positions", "pointer"),
             ("q_scales", "pointer"),
             ("k_scales", "pointer"),
             ("v_scales", "pointer"),

@@ -226,7 +226,7 @@ class PrefixState:
             boxes=maps is not None,
         )
         part = None if self._decode is None else self._decode.part_of(kv, layer, with_lse, maps is not None)
-        lists = (layout.rows, layout.tokens, layout.positions, layout.segments)
+        lists = (layout.rows, layout.tokens, layout.segments)
         written = (layout.header, layout.barrier, layout.parts, layout.part_logs)
         addresses = (region.of(self._buffer).data_ptr() for region in (*lists, *written))
         beside = (0, 0, 0, 0) if part is None else part.workspace
@@ -240,7 +240,8 @@ class PrefixState:
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
             layer_tensors=(
                 *(address_of(layer.sinks), address_of(layer.alibi_slopes)),
-                *(address_of(None if rope is None else rope.inv_freq), q_scales, k_scales, v_scales),
+                address_of(None if rope is None else rope.inv_freq),
+                *(layout.positions.of(self._buffer).data_ptr(), q_scales, k_scales, v_scales),
             ),
             cache_strides=(cache_strides_of if maps else near_strides_of)(kv),
             numbers=(

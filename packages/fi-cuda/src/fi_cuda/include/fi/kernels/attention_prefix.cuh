@@ -77,6 +77,25 @@ __device__ __forceinline__ void attend_without_list(const Params& params, const 
   if (decodes) barriers.invalidate();
 }
 
+// By the other warpgroups: ends them where there is no list. One thread is of use before: it brings the page table's entries of
+// what the block attends to first, while decode's warps are still on their way to it.
+template <class Config, class Params>
+__device__ __forceinline__ void end_without_list(const Params& params) {
+  const WorkerStart& start = static_cast<const WorkerStart*>(params.starts)[blockIdx.x];
+  const bool brings = Config::kTable == kDense && threadIdx.x == Config::kNumThreads - kWarpThreads;
+  int num_items = 0, request = 0, position = 0;
+  if (brings) {
+    num_items = start.end - start.begin;
+    request = start.first.request;
+    position = start.first.kv_begin;
+  }
+  if (num_rows_of(params) != 0) return;
+  if (brings && num_items > 0) {
+    ptx::prefetch_to_l2(dense_entries<Config>(params, request) + static_cast<unsigned>(position) / Config::kPageSize);
+  }
+  ptx::end_thread();
+}
+
 // By the first warpgroup: makes the rings and brings what the list's tiles need. `maps`: none, or those of K and V.
 template <class Config, class Params, class... Maps>
 __device__ __forceinline__ void bring_list(const Params& params, const ptx::TensorMap& queries, const Maps&... maps) {
@@ -97,22 +116,15 @@ template <class Config, class Params, class... Maps>
 __device__ __forceinline__ void attention_prefix(const Params& params, const ptx::TensorMap& queries, const Maps&... maps) {
   using Roles = PrefixRoles<Config>;
   const ptx::TensorMap* const all[] = {&queries, &maps...};
-  // Without a shuffle, which would be the first thing that the others wait for; and compared so, this lies before their code.
-  if (threadIdx.x / (kWarpgroupThreads * Roles::kFirst) != 0) {
+  if (warpgroup_idx() / Roles::kFirst != 0) {  // compared so, this little lies before the others' code
     ptx::give_registers<Roles::kLeastRegisters>();
-    const bool is_first = threadIdx.x == Config::kNumThreads - kWarpThreads;
-    if (is_first) {
-      ptx::prefetch_tensor_map(&queries);
-      if constexpr (Config::kBoxes) {
-        ptx::prefetch_tensor_map(all[1]);
-        ptx::prefetch_tensor_map(all[2]);
-      }
-    }
     ptx::wait_for_previous_kernel();
     ptx::allow_next_kernel();
-    // All blocks together bring the rows that they begin with, and some more.
-    if (is_first) ptx::prefetch_to_l2(static_cast<const AttentionItem*>(params.rows) + blockIdx.x);
-    if (num_rows_of(params) == 0) ptx::end_thread();
+    if constexpr (Config::kDecodeNumWarps > 0) {
+      end_without_list<Config>(params);
+    } else {
+      if (num_rows_of(params) == 0) ptx::end_thread();
+    }
   } else {
     if constexpr (Config::kDecodeBoxes) {
       attend_without_list<Config>(params, *all[3], *all[4]);
