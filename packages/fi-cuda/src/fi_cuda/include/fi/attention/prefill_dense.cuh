@@ -1,0 +1,94 @@
+// Dense copies of gathered keys and values. Copying a step's rows one by one holds up exponentials and products, whose instructions wait
+// in the same queue, more than the copy engine's few boxes do, and each tile of a long query would do it for the same keys. So one tile
+// of each request and KV head that sees all keys and comes first in the order (dense_tile_of) leaves what it gathered in global memory,
+// as it lies in shared memory, and tiles that begin after its end read that. The bytes are the same, so results do not depend on
+// which tiles do.
+//
+// Each producing warp works for itself: it keeps its rows of every step, and reads what the same warp of another block kept. Nobody
+// waits: what is not there yet, or has no room, is gathered. A copy is valid in the launch that made it; each launch has a number.
+#pragma once
+
+#include "fi/attention/order.cuh"
+#include "fi/attention/prefill_tiles.cuh"
+#include "fi/ptx/fence.cuh"
+#include "fi/ptx/relaxed.cuh"
+
+namespace fi {
+
+// What copies of a producing warp have in common.
+struct alignas(16) DenseHeader {
+  unsigned long long launches;  // before this one
+  int used;                     // steps of the room for copies; 0 between launches
+  int ended;                    // blocks; 0 between launches
+};
+
+// The headers of all producing warps, and for each request and KV head a record a warp: the first step of its copy, and from bit
+// kDenseStepBits on the number of the launch, counted from 1.
+constexpr int kDenseWarps = kWarpgroupThreads / kWarpThreads;
+constexpr int kDenseStepBits = 24;
+
+template <class Params>
+__device__ __forceinline__ DenseHeader& dense_header(const Params& params) {
+  return static_cast<DenseHeader*>(params.dense_records)[thread_anew() / kWarpThreads];
+}
+// `owner`: a request and KV head.
+template <class Params>
+__device__ __forceinline__ unsigned long long* dense_record(const Params& params, int owner) {
+  auto* records = reinterpret_cast<unsigned long long*>(static_cast<DenseHeader*>(params.dense_records) + kDenseWarps);
+  return records + static_cast<int64>(owner) * kDenseWarps + thread_anew() / kWarpThreads;
+}
+
+// What an item has to do with the copy of its request's keys and values.
+template <class Config>
+struct DensePlace {
+  unsigned step = 0;  // of the room for copies, where the item's first one is kept or read
+  int owner = 0;
+  bool is_kept = false, is_read = false;
+
+  template <class Params>
+  __device__ __forceinline__ DensePlace(const Params& params, const AttentionItem& item, const ItemSteps<Config>& steps) {
+    constexpr int kTokens = Config::kTokens;
+    const int tile = dense_tile_of<PrefillTile<Config>::kTileTokens, Config::kDenseTiles, Config::kCausal>(item.q_len);
+    if (tile < 0 || steps.num_steps == 0) return;
+    owner = item.request * params.num_kv_heads + item.kv_head;
+    if (item.q_tile == tile) {
+      if (item.slot >= 0 || item.kv_begin > 0) return;
+      int at = 0;
+      if (thread_anew() % kWarpThreads == 0) at = atomicAdd(&dense_header(params).used, steps.num_steps);
+      at = __shfl_sync(0xffffffffu, at, 0);
+      is_kept = at + steps.num_steps <= params.dense_steps;
+      step = at;
+      return;
+    }
+    const unsigned long long number = ptx::load_relaxed(&dense_header(params).launches) + 1;
+    unsigned long long record = ptx::load_acquire(dense_record(params, owner));
+    record = __shfl_sync(0xffffffffu, record, 0);
+    if (record >> kDenseStepBits != number || steps.last % kTokens != 0) return;
+    ptx::fence_proxy_async();  // what was kept came through the copy engine, and is read by it
+    __syncwarp();
+    // The kept item's first step is the last of all keys.
+    step = static_cast<unsigned>(record & ((1u << kDenseStepBits) - 1)) + ((item.kv_len - 1) / kTokens - steps.last / kTokens);
+    is_read = true;
+  }
+};
+
+// By the thread that stored a copy, once it is written; `step`: its first one.
+template <class Params>
+__device__ __forceinline__ void publish_dense(const Params& params, int owner, unsigned step) {
+  const unsigned long long number = ptx::load_relaxed(&dense_header(params).launches) + 1;
+  ptx::fence_proxy_async();
+  ptx::store_release(dense_record(params, owner), number << kDenseStepBits | step);
+}
+
+// The end of a producing warp's list: the last block's makes place for the next launch.
+template <class Params>
+__device__ __forceinline__ void end_dense(const Params& params) {
+  if (thread_anew() % kWarpThreads != 0) return;
+  DenseHeader& header = dense_header(params);
+  if (atomicAdd(&header.ended, 1) != static_cast<int>(gridDim.x) - 1) return;
+  header.used = 0;
+  header.ended = 0;
+  header.launches += 1;
+}
+
+}  // namespace fi
