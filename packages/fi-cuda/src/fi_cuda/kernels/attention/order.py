@@ -53,7 +53,7 @@ class AttentionOrderSpec(KernelSpec):
     keys begin under a window, workers, all KV heads, ``pieces`` of a tile at most and ``slots`` for all of them, costs as in
     TileKind, that of a piece beyond an item's; ``fast_memory``: blocks may all read keys of their own; ``shift``: tiles
     whose steps differ in lower bits only count as equally long; ``short_q_len``, ``most_short``, ``tall_q_len``,
-    ``many_weight``, ``tall_weight``: batches that ShortSteps holds have an empty list; ``dense_tiles`` as in PrefillTuning."""
+    ``many_weight``, ``tall_weight``: batches that ShortSteps holds have an empty list."""
 
     tile_tokens: int
     group_tokens: int
@@ -75,7 +75,6 @@ class AttentionOrderSpec(KernelSpec):
     step_cost: int
     piece_cost: int
     fast_memory: bool
-    dense_tiles: int
 
     stem: ClassVar = "attention_order"
     overlapping: ClassVar = True
@@ -113,12 +112,6 @@ class AttentionOrderSpec(KernelSpec):
         all_groups = self.tile_tokens // self.group_tokens
         groups = min(-(-num_tokens // self.group_tokens), all_groups)
         return -(-steps * (groups + 2) // (all_groups + 2))
-
-    def dense_tile_of(self, q_len: int) -> int | None:
-        """The tile of a request whose gathered keys and values others of its tiles read."""
-        if self.dense_tiles == 0 or q_len < self.dense_tiles * self.tile_tokens:
-            return None
-        return (q_len - 1) // self.tile_tokens if self.causal else 0
 
     def cost_of_bin(self, place: int) -> int:
         """The cost of a tile of a bin at most."""
@@ -158,7 +151,6 @@ def order_spec(
         step_cost=kind.step_cost,
         piece_cost=_PIECE_STEPS * kind.step_cost,
         fast_memory=fast_memory,
-        dense_tiles=tuning.dense_tiles if params.window is None else 0,
     )
 
 
@@ -309,8 +301,6 @@ def _tiles(
                 place = spec.bin_of(steps)
                 spread = (request * _SPREAD) % 2**32 >> 16
                 place = first_bin + spread % (place - first_bin + 1)
-            if q_tile == spec.dense_tile_of(q_len):
-                place = max(spec.bin_of(steps) - 1, 0)
             row = (request, 0, q_tile, 0, start, stop, -1, 0, q_begin, q_len, kv_len, -1, 0, 0, 0, 0)
             assert len(row) == ITEM_WIDTH
             yield place, row

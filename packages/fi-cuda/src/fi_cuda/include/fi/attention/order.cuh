@@ -11,14 +11,6 @@ struct alignas(16) OrderHeader {
   int reserved;
 };
 
-// The tile of a request whose gathered keys and values others of its tiles read (fi/attention/prefill_dense.cuh): the last one, which
-// sees all keys; without a causal mask the first one. None (-1) for requests of fewer full tiles than kDenseTiles, or where that is 0.
-template <int kTileTokens, int kDenseTiles, bool kCausal>
-__device__ __forceinline__ int dense_tile_of(int q_len) {
-  if (kDenseTiles == 0 || q_len < kDenseTiles * kTileTokens) return -1;
-  return kCausal ? (q_len - 1) / kTileTokens : 0;
-}
-
 // What a tile of a request with `q_len` new tokens weighs among those that make a step the prefill kernel's.
 template <class Config>
 __device__ __forceinline__ int weight_of_tile(int q_len) {

@@ -1,6 +1,6 @@
 // Dense copies of gathered keys and values. Copying a step's rows one by one holds up exponentials and products, whose instructions wait
 // in the same queue, more than the copy engine's few boxes do, and each tile of a long query would do it for the same keys. So one tile
-// of each request and KV head that sees all keys and comes first in the order (dense_tile_of) leaves what it gathered in global memory,
+// of each request and KV head (dense_tile_of) leaves what it gathered in global memory,
 // as it lies in shared memory, and tiles that begin after its end read that. The bytes are the same, so results do not depend on
 // which tiles do.
 //
@@ -38,17 +38,28 @@ __device__ __forceinline__ unsigned long long* dense_record(const Params& params
   return records + static_cast<int64>(owner) * kDenseWarps + thread_anew() / kWarpThreads;
 }
 
+// The tile of a request that leaves a copy: the last full one, which sees nearly all keys and comes early in the order; without a causal
+// mask the first one. None (-1) for requests of fewer full tiles than kDenseTiles.
+template <class Config>
+__device__ __forceinline__ int dense_tile_of(int q_len) {
+  const int full_tiles = q_len / PrefillTile<Config>::kTileTokens;
+  if (full_tiles < Config::kDenseTiles) return -1;
+  return Config::kCausal ? full_tiles - 1 : 0;
+}
+
 // What an item has to do with the copy of its request's keys and values.
 template <class Config>
 struct DensePlace {
   unsigned step = 0;  // of the room for copies, where the item's first one is kept or read
-  int owner = 0;
+  int owner = 0, end = 0;  // where rows end that are kept
   bool is_kept = false, is_read = false;
 
+  // `ahead`: what was found before.
   template <class Params>
-  __device__ __forceinline__ DensePlace(const Params& params, const AttentionItem& item, const ItemSteps<Config>& steps) {
+  __device__ __forceinline__ DensePlace(const Params& params, const AttentionItem& item, const ItemSteps<Config>& steps,
+                                        const DenseAhead& ahead) {
     constexpr int kTokens = Config::kTokens;
-    const int tile = dense_tile_of<PrefillTile<Config>::kTileTokens, Config::kDenseTiles, Config::kCausal>(item.q_len);
+    const int tile = dense_tile_of<Config>(item.q_len);
     if (tile < 0 || steps.num_steps == 0) return;
     owner = item.request * params.num_kv_heads + item.kv_head;
     if (item.q_tile == tile) {
@@ -60,17 +71,24 @@ struct DensePlace {
       step = at;
       return;
     }
-    const unsigned long long number = ptx::load_relaxed(&dense_header(params).launches) + 1;
-    unsigned long long record = ptx::load_acquire(dense_record(params, owner));
-    record = __shfl_sync(0xffffffffu, record, 0);
-    if (record >> kDenseStepBits != number || steps.last % kTokens != 0) return;
-    ptx::fence_proxy_async();  // what was kept came through the copy engine, and is read by it
-    __syncwarp();
-    // The kept item's first step is the last of all keys.
-    step = static_cast<unsigned>(record & ((1u << kDenseStepBits) - 1)) + ((item.kv_len - 1) / kTokens - steps.last / kTokens);
-    is_read = true;
+    end = Config::kCausal ? item.offset() + (tile + 1) * PrefillTile<Config>::kTileTokens : item.kv_len;
+    const int kept_last = (end - 1) / kTokens * kTokens;  // position of the kept item's first step
+    is_read = ahead.record != 0 && ahead.owner == owner && steps.last <= kept_last && steps.last % kTokens == 0;
+    step = static_cast<unsigned>(ahead.record & ((1u << kDenseStepBits) - 1)) + (kept_last - steps.last) / kTokens;
+    end = min(end, item.kv_end);
   }
 };
+
+// The record of an owner's copy, 0 where there is none of this launch yet. All lanes call it; what was kept may be read afterwards.
+template <class Params>
+__device__ __forceinline__ unsigned long long find_dense(const Params& params, int owner) {
+  const unsigned long long number = ptx::load_relaxed(&dense_header(params).launches) + 1;
+  const unsigned long long record = __shfl_sync(0xffffffffu, ptx::load_acquire(dense_record(params, owner)), 0);
+  if (record >> kDenseStepBits != number) return 0;
+  ptx::fence_proxy_async();  // what was kept came through the copy engine, and is read by it
+  __syncwarp();
+  return record;
+}
 
 // By the thread that stored a copy, once it is written; `step`: its first one.
 template <class Params>

@@ -99,7 +99,7 @@ class GatherCopies {
 
   // Where the item's dense copy begins.
   __device__ __forceinline__ void begin_dense(Shared& shared, const DensePlace<Config>& place) const {
-    if (thread_anew() % kWarpThreads == 0) shared.looked_up.dense[thread_anew() / kWarpThreads] = {place.step * kStepColumns, place.owner};
+    if (thread_anew() % kWarpThreads == 0) shared.looked_up.dense[thread_anew() / kWarpThreads] = {place.step * kStepColumns, place.owner, place.end};
     __syncwarp();
   }
 
@@ -124,7 +124,7 @@ class GatherCopies {
 
   template <GatherMode kMode = kOneByOne>
   __device__ __forceinline__ void load_keys(Shared& shared, int step, int place) {
-    if (kMode != kCopied || step == 0) {
+    if (kMode != kCopied || !is_copied(shared, step)) {
       shared.looked_up.places[step % 2][thread_anew()] = place;
       __syncwarp();
     }
@@ -186,7 +186,7 @@ class GatherCopies {
     }
     const int first_row = warp_of(thread_anew()) * kWarpThreads;  // a thread's number
     if constexpr (kMode == kCopied) {
-      if (position_of(step, first_row) + kWarpRows <= kv_end_) {
+      if (is_copied(shared, step)) {
         leave(shared);
         copy_dense<kDim>(shared, stage, ring, cursor, step * kStepColumns + first_column);
         return;
@@ -266,6 +266,12 @@ class GatherCopies {
   __device__ __forceinline__ unsigned char* dense_column(unsigned column, int warp) const {
     const unsigned first = static_cast<unsigned>(params_.dense_steps) * kStepColumns * warp;
     return static_cast<unsigned char*>(params_.dense) + static_cast<uint64>(first + column) * kRunBytes;
+  }
+
+  // Whether the rows of the warp are all in the copy that is read.
+  __device__ __forceinline__ bool is_copied(const Shared& shared, int step) const {
+    const int warp = warp_of(thread_anew());
+    return step > 0 || position_of(step, warp * kWarpThreads) + kWarpRows <= shared.looked_up.dense[warp].end;
   }
 
   // Which stage of a ring is pending, if it is one of its.

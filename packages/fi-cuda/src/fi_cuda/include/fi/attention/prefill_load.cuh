@@ -42,13 +42,19 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
     };
     int tile = static_cast<int>(blockIdx.x);
     int mine = row_of(tile);
+    if constexpr (kHasDense) {
+      if (lane() == 0) shared_.looked_up.dense_ahead[thread_anew() / kWarpThreads] = {};
+      __syncwarp();
+    }
 #pragma unroll 1
     while (tile < total) {
       OrderHeader* order = static_cast<OrderHeader*>(params_.order);
       asm volatile("" : "+l"(order));  // kept from tile to tile it would take registers
       const int next = Base::told(Base::asked(order->taken), order->taken, total);
       const int its_row = row_of(next);
-      load_item<kHasDense>(of_head(mine, tile % num_heads));
+      load_item<kHasDense>(of_head(mine, tile % num_heads), [&] {
+        if (next < total) look_ahead(__shfl_sync(0xffffffffu, its_row, 0) * num_heads + next % num_heads);
+      });
       tile = next;
       mine = its_row;
     }
@@ -75,14 +81,23 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
 #pragma unroll 1
     for (int idx = begin; idx < end; ++idx) {
       const int next = rows[static_cast<int64>(min(idx + 1, end - 1)) * kColumns + column];
-      load_item<false>(mine);
+      load_item<false>(mine, [] {});
       mine = next;
     }
   }
 
-  // kShares: keys and values with other tiles of the request, by dense copies.
-  template <bool kShares>
-  __device__ __forceinline__ void load_item(int value) {
+  // Finds the dense copy of the next item's owner, while an answer's time is not yet waited for.
+  __device__ __forceinline__ void look_ahead(int owner) {
+    if constexpr (kHasDense) {
+      const unsigned long long record = find_dense(params_, owner);
+      if (lane() == 0) shared_.looked_up.dense_ahead[thread_anew() / kWarpThreads] = {record, owner};
+      __syncwarp();
+    }
+  }
+
+  // kShares: keys and values with other tiles of the request, by dense copies; calls look_ahead behind the first step's copies.
+  template <bool kShares, class LookAhead>
+  __device__ __forceinline__ void load_item(int value, LookAhead look_ahead) {
     AttentionItem item;
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
@@ -96,8 +111,8 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
     if constexpr (Tile::kLanded) copies_.load(shared_, steps.num_steps);
     else if constexpr (Config::kCopyOrder == kApart) load_apart(steps.num_steps);
     else if constexpr (Config::kCopyOrder == kKeysAhead) load_keys_ahead(steps.num_steps);
-    else if constexpr (kShares) load_with_others(item, steps);
-    else load_in_order(steps.num_steps, first_place());
+    else if constexpr (kShares) load_with_others(item, steps, look_ahead);
+    else load_in_order(steps.num_steps, first_place(), look_ahead);
   }
 
   // The place of an item's first step. While it is looked up the last copies of the item before arrive.
@@ -120,15 +135,16 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   }
 
   // ... or by the same: a step's keys, then its values, the order in which whole steps need stages and set them free ...
-  template <class Place>
-  __device__ __forceinline__ void load_in_order(int num_steps, Place place) {
+  template <class Place, class LookAhead>
+  __device__ __forceinline__ void load_in_order(int num_steps, Place place, LookAhead look_ahead) {
     if constexpr (kRuns) {
-      load_steps<kOneByOne>(0, min(1, num_steps), num_steps, place);
+      load_steps<kOneByOne>(0, min(1, num_steps), num_steps, place, [] {});
+      look_ahead();
       // Where an item's second step is no run, none is looked for.
-      if (Copies::is_run(place)) load_steps<kInRuns>(1, num_steps, num_steps, place);
-      else load_steps<kOneByOne>(1, num_steps, num_steps, place);
+      if (Copies::is_run(place)) load_steps<kInRuns>(1, num_steps, num_steps, place, [] {});
+      else load_steps<kOneByOne>(1, num_steps, num_steps, place, [] {});
     } else if constexpr (kGathered<Config>) {
-      load_steps<kOneByOne>(0, num_steps, num_steps, place);
+      load_steps<kOneByOne>(0, num_steps, num_steps, place, look_ahead);
     } else {
 #pragma unroll 1
       for (int step = 0; step < num_steps; ++step) {
@@ -139,31 +155,33 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
       }
     }
   }
-  template <GatherMode kMode, class Place>
-  __device__ __forceinline__ void load_steps(int begin, int end, int num_steps, Place& place) {
+  template <GatherMode kMode, class Place, class LookAhead>
+  __device__ __forceinline__ void load_steps(int begin, int end, int num_steps, Place& place, LookAhead look_ahead) {
 #pragma unroll 1
     for (int step = begin; step < end; ++step) {
       auto next = place;
       if constexpr (kMode != kCopied) next = copies_.place_of(min(step + 1, num_steps - 1));
       copies_.template load_keys<kMode>(shared_, step, place);
       copies_.template load_values<kMode>(shared_, step, place);
+      if (step == 0) look_ahead();
       place = next;
     }
   }
 
-  __device__ __forceinline__ void load_with_others(const AttentionItem& item, const ItemSteps<Config>& steps) {
+  template <class LookAhead>
+  __device__ __forceinline__ void load_with_others(const AttentionItem& item, const ItemSteps<Config>& steps, LookAhead look_ahead) {
     auto place = copies_.place_of(0);  // for what no copy has of the first step
-    const DensePlace<Config> dense(params_, item, steps);
+    const DensePlace<Config> dense(params_, item, steps, shared_.looked_up.dense_ahead[thread_anew() / kWarpThreads]);
     copies_.leave(shared_);
     if (!dense.is_kept && !dense.is_read) {
-      load_in_order(steps.num_steps, place);
+      load_in_order(steps.num_steps, place, look_ahead);
       return;
     }
     copies_.begin_dense(shared_, dense);
     if (dense.is_read) {
-      load_steps<kCopied>(0, steps.num_steps, steps.num_steps, place);
+      load_steps<kCopied>(0, steps.num_steps, steps.num_steps, place, look_ahead);
     } else {
-      load_steps<kKept>(0, steps.num_steps, steps.num_steps, place);
+      load_steps<kKept>(0, steps.num_steps, steps.num_steps, place, look_ahead);
       copies_.publish(shared_);
     }
   }

@@ -76,6 +76,11 @@ struct PrefillLanding<Config, true> {
 // The dense copy that a producing warp reads or makes: where it goes on, in columns of the warp's rows, and whose it is.
 struct DenseCopy {
   unsigned column;
+  int owner, end;  // a request and KV head; where its rows end
+};
+// What it found for the next item: the record of its owner's copy.
+struct DenseAhead {
+  unsigned long long record;
   int owner;
 };
 
@@ -86,6 +91,7 @@ template <>
 struct PrefillPlaces<true> {
   alignas(16) int places[2][kWarpgroupThreads];
   DenseCopy dense[kWarpgroupThreads / kWarpThreads];
+  DenseAhead dense_ahead[kWarpgroupThreads / kWarpThreads];
 };
 
 // At a multiple of 1024, where the swizzle's patterns begin.

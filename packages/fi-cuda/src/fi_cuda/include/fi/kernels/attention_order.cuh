@@ -13,7 +13,7 @@
 // which another kernel serves: its list is used, and empty. A tile weighs kTallWeight in requests of more than kTallQLen new
 // tokens, kManyWeight in others of more than kShortQLen, else nothing.
 // Config: kNumThreads, kTileTokens (tokens of a q tile), kGroupTokens (of a warpgroup), kTokens (keys a step), kUnit (of a tile's first
-// key, under a window), kShortQLen, kMostShort, kTallQLen, kManyWeight, kTallWeight, kDenseTiles (see dense_tile_of), kCausal,
+// key, under a window), kShortQLen, kMostShort, kTallQLen, kManyWeight, kTallWeight, kCausal,
 // kWindowed, kShift (a bin has 2^kShift numbers of steps), kWorkers, kHeads (KV heads), kPieces (of a tile, at most 32), kSlots
 // (of all tiles), kItemCost, kStepCost, kPieceCost (what a piece costs beyond an item),
 // kFastMemory (blocks may all read keys of their own at the pace of their products).
@@ -80,9 +80,6 @@ __device__ __forceinline__ OrderedTile tile_at(const Params& params, int first_b
     tile.bin = bin_of<Config>(num_steps);
     const unsigned spread = static_cast<unsigned>(tile.request) * 2654435761u >> 16;
     tile.bin = first_bin + static_cast<int>(spread % static_cast<unsigned>(tile.bin - first_bin + 1));
-  }
-  if (tile.q_tile == dense_tile_of<Config::kTileTokens, Config::kDenseTiles, Config::kCausal>(tile.q_len)) {
-    tile.bin = max(bin_of<Config>(num_steps) - 1, 0);  // before tiles that read what it gathers
   }
   return tile;
 }
