@@ -100,7 +100,7 @@ __device__ __forceinline__ void publish_dense(const Params& params, int owner, u
 
 // The end of a producing warp's list: the last block's makes place for the next launch.
 template <class Params>
-__device__ __forceinline__ void end_dense(const Params& params) {
+__device__ __forceinline__ void end_dense_copies(const Params& params) {
   if (thread_anew() % kWarpThreads != 0) return;
   DenseHeader& header = dense_header(params);
   if (atomicAdd(&header.ended, 1) != static_cast<int>(gridDim.x) - 1) return;

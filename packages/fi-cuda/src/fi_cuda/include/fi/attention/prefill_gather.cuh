@@ -12,9 +12,8 @@
 
 namespace fi {
 
-// How an item's rows come: one by one; those of a warp that follow each other in memory as boxes; one by one, to become a dense copy; or
-// as others left them.
-enum GatherMode { kOneByOne, kInRuns, kKept, kCopied };
+// How an item's rows come: one by one; those of a warp that follow each other in memory as boxes; or as another tile left them.
+enum GatherMode { kOneByOne, kInRuns, kCopied };
 
 // A lane looks up one row of its warp's a step; a look-up is on its way for a step before its rows are copied, keys' and values'
 // from the same one, out of shared memory. Producers have few registers: what a row needs is computed when its turn comes.
@@ -91,21 +90,23 @@ class GatherCopies {
   }
 
   // The last copies of an item.
-  template <GatherMode kMode = kOneByOne>
   __device__ __forceinline__ void leave(Shared& shared) {
-    if (pending_ != kNothing) pass_on<0, kMode>(shared);
+    if (pending_ != kNothing) pass_on<0>(shared);
     pending_ = kNothing;
   }
 
-  // Where the item's dense copy begins.
-  __device__ __forceinline__ void begin_dense(Shared& shared, const DensePlace<Config>& place) const {
-    if (thread_anew() % kWarpThreads == 0) shared.looked_up.dense[thread_anew() / kWarpThreads] = {place.step * kStepColumns, place.owner, place.end};
+  // The item makes a dense copy or reads one.
+  __device__ __forceinline__ void begin_dense(Shared& shared, const DensePlace<Config>& place) {
+    keeps_ = place.is_kept;
+    if (thread_anew() % kWarpThreads == 0) shared.looked_up.dense[thread_anew() / kWarpThreads] = {place.step * kStepColumns, place.owner};
     __syncwarp();
   }
 
-  // Behind the last copies of an item that are kept: from now on others may read them.
-  __device__ __forceinline__ void publish(Shared& shared) {
-    leave<kKept>(shared);
+  // Behind the last copies of an item: what is kept of it may be read from now on.
+  __device__ __forceinline__ void end_dense(Shared& shared) {
+    if (!keeps_) return;
+    leave(shared);
+    keeps_ = false;
     ptx::bulk_wait<0>();
     if (ptx::elect_one()) {
       const int num_steps = (kv_end_ + kTokens - 1) / kTokens;
@@ -113,6 +114,11 @@ class GatherCopies {
       publish_dense(params_, its.owner, its.column / kStepColumns - num_steps);
     }
     __syncwarp();
+  }
+
+  // Whether the warp's rows of a step are all before `end`.
+  __device__ __forceinline__ bool is_before(int end, int step) const {
+    return position_of(step, warp_of(thread_anew()) * kWarpThreads) + kWarpRows <= end;
   }
 
   // Whether rows of a step follow each other in memory, from `first`: all of a warp.
@@ -124,7 +130,7 @@ class GatherCopies {
 
   template <GatherMode kMode = kOneByOne>
   __device__ __forceinline__ void load_keys(Shared& shared, int step, int place) {
-    if (kMode != kCopied || !is_copied(shared, step)) {
+    if constexpr (kMode != kCopied) {
       shared.looked_up.places[step % 2][thread_anew()] = place;
       __syncwarp();
     }
@@ -163,7 +169,7 @@ class GatherCopies {
 
   // A stage is full once its threads have seen their copies arrive and shown them to the products: consumers need no fence of their
   // own, which stood in their way from one product to the next. kLeft: 1 if other copies were started since.
-  template <int kLeft, GatherMode kMode>
+  template <int kLeft>
   __device__ __forceinline__ void pass_on(Shared& shared) {
     ptx::cp_async_wait<kLeft>();
     ptx::fence_proxy_async_shared();
@@ -171,7 +177,7 @@ class GatherCopies {
     auto* full = reinterpret_cast<unsigned long long*>(reinterpret_cast<unsigned char*>(&shared) + pending_);
     if (ptx::elect_one()) {
       ptx::arrive(full);
-      if constexpr (kMode == kKept) keep(shared);
+      if (keeps()) keep(shared);
     }
   }
 
@@ -181,18 +187,15 @@ class GatherCopies {
                                        const RingCursor<kStages>& cursor, int step, int place, int first_column) {
     // Consumers must not wait for copies that are there until the next stage is free.
     if (!__all_sync(0xffffffffu, ring.is_free(cursor))) {
-      leave<kMode>(shared);
+      leave(shared);
       ring.acquire(cursor);
     }
-    const int first_row = warp_of(thread_anew()) * kWarpThreads;  // a thread's number
     if constexpr (kMode == kCopied) {
-      if (is_copied(shared, step)) {
-        leave(shared);
-        copy_dense<kDim>(shared, stage, ring, cursor, step * kStepColumns + first_column);
-        return;
-      }
+      leave(shared);
+      copy_dense<kDim>(shared, stage, ring, cursor, step * kStepColumns + first_column);
+      return;
     }
-    if constexpr (kMode == kKept) {
+    if (keeps()) {
       ptx::bulk_wait_read<Config::kKeyStages + Config::kValueStages - 2>();
       __syncwarp();
     }
@@ -204,9 +207,10 @@ class GatherCopies {
         return;
       }
     }
-    if (!kMayLeaveOut || position_of(step, first_row) < kv_end_) copy_rows<kDim, kMode != kCopied>(source, shared, stage, step);
+    const int first_row = warp_of(thread_anew()) * kWarpThreads;  // a thread's number
+    if (!kMayLeaveOut || position_of(step, first_row) < kv_end_) copy_rows<kDim>(source, shared, stage, step);
     ptx::cp_async_commit();
-    if (pending_ != kNothing) pass_on<1, kMode>(shared);
+    if (pending_ != kNothing) pass_on<1>(shared);
     else __syncwarp();  // all lanes have read the places before those of a later step take theirs
     const unsigned char* full = reinterpret_cast<unsigned char*>(&ring.full[cursor.stage]);
     pending_ = static_cast<int>(full - reinterpret_cast<unsigned char*>(&shared));
@@ -268,12 +272,6 @@ class GatherCopies {
     return static_cast<unsigned char*>(params_.dense) + static_cast<uint64>(first + column) * kRunBytes;
   }
 
-  // Whether the rows of the warp are all in the copy that is read.
-  __device__ __forceinline__ bool is_copied(const Shared& shared, int step) const {
-    const int warp = warp_of(thread_anew());
-    return step > 0 || position_of(step, warp * kWarpThreads) + kWarpRows <= shared.looked_up.dense[warp].end;
-  }
-
   // Which stage of a ring is pending, if it is one of its.
   template <int kStages>
   __device__ __forceinline__ int stage_of(const Shared& shared, const Ring<kStages>& ring) const {
@@ -282,7 +280,7 @@ class GatherCopies {
     return (pending_ - offset) / static_cast<int>(sizeof(ring.full[0]));
   }
 
-  template <int kDim, bool kUnrolled>
+  template <int kDim>
   __device__ __forceinline__ void copy_rows(const Source& source, const Shared& shared, unsigned char* stage, int step) {
     const int thread = thread_anew(), unit = thread % kUnits;
     // As near_strides_of of fi_cuda.kernels.attention.state has it, they fit.
@@ -299,7 +297,7 @@ class GatherCopies {
     unsigned char* odd = stage + (offset ^ 64);  // four rows further on the pattern has its other half
     const int* places = &shared.looked_up.places[step % 2][thread / kUnits * kUnits];
     int2 two;
-#pragma unroll(kUnrolled ? kRounds : 2)
+#pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       if (round % 2 == 0) two = *reinterpret_cast<const int2*>(places + round);
       const int page = round % 2 == 0 ? two.x : two.y;
@@ -323,6 +321,9 @@ class GatherCopies {
   int kv_end_ = 0, last_ = 0, lowest_ = 0;
   const ptx::TensorMap *key_map_ = nullptr, *value_map_ = nullptr;
   int kv_head_ = 0;
+  __device__ __forceinline__ bool keeps() const { return Config::kDenseTiles > 0 && keeps_; }
+
+  bool keeps_ = false;      // the item's rows, for others
   int pending_ = kNothing;  // where in shared memory the barrier of the stage is whose copies are under way
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::producer();
   RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::producer();

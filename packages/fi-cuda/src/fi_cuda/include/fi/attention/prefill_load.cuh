@@ -27,7 +27,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
     if (static_cast<const OrderHeader*>(params_.order)->is_used) take_tiles();
     else work_through_share();
     if constexpr (kGathered<Config>) copies_.leave(shared_);
-    if constexpr (kHasDense) end_dense(params_);
+    if constexpr (kHasDense) end_dense_copies(params_);
     if (is_first_) Base::end_list();
   }
 
@@ -173,17 +173,12 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
     auto place = copies_.place_of(0);  // for what no copy has of the first step
     const DensePlace<Config> dense(params_, item, steps, shared_.looked_up.dense_ahead[thread_anew() / kWarpThreads]);
     copies_.leave(shared_);
-    if (!dense.is_kept && !dense.is_read) {
-      load_in_order(steps.num_steps, place, look_ahead);
-      return;
-    }
     copies_.begin_dense(shared_, dense);
-    if (dense.is_read) {
-      load_steps<kCopied>(0, steps.num_steps, steps.num_steps, place, look_ahead);
-    } else {
-      load_steps<kKept>(0, steps.num_steps, steps.num_steps, place, look_ahead);
-      copies_.publish(shared_);
-    }
+    // What no copy has of the first step comes row by row.
+    const int by_row = !dense.is_read ? steps.num_steps : !copies_.is_before(dense.end, 0);
+    load_steps<kOneByOne>(0, by_row, steps.num_steps, place, look_ahead);
+    load_steps<kCopied>(by_row, steps.num_steps, steps.num_steps, place, look_ahead);
+    copies_.end_dense(shared_);
   }
 
   // ... or before them those of the next step, as overlapped steps need them.

@@ -76,7 +76,7 @@ struct PrefillLanding<Config, true> {
 // The dense copy that a producing warp reads or makes: where it goes on, in columns of the warp's rows, and whose it is.
 struct DenseCopy {
   unsigned column;
-  int owner, end;  // a request and KV head; where its rows end
+  int owner;  // a request and KV head
 };
 // What it found for the next item: the record of its owner's copy.
 struct DenseAhead {
