@@ -391,3 +391,6 @@ def _large() -> Iterator[Case]:
     yield case("rope_long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, **turned)
     yield case("long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, dtype=_BF16, head_dim=128, heads=(8, 2))
     yield case("long_prefill", (3000, 1), (3000, 5000), _LARGE, dtype=_BF16, head_dim=128, heads=(4, 1))
+    slots: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (16, 4), "page_size": 1}
+    yield case("long_prefill_slots", (3000, 700, 1), (3100, 1500, 5000), _LARGE, **slots, table_row=True)
+    yield case("long_prefill_slots_not_causal", (2000, 900), (2000, 901), _LARGE, **slots, table="indptr", causal=False)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from .order import HEADER_WIDTH, OrderList, order_rows, order_slots
 from .plan import ITEM_WIDTH, START_WIDTH, DeviceWorkList, scratch_bytes
-from .prefill_tuning import WARPGROUP_WARPS, HeadBytes, PrefillTuning, dense_step_bytes, dense_steps, prefill_params, prefill_tuning_for
+from .prefill_tuning import (
+    WARPGROUP_WARPS,
+    HeadBytes,
+    PrefillTuning,
+    dense_step_bytes,
+    dense_steps,
+    prefill_params,
+    prefill_tuning_for,
+)
 from .tuning import DecodeTuning, num_processors, partition_params, tuning_for
 
 
@@ -72,8 +80,8 @@ class Layout:
     ``host_bytes``, which an update from the CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it
     needs none). ``partials`` and ``partial_rows`` are the slots of pieces' results: of decode with base and mass of the
     softmax, once for every four dims, all bits set while a piece is not there; of prefill with the log-sum-exp in base 2, and
-    ``arrivals`` counts the pieces of each split tile that are there. ``dense`` and ``dense_records`` are the dense copies and what
-    ``fi/attention/prefill_dense.cuh`` knows of them, zeros to begin with.
+    ``arrivals`` counts the pieces of each split tile that are there. ``dense`` holds dense copies, ``dense_records`` where they lie
+    (``fi/attention/prefill_dense.cuh``), zeros to begin with.
     """
 
     tuning: DecodeTuning | PrefillTuning

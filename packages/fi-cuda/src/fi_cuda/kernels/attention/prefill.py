@@ -26,8 +26,8 @@ _REGISTERS_FOR_LONG_STEPS, _FITTING = (24, 240), 320
 class PrefillSpec(KernelSpec):
     """What is compiled into a prefill kernel: element types, head shape, addressing and RoPE as for decode, tile (``consumers``
     warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
-    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), ``dense_tiles`` as in PrefillTuning, and the features of the call. ``after_decode``: it is
-    launched behind the decode kernel, which serves batches of short queries."""
+    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), ``dense_tiles`` as in PrefillTuning, and the features
+    of the call. ``after_decode``: it is launched behind the decode kernel, which serves batches of short queries."""
 
     dtype: torch.dtype
     query: torch.dtype
