@@ -80,7 +80,7 @@ class Layout:
     ``host_bytes``, which an update from the CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it
     needs none). ``partials`` and ``partial_rows`` are the slots of pieces' results: of decode with base and mass of the
     softmax, once for every four dims, all bits set while a piece is not there; of prefill with the log-sum-exp in base 2, and
-    ``arrivals`` counts the pieces of each split tile that are there. ``dense`` holds dense copies, ``dense_records`` where they lie
+    ``arrivals`` counts the pieces of each split tile that are there. ``dense`` has dense copies, ``dense_records`` where they lie
     (``fi/attention/prefill_dense.cuh``), zeros to begin with.
     """
 

@@ -83,6 +83,8 @@ class PrefillState(ListState):
             loader = f"{boxes}; {loader} from a cache that no map describes"
         elif self._run_tokens is not None:
             loader = f"{loader}; {self._run_tokens} that follow each other in memory as a box"
+        if tuning.dense_tiles:
+            loader = f"{loader}; of requests of {tuning.dense_tiles} tiles and more one leaves them to the others"
         return (
             f"tiles: {params.kinds[0].q_rows} rows x {tuning.tokens} KV tokens; {tuning.consumers} warpgroups {turns},"
             f" {tuning.key_stages} + {tuning.value_stages} stages",

@@ -36,7 +36,7 @@ _SHORT_HEAD_DIM = 64
 _WIDE_HEAD_DIM, _LONG_STEP = 192, 80
 _MAX_TOKENS = 256
 _DENSE_TILES, _MAX_DENSE_TILES = 8, 64
-"""A tile that leaves a copy writes as many bytes as each tile that reads it would gather in a third of the rows."""
+"""Full tiles of a request from which on one leaves what it gathered: with fewer, too few of them begin after its end."""
 DENSE_BYTES = 2**27
 """Of a plan's dense copies at most; requests beyond them are gathered by every tile."""
 
