@@ -54,16 +54,16 @@ struct DensePlace {
   int owner = 0, end = 0;  // where rows end that are kept
   bool is_kept = false, is_read = false;
 
-  // `ahead`: what was found before.
-  template <class Params>
+  // `ahead`: what was found before; is_worth(): whether a copy is faster than what it is made of.
+  template <class Params, class IsWorth>
   __device__ __forceinline__ DensePlace(const Params& params, const AttentionItem& item, const ItemSteps<Config>& steps,
-                                        const DenseAhead& ahead) {
+                                        const DenseAhead& ahead, IsWorth is_worth) {
     constexpr int kTokens = Config::kTokens;
     const int tile = dense_tile_of<Config>(item.q_len);
     if (tile < 0 || steps.num_steps == 0) return;
     owner = item.request * params.num_kv_heads + item.kv_head;
     if (item.q_tile == tile) {
-      if (item.slot >= 0 || item.kv_begin > 0) return;
+      if (item.slot >= 0 || item.kv_begin > 0 || !is_worth()) return;
       int at = 0;
       if (thread_anew() % kWarpThreads == 0) at = atomicAdd(&dense_header(params).used, steps.num_steps);
       at = __shfl_sync(0xffffffffu, at, 0);

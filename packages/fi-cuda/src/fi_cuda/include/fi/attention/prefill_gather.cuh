@@ -116,6 +116,8 @@ class GatherCopies {
     __syncwarp();
   }
 
+  __device__ __forceinline__ bool keeps() const { return Config::kDenseTiles > 0 && keeps_; }
+
   // Whether the warp's rows of a step are all before `end`.
   __device__ __forceinline__ bool is_before(int end, int step) const {
     return position_of(step, warp_of(thread_anew()) * kWarpThreads) + kWarpRows <= end;
@@ -321,8 +323,6 @@ class GatherCopies {
   int kv_end_ = 0, last_ = 0, lowest_ = 0;
   const ptx::TensorMap *key_map_ = nullptr, *value_map_ = nullptr;
   int kv_head_ = 0;
-  __device__ __forceinline__ bool keeps() const { return Config::kDenseTiles > 0 && keeps_; }
-
   bool keeps_ = false;      // the item's rows, for others
   int pending_ = kNothing;  // where in shared memory the barrier of the stage is whose copies are under way
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::producer();

@@ -17,7 +17,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   static constexpr bool kRuns = kGathered<Config> && Config::kBoxTokens > 0;
   static constexpr bool kHasDense = kGathered<Config> && Config::kDenseTiles > 0;
   // Of an item's row.
-  static constexpr int kHeadColumn = 1, kSlotColumn = 6, kMergeColumn = 11, kFirstPieceColumn = 12, kSlotsColumn = 15;
+  static constexpr int kHeadColumn = 1, kSlotColumn = 6, kQLenColumn = 9, kMergeColumn = 11, kFirstPieceColumn = 12, kSlotsColumn = 15;
 
  public:
   __device__ __forceinline__ PrefillLoader(const Params& params, const ptx::TensorMap& queries, const Copies& copies, Shared& shared)
@@ -53,7 +53,10 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
       const int next = Base::told(Base::asked(order->taken), order->taken, total);
       const int its_row = row_of(next);
       load_item<kHasDense>(of_head(mine, tile % num_heads), [&] {
-        if (next < total) look_ahead(__shfl_sync(0xffffffffu, its_row, 0) * num_heads + next % num_heads);
+        const int q_len = __shfl_sync(0xffffffffu, its_row, kQLenColumn);
+        if (q_len >= Config::kDenseTiles * Tile::kTileTokens) {
+          look_ahead(__shfl_sync(0xffffffffu, its_row, 0) * num_heads + next % num_heads);
+        }
       });
       tile = next;
       mine = its_row;
@@ -137,47 +140,51 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   // ... or by the same: a step's keys, then its values, the order in which whole steps need stages and set them free ...
   template <class Place, class LookAhead>
   __device__ __forceinline__ void load_in_order(int num_steps, Place place, LookAhead look_ahead) {
-    if constexpr (kRuns) {
-      load_steps<kOneByOne>(0, min(1, num_steps), num_steps, place, [] {});
-      look_ahead();
-      // Where an item's second step is no run, none is looked for.
-      if (Copies::is_run(place)) load_steps<kInRuns>(1, num_steps, num_steps, place, [] {});
-      else load_steps<kOneByOne>(1, num_steps, num_steps, place, [] {});
-    } else if constexpr (kGathered<Config>) {
-      load_steps<kOneByOne>(0, num_steps, num_steps, place, look_ahead);
-    } else {
-#pragma unroll 1
-      for (int step = 0; step < num_steps; ++step) {
-        const auto next = copies_.place_of(min(step + 1, num_steps - 1));
-        copies_.load_keys(shared_, step, place);
-        copies_.load_values(shared_, step, place);
-        place = next;
-      }
-    }
+    int step = 0;
+    load_by_row(step, num_steps, num_steps, place, look_ahead);
   }
-  template <GatherMode kMode, class Place, class LookAhead>
-  __device__ __forceinline__ void load_steps(int begin, int end, int num_steps, Place& place, LookAhead look_ahead) {
+
+  // Steps before `end` of `num_steps`. From an item's second step on, if that one is a run in memory, runs are looked for, else not.
+  template <class Place, class LookAhead>
+  __device__ __forceinline__ void load_by_row(int& step, int end, int num_steps, Place& place, LookAhead look_ahead) {
 #pragma unroll 1
-    for (int step = begin; step < end; ++step) {
-      auto next = place;
-      if constexpr (kMode != kCopied) next = copies_.place_of(min(step + 1, num_steps - 1));
-      copies_.template load_keys<kMode>(shared_, step, place);
-      copies_.template load_values<kMode>(shared_, step, place);
+    for (; step < end; ++step) {
+      if constexpr (kRuns) {
+        if (step == 1 && !copies_.keeps() && Copies::is_run(place)) break;
+      }
+      const auto next = copies_.place_of(min(step + 1, num_steps - 1));
+      copies_.load_keys(shared_, step, place);
+      copies_.load_values(shared_, step, place);
       if (step == 0) look_ahead();
       place = next;
+    }
+    if constexpr (kRuns) {
+#pragma unroll 1
+      for (; step < end; ++step) {
+        const auto next = copies_.place_of(min(step + 1, num_steps - 1));
+        copies_.template load_keys<kInRuns>(shared_, step, place);
+        copies_.template load_values<kInRuns>(shared_, step, place);
+        place = next;
+      }
     }
   }
 
   template <class LookAhead>
   __device__ __forceinline__ void load_with_others(const AttentionItem& item, const ItemSteps<Config>& steps, LookAhead look_ahead) {
     auto place = copies_.place_of(0);  // for what no copy has of the first step
-    const DensePlace<Config> dense(params_, item, steps, shared_.looked_up.dense_ahead[thread_anew() / kWarpThreads]);
+    const DensePlace<Config> dense(params_, item, steps, shared_.looked_up.dense_ahead[thread_anew() / kWarpThreads],
+                                   [&] { return !kRuns || !Copies::is_run(copies_.place_of(min(1, steps.num_steps - 1))); });
     copies_.leave(shared_);
     copies_.begin_dense(shared_, dense);
-    // What no copy has of the first step comes row by row.
     const int by_row = !dense.is_read ? steps.num_steps : !copies_.is_before(dense.end, 0);
-    load_steps<kOneByOne>(0, by_row, steps.num_steps, place, look_ahead);
-    load_steps<kCopied>(by_row, steps.num_steps, steps.num_steps, place, look_ahead);
+    int step = 0;
+    load_by_row(step, by_row, steps.num_steps, place, look_ahead);
+#pragma unroll 1
+    for (; step < steps.num_steps; ++step) {
+      copies_.template load_keys<kCopied>(shared_, step, place);
+      copies_.template load_values<kCopied>(shared_, step, place);
+      if (step == 0) look_ahead();
+    }
     copies_.end_dense(shared_);
   }
 
