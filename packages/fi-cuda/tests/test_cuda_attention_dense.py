@@ -31,7 +31,7 @@ SHAPES = {
     "pages_of_3": {"heads": (8, 2), "head_dim": 64, "page_size": 3},
 }
 SLOTS = AttentionSpec(32, 8, 128, page_size=1)
-CAPACITY = Capacity(max_batch=4, max_q_tokens=2048, max_q_len=1024, max_kv_len=3000)
+CAPACITY = Capacity(max_batch=4, max_q_tokens=8192, max_q_len=4096, max_kv_len=3000)
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def test_tiles_read_what_another_left(shape, seed, plans, monkeypatch):
 def test_room_for_copies_follows_from_the_capacity():
     tuning = built_in_prefill_tuning(SLOTS)
     assert dense_step_bytes(tuning, HeadBytes.of(SLOTS)) == 128 * 2 * 128 * 2
-    # 2048 new tokens are five requests of 8 tiles of 48, of which there are four, of 24 steps and 8 heads.
+    # 8192 new tokens are five requests of 32 tiles of 48, of which there are four, of 24 steps and 8 heads.
     assert dense_steps(SLOTS, CAPACITY, tuning) == 4 * 8 * 24
-    assert dense_steps(SLOTS, replace(CAPACITY, max_q_len=383), tuning) == 0
+    assert dense_steps(SLOTS, replace(CAPACITY, max_q_len=1535), tuning) == 0
     assert dense_steps(replace(SLOTS, windows=(100,)), CAPACITY, tuning) == 0
     assert dense_steps(SLOTS, replace(CAPACITY, max_kv_len=10**6), tuning) == DENSE_BYTES // 2**16
     for other in (replace(SLOTS, page_size=16), AttentionSpec(32, 8, 256, page_size=1)):

@@ -12,9 +12,6 @@
 
 namespace fi {
 
-// How an item's rows come: one by one; those of a warp that follow each other in memory as boxes; or as another tile left them.
-enum GatherMode { kOneByOne, kInRuns, kCopied };
-
 // A lane looks up one row of its warp's a step; a look-up is on its way for a step before its rows are copied, keys' and values'
 // from the same one, out of shared memory. Producers have few registers: what a row needs is computed when its turn comes.
 template <class Config, class Params>
@@ -129,22 +126,23 @@ class GatherCopies {
     return __all_sync(0xffffffffu, place == first + lane / kUnits + lane % kUnits * kRowsAtOnce);
   }
   static __device__ __forceinline__ bool is_run(int place) { return is_run(place, first_of(place)); }
+  __device__ __forceinline__ void look_for_runs(bool looks) { looks_ = looks && !keeps(); }
 
-  template <GatherMode kMode = kOneByOne>
+  template <bool kCopied = false>
   __device__ __forceinline__ void load_keys(Shared& shared, int step, int place) {
-    if constexpr (kMode != kCopied) {
+    if constexpr (!kCopied) {
       shared.looked_up.places[step % 2][thread_anew()] = place;
       __syncwarp();
     }
     const Source keys{first_of_head(params_.k, params_.k_stride_head), kPaged ? params_.k_stride_page : params_.k_stride_token, params_.k_stride_token, key_map_};
-    load<Config::kHeadDim, kMode>(keys, shared, shared.keys[key_.stage], shared.key_ring, key_, step, place, 0);
+    load<Config::kHeadDim, kCopied>(keys, shared, shared.keys[key_.stage], shared.key_ring, key_, step, place, 0);
     if constexpr (!kOneCursor) key_.advance();
   }
-  template <GatherMode kMode = kOneByOne>
+  template <bool kCopied = false>
   __device__ __forceinline__ void load_values(Shared& shared, int step, int place) {
     const Source values{first_of_head(params_.v, params_.v_stride_head), kPaged ? params_.v_stride_page : params_.v_stride_token, params_.v_stride_token, value_map_};
     auto& cursor = value_place();
-    load<Config::kHeadDimVo, kMode>(values, shared, shared.values[cursor.stage], shared.value_ring, cursor, step, place,
+    load<Config::kHeadDimVo, kCopied>(values, shared, shared.values[cursor.stage], shared.value_ring, cursor, step, place,
                                     kColumns<Config::kHeadDim>);
     cursor.advance();
   }
@@ -184,7 +182,7 @@ class GatherCopies {
   }
 
   // first_column: of a dense copy's step.
-  template <int kDim, GatherMode kMode, int kStages>
+  template <int kDim, bool kCopied, int kStages>
   __device__ __forceinline__ void load(const Source& source, Shared& shared, unsigned char* stage, Ring<kStages>& ring,
                                        const RingCursor<kStages>& cursor, int step, int place, int first_column) {
     // Consumers must not wait for copies that are there until the next stage is free.
@@ -192,7 +190,7 @@ class GatherCopies {
       leave(shared);
       ring.acquire(cursor);
     }
-    if constexpr (kMode == kCopied) {
+    if constexpr (kCopied) {
       leave(shared);
       copy_dense<kDim>(shared, stage, ring, cursor, step * kStepColumns + first_column);
       return;
@@ -201,7 +199,7 @@ class GatherCopies {
       ptx::bulk_wait_read<Config::kKeyStages + Config::kValueStages - 2>();
       __syncwarp();
     }
-    if constexpr (kMode == kInRuns) {
+    if (kRuns && looks_) {
       const int first = first_of(place);
       if (is_run(place, first)) {
         leave(shared);
@@ -323,6 +321,7 @@ class GatherCopies {
   int kv_end_ = 0, last_ = 0, lowest_ = 0;
   const ptx::TensorMap *key_map_ = nullptr, *value_map_ = nullptr;
   int kv_head_ = 0;
+  bool looks_ = false;      // for runs
   bool keeps_ = false;      // the item's rows, for others
   int pending_ = kNothing;  // where in shared memory the barrier of the stage is whose copies are under way
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::producer();

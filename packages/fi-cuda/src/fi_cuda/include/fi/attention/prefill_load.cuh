@@ -150,22 +150,13 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
 #pragma unroll 1
     for (; step < end; ++step) {
       if constexpr (kRuns) {
-        if (step == 1 && !copies_.keeps() && Copies::is_run(place)) break;
+        if (step < 2) copies_.look_for_runs(step == 1 && Copies::is_run(place));
       }
-      const auto next = copies_.place_of(min(step + 1, num_steps - 1));
+      const auto next = copies_.place_of(step + (step + 1 < num_steps));
       copies_.load_keys(shared_, step, place);
       copies_.load_values(shared_, step, place);
       if (step == 0) look_ahead();
       place = next;
-    }
-    if constexpr (kRuns) {
-#pragma unroll 1
-      for (; step < end; ++step) {
-        const auto next = copies_.place_of(min(step + 1, num_steps - 1));
-        copies_.template load_keys<kInRuns>(shared_, step, place);
-        copies_.template load_values<kInRuns>(shared_, step, place);
-        place = next;
-      }
     }
   }
 
@@ -181,8 +172,8 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
     load_by_row(step, by_row, steps.num_steps, place, look_ahead);
 #pragma unroll 1
     for (; step < steps.num_steps; ++step) {
-      copies_.template load_keys<kCopied>(shared_, step, place);
-      copies_.template load_values<kCopied>(shared_, step, place);
+      copies_.template load_keys<true>(shared_, step, place);
+      copies_.template load_values<true>(shared_, step, place);
       if (step == 0) look_ahead();
     }
     copies_.end_dense(shared_);
