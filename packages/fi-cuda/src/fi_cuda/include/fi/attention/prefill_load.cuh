@@ -98,7 +98,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
     }
   }
 
-  // kShares: keys and values with other tiles of the request, by dense copies; calls look_ahead behind the first step's copies.
+  // kShares: keys and values with other tiles of the request, by dense copies; calls look_ahead behind the copies of the last step but one.
   template <bool kShares, class LookAhead>
   __device__ __forceinline__ void load_item(int value, LookAhead look_ahead) {
     AttentionItem item;
@@ -155,7 +155,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
       const auto next = copies_.place_of(step + (step + 1 < num_steps));
       copies_.load_keys(shared_, step, place);
       copies_.load_values(shared_, step, place);
-      if (step == 0) look_ahead();
+      if (step + 1 + (num_steps > 1) == num_steps) look_ahead();
       place = next;
     }
   }
@@ -174,7 +174,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
     for (; step < steps.num_steps; ++step) {
       copies_.template load_keys<true>(shared_, step, place);
       copies_.template load_values<true>(shared_, step, place);
-      if (step == 0) look_ahead();
+      if (step + 1 + (steps.num_steps > 1) == steps.num_steps) look_ahead();
     }
     copies_.end_dense(shared_);
   }
