@@ -127,6 +127,7 @@ class GatherCopies {
   }
   static __device__ __forceinline__ bool is_run(int place) { return is_run(place, first_of(place)); }
   __device__ __forceinline__ void look_for_runs(bool looks) { looks_ = looks && !keeps(); }
+  __device__ __forceinline__ bool looks_for_runs() const { return kRuns && looks_; }
 
   template <bool kCopied = false>
   __device__ __forceinline__ void load_keys(Shared& shared, int step, int place) {
@@ -177,7 +178,9 @@ class GatherCopies {
     auto* full = reinterpret_cast<unsigned long long*>(reinterpret_cast<unsigned char*>(&shared) + pending_);
     if (ptx::elect_one()) {
       ptx::arrive(full);
-      if (keeps()) keep(shared);
+      if constexpr (Config::kDenseTiles > 0) {
+        if (keeps_) keep(shared);
+      }
     }
   }
 
@@ -199,7 +202,7 @@ class GatherCopies {
       ptx::bulk_wait_read<Config::kKeyStages + Config::kValueStages - 2>();
       __syncwarp();
     }
-    if (kRuns && looks_) {
+    if (looks_for_runs()) {
       const int first = first_of(place);
       if (is_run(place, first)) {
         leave(shared);
