@@ -21,8 +21,6 @@ from .prefill_tuning import PrefillTuning, built_in_prefill_tuning, prefill_tuni
 
 TUNED_OP = "attention_prefix"
 """What ``fi_tuning`` is asked for."""
-NUM_LISTS = 5
-"""Parameters that are lists, before Q: rows, tokens, segments, and the decode kernel's two."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,11 @@ class PrefixSpec(PrefillSpec):
     cooperative: ClassVar = True  # rows are merged once every block has left its parts
     layout: ClassVar = ParamsLayout(
         (
-            ("k", "pointer"),
-            ("v", "pointer"),
+            ("starts", "pointer"),  # to the header: what blocks read first, in one line of constants
+            ("items", "pointer"),
             ("rows", "pointer"),
             ("tokens", "pointer"),
             ("segments", "pointer"),
-            ("starts", "pointer"),
-            ("items", "pointer"),
-            ("q", "pointer"),
             ("header", "output"),
             ("barrier", "output"),
             ("parts", "output"),
@@ -98,9 +93,13 @@ class PrefixSpec(PrefillSpec):
             ("partial_rows", "output"),
             *TENSOR_PARAMS,
             ("inv_freq", "pointer"),
+            ("positions", "pointer"),
             ("q_scales", "pointer"),
             ("k_scales", "pointer"),
             ("v_scales", "pointer"),
+            ("k", "pointer"),
+            ("v", "pointer"),
+            ("q", "pointer"),
             *STRIDE_PARAMS,
             ("q_stride_token", "int64"),
             ("q_stride_head", "int64"),

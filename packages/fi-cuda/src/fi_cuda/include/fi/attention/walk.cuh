@@ -26,6 +26,13 @@ __device__ __forceinline__ int lowest_position(const AttentionItem& item, int wi
   return max(item.offset() + first_token - window + 1, 0);
 }
 
+// A request's entries of a dense table.
+template <class Config, class Params>
+__device__ __forceinline__ const int* dense_entries(const Params& params, int request) {
+  if constexpr (Config::kTableRow) request = static_cast<const int*>(params.table_row)[request];
+  return static_cast<const int*>(params.table) + request * params.table_stride;
+}
+
 template <class Config, class Params>
 class ChunkWalk {
   using Lookup = PageLookup<Config>;
@@ -86,9 +93,7 @@ class ChunkWalk {
     lowest_ = lowest_position<Config>(item, params_.window);
     held_ = Lookup::kChunks;
     if constexpr (Config::kTable == kDense) {
-      int row = item.request;
-      if constexpr (Config::kTableRow) row = static_cast<const int*>(params_.table_row)[row];
-      entries_ = static_cast<const int*>(params_.table) + row * params_.table_stride;
+      entries_ = dense_entries<Config>(params_, item.request);
     } else {
       first_row_ = static_cast<const int*>(params_.kv_indptr)[item.request];
       entries_ = static_cast<const int*>(params_.table) + first_row_;
