@@ -68,6 +68,8 @@ def decode_cases() -> Iterator[Case]:
             yield _decode(batch, shape, variants=batch in UNDER_OTHER_PLANS)
     for batch in ("B1 32k", "B8 8k", "B64 2k", "B256 1k", "B64 zipf 64k"):
         yield _decode(batch, replace(LLAMA, kv_format="fp8_e4m3"), " fp8")
+    for batch in ("B256 1k", "B64 zipf 64k"):
+        yield _decode(batch, replace(LLAMA, page_size=1))
     for batch in ("B8 8k", "B64 2k"):
         for head_dim in (64, 256):
             yield _decode(batch, replace(LLAMA, head_dim=head_dim))

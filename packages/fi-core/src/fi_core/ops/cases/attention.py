@@ -19,6 +19,7 @@ from ...reference.attention import oracle
 from ...rope import FusedRope, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
 from ...tolerances import attention_tolerance, lse_tolerance
 from . import poisoned
+from .attention_batches import large_batches
 from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale, tilt
 from .prefixes import Forest, forests, share
 
@@ -267,6 +268,8 @@ def _shapes() -> Iterator[Case]:
         yield case(f"head_dim_{head_dim}", (1, 6), (19, 22), dtype=_BF16, head_dim=head_dim)
     yield case("head_dim_192_128", (1, 6), (19, 22), dtype=_BF16, head_dim=192, head_dim_vo=128)
     yield case("smollm_heads", (1, 1), (40, 3), heads=(9, 3))
+    for name, lens, values in large_batches():
+        yield case(name, *lens, **values)
     for page_size in (1, 3, 64, 256):
         yield case(f"page_size_{page_size}", (1, 6, 1), (19, 70, 64), dtype=_BF16, page_size=page_size)
     for page_size in (1, 2, 5, 8, 24, 32, 100, 128, 255):
@@ -396,4 +399,6 @@ def _large() -> Iterator[Case]:
     turned: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (8, 2), "rope": FusedRope(128, keys=True)}
     yield case("rope_long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, **turned)
     yield case("long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, dtype=_BF16, head_dim=128, heads=(8, 2))
+    slots: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (16, 4), "page_size": 1}
+    yield case("many_slots_long", (1,) * 64, (40000, 1, 9000, *range(61)), _LARGE, **slots)
     yield case("long_prefill", (3000, 1), (3000, 5000), _LARGE, dtype=_BF16, head_dim=128, heads=(4, 1))
