@@ -20,7 +20,7 @@ from ...rope import FusedRope, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
 from ...tolerances import attention_tolerance, lse_tolerance
 from . import poisoned
 from .attention_batches import large_batches
-from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale
+from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale, tilt
 from .prefixes import Forest, forests, share
 
 
@@ -32,6 +32,8 @@ class Scenario:
     out past q_indptr[B]; ``strided`` makes q and out views of wider tensors; ``before`` plans another batch first, to find
     state that an update fails to replace. ``q_scale`` is the form of the scale of FP8 queries; ``scaling`` that of the
     rotation's frequencies; ``forest`` what requests share; ``soft_cap`` the cap of a spec that has one.
+    ``steep``: logits fall by twice as much from a request's first key to its last, so that whoever begins with the last meets
+    the largest ones late (Q, K and V of 16 bits).
     """
 
     spec: AttentionSpec
@@ -49,6 +51,7 @@ class Scenario:
     fp8_weights: bool = False
     forest: Forest | None = None
     soft_cap: float = 2.0
+    steep: float = 0.0
 
     @property
     def capacity(self) -> Capacity:
@@ -91,6 +94,9 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
     rows = num_tokens + scenario.spare_rows
     q = torch.randn(rows, spec.num_qo_heads, spec.head_dim, generator=generator)
     q[num_tokens:] = math.nan
+    if scenario.steep:
+        q[:num_tokens, :, 0] = height = (scenario.steep * spec.head_dim**0.5) ** 0.5
+        tilt(cache, scenario.kv_lens, height)
     q_scale = make_scale(scenario.q_scale, spec.num_qo_heads, device, generator)
     stored = (
         quantise(q.to(device), spec.q_format, q_scale, torch.float32) if spec.q_is_fp8 else q.to(device, spec.dtype)
