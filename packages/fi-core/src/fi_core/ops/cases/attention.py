@@ -31,8 +31,7 @@ class Scenario:
     ``window`` is what the call picks of spec.windows; ``mask`` the columns of a packed mask; ``spare_rows`` rows of q and
     out past q_indptr[B]; ``strided`` makes q and out views of wider tensors; ``before`` plans another batch first, to find
     state that an update fails to replace. ``q_scale`` is the form of the scale of FP8 queries; ``scaling`` that of the
-    rotation's frequencies; ``forest`` what requests share; ``soft_cap`` the cap of a spec that has one.
-    ``steep`` as in ``tilt``.
+    rotation's frequencies; ``forest`` what requests share; ``soft_cap`` the cap of a spec with one; ``steep`` as in ``tilt``.
     """
 
     spec: AttentionSpec

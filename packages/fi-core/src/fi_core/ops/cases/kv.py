@@ -82,8 +82,8 @@ def make_cache(
 
 
 def tilt(q: Tensor, cache: CacheInputs, kv_lens: Sequence[int], steep: float) -> None:
-    """Lets the logits of q [T, Hq, D] fall from about ``steep`` to -``steep`` over each request's keys (of 16 bits), so that whoever
-    begins with the last key meets the largest ones late; 0 changes nothing."""
+    """Lets the logits of q [T, Hq, D] fall from about ``steep`` to -``steep`` over each request's keys (of 16 bits), so that
+    whoever begins with the last key meets the largest ones late; 0 changes nothing."""
     if not steep:
         return
     q[..., 0] = height = (steep * q.shape[-1] ** 0.5) ** 0.5
