@@ -56,6 +56,9 @@ extern "C" __global__ void probe(const __grid_constant__ TensorMap map, char* gl
   bulk_wait_read<1>();
   bulk_wait<0>();
   cp_async_16(s, global, n > 3);
+  cp_async_part<4>(s, global, n);
+  cp_async_part<8>(s, global, n);
+  cp_async_part<16>(s, global, n);
   cp_async_commit();
   cp_async_wait<1>();
   cp_async_arrive_noinc(bar);

@@ -155,6 +155,10 @@ struct ClusterShared {
 template <class Config>
 constexpr bool kClearsEarly = Config::kBracket && !Config::kGroups && !Config::kPenalised;
 
+// The largest logits of groups are sent where penalties still lie.
+template <class Config>
+constexpr bool kReadyLate = Config::kPenalised && Config::kGroups;
+
 template <class Config>
 __device__ __forceinline__ void clear_counts(SearchShared<Config>& search) {
 #pragma unroll 1
@@ -198,6 +202,7 @@ struct ClusterRow {
         smallest(0.0f) {
     end_slice<Config>(shared.slice);
     mailbox.open();
+    if constexpr (!kReadyLate<Config>) mailbox.ready();
   }
 
   // Makes the row's extremes known to all blocks, and with `with_groups` the largest logits of all groups. The mailbox has
@@ -286,7 +291,7 @@ struct ClusterRow {
   template <class Weight>
   __device__ __forceinline__ void sum_masses_over_warps(Weight weight) {
     MassSum masses;
-    for_each_four<Config, 4>(shared.slice, [&](int place, float4 four) {
+    for_each_four<Config, Config::kSearch ? 2 : 4>(shared.slice, [&](int place, float4 four) {
       const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) masses.add(weight(place + e, logits[e]));
