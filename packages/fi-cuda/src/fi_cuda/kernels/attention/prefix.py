@@ -70,6 +70,7 @@ class PrefixSpec(PrefillSpec):
 
     decode_num_warps: int = 0
     decode_row_warps: int = 0
+    decode_head_warps: int = 0
     decode_rows: int = 0
     decode_chunk_tokens: int = 0
     decode_stages: int = 0
@@ -146,7 +147,7 @@ def prefix_spec(
     tiles = replace(tuning.tiles, copy_order="keys ahead", pieces=1)  # as its loader works
     made = dict(prefill_fields(spec, tiles, form), levels=True)
     if decode is not None:
-        names = ("num_warps", "row_warps", "rows", "chunk_tokens", "stages")
+        names = ("num_warps", "row_warps", "head_warps", "rows", "chunk_tokens", "stages")
         made |= {f"decode_{name}": getattr(decode, name) for name in names}
         made |= {"decode_boxes": bool(decode.tensor_maps), "decode_bytes": decode.shared_bytes}
         if decode.tensor_maps:

@@ -6,7 +6,7 @@
 // cooperative. A batch that has no list, as it is through sooner if each request reads its keys alone, is served by the decode
 // kernel's code within the same launch. Sources: Juravsky et al., "Hydragen", 2024 (rows of all members against shared keys); Ye
 // et al., "Cascade Inference", 2024 (levels, merged by their log-sum-exps); "stream-K" (Osama et al., 2023).
-// Config: as attention_prefill.cuh, with kLevels; of the decode kernel kDecodeNumWarps (0: it is not there), kDecodeRowWarps,
+// Config: as attention_prefill.cuh, with kLevels; of the decode kernel kDecodeNumWarps (0: it is not there), kDecodeRowWarps, kDecodeHeadWarps,
 // kDecodeRows, kDecodeChunkTokens, kDecodeStages, kDecodeBoxes. Params: those of fi_cuda.kernels.attention.prefix.
 #pragma once
 
@@ -24,7 +24,8 @@ namespace fi {
 template <class Config>
 struct DecodeConfig : Config {
   static constexpr int kNumWarps = Config::kDecodeNumWarps, kNumThreads = kNumWarps * kWarpThreads;
-  static constexpr int kRowWarps = Config::kDecodeRowWarps, kRows = Config::kDecodeRows, kStages = Config::kDecodeStages;
+  static constexpr int kRowWarps = Config::kDecodeRowWarps, kHeadWarps = Config::kDecodeHeadWarps;
+  static constexpr int kRows = Config::kDecodeRows, kStages = Config::kDecodeStages;
   static constexpr int kChunkTokens = Config::kDecodeChunkTokens;
   static constexpr bool kBoxes = Config::kDecodeBoxes;
   static constexpr bool kRopeKeys = false, kBatchInvariant = false;
