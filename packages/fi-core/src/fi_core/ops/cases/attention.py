@@ -395,3 +395,6 @@ def _large() -> Iterator[Case]:
     turned: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (8, 2), "rope": FusedRope(128, keys=True)}
     yield case("rope_long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, **turned)
     yield case("long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, dtype=_BF16, head_dim=128, heads=(8, 2))
+    slots: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (16, 4), "page_size": 1}
+    yield case("many_slots_long", (1,) * 64, (40000, 1, 9000, *range(61)), _LARGE, **slots)
+    yield case("long_prefill", (3000, 1), (3000, 5000), _LARGE, dtype=_BF16, head_dim=128, heads=(4, 1))
