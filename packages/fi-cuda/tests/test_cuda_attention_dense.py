@@ -28,6 +28,7 @@ SHAPES = {
     "rows": {"heads": (8, 2), "head_dim": 64, "table_row": True, "before": True},
     "indptr": {"heads": (7, 1), "head_dim": 128, "table": "indptr", "storage": "interleaved"},
     "not_causal": {"heads": (4, 1), "head_dim": 96, "causal": False, "kv_layout": "HND"},
+    "in_runs": {"heads": (8, 2), "head_dim": 64, "run": 70},
     "pages_of_3": {"heads": (8, 2), "head_dim": 64, "page_size": 3},
 }
 SLOTS = AttentionSpec(32, 8, 128, page_size=1)
@@ -46,7 +47,7 @@ def plans(monkeypatch):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("shape", "seed"), [("rows", 0), ("rows", 1), ("indptr", 0), ("not_causal", 1), ("pages_of_3", 0)]
+    ("shape", "seed"), [("rows", 0), ("rows", 1), ("indptr", 0), ("not_causal", 1), ("in_runs", 0), ("pages_of_3", 0)]
 )
 def test_tiles_read_what_another_left(shape, seed, plans, monkeypatch):
     emulate(monkeypatch, kernel_modules(), seed)
@@ -59,12 +60,12 @@ def test_tiles_read_what_another_left(shape, seed, plans, monkeypatch):
     (plan,) = plans
     headers, records = plan._layout.dense_records.of(plan._buffer).split([2, len(Q_LENS) * plan._spec.num_kv_heads])
     assert plan._orders[None].header.tolist()[1:] == [1, 0, 0]
-    # Of each warp: launches, and nothing used or ended between them. The first two requests left a copy of each head.
+    # Of each warp: launches, and nothing used or ended between them. The first two requests left a copy of each head, but for
+    # warps whose rows are a run in memory.
     assert headers.flatten().tolist() == [1, 0] * 4
-    assert ((records >> 24) == 1).all(1).tolist() == [
-        *[True] * 2 * plan._spec.num_kv_heads,
-        *[False] * plan._spec.num_kv_heads,
-    ]
+    left, heads = (records >> 24) == 1, plan._spec.num_kv_heads
+    assert not left[2 * heads :].any() and left[: 2 * heads].any()
+    assert left[: 2 * heads].all() == (shape != "in_runs")
 
 
 def test_room_for_copies_follows_from_the_capacity():

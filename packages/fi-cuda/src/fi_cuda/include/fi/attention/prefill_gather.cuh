@@ -95,7 +95,7 @@ class GatherCopies {
   // The item makes a dense copy or reads one.
   __device__ __forceinline__ void begin_dense(Shared& shared, const DensePlace<Config>& place) {
     keeps_ = place.is_kept;
-    if (thread_anew() % kWarpThreads == 0) shared.looked_up.dense[thread_anew() / kWarpThreads] = {place.step * kStepColumns, place.owner};
+    if (thread_anew() % kWarpThreads == 0) shared.looked_up.dense[thread_anew() / kWarpThreads] = {place.step * kStepColumns, place.owner, 0};
     __syncwarp();
   }
 
@@ -126,8 +126,12 @@ class GatherCopies {
     return __all_sync(0xffffffffu, place == first + lane / kUnits + lane % kUnits * kRowsAtOnce);
   }
   static __device__ __forceinline__ bool is_run(int place) { return is_run(place, first_of(place)); }
-  __device__ __forceinline__ void look_for_runs(bool looks) { looks_ = looks && !keeps(); }
-  __device__ __forceinline__ bool looks_for_runs() const { return kRuns && looks_; }
+  __device__ __forceinline__ void look_for_runs(Shared& shared, bool looks) {
+    looks_ = looks && !keeps();
+    const int thread = thread_anew();
+    if (looks_ && thread % kWarpThreads == 0) shared.looked_up.dense[thread / kWarpThreads].is_in_order = 1;
+    __syncwarp();
+  }
 
   template <bool kCopied = false>
   __device__ __forceinline__ void load_keys(Shared& shared, int step, int place) {
@@ -202,7 +206,7 @@ class GatherCopies {
       ptx::bulk_wait_read<Config::kKeyStages + Config::kValueStages - 2>();
       __syncwarp();
     }
-    if (looks_for_runs()) {
+    if (kRuns && looks_) {
       const int first = first_of(place);
       if (is_run(place, first)) {
         leave(shared);

@@ -92,6 +92,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
   // Finds the dense copy of the next item's owner, while an answer's time is not yet waited for.
   __device__ __forceinline__ void look_ahead(int owner) {
     if constexpr (kHasDense) {
+      if (shared_.looked_up.dense[thread_anew() / kWarpThreads].is_in_order) return;  // as the next one probably is
       const unsigned long long record = find_dense(params_, owner);
       if (lane() == 0) shared_.looked_up.dense_ahead[thread_anew() / kWarpThreads] = {record, owner};
       __syncwarp();
@@ -150,7 +151,7 @@ class PrefillLoader : ListLoader<Config, Params, Copies> {
 #pragma unroll 1
     for (; step < end; ++step) {
       if constexpr (kRuns) {
-        if (step < 2) copies_.look_for_runs(step == 1 && Copies::is_run(place));
+        if (step < 2) copies_.look_for_runs(shared_, step == 1 && Copies::is_run(place));
       }
       const auto next = copies_.place_of(step + (step + 1 < num_steps));
       copies_.load_keys(shared_, step, place);

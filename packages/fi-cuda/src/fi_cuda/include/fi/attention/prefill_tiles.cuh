@@ -76,7 +76,8 @@ struct PrefillLanding<Config, true> {
 // The dense copy that a producing warp reads or makes: where it goes on, in columns of the warp's rows, and whose it is.
 struct DenseCopy {
   unsigned column;
-  int owner;  // a request and KV head
+  int owner;        // a request and KV head
+  int is_in_order;  // the item comes in runs
 };
 // What it found for the next item: the record of its owner's copy.
 struct DenseAhead {
