@@ -3,6 +3,7 @@
 
 #include "fi/sampling/bracket_search.cuh"
 #include "fi/sampling/find_prefix.cuh"
+#include "fi/sampling/tied_tokens.cuh"
 
 namespace fi {
 
@@ -11,10 +12,25 @@ template <class Config>
 __device__ __forceinline__ bool kept_by_bracket(ClusterRow<Config>& row, const RowFilters& filters, Wish wish, RankPrefix& kept,
                                                 Answer& answer) {
   if (!filters.has_top_p() || filters.top_k > 0) return false;
-  BracketSearch<Config> search{row, ByLogit{row.largest}, filters.min_p > 0.0f ? Wish::kNothing : wish};
-  const bool found = BracketEstimate<Config>{row}.run(filters.top_p, BracketSearch<Config>::kMargin) &&
-                     search.find([&](uint64 total) { return filters.mass_target(total); }, kept);
+  if (filters.min_p > 0.0f) wish = Wish::kNothing;
+  const auto target_of = [&](uint64 total) { return filters.mass_target(total); };
+  BracketEstimate<Config> estimate{row};
+  const bool differ = estimate.run(filters.top_p, BracketSearch<Config>::kMargin);
+  BracketSearch<Config> search{row, ByLogit{row.largest}, wish};
+  bool found = differ && search.find(target_of, kept);
   if (found) answer = search.answer;
+  // Where the bracket does not hold the end, it may be among many tokens of one logit.
+  if (!found && !(differ && row.shared.search.boundary_bin >= 0)) {
+    if (differ) {
+      if (threadIdx.x < 32) estimate.choose_tied(filters.top_p);
+    } else if (threadIdx.x == 0) {
+      row.shared.search.bracket = make_float2(row.largest, row.largest);
+    }
+    __syncthreads();
+    TiedSearch<Config> tied{row, wish};
+    found = tied.find(differ, target_of, kept);
+    if (found) answer = tied.answer;
+  }
   row.read_extremes();
   return found;
 }
