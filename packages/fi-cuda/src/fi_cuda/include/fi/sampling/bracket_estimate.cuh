@@ -19,13 +19,11 @@ struct BracketEstimate {
   static constexpr int kSpread = 32 % kWarps == 0 ? 32 / kWarps : 0;
   static constexpr int kMostInColumn =
       4 * (kWarps * RowShape<Config>::kFullRounds + (kSpread > 0 ? (kPartialLanes * kWarps + 31) / 32 : kWarps));
-  // A word of a column: from kNumberShift on the number of tokens in a bin, below it the sum of their places, in 128ths of a bin, from its
-  // lower end; or, where numbers are small, from the lower end of all bins, as what is added has it.
-  static constexpr bool kWhole = kMostInColumn < 512;
-  static constexpr int kNumberShift = kWhole ? 23 : 18;
-  static constexpr unsigned kOneToken = 1u << kNumberShift;
-  static constexpr int kPlaces = kRankBins * 128;
-  static_assert(kMostInColumn * (kWhole ? kPlaces : 128) <= 1 << kNumberShift && kMostInColumn < 1 << (32 - kNumberShift));
+  // A word of a column is the sum of what its tokens add: the lowest bit of a float's exponent, which counts them, and as its mantissa
+  // their place, in parts of a bin, from 2 bins before the first one on. So a number's bits that do not fit follow from the places.
+  static constexpr int kSteps = kMostInColumn <= 992 ? 128 : 64;
+  static constexpr unsigned kOneToken = 1u << 23, kBefore = 2;
+  static_assert(kMostInColumn * kSteps * (kRankBins + kBefore) < kOneToken && kMostInColumn < 512 * (kBefore + 1));
 
   Row& row;
 
@@ -56,21 +54,20 @@ struct BracketEstimate {
       __syncthreads();
     }
     // A word for each lane and bin, in a bank of its own, so that no two lanes collide whatever the distribution.
-    unsigned char* column = reinterpret_cast<unsigned char*>(&search.counts[0][(lane + kSpread * warp) % 32]);
+    unsigned char* column = reinterpret_cast<unsigned char*>(&search.counts[0][(lane + kSpread * warp) % 32]) - kBefore * sizeof(search.counts[0]);
     const float per_unit = __fdividef(1.0f, row.largest - bottom);
     const float offset = -bottom * per_unit;
     static_assert(sizeof(search.counts[0]) == 128);
-    // A float of this size whose lowest bits are a place, from 0 to kPlaces, of which the upper ones are a bin's bytes; above them is
-    // one bit, which counts.
-    const float one = __uint_as_float(kWhole ? kOneToken : 0x47800000u + kOneToken);
-    const float step = (kPlaces - 1) * (__uint_as_float(__float_as_uint(one) + 1) - one);
+    constexpr float kUnit = 1.40129846e-45f, kFirst = 1.17549435e-38f + kBefore * kSteps * kUnit;  // 2^-149; above 2^-126
     const auto count_four = [&](float4 four) {
       const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         // From 0 at the bottom, also for NaN, to 1.
-        const unsigned place = __float_as_uint(fmaf(__saturatef(fmaf(logits[e], per_unit, offset)), step, one));
-        atomicAdd(reinterpret_cast<unsigned*>(column + (place & (kPlaces - 128))), kWhole ? place : place & (kOneToken | 127));
+        const float share = __saturatef(fmaf(logits[e], per_unit, offset));
+        const unsigned place = __float_as_uint(fmaf(share, (kRankBins * kSteps - 1) * kUnit, kFirst));
+        const unsigned bin = place & (kRankBins * 2 - 1) * kSteps;
+        atomicAdd(reinterpret_cast<unsigned*>(column + bin * (128 / kSteps)), place);
       }
     };
     const float* mine = row.shared.slice + place_of_full_round<Config>(0);
@@ -87,30 +84,39 @@ struct BracketEstimate {
     row.mailbox.receive_in_first_warp(kParts, kBlocks * kRankBins * 4);
   }
 
+  // Of the tokens that a column's word counts.
+  __device__ __forceinline__ static unsigned number_of(unsigned word, unsigned bin) {
+    unsigned number = word / kOneToken;
+    const unsigned least = number * (kBefore + bin) * kSteps, places = word % kOneToken;
+#pragma unroll
+    for (int more = 512; more <= kMostInColumn; more += 512) number += places >= least + more * (kBefore + bin) * kSteps ? 512 : 0;
+    return number;
+  }
+
   // This block's part of count_parts to all blocks: a few threads share a bin's columns and send what they are in all, each to some blocks.
   __device__ __forceinline__ void send_columns() const {
     auto& search = row.shared.search;
     constexpr int kSharers = kThreads >= 512 ? 8 : 4, kFours = 8 / kSharers;  // of a bin; of 4 columns, for a thread
 #pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins * kSharers; idx += kThreads) {
-      const int bin = idx / kSharers, part = idx % kSharers;
+      const unsigned bin = idx / kSharers, part = idx % kSharers;
       unsigned number = 0, places = 0;
 #pragma unroll
       for (int four = 0; four < kFours; ++four) {
         // Neighbouring bins begin at different banks.
         const int at = (four + bin) % kFours * kSharers + part;
         const uint4 columns = reinterpret_cast<const uint4*>(search.counts[bin])[at];
-        number += columns.x / kOneToken + columns.y / kOneToken + columns.z / kOneToken + columns.w / kOneToken;
+        number += number_of(columns.x, bin) + number_of(columns.y, bin) + number_of(columns.z, bin) + number_of(columns.w, bin);
         places += columns.x % kOneToken + columns.y % kOneToken + columns.z % kOneToken + columns.w % kOneToken;
       }
-      if (kWhole) places -= number * static_cast<unsigned>(bin) * 128;
+      places -= number * (kBefore + bin) * kSteps;
       number = sum_over_lanes<kSharers>(number);
       places = sum_over_lanes<kSharers>(places);
-      const float mean = __fdividef(static_cast<float>(places) * 512.0f, fmaxf(static_cast<float>(number), 1.0f));
+      const float mean = __fdividef(static_cast<float>(places) * (65536.0f / kSteps), fmaxf(static_cast<float>(number), 1.0f));
       unsigned* place = &search.count_parts[row.rank][kRankBins - 1 - bin];
 #pragma unroll
-      for (int block = part; block < kBlocks; block += kSharers) {
-        row.mailbox.send(kParts, static_cast<unsigned>(block), place, number << 16 | static_cast<unsigned>(mean));
+      for (unsigned block = part; block < kBlocks; block += kSharers) {
+        row.mailbox.send(kParts, block, place, number << 16 | static_cast<unsigned>(mean));
       }
     }
   }
@@ -144,7 +150,7 @@ struct BracketEstimate {
     for (int half = 0; half < 2; ++half) {
       const float number = static_cast<float>(numbers[half]);
       const float place = __fdividef(places[half], fmaxf(number, 1.0f) * 65536.0f);
-      bins.mean[half] = numbers[half] > 0 ? 1.0f - 1.0f / 256 - place : 0.5f;
+      bins.mean[half] = numbers[half] > 0 ? 1.0f - 0.5f / kSteps - place : 0.5f;
       // Spread tokens weigh a little more than as many at the mean.
       const float spread = numbers[half] >= 8 ? fmaf(width * width, 1.0f / 24, 1.0f) : 1.0f;
       bins.weight[half] = number * spread * weight_of((static_cast<float>(2 * lane + half) + bins.mean[half]) * width);
