@@ -15,7 +15,7 @@ from fi_cuda.compile import INCLUDE_FOLDER
 from fi_cuda.params import ParamsLayout
 from fi_cuda.spec import KernelSpec
 
-WEIGHT_ERROR = 6 * 2.0**-23
+WEIGHT_ERROR = 7 * 2.0**-23
 """Relative error of a kernel's weight that ``fi/sampling/weight.cuh`` promises: 2^-22 of the hardware's exponential, and the roundings
 of its argument."""
 LEAST_WEIGHT = 2.0**-16
