@@ -1,14 +1,14 @@
 """Teacher-forced log-probabilities of one engine with one attention backend, and how far those of several backends differ.
 
 usage: python accuracy.py run ENGINE MODEL_FOLDER BACKEND OUT.json [--options JSON ...] [--name NAME] [--text FILE ...]
-                              [--prefill-only]
+                              [--prefill-only] [--common N]
        python accuracy.py compare FI.json OWN.json OWN.json ... [REFERENCE.json ...] [ROWS.jsonl]
 64 prompts, each with 64 tokens drawn for it: "prompt" are the tokens' log-probabilities as a prefill computes them, "decode" as
 decode steps do (left out with --prefill-only, for backends whose decode steps take minutes). With --text (for real weights)
-prompts and tokens are cut from files. SGLang cannot force tokens in decode steps: there "decode" are those of its own greedy
-tokens, up to the first that two backends choose differently. ``compare`` also counts equal greedy texts, and their tokens before
-the first difference, and tells the largest margin of a first difference: how far the best token was above the second there, by
-the backend for which that is less.
+prompts and tokens are cut from files; with --common all prompts begin with the same N tokens. SGLang cannot force tokens in
+decode steps: there "decode" are those of its own greedy tokens, up to the first that two backends choose differently.
+``compare`` also counts equal greedy texts, and their tokens before the first difference, and tells the largest margin of a first
+difference: how far the best token was above the second there, by the backend for which that is less.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ def drawn_tokens(vocab_size: int) -> list[list[int]]:
     return torch.randint(0, vocab_size, (NUM_PROMPTS, NUM_NEW), generator=generator).tolist()
 
 
+def common_tokens(num: int, vocab_size: int) -> list[int]:
+    """The same in every run."""
+    import torch
+
+    return torch.randint(0, vocab_size, (num,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
 def texts_of(folder: str, files: list[str]) -> tuple[list[list[int]], list[list[int]]]:
     """(64 prompts of 8 to 200 tokens, the 64 tokens that follow each) of what the files say, one after the other."""
     from transformers import AutoTokenizer
@@ -67,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
     engine = open_engine(options.engine, options.model, options.backend, **engine_options(options.options))
     vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
     prompts, drawn = inputs_of(options.model, vocab_size, options.text)
+    prompts = [common_tokens(options.common, vocab_size) + prompt for prompt in prompts]
     result: dict[str, Any] = {"engine": options.engine, "backend": options.backend, "model": options.model}
     result["name"] = options.name or options.backend
     found = engine.prompt_logprobs([prompt + more for prompt, more in zip(prompts, drawn, strict=True)])
@@ -166,6 +174,7 @@ def main() -> None:
     parser.add_argument("--options", action="append", default=[])
     parser.add_argument("--text", action="append", default=[], help="a file that prompts and tokens are cut from")
     parser.add_argument("--prefill-only", action="store_true")
+    parser.add_argument("--common", type=int, default=0, help="tokens that all prompts begin with")
     parser.add_argument("--name", help="what compare calls it, instead of the backend")
     run(parser.parse_args())
 

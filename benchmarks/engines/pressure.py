@@ -79,14 +79,19 @@ def load_vllm(engine: VllmEngine, requests: list[tuple[Tokens, int]]) -> Outcome
     )
 
 
+def _name(number: int) -> str:
+    return f"load{number:06}"
+
+
 def load_sglang(engine: SglangEngine, requests: list[tuple[Tokens, int]]) -> Outcome:
-    """SGLang itself raises at a page that is lost, whenever it is idle."""
+    """SGLang itself raises at a page that is lost, whenever it is idle. It aborts every request whose name begins as the one
+    asked for, so names have one length."""
     inner, answers, preempted, accepted = engine.engine, {}, 0, 0
 
     async def one(number: int, prompt: Tokens, num: int) -> None:
         nonlocal preempted, accepted
         params = {"temperature": 0.0, "max_new_tokens": num, "ignore_eos": True}
-        output = await inner.async_generate(input_ids=prompt, sampling_params=params, rid=f"load{number}")
+        output = await inner.async_generate(input_ids=prompt, sampling_params=params, rid=_name(number))
         preempted += output["meta_info"].get("num_retractions") or 0
         accepted += output["meta_info"].get("spec_num_correct_drafts") or 0
         if not is_aborted(number):
@@ -95,7 +100,7 @@ def load_sglang(engine: SglangEngine, requests: list[tuple[Tokens, int]]) -> Out
     async def abort() -> None:
         for number in filter(is_aborted, range(len(requests))):
             await asyncio.sleep(0.05)
-            inner.tokenizer_manager.abort_request(f"load{number}")
+            inner.tokenizer_manager.abort_request(_name(number))
 
     async def everything() -> None:
         tasks = (one(number, prompt, num) for number, (prompt, num) in enumerate(requests))
@@ -127,13 +132,13 @@ def main() -> None:
     short = [number for number, tokens in found.answers.items() if len(tokens) != requests[number][1]]
     numbers = sorted(found.answers)
     gaps = engine.gaps([requests[number][0] for number in numbers], [found.answers[number] for number in numbers])
-    wrong = {number: max(gap) for number, gap in zip(numbers, gaps, strict=True) if max(gap) > NEAR}
+    wrong = {number: max(gap) for number, gap in zip(numbers, gaps, strict=True) if gap and max(gap) > NEAR}
     report = {
         "finished": len(numbers),
         "missing": missing,
         "short": short,
         "wrong": wrong,
-        "largest_gap": max(map(max, gaps)),
+        "largest_gap": max(max(gap, default=0.0) for gap in gaps),
         "tokens": sum(map(len, gaps)),
         "preempted": found.preempted,
         "pages_left": found.pages_left,

@@ -6,7 +6,7 @@ import fi_core as fi
 import pytest
 import torch
 from fi_adapters.forms import LayerForm, Limits, is_captured, kv_format_of, refusal
-from fi_adapters.plans import PlanPair, common_prefix, shares_prefixes, update
+from fi_adapters.plans import PlanPair, common_prefix, finds_prefixes, shares_prefixes, update
 from fi_core.settings import settings
 
 FORM = LayerForm(4, 2, 32, "fp32")
@@ -50,6 +50,7 @@ def test_capacities():
     long_steps = Limits(max_batch=2, max_tokens=4096, max_kv_len=100)
     assert long_steps.capacity(decode=False).max_q_len == 100
     assert LIMITS.capacity(True, 2).max_prefixes == 2 and LIMITS.capacity(True, 2).max_prefix_depth == 1
+    assert LIMITS.capacity(True, 9, 2) == fi.Capacity(4, 12, 3, 128, 9, 2)
 
 
 def test_the_reference_alone_is_refused_on_a_gpu_unless_asked_for(environment):
@@ -145,6 +146,20 @@ def test_shared_prefixes():
     assert not shares_prefixes(invariant, LIMITS, fi.Target("cpu"))
 
 
+def test_prefixes_are_found_where_nothing_waits_for_the_device():
+    with fi.use(backend="reference"):
+        assert finds_prefixes(fi.Target("cpu"), 2) and not finds_prefixes(HOPPER, 2)
+    with fi.use(backend="cuda"):
+        assert not finds_prefixes(fi.Target("cpu"), 2)
+
+
+def test_a_plan_for_steps_whose_prefixes_were_looked_for():
+    assert pair_of(FORM).shared is None
+    pair = pair_of(FORM, shared=LIMITS.capacity(True, 3, 2))
+    assert pair.shared.capacity.max_prefixes == 3 and pair.shared.capacity.max_prefix_depth == 2
+    assert pair.pick(1) is pair.decode and pair.decode.capacity.max_prefixes == 0
+
+
 def test_a_prefix_is_not_shared_by_a_backend_that_steps_without_one_would_not_use(monkeypatch):
     spec, kernels = FORM.spec(torch.float32, 16), {True: "slow", False: "fast"}
 
@@ -158,4 +173,4 @@ def test_a_prefix_is_not_shared_by_a_backend_that_steps_without_one_would_not_us
     monkeypatch.setattr("fi_adapters.plans.registry", Registry)
     assert not shares_prefixes(spec, LIMITS, fi.Target("cpu"))
     kernels[True] = "fast"
-    assert shares_prefixes(spec, LIMITS, fi.Target("cpu"))
+    assert shares_prefixes(spec, LIMITS, fi.Target("cpu")) and shares_prefixes(spec, LIMITS, fi.Target("cpu"), (True,))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fi_adapters.versions import EngineVersionError
 from fi_sglang.layers import BoundLayer, check_layer, window_of, windows_of
-from fi_sglang.steps import StepBuffers
+from fi_sglang.steps import MAX_REQUESTS, MIN_REQUESTS, StepBuffers
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
@@ -43,6 +43,40 @@ def test_buffers_keep_their_addresses():
 def test_verification_counts_the_drafted_tokens():
     batch = buffers().uniform(int64(5, 20), int64(1, 2), torch.arange(8), 4, added=4)
     assert batch.q_indptr.tolist() == [0, 4, 8] and batch.kv_lens.tolist() == [9, 24]
+
+
+def test_prefixes_are_found_in_the_map():
+    """Rows 3 to 8 begin with the same 1000 slots, rows 5 and 6 with 500 more; those of the others are their own."""
+    made = buffers(max_batch=9, rows=12, context=3000)
+    made.table[3:9, :1000] = made.table[3, :1000].clone()
+    made.table[5:7, :1500] = made.table[5, :1500].clone()
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("fi_sglang.steps.MIN_SAVED_TOKENS", 500)
+    lens = int64(1001, 2000, 1800, 1700, 2900, 1501, 1200, 3000)
+    with fi.use(backend="reference"), monkey.context():
+        batch = made.uniform(lens, int64(10, 3, 5, 7, 4, 6, 8, 11), torch.arange(8), 1)
+        shared = made.sharing(batch)
+        again = made.sharing(batch)
+    monkey.undo()
+    assert shared.kv_lens is batch.kv_lens and batch.levels is None
+    for name in ("nodes", "order"):
+        assert getattr(shared.levels, name).data_ptr() == getattr(again.levels, name).data_ptr()
+    order = shared.levels.order.tolist()
+    found = [[sorted(order[begin:end]), *keys] for begin, end, *keys in shared.levels.nodes.tolist() if end > begin]
+    assert found == [[[1, 2, 3, 4, 5, 6], 0, 1000], [[2, 5], 1000, 1500]]
+
+
+def test_prefixes_are_looked_for_in_steps_of_many_requests():
+    made = buffers(max_batch=MAX_REQUESTS + 1, rows=6, context=32)
+    for num, looks in (
+        (MIN_REQUESTS - 1, False),
+        (MIN_REQUESTS, True),
+        (MAX_REQUESTS, True),
+        (MAX_REQUESTS + 1, False),
+    ):
+        ones = torch.ones(num, dtype=torch.int64)
+        with fi.use(backend="reference"):
+            assert (made.sharing(made.uniform(ones, ones, ones, 1)) is not None) == looks
 
 
 def test_prompts_of_any_length():

@@ -89,9 +89,9 @@ def test_one_of_the_kernels_gets_all_work_from_the_host(name, launches):
 def test_a_call_starts_both_kernels_on_the_same_tensors(launches):
     made = attention_mixed.plan(SPEC, CAPACITY, "cpu")
     assert isinstance(made, MixedState)
-    batch = batch_of([1, 1], [30, 40])
+    batch = batch_of([1, 1, 1], [30, 40, 50])
     made.update(batch)
-    q = torch.zeros(2, 8, 64, dtype=torch.bfloat16)
+    q = torch.zeros(3, 8, 64, dtype=torch.bfloat16)
     kv = KVCache(*torch.zeros(2, 9, 16, 2, 64, dtype=torch.bfloat16))
     out = torch.empty_like(q)
     made.run(q, kv, LayerArgs().resolve(SPEC), out, None)
@@ -171,6 +171,21 @@ def on_hopper(monkeypatch):
 def test_which_plans_of_short_queries_have_a_prefill_kernel(heads, q_len, changes, expected, on_hopper):
     spec = replace(AttentionSpec(*heads, 64), **changes)
     assert has_long_path(spec, replace(VERIFY_CAPACITY, max_q_len=q_len), torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("heads", "max_q_len", "most"), [((8, 2), 200, 2), ((8, 1), 200, 1), ((64, 8), 16, 4)])
+def test_rows_too_few_for_the_prefill_kernel_start_the_decode_kernel_alone(heads, max_q_len, most, launches, on_hopper):
+    spec = AttentionSpec(*heads, 64)
+    kernels = attention_mixed if max_q_len > 16 else attention_short
+    made = kernels.plan(spec, Capacity(40, 40 * max_q_len, max_q_len, 500), "cpu")
+    kv = KVCache(*torch.zeros(2, 9, 16, heads[1], 64, dtype=torch.bfloat16))
+    for tokens in (1, most, most + 1):
+        launches.last.clear()
+        made.update(batch_of([tokens, 0], [tokens + 30, 40]))
+        q = torch.zeros(tokens, heads[0], 64, dtype=torch.bfloat16)
+        made.run(q, kv, LayerArgs().resolve(spec), torch.empty_like(q), None)
+        started = {stem for stem in launches.last if stem in ("attention_decode", "attention_prefill")}
+        assert started == ({"attention_decode"} if tokens <= most else {"attention_decode", "attention_prefill"})
 
 
 def test_other_gpus_have_the_decode_kernel_alone(launches):

@@ -149,12 +149,6 @@ def test_much_that_is_stored_16_bytes_at_a_time_leaves_l2_first(changes, streami
     assert spec_for(shape(**changes)).streaming == streaming
 
 
-def test_fp8_without_rope_takes_larger_blocks():
-    assert spec_for(shape()).num_threads == 128
-    assert spec_for(shape(kv_format="fp8_e4m3")).num_threads == 256
-    assert spec_for(shape(kv_format="fp8_e4m3", rotary_dim=128, pairs="half")).num_threads == 128
-
-
 @pytest.mark.parametrize(
     ("width", "vector", "many", "few"),
     [

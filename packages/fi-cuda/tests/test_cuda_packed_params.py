@@ -79,7 +79,8 @@ class Recorder:
     def __init__(self, monkeypatch, stem):
         module = importlib.import_module(f"fi_cuda.kernels.{stem}")
         monkeypatch.setattr(module, "kernel_for", self.kernel_for)
-        monkeypatch.setattr(module, "_bound", module._bound.__wrapped__)  # no kernel of an earlier recorder
+        for name in {"_bound", "_form"} & set(dir(module)):  # no kernel of an earlier recorder
+            monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
 
     def kernel_for(self, spec, device):
         self.spec = spec

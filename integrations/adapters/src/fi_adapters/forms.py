@@ -86,12 +86,12 @@ class Limits:
     max_kv_len: int
     decode_len: int = 1
 
-    def capacity(self, decode: bool, max_prefixes: int = 0) -> fi.Capacity:
-        """Of the plan for steps that only decode, or of the one for every step. ``max_prefixes``: shared prefixes in a step, none
-        within another."""
+    def capacity(self, decode: bool, max_prefixes: int = 0, max_depth: int = 1) -> fi.Capacity:
+        """Of the plan for steps that only decode, or of the one for every step. ``max_prefixes``: shared prefixes in a step, of
+        which ``max_depth`` lie within one another."""
         longest = min(self.decode_len if decode else self.max_tokens, self.max_kv_len)
         tokens = self.max_batch * longest if decode else self.max_tokens
-        return fi.Capacity(self.max_batch, tokens, longest, self.max_kv_len, max_prefixes, max_prefix_depth=1)
+        return fi.Capacity(self.max_batch, tokens, longest, self.max_kv_len, max_prefixes, max_prefix_depth=max_depth)
 
 
 def refusal(

@@ -9,14 +9,15 @@ import torch
 from fi_core.plan import attention_values
 from fi_core.registry import registry
 
-from .forms import LayerForm, Limits, refusal
+from .forms import REFERENCE, LayerForm, Limits, refusal
 
 
 class PlanPair:
     """``mixed`` serves every step; ``decode`` those whose requests all have few new tokens, for which fi has kernels that
-    hold all queries of a request at once.
+    hold all queries of a request at once; ``shared`` (or None) the same where a step's prefixes were looked for, so that steps
+    of few requests keep kernels that know none.
 
-    Both depend on capacities alone, so a CUDA graph captured for either serves every batch that is padded to it.
+    All depend on capacities alone, so a CUDA graph captured for one serves every batch that is padded to it.
     """
 
     def __init__(
@@ -26,14 +27,17 @@ class PlanPair:
         device: torch.device,
         one_plan: bool = False,
         max_prefixes: int = 0,
+        shared: fi.Capacity | None = None,
     ) -> None:
         """``one_plan``: every step goes through the same kernel. A spec that is batch-invariant needs it: two kernels differ
         in their rounding, and which one a token meets would depend on the rest of the batch. ``max_prefixes``: how many
-        shared prefixes a batch may name. Raises UnsupportedError."""
+        shared prefixes a batch may name under ``mixed`` and ``decode``; ``shared``: the capacity of that plan. Raises
+        UnsupportedError."""
         self.decode_len = limits.decode_len
         self.mixed = _plan(spec, limits.capacity(False, max_prefixes), device)
         single = one_plan or spec.batch_invariant
         self.decode = self.mixed if single else _plan(spec, limits.capacity(True, max_prefixes), device)
+        self.shared = None if shared is None else _plan(spec, shared, device)
 
     def pick(self, longest: int) -> fi.Plan:
         """The plan for a step whose requests have at most ``longest`` new tokens."""
@@ -49,13 +53,15 @@ def update(pairs: Mapping[LayerForm, PlanPair], batch: fi.Batch, longest: int) -
     return plans
 
 
-def shares_prefixes(spec: fi.AttentionSpec, limits: Limits, target: fi.Target) -> bool:
+def shares_prefixes(
+    spec: fi.AttentionSpec, limits: Limits, target: fi.Target, steps: tuple[bool, ...] = (True, False)
+) -> bool:
     """Whether fi reads a prefix that requests share once, in every step of such layers, and by the backend that serves the steps
-    that share nothing: those take the same kernels then, and shall not lose by it. Raises UnsupportedError where nothing
-    serves such layers at all."""
+    that share nothing: those take the same kernels then, and shall not lose by it. ``steps``: of those that only decode
+    (True), or of others (False). Raises UnsupportedError where nothing serves such layers at all."""
     if spec.batch_invariant:
         return False  # who shares a prefix is the rest of the batch
-    lengths = [limits.capacity(decode).max_q_len for decode in (True, False)]
+    lengths = [limits.capacity(decode).max_q_len for decode in steps]
     if any(refusal(spec, length, target, levels=True) is not None for length in lengths):
         return False
     select, request = registry().select, registry().operations["attention"].request
@@ -64,6 +70,16 @@ def shares_prefixes(spec: fi.AttentionSpec, limits: Limits, target: fi.Target) -
         for levels in (False, True)
     ]
     return chosen[0] == chosen[1]
+
+
+def finds_prefixes(target: fi.Target, max_depth: int) -> bool:
+    """Whether what requests share is found from a dense table at ``target`` without waiting for the device, where it is a GPU."""
+    request = registry().operations["find_shared_prefixes"].request(target, table="dense", max_depth=max_depth)
+    try:
+        chosen = registry().select(request)
+    except fi.UnsupportedError:
+        return False
+    return chosen.entry.backend != REFERENCE or target.device_type == "cpu"
 
 
 def common_prefix(num_requests: int, num_tokens: int, device: torch.device) -> fi.SharedPrefixes:

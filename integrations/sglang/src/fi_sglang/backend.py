@@ -7,7 +7,7 @@ from typing import Any
 
 import fi_core as fi
 from fi_adapters.forms import LayerForm, Limits, is_captured
-from fi_adapters.plans import PlanPair
+from fi_adapters.plans import PlanPair, finds_prefixes, shares_prefixes
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from torch import Tensor
 
 from .layers import BoundLayer, geometry_of, window_of, windows_of
-from .steps import StepBuffers
+from .steps import MAX_DEPTH, MAX_PREFIXES, MAX_REQUESTS, StepBuffers
 
 _CHAINS = (None, "EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms that verify a chain of tokens where ``speculative_eagle_topk`` is 1."""
@@ -27,8 +27,9 @@ _DRAFT_ELSEWHERE = "a draft model runs with speculative_draft_attention_backend=
 class FiAttnBackend(AttentionBackend):
     """Decoder attention of fi over SGLang's pool and its request-to-token map.
 
-    Decode and verification are planned inside the graph: filling the buffers and planning are kernels on the device, recorded
-    once and replayed with it, so a steady decode step runs none of this Python. Other steps are planned before they run.
+    Decode and verification are planned inside the graph: filling the buffers, finding what requests share and planning are
+    kernels on the device, recorded once and replayed with it, so a steady decode step runs none of this Python. Other steps
+    are planned before they run, and each of their requests reads its own tokens.
     """
 
     needs_cpu_seq_lens = False
@@ -48,7 +49,10 @@ class FiAttnBackend(AttentionBackend):
         self.pairs: dict[LayerForm, PlanPair] = {}
         self.layers: dict[int, BoundLayer] = {}
         self.batch: fi.Batch | None = None
+        self.sharing: fi.Batch | None = None  # the same with its prefixes, where they were looked for
         self.longest = 0
+        unshared = runner.server_args.disable_radix_cache or self.batch_invariant
+        self.looks = not unshared and finds_prefixes(fi.target_of(self.device), MAX_DEPTH)
 
     # SGLang's contract of a step
 
@@ -82,7 +86,7 @@ class FiAttnBackend(AttentionBackend):
         batch = self.buffers.uniform(
             forward_batch.seq_lens, forward_batch.req_pool_indices, forward_batch.out_cache_loc, num_new, added
         )
-        self._plan(batch, num_new)
+        self._plan(batch, num_new, self.looks)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Everything that graphs read is there already; raises where replays must not be (FI_SHADOW, the reference)."""
@@ -115,9 +119,9 @@ class FiAttnBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if save_kv_cache and k is not None and v is not None:
             self._append(k, v, layer, bound)
-        plan = self._pair(bound, layer).pick(self.longest)
-        if plan.batch is not self.batch:  # a form of layer that is met for the first time
-            plan.update(self.batch)
+        plan, batch = self._planned(self._pair(bound, layer))
+        if plan.batch is not batch:  # a form of layer that is met for the first time
+            plan.update(batch)
         given = getattr(forward_batch, "_attn_output", None)
         out = None if given is None else given.view(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         out = fi.attention(q, bound.cache, plan, bound.arguments, out=out)
@@ -137,10 +141,21 @@ class FiAttnBackend(AttentionBackend):
             batch = replace(batch, slot_mapping=batch.slot_mapping[: k.shape[0]])
         fi.append_kv(k, v, bound.cache, batch)
 
-    def _plan(self, batch: fi.Batch, longest: int) -> None:
+    def _plan(self, batch: fi.Batch, longest: int, looks: bool = False) -> None:
         self.batch, self.longest = batch, longest
+        # No form of layer is known before the first step has run, and then some may share.
+        may_share = looks and (not self.pairs or any(pair.shared for pair in self.pairs.values()))
+        self.sharing = self.buffers.sharing(batch) if may_share else None
         for pair in self.pairs.values():
-            pair.pick(longest).update(batch)
+            plan, its_batch = self._planned(pair)
+            plan.update(its_batch)
+
+    def _planned(self, pair: PlanPair) -> tuple[fi.Plan, fi.Batch]:
+        """The plan of a form of layer for the present step, and the batch that it is updated with."""
+        assert self.batch is not None
+        if pair.shared is not None and self.sharing is not None:
+            return pair.shared, self.sharing
+        return pair.pick(self.longest), self.batch
 
     def _bind(self, layer: Any, sinks: Tensor | None) -> BoundLayer:
         """The layer's record. Asking the pool also waits for a layer whose cache comes back from the host."""
@@ -157,8 +172,17 @@ class FiAttnBackend(AttentionBackend):
         if pair is None:
             windows = self.windows.get(geometry_of(layer), [window_of(layer)])
             spec = bound.form.spec(self.dtype, 1, windows, self.batch_invariant)
-            pair = self.pairs[bound.form] = PlanPair(spec, self.limits, self.device)
+            shared = self._shared_capacity(spec)
+            pair = self.pairs[bound.form] = PlanPair(spec, self.limits, self.device, shared=shared)
         return pair
+
+    def _shared_capacity(self, spec: fi.AttentionSpec) -> fi.Capacity | None:
+        """Of the plan for decode steps whose requests share prefixes; None where they are not looked for, or no kernel of the
+        backend that serves other steps reads them once."""
+        if not self.looks or not shares_prefixes(spec, self.limits, fi.target_of(self.device), steps=(True,)):
+            return None
+        few = replace(self.limits, max_batch=min(self.limits.max_batch, MAX_REQUESTS))
+        return few.capacity(True, MAX_PREFIXES, MAX_DEPTH)
 
 
 def _is_uniform(mode: Any) -> bool:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import fi_core as fi
 import torch
 from torch import Tensor
+
+MIN_REQUESTS, MAX_REQUESTS = 8, 512
+"""Of a step whose shared prefixes are looked for: fewer have little to gain, more are hardly ever there, and a plan's workspace
+grows with them."""
+MAX_PREFIXES, MAX_DEPTH = 64, 2
+"""Prefixes that are found in a step, and how many around one request: a system prompt, and a document or samples below it."""
+MIN_SAVED_TOKENS = 4096
+"""Tokens times readers but one, from which a prefix is named; whether it then pays is decided when the step is planned."""
 
 
 class StepBuffers:
@@ -23,6 +33,8 @@ class StepBuffers:
         self.rows = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self.q_indptr = torch.zeros(max_batch + 1, dtype=torch.int32, device=device)
         self._uniform: dict[int, Tensor] = {}
+        self._nodes = torch.zeros((MAX_PREFIXES, 4), dtype=torch.int32, device=device)
+        self._order = torch.zeros(min(max_batch, MAX_REQUESTS), dtype=torch.int32, device=device)
 
     def uniform_indptr(self, q_len: int) -> Tensor:
         """Offsets int32 [max_batch + 1] of requests with ``q_len`` new tokens each; made once for each length."""
@@ -53,6 +65,16 @@ class StepBuffers:
             q_lens = q_lens.clamp(max=room)
         torch.cumsum(q_lens[:num], 0, dtype=torch.int32, out=self.q_indptr[1 : num + 1])
         return self._batch(self.q_indptr, num, slots)
+
+    def sharing(self, batch: fi.Batch) -> fi.Batch | None:
+        """``batch`` with the prefixes that its requests share, found from equal leading entries of the map, which the radix cache
+        makes so; None where it has too few requests or too many. Legal while a CUDA graph is captured, and so for a step of any
+        size it depends on that size alone."""
+        if not MIN_REQUESTS <= batch.size <= MAX_REQUESTS:
+            return None
+        found = fi.SharedPrefixes(self._nodes, self._order[: batch.size])
+        fi.find_shared_prefixes(batch, 1, max_depth=MAX_DEPTH, min_saved_tokens=MIN_SAVED_TOKENS, out=found)
+        return replace(batch, levels=found)
 
     def _fill(self, seq_lens: Tensor, rows: Tensor) -> int:
         num = seq_lens.shape[0]

@@ -14,7 +14,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-HEADS, KV_HEADS, DIM, SLOTS, CONTEXT = 4, 2, 32, 400, 64
+HEADS, KV_HEADS, DIM, SLOTS, CONTEXT, ROWS = 4, 2, 32, 640, 64, 10
 SCALE = 0.3
 
 
@@ -31,6 +31,7 @@ def runner_of(*layers, kv_dtype=torch.float32, **changed):
         enable_memory_saver=False,
     )
     options = {
+        "disable_radix_cache": False,
         "enable_deterministic_inference": False,
         "chunked_prefill_size": 64,
         "max_prefill_tokens": 128,
@@ -39,7 +40,7 @@ def runner_of(*layers, kv_dtype=torch.float32, **changed):
         "speculative_num_draft_tokens": None,
     }
     return SimpleNamespace(
-        req_to_token_pool=ReqToTokenPool(6, CONTEXT, "cpu", False),
+        req_to_token_pool=ReqToTokenPool(ROWS, CONTEXT, "cpu", False),
         token_to_kv_pool=pool,
         dtype=torch.float32,
         model=torch.nn.ModuleList(layers),
@@ -207,6 +208,33 @@ def test_a_graph_replays_with_what_its_buffers_hold():
     check(backend, layer, later)
     for name in ("q_indptr", "kv_lens", "table", "table_row", "slot_mapping"):
         assert getattr(planned, name).data_ptr() == getattr(backend.batch, name).data_ptr()
+
+
+def test_what_the_radix_cache_shares_is_read_once(monkeypatch):
+    """Found in the map from the first decode step on, in which no layer's plan is there yet; not where nothing is cached."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("fi_sglang.steps.MIN_SAVED_TOKENS", 20)
+    layer = layer_of()
+    for disabled in (False, True):
+        runner = runner_of(layer, disable_radix_cache=disabled)
+        backend = FiAttnBackend(runner)
+        for buffer in backend.pool.get_kv_buffer(layer.layer_id):
+            buffer.normal_()
+        for _ in range(2):
+            step = Step(runner, ForwardMode.DECODE, [40, 30, 50, 60, 45, 33, 64, 31], [1] * 8)
+            step.table[2:7, :24] = step.table[2, :24].clone()
+            backend.init_forward_metadata(step.batch)
+            check(backend, layer, step)
+            pair = backend.pairs[backend.layers[0].form]
+            if disabled:
+                assert backend.sharing is None and pair.shared is None
+            else:
+                assert pair.shared.batch is backend.sharing
+                assert backend.sharing.levels.nodes[0].tolist()[2:] == [0, 24]
+        prompts = Step(runner, ForwardMode.EXTEND, [9] * 8, [9] * 8)
+        backend.init_forward_metadata(prompts.batch)
+        check(backend, layer, prompts)
+        assert backend.sharing is None
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,13 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
             for form, spec in specs.items()
         }
         self._common: tuple[int, int] | None = None
+        # A graph holds the kernels of batches with levels or those of batches without, so all steps of a captured kind have them.
+        mode = vllm_config.compilation_config.cudagraph_mode
+        self._decode_len = limits.decode_len
+        self._has_levels = tuple(
+            self.shares and kind == CUDAGraphMode.FULL for kind in (mode.mixed_mode(), mode.decode_mode())
+        )
+        self._no_prefix = fi.SharedPrefixes(torch.zeros(1, 4, dtype=torch.int32, device=device))
 
     def _shares(self, specs: Mapping[LayerForm, fi.AttentionSpec], limits: Limits) -> bool:
         """Whether steps name the prefix that all their requests share: where vLLM's cascade is on and fi has the kernels."""
@@ -90,8 +97,12 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
     ) -> FiMetadata:
         """``fast_build`` has nothing to change: planning is one kernel launch or a few. ``common_prefix_len`` is 0:
         ``use_cascade_attention`` has kept it."""
-        step, common = common_attn_metadata, self._common
+        step, common, levels = common_attn_metadata, self._common, None
         self._common = None
+        if common is not None:
+            levels = common_prefix(*common, self.device)
+        elif self._has_levels[step.max_query_len <= self._decode_len]:
+            levels = self._no_prefix
         if not step.causal:
             raise NotImplementedError("fi-vllm: attention without a causal mask, which some draft models ask for")
         num_tokens = step.num_actual_tokens
@@ -100,7 +111,7 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
             step.seq_lens,
             table=step.block_table_tensor,
             slot_mapping=step.slot_mapping[:num_tokens],
-            levels=None if common is None else common_prefix(*common, self.device),
+            levels=levels,
         )
         return FiMetadata(batch, num_tokens, update(self.pairs, batch, step.max_query_len))
 

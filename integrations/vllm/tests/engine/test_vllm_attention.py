@@ -294,6 +294,25 @@ def test_a_common_prefix_is_planned_in_the_step_that_it_was_found_for(monkeypatc
         assert builder.build(0, common_attn_metadata=metadata).batch.levels is None
 
 
+@pytest.mark.parametrize(
+    "mode, with_levels",
+    [
+        (CUDAGraphMode.FULL_DECODE_ONLY, (False, True)),
+        (CUDAGraphMode.FULL_AND_PIECEWISE, (False, True)),
+        (CUDAGraphMode.FULL, (True, True)),
+        (CUDAGraphMode.PIECEWISE, (False, False)),
+    ],
+)
+def test_steps_of_a_captured_kind_all_have_levels_where_some_may(mode, with_levels):
+    """A captured graph holds the kernels of one of both, and is replayed for steps that share a prefix and for others."""
+    builder = make({"a": impl_of()}, mode=mode, cascade=True)
+    for q_len, expected in zip((5, 1), with_levels, strict=True):
+        levels = builder.build(0, common_attn_metadata=step([q_len], [9])).batch.levels
+        assert (levels is not None) == expected
+        assert levels is None or levels.nodes.tolist() == [[0, 0, 0, 0]]
+    assert make({"a": impl_of()}, mode=mode).build(0, common_attn_metadata=step([1], [3])).batch.levels is None
+
+
 def test_a_common_prefix_is_left_alone_where_vllm_or_the_kernels_do(monkeypatch):
     builder = make({"a": impl_of()})
     assert not builder.shares and not cascade(builder, 1000, 100)

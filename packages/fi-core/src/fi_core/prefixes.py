@@ -26,6 +26,9 @@ class SharedPrefixes:
 
     Pages that lie wholly within what two requests share must be the same pages in both tables. The page in which a shared
     range ends may be a copy in each. A mask's columns must be "new".
+
+    Batches with levels and batches without (None) have different kernels, so a captured graph serves one of both, for any nodes:
+    a batch that shares nothing is replayed in a graph of batches that do with a row of zeros.
     """
 
     nodes: torch.Tensor

@@ -20,17 +20,19 @@ def check_float(argument: str, tensor: Tensor) -> None:
         raise ArgumentError(argument, "a tensor", type(tensor).__name__)
     if tensor.dtype not in FLOAT_DTYPES:
         raise ArgumentError(f"{argument}.dtype", "float32, float16, bfloat16 or float64", tensor.dtype)
-    if tensor.dim() == 0:
+    shape = tensor.shape
+    if not shape:
         raise ArgumentError(argument, "at least one dim", "a scalar")
-    if tensor.shape[-1] == 0:
-        raise ArgumentError(argument, "a last dim of at least 1", tuple(tensor.shape))
+    if shape[-1] == 0:
+        raise ArgumentError(argument, "a last dim of at least 1", tuple(shape))
     check_last_dim(argument, tensor)
 
 
 def check_last_dim(argument: str, tensor: Tensor) -> None:
     """Raise LayoutError unless the last dim of ``tensor`` (one dim or more) is contiguous."""
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise LayoutError(argument, "a contiguous last dim", f"strides {tensor.stride()}")
+    strides = tensor.stride()
+    if strides[-1] != 1 and tensor.shape[-1] > 1:
+        raise LayoutError(argument, "a contiguous last dim", f"strides {strides}")
 
 
 def check_writable(argument: str, tensor: Tensor) -> None:

@@ -160,9 +160,9 @@ class AppendTuning(NamedTuple):
     """How threads share the work.
 
     A token gets the fewest threads that hold at most ``held_packs`` packs each (``held_packs_with_rope`` with RoPE), and a
-    block as many tokens as ``block_threads`` are enough for, twice as many where K and V become FP8 without RoPE. Few tokens
-    get the fewest threads, but at most ``few_threads``, that serve all heads at once, and a thread takes at most
-    ``few_rounds`` heads of a tensor: the shortest way through the kernel; heads beyond that are other blocks'."""
+    block as many tokens as ``block_threads`` are enough for. Few tokens get the fewest threads, but at most ``few_threads``,
+    that serve all heads at once, and a thread takes at most ``few_rounds`` heads of a tensor: the shortest way through the
+    kernel; heads beyond that are other blocks'."""
 
     held_packs: int = 8
     held_packs_with_rope: int = 12
@@ -216,7 +216,6 @@ def spec_for(shape: AppendShape, tuning: AppendTuning = TUNING) -> AppendKVSpec:
     v_units = num_units(shape.head_dim_vo, shape.head_dim_vo if values_first else 0, count)
     units = (qk_units, qk_units, v_units)
     team = _team_of(shape, units, 2 if values_first else 1, tuning)
-    block_threads = tuning.block_threads * (2 if stored.itemsize == 1 and not shape.rotary_dim else 1)
     spec = AppendKVSpec(
         shape.dtype,
         stored,
@@ -229,7 +228,7 @@ def spec_for(shape: AppendShape, tuning: AppendTuning = TUNING) -> AppendKVSpec:
         PAIRS.get(shape.pairs, 0),
         min(shape.angle_vector, 4 * (count & -count)) if shape.table else 0,
         team.threads,
-        1 if shape.few_tokens else max(1, block_threads // team.threads),
+        1 if shape.few_tokens else max(1, tuning.block_threads // team.threads),
         *team.rounds,
         0,
         shape.packed,

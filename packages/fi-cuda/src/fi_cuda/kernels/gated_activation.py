@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
-from .rows import inner_size, num_rows, row_strides, vector_bytes
+from .rows import aligned_bytes, inner_size, row_strides
 
 SILU, GELU, GELU_TANH = 0, 1, 2
 
@@ -53,28 +54,35 @@ class GatedActivationSpec(KernelSpec):
         return (self.num_packs + self.num_threads - 1) // self.num_threads
 
 
-@lru_cache(maxsize=1024)
-def _bound(
-    device: torch.device, dtype: torch.dtype, width: int, vector: int, activation: int
-) -> tuple[LaunchableKernel, int]:
-    """The kernel, and its blocks a row."""
-    spec = GatedActivationSpec(dtype, width, vector, activation)
-    return kernel_for(spec, device), spec.blocks_per_row
+class _Form(NamedTuple):
+    """What launches with tensors of one form share: the kernel, its blocks, and the struct's strides and sizes."""
+
+    kernel: LaunchableKernel
+    num_blocks: int
+    sizes: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _form(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], tuple[int, ...]],
+    address: int,
+    activation: int,
+) -> _Form:
+    """``shape`` of the output, ``strides`` of both tensors, ``address``: the bits below 16 of both addresses."""
+    width, (x, out) = shape[-1], strides
+    spec = GatedActivationSpec(dtype, width, aligned_bytes(address, strides, width, dtype.itemsize), activation)
+    num_blocks = math.prod(shape[:-1]) * spec.blocks_per_row
+    return _Form(kernel_for(spec, device), num_blocks, (*row_strides(x), *row_strides(out), inner_size(shape)))
 
 
 def _launch(x: Tensor, activation: int, out: Tensor) -> None:
-    rows, width, device = num_rows(out), out.shape[-1], x.device
-    kernel, blocks_per_row = _bound(device, x.dtype, width, vector_bytes(x, out, multiple_of=width), activation)
-    kernel.launch(
-        device,
-        rows * blocks_per_row,
-        1,
-        x.data_ptr(),
-        out.data_ptr(),
-        *row_strides(x),
-        *row_strides(out),
-        inner_size(x),
-    )
+    device, x_address, out_address = x.device, x.data_ptr(), out.data_ptr()
+    strides = (x.stride(), out.stride())
+    form = _form(device, x.dtype, out.shape, strides, (x_address | out_address) & 15, activation)
+    form.kernel.launch(device, form.num_blocks, 1, x_address, out_address, *form.sizes)
 
 
 def silu_mul(x: Tensor, approximate: str, out: Tensor) -> None:

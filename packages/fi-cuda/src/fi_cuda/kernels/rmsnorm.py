@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
-from .rows import inner_size, num_rows, power_of_2_at_least, row_strides, vector_bytes
+from .rows import aligned_bytes, inner_size, power_of_2_at_least, row_strides
 
 MAX_WIDTH = 16384
 _BLOCK_THREADS = 128
@@ -84,6 +85,39 @@ class RmsNormSpec(KernelSpec):
         ]
 
 
+class _Form(NamedTuple):
+    """What launches with tensors of one form share: the kernel, its blocks, and the struct's strides and sizes."""
+
+    kernel: LaunchableKernel
+    num_blocks: int
+    sizes: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _form(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]],
+    addresses: tuple[int, int],
+) -> _Form:
+    """``dtypes`` and ``addresses`` of the inputs and the output (their bits below 16), ``strides`` of x, residual and out."""
+    dtype, out_dtype = dtypes
+    x, residual, out = strides
+    width, adds = shape[-1], residual is not None
+    inputs = (x,) if residual is None else (x, residual)
+    if out_dtype == dtype:
+        vector = aligned_bytes(addresses[0] | addresses[1], (*inputs, out), width, dtype.itemsize)
+    else:
+        vector = aligned_bytes(addresses[0], inputs, width, dtype.itemsize)
+        vector = min(vector, aligned_bytes(addresses[1], (out,), width, out_dtype.itemsize) * dtype.itemsize)
+    rows, inner = math.prod(shape[:-1]), inner_size(shape)
+    kernel, rows_per_block = _bound(device, dtypes, width, vector, adds, rows > _FEW_ROWS and not adds, inner > 1)
+    others = (0, 0) if residual is None else row_strides(residual)
+    sizes = (*row_strides(x), *others, *row_strides(out), rows, inner)
+    return _Form(kernel, (rows + rows_per_block - 1) // rows_per_block, sizes)
+
+
 @lru_cache(maxsize=1024)
 def _bound(
     device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], width: int, vector: int, *choices: bool
@@ -101,30 +135,24 @@ def _launch(
     scale: float | Tensor | None,
     out: Tensor,
 ) -> None:
-    rows, width, device = num_rows(x), x.shape[-1], x.device
-    inputs = (x, weight) if residual is None else (x, weight, residual)
-    if scale is None:
-        vector = vector_bytes(*inputs, out, multiple_of=width)
-    else:
-        vector = vector_bytes(*inputs, multiple_of=width)
-        vector = min(vector, vector_bytes(out, multiple_of=width) * x.element_size())
-    adds, inner = residual is not None, inner_size(x)
-    choices = (adds, rows > _FEW_ROWS and not adds, inner > 1)
-    kernel, rows_per_block = _bound(device, (x.dtype, out.dtype), width, vector, *choices)
-    kernel.launch(
+    device = x.device
+    x_address, weight_address, out_address = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    residual_address, residual_strides = 0, None
+    if residual is not None:
+        residual_address, residual_strides = residual.data_ptr(), residual.stride()
+    strides = (x.stride(), residual_strides, out.stride())
+    addresses = ((x_address | weight_address | residual_address) & 15, out_address & 15)
+    form = _form(device, (x.dtype, out.dtype), x.shape, strides, addresses)
+    form.kernel.launch(
         device,
-        (rows + rows_per_block - 1) // rows_per_block,
+        form.num_blocks,
         1,
-        x.data_ptr(),
-        weight.data_ptr(),
+        x_address,
+        weight_address,
         scale.data_ptr() if isinstance(scale, Tensor) else 0,
-        0 if residual is None else residual.data_ptr(),
-        out.data_ptr(),
-        *row_strides(x),
-        *((0, 0) if residual is None else row_strides(residual)),
-        *row_strides(out),
-        rows,
-        inner,
+        residual_address,
+        out_address,
+        *form.sizes,
         *scalars,
         scale if isinstance(scale, (int, float)) else 1.0,
     )

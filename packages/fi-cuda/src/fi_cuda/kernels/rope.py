@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+from fi_core.remembered import Remembered
 from fi_core.rope import RopeTable
 from torch import Tensor
 
 from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
-from .rows import vector_bytes
+from .rows import aligned_bytes, vector_bytes
 
 PAIRS = {"half": 1, "interleaved": 2}
 _THREADS = 256
@@ -101,43 +102,84 @@ def spec_for(
     )
 
 
-@lru_cache(maxsize=1024)
-def _bound(device: torch.device, *choices: Any) -> tuple[LaunchableKernel, int]:
-    """The kernel for the arguments of ``spec_for``, and its tokens a block."""
-    spec = spec_for(*choices)
-    return kernel_for(spec, device), spec.tokens_per_block
+class _Form(NamedTuple):
+    """What launches with tensors of one form share: the kernel, its blocks, and the struct's strides and sizes."""
+
+    kernel: LaunchableKernel
+    num_blocks: int
+    sizes: tuple[int, ...]
+
+
+class _Rotation(NamedTuple):
+    """What a form takes of a table: its halves of rows are aligned to ``table_vector`` bytes (0: no table), its rows are
+    ``stride`` elements apart."""
+
+    rotary_dim: int
+    pairs: str
+    table_vector: int
+    stride: int
+
+
+@lru_cache(maxsize=4096)
+def _form(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    shapes: tuple[tuple[int, ...], int],
+    strides: tuple[tuple[int, ...], ...],
+    address: int,
+    rotation: _Rotation,
+) -> _Form:
+    """``dtypes`` of q and the positions; ``shapes``: q's, and k's heads; ``strides`` of q, q_out, k and k_out, those of k
+    left out without it; ``address``: the bits below 16 of all their addresses."""
+    (dtype, position_type), ((num_tokens, num_heads, head_dim), num_others) = dtypes, shapes
+    rotary_dim = rotation.rotary_dim
+    # Both halves of a pair, and the dims behind them, must start on a whole vector.
+    together = rotary_dim // 2 if head_dim == rotary_dim else (rotary_dim // 2) | (head_dim - rotary_dim)
+    dims = (head_dim, rotary_dim, aligned_bytes(address, strides, together, dtype.itemsize))
+    few = num_tokens <= _FEW_TOKENS
+    spec = spec_for(dtype, position_type, dims, rotation.pairs, rotation.table_vector, few)
+    q, q_out, k, k_out = (*strides, (0, 0), (0, 0))[:4]
+    rows = (*q[:2], *k[:2], *q_out[:2], *k_out[:2])
+    num_blocks = -(-num_tokens // spec.tokens_per_block)
+    return _Form(kernel_for(spec, device), num_blocks, (*rows, num_tokens, rotation.stride, num_heads, num_others))
+
+
+_rotations: Remembered[_Rotation] = Remembered()
+
+
+def _rotation_of(table: RopeTable) -> _Rotation:
+    found = _rotations.get(table)
+    if found is None:
+        config, angles = table.config, table.cos_sin
+        vector = 0 if angles is None else vector_bytes(angles, multiple_of=config.rotary_dim // 2)
+        found = _Rotation(
+            config.rotary_dim, config.pairs, vector, (table.inv_freq if angles is None else angles).stride(0)
+        )
+        _rotations.put(table, found)
+    return found
 
 
 def rope(q: Tensor, k: Tensor | None, positions: Tensor, table: RopeTable, q_out: Tensor, k_out: Tensor | None) -> None:
     """The ``Rope`` protocol of fi-core: float32 arithmetic, rounded once."""
-    num_tokens, num_heads, head_dim = q.shape
-    rotary_dim = table.config.rotary_dim
-    others = () if k is None or k_out is None else (k, k_out)
-    # Both halves of a pair, and the dims behind them, must start on a whole vector.
-    together = rotary_dim // 2 if head_dim == rotary_dim else (rotary_dim // 2) | (head_dim - rotary_dim)
-    vector = vector_bytes(q, q_out, *others, multiple_of=together)
-    source = table.inv_freq if table.cos_sin is None else table.cos_sin
-    device, dims = q.device, (head_dim, rotary_dim, vector)
-    table_vector = 0 if table.cos_sin is None else vector_bytes(table.cos_sin, multiple_of=rotary_dim // 2)
-    few = num_tokens <= _FEW_TOKENS
-    kernel, tokens_per_block = _bound(device, q.dtype, positions.dtype, dims, table.config.pairs, table_vector, few)
-    kernel.launch(
+    device, source = q.device, table.inv_freq if table.cos_sin is None else table.cos_sin
+    q_address, q_out_address, k_address, k_out_address = q.data_ptr(), q_out.data_ptr(), 0, 0
+    strides: tuple[tuple[int, ...], ...] = (q.stride(), q_out.stride())
+    num_others = 0
+    if k is not None and k_out is not None:
+        k_address, k_out_address, num_others = k.data_ptr(), k_out.data_ptr(), k.shape[1]
+        strides = (*strides, k.stride(), k_out.stride())
+    address = (q_address | q_out_address | k_address | k_out_address) & 15
+    form = _form(device, (q.dtype, positions.dtype), (q.shape, num_others), strides, address, _rotation_of(table))
+    form.kernel.launch(
         device,
-        (num_tokens + tokens_per_block - 1) // tokens_per_block,
+        form.num_blocks,
         1,
-        q.data_ptr(),
-        0 if k is None else k.data_ptr(),
+        q_address,
+        k_address,
         positions.data_ptr(),
         source.data_ptr(),
-        q_out.data_ptr(),
-        0 if k_out is None else k_out.data_ptr(),
-        *q.stride()[:2],
-        *((0, 0) if k is None else k.stride()[:2]),
-        *q_out.stride()[:2],
-        *((0, 0) if k_out is None else k_out.stride()[:2]),
-        num_tokens,
-        source.stride(0),
-        num_heads,
-        0 if k is None else k.shape[1],
+        q_out_address,
+        k_out_address,
+        *form.sizes,
         table.config.attention_factor,
     )

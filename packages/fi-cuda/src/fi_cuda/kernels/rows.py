@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor
 
 
 def vector_bytes(*tensors: Tensor, multiple_of: int) -> int:
     """Bytes of the widest load (16 or less, a power of 2) to which base, strides and ``multiple_of`` elements align."""
-    elements, together = multiple_of, 16
+    address = 0
     for tensor in tensors:
-        together |= tensor.data_ptr()
-        for stride in tensor.stride()[:-1]:
+        address |= tensor.data_ptr()
+    return aligned_bytes(address, [tensor.stride() for tensor in tensors], multiple_of, tensors[0].element_size())
+
+
+def aligned_bytes(address: int, strides: Iterable[Sequence[int]], multiple_of: int, element_size: int) -> int:
+    """The same for tensors by their strides and by ``address``, the bits that occur in their addresses."""
+    elements = multiple_of
+    for each in strides:
+        for stride in each[:-1]:
             elements |= stride
-    together |= elements * tensors[0].element_size()
+    together = 16 | address | elements * element_size
     return together & -together
 
 
-def row_strides(tensor: Tensor) -> tuple[int, int]:
-    """(outer, inner) stride in elements of a [rows, width] or [outer, inner, width] tensor."""
-    return (tensor.stride(0), 0) if tensor.dim() == 2 else (tensor.stride(0), tensor.stride(1))
+def row_strides(strides: Sequence[int]) -> tuple[int, int]:
+    """(outer, inner) of a [rows, width] or [outer, inner, width] tensor's strides in elements."""
+    return strides[0], 0 if len(strides) == 2 else strides[1]
 
 
-def inner_size(tensor: Tensor) -> int:
+def inner_size(shape: Sequence[int]) -> int:
     """Rows of the inner dim: 1 for two dims."""
-    return 1 if tensor.dim() == 2 else tensor.shape[1]
-
-
-def num_rows(tensor: Tensor) -> int:
-    """Rows of a [rows, width] or [outer, inner, width] tensor."""
-    return tensor.shape[:-1].numel()
+    return 1 if len(shape) == 2 else shape[1]
 
 
 def power_of_2_at_least(number: int) -> int:

@@ -87,7 +87,7 @@ class ShortAttention:
         tile_tokens = prefill_tuning_for(spec, where).kind(spec.group_size).q_rows // spec.group_size
         steps = _decode_steps(spec, tile_tokens)
         short, long = DecodeState(spec, capacity, where, steps), PrefillState(spec, capacity, where, steps)
-        return MixedState(short, long, steps_text(steps))
+        return MixedState(short, long, steps_text(steps), steps.q_len)
 
 
 class MixedAttention:
@@ -105,17 +105,20 @@ class MixedAttention:
         where, short = torch.device(device), short_capacity(spec, capacity)
         text = f"steps of at most {short.max_q_len} new tokens a request"
         steps = ShortSteps(short.max_q_len)  # others are beyond the decode kernel's capacity
-        return MixedState(DecodeState(spec, short, where), PrefillState(spec, capacity, where, steps), text)
+        return MixedState(
+            DecodeState(spec, short, where), PrefillState(spec, capacity, where, steps), text, steps.q_len
+        )
 
 
 class MixedState:
     """The ``AttentionState`` protocol: both kernels' states, of which one has no work in any step. ``steps`` tells which the
-    decode kernel serves."""
+    decode kernel serves: all whose requests have at most ``short_q_len`` new tokens, so all of so few rows of q."""
 
-    def __init__(self, short: DecodeState, long: PrefillState, steps: str) -> None:
+    def __init__(self, short: DecodeState, long: PrefillState, steps: str, short_q_len: int) -> None:
         self._short = short
         self._long = long
         self._steps = steps
+        self._short_q_len = short_q_len
 
     @property
     def workspace(self) -> Sequence[Tensor]:
@@ -128,7 +131,8 @@ class MixedState:
     def run(self, q: Tensor, kv: KVCache, layer: ResolvedLayer, out: Tensor, lse: Tensor | None) -> None:
         # The kernel that usually has more to do starts last, so that the other's end is not waited for after it.
         self._short.run(q, kv, layer, out, lse)
-        self._long.run(q, kv, layer, out, lse)
+        if q.shape[0] > self._short_q_len:
+            self._long.run(q, kv, layer, out, lse)
 
     def describe(self) -> Sequence[str]:
         return (

@@ -142,11 +142,11 @@ def prefill_shared_bytes(tuning: PrefillTuning, heads: HeadBytes) -> int:
     return (queries + keys + values + landing) * BOX_ROW_BYTES + items + _BARRIER_BYTES + _ALIGNMENT
 
 
-def prefill_tuning_for(spec: AttentionSpec, device: torch.device, long_steps: bool = True) -> PrefillTuning:
-    """The parameters for a plan; ``long_steps`` as in ``built_in_prefill_tuning``. Raises ArgumentError for unknown names or
+def prefill_tuning_for(spec: AttentionSpec, device: torch.device, levels: bool = False) -> PrefillTuning:
+    """The parameters for a plan; ``levels`` as in ``built_in_prefill_tuning``. Raises ArgumentError for unknown names or
     values in what ``fi_tuning`` returns, and for tiles that do not fit the pages or the shared memory."""
     limit = shared_limit(device)
-    built_in = built_in_prefill_tuning(spec, limit, long_steps)
+    built_in = built_in_prefill_tuning(spec, limit, levels)
     given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
     if not given:
         return built_in
@@ -166,17 +166,20 @@ def prefill_tuning_for(spec: AttentionSpec, device: torch.device, long_steps: bo
 
 
 def built_in_prefill_tuning(
-    spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTES, long_steps: bool = True
+    spec: AttentionSpec, limit: int = HOPPER_SHARED_BYTES, levels: bool = False
 ) -> PrefillTuning:
     """Three warpgroups, each a step at a time, where the registers of a thread hold the scores of 128 keys beside its output;
-    else two, whose steps overlap (docs/kernels/prefill.md). ``long_steps``: where they pay, they may have so many keys that
-    producers are left 24 registers."""
+    else two, whose steps overlap (docs/kernels/prefill.md). ``levels``: for the kernel of shared prefixes, whose producers need
+    more than the 24 registers that the longest steps leave, and whose code, decode's included, is long enough without all widths
+    of a first step."""
     head_dim_vo = spec.head_dim_vo or 0
     widest = max(spec.head_dim, head_dim_vo)
     tokens = 128 if head_dim_vo <= _NARROW_HEAD_DIM else 64
     as_stored = spec.kv_dtype == spec.q_dtype and not spec.q_is_fp8
     # Products with queries read those from shared memory once for a step's keys: the more keys, the less of its time.
-    long_steps &= head_dim_vo > _WIDE_HEAD_DIM and as_stored and box_tokens(spec.page_size, _LONG_STEP) is not None
+    long_steps = (
+        not levels and head_dim_vo > _WIDE_HEAD_DIM and as_stored and box_tokens(spec.page_size, _LONG_STEP) is not None
+    )
     if long_steps:
         tokens = _LONG_STEP
     boxes = box_tokens(spec.page_size, tokens) is not None
@@ -187,7 +190,7 @@ def built_in_prefill_tuning(
         consumers=3 if three else 2,
         tokens=tokens,
         # Where steps overlap, each width of the first has its copy of the next: two take 1.6 s to compile, four 2.1.
-        edge_tokens=64 if widest > _NARROW_HEAD_DIM and tokens == 128 else 48 if long_steps else 32,
+        edge_tokens=64 if tokens == 128 and (levels or widest > _NARROW_HEAD_DIM) else 48 if long_steps else 32,
         key_stages=4 if fp8 else 2 if three or long_steps else 3,
         value_stages=3 if fp8 else 2,
         query_stages=2,

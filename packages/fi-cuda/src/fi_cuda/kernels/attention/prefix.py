@@ -50,7 +50,7 @@ class PrefixTuning:
 def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefixTuning:
     """The parameters for a plan: the prefill kernel's tiles, and what ``fi_tuning`` returns for "attention_prefix". Raises
     ArgumentError for unknown names or values."""
-    built_in = PrefixTuning(prefill_tuning_for(spec, device, long_steps=False))
+    built_in = PrefixTuning(prefill_tuning_for(spec, device, levels=True))
     given: Mapping[str, Any] | None = registry().manager.hook.fi_tuning(op=TUNED_OP, target=target_of(device))
     names = [item.name for item in fields(PrefixTuning)][1:]
     unknown = set(given or ()) - set(names)
@@ -61,7 +61,7 @@ def prefix_tuning_for(spec: AttentionSpec, device: torch.device) -> PrefixTuning
 
 def built_in_prefix_tuning(spec: AttentionSpec) -> PrefixTuning:
     """The same without overrides, for Hopper."""
-    return PrefixTuning(built_in_prefill_tuning(spec, long_steps=False))
+    return PrefixTuning(built_in_prefill_tuning(spec, levels=True))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ class PrefillConsumer {
   using Steps = ItemSteps<Config>;
   static constexpr int kTokens = Config::kTokens;
   static constexpr int kEdge = Config::kEdgeTokens;
+  // The widest first step with code of its own. For shared prefixes a first step of all its keys is as every other: less code.
+  static constexpr int kWidestFirst = Config::kOverlap || !Config::kLevels ? kTokens : (kTokens - 1) / kEdge * kEdge;
   static constexpr int kStepKeys = Tile::kStepElements;
   // Values that are multiplied where the copy engine put them, with whatever stands in the place of tokens that are not readable.
   static constexpr bool kDirect = Config::kBoxes && !Tile::kLanded;
@@ -57,15 +59,22 @@ class PrefillConsumer {
 
   __device__ __forceinline__ void work_through(const AttentionItem& item, const Rows& rows, const Steps& steps) {
     if constexpr (Config::kRotaryDim > 0) rotate_queries(params_, item, rows, queries(), kOwnBarrier + warpgroup_);
-    // Keys of the first step that no row sees are left out.
-    first_step<kEdge>(item, rows, steps, rows.by_any.high - steps.last);
+    const int width = rows.by_any.high - steps.last;
+    int step = 0;
+    if constexpr (kWidestFirst > 0) {
+      if (kWidestFirst == kTokens || width <= kWidestFirst) {
+        first_step<kEdge>(item, rows, steps, width);
+        step = 1;
+      }
+    }
+    if (step == 0) begin_whole_steps(item, steps);
     if constexpr (Config::kOverlap) {
 #pragma unroll 1
-      for (int step = 1; step < steps.num_steps; ++step) next_step(item, rows, steps, step);
+      for (; step < steps.num_steps; ++step) next_step(item, rows, steps, step);
       if (steps.num_steps > 1) last_values<kTokens, false>(weights_, item, steps);
     } else {
 #pragma unroll 1
-      for (int step = 1; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
+      for (; step < steps.num_steps; ++step) whole_step(item, rows, steps, step);
     }
   }
 
@@ -101,10 +110,11 @@ class PrefillConsumer {
     }
   }
 
-  // The first step, of which some row sees `width` keys; with kOverlap its values are started beside the next step's scores.
+  // The first step, of whose keys those beyond the first `width` are seen by no row, and left out; with kOverlap its values are
+  // started beside the next step's scores.
   template <int kWidth>
   __device__ __forceinline__ void first_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int width) {
-    if constexpr (kWidth < kTokens) {
+    if constexpr (kWidth < kWidestFirst) {
       if (width > kWidth) {
         first_step<(kWidth + kEdge < kTokens ? kWidth + kEdge : kTokens)>(item, rows, steps, width);
         return;
@@ -134,14 +144,24 @@ class PrefillConsumer {
     }
   }
 
+  // The first step is as all others: before it.
+  __device__ __forceinline__ void begin_whole_steps(const AttentionItem& item, const Steps& steps) {
+    state_.clear_output();
+    if (kDirect && item.kv_end - steps.last < kTokens) {
+      wait_full(shared_.value_ring, value_place());
+      clear(item.kv_end - steps.last, kTokens);
+    }
+  }
+
   // A step on its own: its scores, then its values.
   __device__ __forceinline__ void whole_step(const AttentionItem& item, const Rows& rows, const Steps& steps, int step) {
     float scores[kTokens / 2];
     unsigned weights[kTokens / kStepKeys][4];
     wait_full(shared_.key_ring, key_);
-    if constexpr (Config::kPingPong) wait_turn();
+    const bool takes_turn = Config::kPingPong && step > 0;  // first steps take none, whatever their width
+    if (takes_turn) wait_turn();
     State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
-    if constexpr (Config::kPingPong) pass_turn();
+    if (takes_turn) pass_turn();
     ptx::wgmma_wait<0>();
     release_keys(steps, step);
     state_.make_and_raise(scores, params_, item, rows, steps.position(step), step,
@@ -162,7 +182,7 @@ class PrefillConsumer {
     if constexpr (kPart < kParts) {
       if constexpr (kPart > 0) state_.template weigh<kTokens, kPart, kParts>(scores);
       State::template pack<kTokens, kPart, kParts>(scores, weights);
-      state_.template multiply_values<kTokens, false, kPart, kParts>(weights, shared_.values[value_place().stage]);
+      state_.template multiply_values<kTokens, kPart, kParts>(weights, shared_.values[value_place().stage], false);
       weigh_and_multiply<kPart + 1>(scores, weights);
     }
   }
@@ -175,7 +195,7 @@ class PrefillConsumer {
     State::template multiply_keys<kTokens>(scores, queries(), shared_.keys[key_.stage]);
     wait_full(shared_.value_ring, value_place());
     if (kDirect && step == 1) clear(item.kv_end - steps.last, kTokens);
-    state_.template multiply_values<kTokens, false>(weights_, shared_.values[value_place().stage]);
+    state_.template multiply_values<kTokens>(weights_, shared_.values[value_place().stage], false);
     if constexpr (Config::kPingPong) pass_turn();
     ptx::wgmma_wait<1>();
     bool raised = false;
@@ -200,7 +220,7 @@ class PrefillConsumer {
     if constexpr (kFresh && kDirect) clear(item.kv_end - steps.last, kWidth);
     // Of a first step on its own too, where it is not the last one.
     if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - (kFresh ? steps.last : item.kv_begin));
-    state_.template multiply_values<kWidth, kFresh>(weights, shared_.values[value_place().stage]);
+    state_.template multiply_values<kWidth>(weights, shared_.values[value_place().stage], kFresh);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
     release_values();

@@ -91,9 +91,10 @@ class PrefillState {
     ptx::wgmma_commit();
   }
 
-  // Starts O += P V for part kPart of kParts of the first kWidth keys of a stage; kFresh: O = P V.
-  template <int kWidth, bool kFresh, int kPart = 0, int kParts = 1>
-  __device__ __forceinline__ void multiply_values(const unsigned (&weights)[kWidth / kStepKeys][4], const unsigned char* values) {
+  // Starts O += P V for part kPart of kParts of the first kWidth keys of a stage; `fresh`: O = P V.
+  template <int kWidth, int kPart = 0, int kParts = 1>
+  __device__ __forceinline__ void multiply_values(const unsigned (&weights)[kWidth / kStepKeys][4], const unsigned char* values,
+                                                  bool fresh) {
     constexpr int kSteps = kWidth / kStepKeys;
     const unsigned address = ptx::shared_address(values);
     const unsigned long long v = Tile::kFp8 ? ptx::k_major_descriptor<kBoxRowBytes>(address)
@@ -102,9 +103,10 @@ class PrefillState {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = kSteps * kPart / kParts; step < kSteps * (kPart + 1) / kParts; ++step) {
+      const bool adds = !fresh || step > kSteps * kPart / kParts;
       const int place = Tile::kFp8 ? step / 4 * Tile::kTransposedColumnBytes + step % 4 * 32 : step * 16 * kBoxRowBytes;
       ptx::wgmma_rs<Factor, Config::kHeadDimVo, Tile::kFp8 ? ptx::Major::kK : ptx::Major::kMN>(
-          output, weights[step], ptx::advance(v, place), !kFresh || step > 0);
+          output, weights[step], ptx::advance(v, place), adds);
     }
     ptx::wgmma_commit();
   }

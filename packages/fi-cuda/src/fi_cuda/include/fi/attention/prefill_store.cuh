@@ -32,14 +32,14 @@ class PrefillStore {
   // Called by all threads of the warpgroup.
   __device__ __forceinline__ void finish(const AttentionItem& item, State& state) const {
     PartialRow rows[2] = {state.softmax.row(0), state.softmax.row(1)};
-    if (item.slot < 0) {
-      store(item, rows, state.output, value_scale(item));
-      return;
+    float scale = value_scale(item);
+    if (item.slot >= 0) {
+      leave_piece(item, rows, state.output, scale);
+      if (!is_last(item)) return;
+      merge(item, rows, state.output);
+      scale = 1.0f;
     }
-    leave_piece(item, rows, state.output, value_scale(item));
-    if (!is_last(item)) return;
-    merge(item, rows, state.output);
-    store(item, rows, state.output, 1.0f);
+    store(item, rows, state.output, scale);
   }
 
   // The query head of the thread's row.

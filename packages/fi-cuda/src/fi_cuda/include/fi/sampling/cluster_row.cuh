@@ -296,7 +296,7 @@ struct ClusterRow {
   template <class Weight>
   __device__ __forceinline__ void sum_masses_over_warps(Weight weight) {
     MassSum masses;
-    for_each_four<Config, 4>(shared.slice, [&](int place, float4 four) {
+    for_each_four<Config, Config::kSearch ? 2 : 4>(shared.slice, [&](int place, float4 four) {
       const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) masses.add(weight(place + e, logits[e]));

@@ -212,28 +212,19 @@ struct PenaltyPatch {
   // After apply, this thread's part: rounded to the logits' type, divided by `temperature`, and -inf where the bitmasks say so.
   // Returns its extremes.
   __device__ __forceinline__ Extremes settle(float temperature) const {
-    Extremes found = {minus_infinity(), -minus_infinity()};
-    if (temperature == 1.0f) {
-      settle<false>(found, Divisor(1.0f));
-    } else {
-      settle<true>(found, Divisor(temperature));
-    }
-    return found;
-  }
-
-  template <bool kDivided>
-  __device__ __forceinline__ void settle(Extremes& found, const Divisor& divisor) const {
     using Shape = RowShape<Config>;
-    const bool whole = static_cast<int>(threadIdx.x / 32 + 1) * Shape::kWarpTokens <= num_tokens;
-    if (!whole || Shape::kFullRounds == 0) {
-      for_each_four<Config, 1>(slice, [&](int place, float4 four) { settle_four<kDivided>(found, divisor, place, four); });
-      return;
+    Extremes found = {minus_infinity(), -minus_infinity()};
+    const Divisor divisor(temperature);
+    const bool divided = temperature != 1.0f;
+    int round = 0;
+    if (static_cast<int>(threadIdx.x / 32 + 1) * Shape::kWarpTokens <= num_tokens) {
+      if (divided) settle_full_rounds<true>(found, divisor);
+      else settle_full_rounds<false>(found, divisor);
+      round = Shape::kFullRounds;
     }
-    settle_full_rounds<kDivided>(found, divisor);
-    if (Shape::kRounds > Shape::kFullRounds) {
-      const int place = place_of_partial_round<Config>();
-      settle_four<kDivided>(found, divisor, place, four_behind<Config>(slice, place));
-    }
+#pragma unroll 1
+    for (; round < Shape::kRounds; ++round) settle_four(found, divisor, divided, place_of_round<Config>(round));
+    return found;
   }
 
   // Without bounds, a mask's word beside each four tokens.
@@ -256,13 +247,13 @@ struct PenaltyPatch {
     }
   }
 
-  template <bool kDivided>
-  __device__ __forceinline__ void settle_four(Extremes& found, const Divisor& divisor, int place, float4 four) const {
+  __device__ __forceinline__ void settle_four(Extremes& found, const Divisor& divisor, bool divided, int place) const {
     const int left = num_tokens - place;  // of the vocabulary; what lies behind it stays as it is
     if (left <= 0) return;
+    const float4 four = *reinterpret_cast<const float4*>(slice + place);
     Pack<float, 16> part = {{four.x, four.y, four.z, four.w}};
     round_off(part.data);
-    if (kDivided) divisor.divide(part.data);
+    if (divided) divisor.divide(part.data);
     mask<0>(part.data, allowed(place) | (left < 4 ? ~0u << left : 0));
 #pragma unroll
     for (int e = 0; e < 4; ++e) {

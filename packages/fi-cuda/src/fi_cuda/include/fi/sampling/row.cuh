@@ -47,6 +47,12 @@ __device__ __forceinline__ int place_of_partial_round() {
   return has ? place_of_full_round<Config>(Shape::kFullRounds) : kNoPlace;
 }
 
+// The same of any round.
+template <class Config>
+__device__ __forceinline__ int place_of_round(int round) {
+  return round < RowShape<Config>::kFullRounds ? place_of_full_round<Config>(round) : place_of_partial_round<Config>();
+}
+
 // The four logits there; at kNoPlace those behind the slice, no_logit each.
 template <class Config>
 __device__ __forceinline__ float4 four_behind(const float* slice, int place) {
@@ -60,10 +66,18 @@ __device__ __forceinline__ void end_slice(float* slice) {
 }
 
 // Calls visit(place, four logits as float4) for each place of this thread's part of the slice. All lanes of a warp call it
-// together, with kNoPlace too.
+// together, with kNoPlace too. The code of visit is there kUnroll times, and once more for a last round of some lanes; with 1 once.
 template <class Config, int kUnroll = 2, class Visit>
 __device__ __forceinline__ void for_each_four(const float* slice, Visit visit) {
   using Shape = RowShape<Config>;
+  if constexpr (kUnroll == 1) {
+#pragma unroll 1
+    for (int round = 0; round < Shape::kRounds; ++round) {
+      const int place = place_of_round<Config>(round);
+      visit(place, four_behind<Config>(slice, place));
+    }
+    return;
+  }
 #pragma unroll kUnroll
   for (int round = 0; round < Shape::kFullRounds; ++round) {
     const int place = place_of_full_round<Config>(round);
