@@ -7,6 +7,25 @@
 
 namespace fi {
 
+struct TiedEnd {
+  RankPrefix kept = every_token();
+  Answer answer = {};
+  bool found = false;
+  unsigned phases = 0;  // of the mailbox
+};
+
+// A TiedSearch as a function of its own, which the other rows' code has not in its way: a multiprocessor that has no code yet fetches it
+// in order, and registers of rare rows would be all rows'.
+template <class Config>
+__device__ __noinline__ TiedEnd find_tied_end(ClusterRow<Config> row, Wish wish, bool has_target, float top_p) {
+  TiedSearch<Config> search{row, wish};
+  TiedEnd end;
+  end.found = search.find(has_target, [&](uint64 total) { return RowFilters::share_of(top_p, total); }, end.kept);
+  end.answer = search.answer;
+  end.phases = row.mailbox.phases;
+  return end;
+}
+
 // Where top_p is the only one of the two, what it keeps; false if kept_prefix must tell.
 template <class Config>
 __device__ __forceinline__ bool kept_by_bracket(ClusterRow<Config>& row, const RowFilters& filters, Wish wish, RankPrefix& kept,
@@ -27,9 +46,11 @@ __device__ __forceinline__ bool kept_by_bracket(ClusterRow<Config>& row, const R
       row.shared.search.bracket = make_float2(row.largest, row.largest);
     }
     __syncthreads();
-    TiedSearch<Config> tied{row, wish};
-    found = tied.find(differ, target_of, kept);
-    if (found) answer = tied.answer;
+    const TiedEnd end = find_tied_end(row, wish, differ, filters.top_p);
+    row.mailbox.phases = end.phases;
+    found = end.found;
+    if (found) kept = end.kept;
+    if (found) answer = end.answer;
   }
   row.read_extremes();
   return found;

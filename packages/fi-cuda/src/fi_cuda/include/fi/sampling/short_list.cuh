@@ -18,7 +18,7 @@ struct ShortList {
   static constexpr int kListPerBlock = SearchShared<Config>::kListPerBlock;
   // Whether row.own_largest is of the tokens that for_each_four gives this thread.
   static constexpr bool kKnowsOwn = sizeof(typename Config::Dtype) == 4 && Config::kVectorBytes == 16;
-  static constexpr int kMaxK = kGroups / 2 < kMaxRanked / 2 ? kGroups / 2 : kMaxRanked / 2;
+  static constexpr int kMaxK = kGroups * 8 / 15 < kMaxRanked / 2 ? kGroups * 8 / 15 : kMaxRanked / 2;
 
   Row& row;
 

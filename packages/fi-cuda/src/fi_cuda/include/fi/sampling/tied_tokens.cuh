@@ -114,7 +114,7 @@ struct TiedSearch {
     const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll 1
     for (int round = 0; round < RowShape<Config>::kRounds && number > 0; ++round) {
-      const int place = round < RowShape<Config>::kFullRounds ? place_of_full_round<Config>(round) : place_of_partial_round<Config>();
+      const int place = place_of_round<Config>(round);
       const float4 four = four_behind<Config>(row.shared.slice, place);
       const float logits[4] = {four.x, four.y, four.z, four.w};
       int mine = 0;
