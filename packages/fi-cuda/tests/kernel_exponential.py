@@ -16,8 +16,8 @@ from fi_cuda.params import ParamsLayout
 from fi_cuda.spec import KernelSpec
 
 WEIGHT_ERROR = 7 * 2.0**-23
-"""Relative error of a kernel's weight that ``fi/sampling/weight.cuh`` promises: 2^-22 of the hardware's exponential, and the roundings
-of its argument."""
+"""Relative error of a kernel's weight that ``fi/sampling/weight.cuh`` promises: 2^-22 of the hardware's exponential, and the
+roundings of its argument."""
 LEAST_WEIGHT = 2.0**-16
 """The least weight of which it is promised; smaller ones' masses are within one unit."""
 

@@ -71,7 +71,7 @@ def test_few_rows_are_spread_and_many_share_multiprocessors():
     assert all(geometry_for(128256, 256, kept=kept).resident_blocks == 3 for kept in (NO_SEARCH, SMALL_SEARCH))
     assert geometry_for(32000, 256).cluster_size == 2
     assert geometry_for(32000, 256, kept=SHORT_LIST).cluster_size == 4
-    # 16 clusters of 8 do not fit on the multiprocessors at a time, of 6 they do; what has no multiprocessor of its own shares one.
+    # 16 clusters of 8 do not fit on the multiprocessors at a time, of 6 they do; blocks without one of their own share one.
     for kept in (NO_SEARCH, SHORT_LIST, TOP_P_SEARCH):
         forms = [geometry_for(128256, rows, kept=kept) for rows in (8, 16, 22)]
         assert [form.cluster_size for form in forms] == [16, 6, 8]

@@ -13,8 +13,8 @@ _ROUND, _MOST_FILLING = 128, 0.03
 _MAX_CLUSTER = 16
 _FEW_ROWS, _SOME_ROWS = 8, 32
 _SIXES, _EIGHTS = 21, 15
-"""Clusters of six and of eight blocks, one a multiprocessor, that a Hopper GPU holds, as its parts of 16 or 18 multiprocessors are
-filled each by itself."""
+"""Clusters of six and of eight blocks, one a multiprocessor, that a Hopper GPU holds, as its parts of 16 or 18
+multiprocessors are filled each by itself."""
 _MOST_OF_SIX = 128 * 1024
 """Shared memory that their slices may take."""
 
