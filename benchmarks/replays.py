@@ -42,6 +42,7 @@ class Variant:
 
 VARIANTS = {
     "decode": Variant({}),
+    "windows, a KV head for each warp": Variant({"windows": (None, 200)}),
     "verify": Variant({"features": frozenset({"lse"})}, max_q_len=5),
     "one KV head, windows, sinks": Variant(
         {"num_kv_heads": 1, "windows": (None, 200), "features": frozenset({"sinks"})}, max_q_len=2

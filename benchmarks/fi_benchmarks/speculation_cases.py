@@ -64,21 +64,36 @@ def _tree_inputs(device: torch.device, num_rows: int, vocab_size: int) -> DraftI
 
 
 def _chain_check(inputs: DraftInputs) -> Callable[[Outputs], Accuracy]:
-    """Ours as the reference's, bit for bit; of other generators ("drawn") that each row begins with a token of the target's."""
+    """Ours as the reference's, bit for bit; of other generators ("drawn") that each row is a chain: drafted tokens, one
+    more, none after it, all of which the target may draw."""
     tokens = inputs.draft_tokens.new_empty(inputs.target_probs.shape[:2])
     num_accepted = tokens.new_empty(tokens.shape[0], dtype=torch.int32)
     reference_chain(inputs.draft_tokens, inputs.draft_probs, inputs.target_probs, inputs.keys, tokens, num_accepted)
     exact = checker({"tokens": tokens, "num_accepted": num_accepted}, {"tokens": EXACT, "num_accepted": EXACT})
-    first = inputs.target_probs[:, 0]
 
     def check(outputs: Outputs) -> Accuracy:
         if set(outputs) != {"drawn"}:
             return exact(outputs)
-        drawn = outputs["drawn"][:, :1].long()
-        possible = ((drawn >= 0) & (drawn < first.shape[1])).all() and (first.gather(1, drawn) > 0).all()
-        return Accuracy(None if bool(possible) else "tokens that the target never draws")
+        return Accuracy(_fault_of_chains(outputs["drawn"].long(), inputs))
 
     return check
+
+
+def _fault_of_chains(drawn: Tensor, inputs: DraftInputs) -> str | None:
+    num_draft, vocab_size = inputs.draft_tokens.shape[1], inputs.target_probs.shape[2]
+    step = torch.arange(num_draft + 1, device=drawn.device)
+    length = (drawn >= 0).sum(dim=1, keepdim=True)
+    if drawn.shape != (inputs.draft_tokens.shape[0], num_draft + 1) or not bool(
+        ((drawn >= 0) == (step < length)).all()
+    ):
+        return "rows that are no chain"
+    if bool((length == 0).any()) or bool((drawn >= vocab_size).any()):
+        return "rows without a token of the vocabulary"
+    accepted = step[:num_draft] < length - 1
+    if bool((accepted & (drawn[:, :num_draft] != inputs.draft_tokens)).any()):
+        return "tokens before the last that are not the drafted ones"
+    likelihood = inputs.target_probs.gather(2, drawn.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return "tokens that the target never draws" if bool(((drawn >= 0) & (likelihood <= 0)).any()) else None
 
 
 def _chain(device: torch.device, num_rows: int, vocab_size: int, known: bool) -> Problem:

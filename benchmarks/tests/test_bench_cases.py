@@ -156,6 +156,19 @@ def test_verification_is_checked_against_the_reference(task):
         assert problem.check({"drawn": outputs["tokens"] + 1000}).message is not None
 
 
+def test_chains_of_other_generators_must_be_chains_of_the_drafted_tokens():
+    problem = SPECULATION_TASKS["chain4 drafted"][1](CPU, num_rows=24, vocab_size=100)
+    with use(backend="reference"):
+        outputs = dict(problem.ours[""]()())
+    tokens, accepted = outputs["tokens"], outputs["num_accepted"]
+    (row, *_) = (accepted == 2).nonzero().flatten().tolist()
+    assert problem.check({"drawn": tokens}).message is None
+    for step, token in ((0, -1), (1, int(tokens[row, 1] + 1) % 100), (2, -1), (3, 0), (4, 0), (2, 100)):
+        spoiled = tokens.clone()
+        spoiled[row, step] = token
+        assert (problem.check({"drawn": spoiled}).message is None) == (step == 2 and token == -1), step
+
+
 def test_many_of_a_long_row_are_checked_against_a_sort():
     problem = _top_k(CPU, "select", 2, 3000, k=2048)
     with use(backend="reference"):

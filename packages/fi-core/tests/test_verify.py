@@ -90,6 +90,8 @@ def test_chain_with_draft_probs_agrees_with_integers():
     draft[10:20] = target[10:20, :-1]
     target[4] = torch.nan
     target[5, 1] = 0
+    target[7, 0, (drafts[7, 0] + 1) % vocab_size] = torch.nan  # beside a token that is accepted by its own probability
+    draft[7, 0, drafts[7, 0]] = 0
     target[6] = torch.eye(vocab_size)[[*drafts[6].tolist(), 2]]
     keys = keys_of(num_requests)
     tokens, num_accepted = fi.verify_chain(drafts, draft, target, keys)
@@ -97,7 +99,7 @@ def test_chain_with_draft_probs_agrees_with_integers():
     expected_tokens, expected_accepted = plain_chain(drafts, draft, usable, keys)
     assert tokens.tolist() == expected_tokens
     assert num_accepted.tolist() == expected_accepted
-    assert tokens[4, 0] == -1 and len(set(expected_accepted)) > 2
+    assert tokens[4, 0] == -1 and tokens[7, 0] == drafts[7, 0] and len(set(expected_accepted)) > 2
 
 
 def test_chain_with_draft_probs_follows_the_target():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import fi_core as fi
 import pytest
 import torch
+from fi_cuda.kernels.attention import prefix_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -104,3 +106,85 @@ def test_replays_equal_eager_calls_and_the_reference(variant):
                 )
                 rest = actual[num_tokens:], before[num_tokens:]
                 assert torch.equal(*(tensor.view(torch.uint8) for tensor in rest))
+
+
+class SharingStep(Step):
+    """The same under a plan with levels: nodes and order have fixed addresses too."""
+
+    NODES, DEPTH = 9, 3
+
+    def __init__(self, max_q_len):
+        super().__init__({}, max_q_len)
+        levels = fi.SharedPrefixes(*(torch.zeros(shape, dtype=torch.int32, device="cuda") for shape in ((9, 4), SIZE)))
+        self.unshared, self.batch = self.batch, replace(self.batch, levels=levels)
+        capacity = {
+            name: getattr(self.plan.capacity, name) for name in ("max_batch", "max_q_tokens", "max_q_len", "max_kv_len")
+        }
+        sharing = {"max_prefixes": self.NODES, "max_prefix_depth": self.DEPTH}
+        self.plan = fi.plan(self.spec, **capacity, **sharing, device="cuda", backend="cuda")
+        assert self.plan.selection.entry.name == "attention_prefix"
+
+    def fill(self, rng):
+        """Also groups within groups, whose prefixes end anywhere, in a random order; now and then none."""
+        super().fill(rng)
+        order = rng.sample(range(SIZE), SIZE)
+        q_lens, kv_lens = self.batch.q_indptr.diff().tolist(), self.batch.kv_lens.tolist()
+        nodes = []
+
+        before = [kv_len - q_len for kv_len, q_len in zip(kv_lens, q_lens, strict=True)]
+
+        def divide(begin, end, first, depth):
+            """Nodes of the places from ``begin`` on that have keys from ``first`` on, longest first."""
+            while depth < self.DEPTH and len(nodes) < self.NODES:
+                found = sum(before[place] > first for place in order[begin:end])
+                if not found:
+                    break
+                stop = rng.randint(begin + 1, begin + found)
+                if rng.random() < 0.8:
+                    last = rng.randint(first + 1, before[order[stop - 1]])
+                    nodes.append((begin, stop, first, last))
+                    pages, members = slice(first // PAGE_SIZE, -(-last // PAGE_SIZE)), torch.tensor(order[begin:stop])
+                    self.batch.table[members, pages] = self.batch.table[members[0], pages]
+                    divide(begin, stop, last, depth + 1)
+                begin = stop
+
+        if rng.random() < 0.9:
+            order.sort(key=lambda place: -before[place])
+            divide(0, SIZE, 0, 0)
+        self.batch.levels.order.copy_(torch.tensor(order))
+        self.batch.levels.nodes.copy_(torch.tensor([*nodes, *[(0, 0, 0, 0)] * (self.NODES - len(nodes))]))
+        return len(nodes)
+
+
+@pytest.mark.parametrize("choose", [True, False])
+@pytest.mark.parametrize("max_q_len", [1, 4])
+def test_levels_change_between_replays(max_q_len, choose, monkeypatch):
+    """One graph of planning and attention serves any levels, chosen or as they are given, and waits for nothing."""
+    usual = prefix_state.prefix_tuning_for
+    monkeypatch.setattr(prefix_state, "prefix_tuning_for", lambda *given: replace(usual(*given), choose=choose))
+    torch.manual_seed(0)
+    step = SharingStep(max_q_len)
+    rng = random.Random(f"{max_q_len} {choose}")
+    step.fill(rng)
+    step.run(step.plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run(step.plan)
+    num_nodes = 0
+    for turn in range(60):
+        num_nodes += step.fill(rng)
+        graph.replay()
+        replayed = step.results()
+        step.run(step.plan)
+        for first, second in zip(replayed, step.results(), strict=True):
+            assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+        if turn % 10 == 0:
+            num_tokens = int(step.batch.q_indptr[-1])
+            with_levels, step.batch = step.batch, step.unshared
+            step.run(step.checker)
+            step.batch = with_levels
+            for actual, wanted in zip(replayed, step.results(), strict=True):
+                torch.testing.assert_close(
+                    actual[:num_tokens].float(), wanted[:num_tokens].float(), rtol=2e-2, atol=2e-2
+                )
+    assert num_nodes > 50

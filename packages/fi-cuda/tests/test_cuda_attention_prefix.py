@@ -13,7 +13,7 @@ from fi_core.ops import OPERATIONS
 from fi_core.ops.cases.prefixes import Forest
 from fi_core.records import AttentionSpec, Batch, Capacity, KVCache, LayerArgs
 from fi_core.registry import registry
-from fi_core.rope import FusedRope
+from fi_core.rope import FusedRope, RopeConfig, RopeTable, YarnScaling
 from fi_cuda.entries import ATTENTION_ENTRIES
 from fi_cuda.kernels.attention import (
     layout,
@@ -70,7 +70,9 @@ ALL_FP8 = {"kv_format": "fp8_e4m3", "q_format": "fp8_e4m3"}
         ({"max_q_len": 512, **ALL_FP8}, "attention_prefix_fp8"),
         ({"max_q_len": 1, **ALL_FP8}, "attention_prefix_fp8"),
         ({"max_q_len": 1, "q_format": "fp8_e4m3"}, "attention_prefix_apart"),
-        ({"max_q_len": 4, **ROPE}, "attention_prefix_apart"),
+        ({"max_q_len": 4, **ROPE}, "attention_prefix_rotated"),
+        ({"max_q_len": 4, **ROPE, "rotary_dim": 16}, None),
+        ({"max_q_len": 40, **ROPE, "rotary_dim": 16}, "attention_prefix_rotated"),
         ({"max_q_len": 4, **ROPE, "rope": "qk"}, "attention_prefix_apart"),
         ({"max_q_len": 512, **ROPE}, "attention_prefix_rotated"),
         ({"max_q_len": 512, "q_format": "fp8_e4m3"}, None),
@@ -199,7 +201,7 @@ def test_an_update_passes_each_value_under_its_name(launches):
     made.update(batch)
     grid, values, _ = launches.last["attention_prefix_plan"]
     found, buffer = made._layout, made.workspace[0]
-    regions = ("rows", "header", "tokens", "segments", "tables")
+    regions = ("rows", "header", "tokens", "positions", "segments", "tables")
     decode = made._planner.decode
     tensors = {
         **{"q_indptr": batch.q_indptr, "kv_lens": batch.kv_lens},
@@ -243,7 +245,7 @@ def test_a_call_passes_each_value_under_its_name(launches):
     made.run(q, kv, layer, out, lse)
     grid, values, kernel = launches.last["attention_prefix"]
     found, buffer = made._layout, made.workspace[0]
-    regions = ("rows", "tokens", "segments", "header", "barrier", "parts", "part_logs")
+    regions = ("rows", "tokens", "positions", "segments", "header", "barrier", "parts", "part_logs")
     decode, slots = made._decode._lists[None], made._decode._layout
     tensors = {
         **{"starts": decode.starts, "items": decode.items},
@@ -267,6 +269,18 @@ def test_a_call_passes_each_value_under_its_name(launches):
     assert grid == (7, 1) and values == {**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **numbers}
     assert type(kernel) is BoxesPrefixSpec and kernel.levels and kernel.lse and kernel.k_scales and kernel.cooperative
     assert kernel.decode_num_warps == made._decode._tuning.num_warps
+
+
+def test_queries_are_rotated_by_the_layers_table(launches):
+    spec = replace(SPEC, rope=FusedRope(64))
+    made = attention_prefix.plan(spec, CAPACITY, "cpu")
+    made.update(batch_of([1] * 3, [100] * 3, Forest(((0, 3, 0, 64),))))
+    table = RopeTable.make(RopeConfig(64, scaling=YarnScaling(4.0, 32)), "cpu")
+    q, kv = torch.zeros(3, 8, 64, dtype=torch.bfloat16), KVCache(*torch.zeros(2, 9, 16, 2, 64, dtype=torch.bfloat16))
+    made.run(q, kv, LayerArgs(rope=table).resolve(spec), torch.empty_like(q), None)
+    _, values, kernel = launches.last["attention_prefix"]
+    assert (values["inv_freq"], values["rope_factor"]) == (table.inv_freq.data_ptr(), table.config.attention_factor)
+    assert values["rope_factor"] > 1.0 and (kernel.rotary_dim, kernel.rope_pairs) == (64, 1)
 
 
 def test_a_batch_without_levels_is_served_as_by_a_plan_without(launches):

@@ -224,8 +224,8 @@ def test_a_call_passes_each_value_under_its_name(launches):
     assert values == {**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **absent, **NUMBERS}
     assert kernel == DecodeSpec(
         dtype=torch.bfloat16, query=torch.float8_e5m2, stored=torch.float8_e4m3fn, head_dim=64, head_dim_vo=32,
-        group_size=4, page_size=16, table=1, table_row=True, rows=8, chunk_tokens=32, num_warps=8, row_warps=1, stages=6,
-        causal=True, windowed=True, soft_cap=True, alibi=True, sinks=True, mask=2, rotary_dim=32, rope_pairs=2,
+        group_size=4, page_size=16, table=1, table_row=True, rows=8, chunk_tokens=32, num_warps=8, row_warps=1, head_warps=1,
+        stages=6, causal=True, windowed=True, soft_cap=True, alibi=True, sinks=True, mask=2, rotary_dim=32, rope_pairs=2,
         rope_keys=True, q_scales=True, k_scales=True, v_scales=False, lse=True, batch_invariant=True,
     )  # fmt: skip
 

@@ -20,7 +20,15 @@ from fi_cuda.kernels.attention.call import MASK_FORMS, TABLE_FORMS, CallForm
 from fi_cuda.kernels.attention.decode import decode_spec
 from fi_cuda.kernels.attention.mixed_state import attention_mixed, attention_short
 from fi_cuda.kernels.attention.prefix_state import attention_apart, attention_prefix
-from fi_cuda.kernels.attention.tuning import HOPPER_SHARED_BYTES, DecodeTuning, built_in_tuning, tuning_for
+from fi_cuda.kernels.attention.tuning import (
+    HOPPER_SHARED_BYTES,
+    DecodeTuning,
+    HeadForm,
+    built_in_tuning,
+    partition_params,
+    shared_bytes,
+    tuning_for,
+)
 
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(8, 2, 64)
@@ -58,6 +66,33 @@ def test_decode_of_an_8b_model_keeps_128_kib_and_more_in_flight():
 
 
 @pytest.mark.parametrize(
+    ("heads", "head_dim", "changes", "batch", "expected"),
+    [
+        ((32, 8), 128, {"page_size": 1}, 64, 4),
+        ((32, 8), 128, {"page_size": 5}, 32, 4),
+        ((32, 8), 128, {"page_size": 1}, 31, 1),
+        ((32, 8), 128, {"page_size": 8}, 64, 1),
+        ((8, 1), 128, {"page_size": 1}, 999, 1),
+        ((32, 8), 256, {"page_size": 1}, 64, 1),
+        ((32, 8), 128, {"page_size": 1, "batch_invariant": True}, 64, 1),
+        ((64, 8), 64, {"windows": (None, 128)}, 64, 8),
+        ((64, 4), 64, {"windows": (128,)}, 64, 1),  # 8 warps
+        ((64, 8), 64, {"windows": (4096,)}, 64, 1),
+        ((32, 8), 128, {"kv_format": "fp8_e4m3", "rope": FusedRope(128, keys=True)}, 64, 8),
+        ((32, 8), 128, {"kv_format": "fp8_e4m3", "rope": FusedRope(128)}, 64, 1),
+        ((32, 8), 128, {"rope": FusedRope(128, keys=True)}, 64, 1),
+    ],
+)
+def test_which_warps_have_a_head_each(heads, head_dim, changes, batch, expected):
+    spec, capacity = replace(AttentionSpec(*heads, head_dim), **changes), Capacity(batch, batch, 1, 2048)
+    found = built_in_tuning(spec, capacity)
+    assert found.head_warps == expected and expected in (1, found.num_warps)
+    params = partition_params(spec, capacity, found, None, 132)
+    assert params.num_kv_heads * expected == spec.num_kv_heads
+    assert shared_bytes(found, HeadForm.of(spec)) <= HOPPER_SHARED_BYTES
+
+
+@pytest.mark.parametrize(
     ("page_size", "chunk_tokens", "step"),
     [(1, 32, 16), (16, 32, 16), (8, 32, 16), (32, 32, 32), (64, 32, 32), (64, 16, 16), (48, 32, 16), (None, 32, 16)],
 )
@@ -85,6 +120,8 @@ class Override:
         ({"rows": 64}, r"tuning.row_warps: expected 64 rows in parts of \(8, 16\)"),
         ({"rows": 24}, r"tuning.rows: expected one of \(8, 16, 32, 64, 128\)"),
         ({"rows": 64, "num_warps": 4, "row_warps": 8}, "tuning.row_warps"),
+        ({"head_warps": 2}, r"tuning.head_warps: expected one of \(1, 8\)"),
+        ({"num_warps": 8, "head_warps": 8}, "tuning.head_warps: expected 1, or a divisor of 2 KV heads"),
         ({"chunk_tokens": 64}, "tuning.chunk_tokens"),
         ({"num_stages": 1}, "tuning.num_stages: expected an int of at least 2"),
         ({"workers_per_processor": 2}, "tuning.workers_per_processor: expected at most 1"),  # in shared memory

@@ -39,6 +39,7 @@ def penalties_of(seed, vocab_size, capacity=64, num_told=40, num_biased=20):
     column = torch.rand(NUM_ROWS, generator=generator)
     return PenaltyParams(
         allowed=masks[0] | masks[1],
+        step_allowed=torch.where(masks[0] % 3 == 0, masks[0], -1) if seed % 2 else None,
         bias_indptr=torch.arange(NUM_ROWS + 1, dtype=torch.int32) * num_biased,
         bias_tokens=torch.rand((NUM_ROWS, vocab_size), generator=generator)
         .topk(num_biased, dim=1)
@@ -71,7 +72,8 @@ def test_typical_draws_are_those_of_the_reference(form, values, monkeypatch):
             check_draws(monkeypatch, rows_of(kind), values, order)
 
 
-@pytest.mark.parametrize("vocab_size", [1008, 1010])  # packs of 16 bytes are copied, others pass through registers
+# Packs of 16 bytes are copied, others pass through registers; of 1300 a warp's part does not end with a word of bits.
+@pytest.mark.parametrize("vocab_size", [1008, 1010, 1300])
 @pytest.mark.parametrize(
     "values",
     [{}, {"temperature": 0.7}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}],
@@ -92,6 +94,8 @@ def test_lists_longer_than_what_comes_with_the_row(form, monkeypatch):
     assert 512 < int(penalties.history.num_entries.min()) and int(penalties.history.num_entries.max()) <= 700
     check_draws(monkeypatch, rows_of("normal"), {}, "sequential", penalties)
     check_draws(monkeypatch, rows_of("normal"), {"top_p": 0.9}, "sequential", penalties)
+    # A block whose list is applied may be sent what top_k begins with.
+    check_draws(monkeypatch, rows_of("normal"), {"top_k": 50}, "sequential", penalties)
 
 
 def test_what_a_history_lacks_makes_its_row_unusable(form, monkeypatch):

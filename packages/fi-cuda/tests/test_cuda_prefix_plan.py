@@ -35,10 +35,11 @@ REQUEST, NODE = 0, 1
 
 
 class Planned(NamedTuple):
-    """What the planning kernel left: rows of the list, tokens of nodes, segments of merged tokens."""
+    """What the planning kernel left: rows of the list, tokens of nodes and their positions, segments of merged tokens."""
 
     rows: list[list[int]]
     tokens: list[int]
+    positions: list[int]
     segments: list[list[list[int]]]
     layout: PrefixLayout
 
@@ -54,7 +55,8 @@ def plan(spec: AttentionSpec, capacity: Capacity, batch: Batch, own: PrefixTunin
     assert num_rows > 0 or num_merged == 0
     assert taken == 0 and num_rows <= made.max_rows and num_merged <= capacity.max_q_tokens
     rows, segments = made.rows.of(buffer)[:num_rows], made.segments.of(buffer)[:num_merged]
-    return Planned(rows.tolist(), made.tokens.of(buffer).tolist(), segments.tolist(), made)
+    tokens, positions = (region.of(buffer).tolist() for region in (made.tokens, made.positions))
+    return Planned(rows.tolist(), tokens, positions, segments.tolist(), made)
 
 
 def capacity_of(q_lens, kv_lens, forest: Forest, **more) -> Capacity:
@@ -95,6 +97,7 @@ def check(spec: AttentionSpec, q_lens, kv_lens, forest: Forest, changes=None, **
             its = request_of[token]
             if kind == NODE:
                 assert request in members_of(forest, its, kv_first) and kv_len - q_len >= kv_end
+                assert planned.positions[q_begin + place] == position[token]
             else:
                 assert its == request
             sees = kv_len - q_len + place + 1 if spec.causal else kv_len  # as the kernel masks

@@ -56,6 +56,9 @@ extern "C" __global__ void probe(const __grid_constant__ TensorMap map, char* gl
   bulk_wait_read<1>();
   bulk_wait<0>();
   cp_async_16(s, global, n > 3);
+  cp_async_part<4>(s, global, n);
+  cp_async_part<8>(s, global, n);
+  cp_async_part<16>(s, global, n);
   cp_async_commit();
   cp_async_wait<1>();
   cp_async_arrive_noinc(bar);
@@ -74,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) probe(float* out, int* flag
     named_barrier_sync(1, 128);
     named_barrier_arrive(n, 256);
     if (n == 5) end_thread();
+    if (n == 6) end_thread_unseen();
     unsigned x1[1], x2[2], x4[4];
     ldmatrix_x1(x1, bar);
     ldmatrix_x2(x2, bar);

@@ -6,13 +6,14 @@ from fi_cuda.kernels.sampling.filter_logits import FilterLogitsSpec
 from fi_cuda.kernels.sampling.forms import kept_for
 from fi_cuda.kernels.sampling.geometry import (
     NO_SEARCH,
+    NO_SEARCH_PENALISED,
     SEARCH,
     SHORT_LIST,
     SMALL_SEARCH,
     TOP_P_SEARCH,
     geometry_for,
 )
-from fi_cuda.kernels.sampling.sample import SampleSpec
+from fi_cuda.kernels.sampling.sample import ColumnSampleSpec, SampleSpec, column_form
 from fi_cuda.kernels.sampling.top_k import TopKSpec
 from fi_cuda.kernels.sampling.verify import VerifySpec
 
@@ -27,7 +28,7 @@ VOCABULARIES = (1, 2, 97, 1024, 1025, 4096, 4097, 32000, 50257, 128256, 151936, 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 @pytest.mark.parametrize("num_rows", [1, 8, 9, 21, 22, 32, 33, 4096])
-@pytest.mark.parametrize("kept", [NO_SEARCH, SMALL_SEARCH, SHORT_LIST, TOP_P_SEARCH, SEARCH])
+@pytest.mark.parametrize("kept", [NO_SEARCH, NO_SEARCH_PENALISED, SMALL_SEARCH, SHORT_LIST, TOP_P_SEARCH, SEARCH])
 def test_a_cluster_holds_its_row(vocab_size, num_rows, kept):
     form = geometry_for(vocab_size, num_rows, kept=kept)
     warps = form.cluster_size * form.num_threads // 32
@@ -43,7 +44,12 @@ def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
     every = frozenset({"top_k", "top_p", "min_p"})
     form = geometry_for(vocab_size, num_rows)
     filtering = geometry_for(vocab_size, num_rows, kept=kept_for(every))
-    two_rows = geometry_for(min(vocab_size, 2**18), num_rows, rows_held=2)  # the entry serves no more
+    # The entry serves no more.
+    two_rows = geometry_for(min(vocab_size, 2**18), num_rows, rows_held=2, kept=NO_SEARCH)
+    penalised = {
+        filters: column_form(vocab_size, num_rows, filters, penalties=True)
+        for filters in (frozenset[str](), frozenset({"top_p"}), every)
+    }
     specs = (
         SampleSpec.of(torch.float32, 16, filtering, every),
         SampleSpec.of(torch.float32, 16, geometry_for(vocab_size, num_rows, kept=NO_SEARCH), frozenset()),
@@ -57,6 +63,7 @@ def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
         TopKSpec(torch.float32, 16, *form, 2048, False),
         VerifySpec(torch.float32, 16, *form, tree=True, proposals=False),
         VerifySpec(torch.float32, 16, *two_rows, tree=False, proposals=True),
+        *(ColumnSampleSpec.of(torch.float32, 16, form, filters, False, True) for filters, form in penalised.items()),
     )
     for spec in specs:
         assert spec.shared_bytes <= MOST_OF_A_BLOCK, spec

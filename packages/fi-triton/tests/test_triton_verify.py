@@ -55,9 +55,11 @@ def chain(draws: Draws, drafted: list[int], proposals: torch.Tensor | None, targ
             tokens.append(draws.token(target, 2, step))
             break
         proposal = masses(proposals[step])
-        if legal and draws.number(1, step) * proposal[draft] // 2**62 < target[draft]:
-            tokens.append(draft)
-            continue
+        if legal:  # accepted by these two probabilities, whatever else the rows hold
+            offered, wanted = (masses(row[step, draft : draft + 1])[0] for row in (proposals, targets))
+            if draws.number(1, step) * offered // 2**62 < wanted:
+                tokens.append(draft)
+                continue
         residual = [max(p - q, 0) for p, q in zip(target, proposal, strict=True)]
         tokens.append(draws.token(residual if legal and sum(residual) else target, 2, step))
         break

@@ -139,6 +139,7 @@ _LEVELS: Mapping[str, Rule] = {
 }
 _SHARED_PREFIXES: Mapping[str, Rule] = {**_LONG_QUERIES, "max_q_len": Between(1)}
 _SHARED_FP8_PREFIXES: Mapping[str, Rule] = {**_LONG_FP8_QUERIES, "max_q_len": Between(1)}
+_SHARED_ROTATED_PREFIXES: Mapping[str, Rule] = {**_LONG_ROTATED_QUERIES, "max_q_len": Between(1)}
 
 
 def _same_or_fp8(request: Request) -> bool:
@@ -150,6 +151,10 @@ def _pairs_in_lanes(request: Request) -> bool:
 
 
 _PAIRS_IN_LANES = Condition("a rotary_dim that 32 divides with rope_pairs 'half'", _pairs_in_lanes)
+_SHORT_PAIRS_IN_LANES = Condition(
+    f"a rotary_dim that 32 divides with rope_pairs 'half' and at most {MAX_SHORT_QUERY} new tokens",
+    lambda request: request["max_q_len"] > MAX_SHORT_QUERY or _pairs_in_lanes(request),
+)
 
 
 def _on_hopper(request: Request) -> bool:
@@ -276,6 +281,7 @@ def _levels_entry(name: str, rules: Mapping[str, Rule], load: Callable[[], Any],
 _PREFIX_ENTRIES = [
     _levels_entry("attention_prefix", _SHARED_PREFIXES, _load_attention_prefix),
     _levels_entry("attention_prefix_fp8", _SHARED_FP8_PREFIXES, _load_attention_prefix),
+    _levels_entry("attention_prefix_rotated", _SHARED_ROTATED_PREFIXES, _load_attention_prefix, _SHORT_PAIRS_IN_LANES),
 ]
 _NOT_PREFIX = Condition(
     "what no kernel for levels serves", lambda request: all(e.reject(request) for e in _PREFIX_ENTRIES)
@@ -296,6 +302,5 @@ ATTENTION_ENTRIES: list[KernelEntry] = [
     *_PREFIX_ENTRIES,
     # Levels are accepted, and requests read their keys each for itself.
     _levels_entry("attention_prefix_apart", _APART_QUERIES, _load_attention_apart, _PAIRS_IN_LANES, _NOT_PREFIX),
-    _levels_entry("attention_prefix_rotated", _LONG_ROTATED_QUERIES, _load_attention_apart),
 ]
 """Kernels of attention, each for some lengths of queries."""

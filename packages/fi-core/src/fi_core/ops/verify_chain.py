@@ -61,8 +61,8 @@ def verify_chain(
     draft_tokens int64 [B, n]; the first token outside [0, V) (pad with -1) ends a chain. target_probs float32
     [B, n + 1, V]: row i is the target's distribution at draft i, row n the one after the last. draft_probs float32
     [B, n, V] or None. ``keys``: position is that of the first drafted token; step i uses position + i. Probabilities
-    become fixed-point mass int64(p * 2^32), as in ``sample``; a row of target_probs with a NaN, a value outside [0, 2)
-    or without mass draws -1, which ends the row.
+    become fixed-point mass int64(p * 2^32), as in ``sample``; a NaN or a value outside [0, 2) has none, and a row of
+    target_probs with one, or without mass, draws -1, which ends the row.
 
     Without draft_probs: draw from row i with the key of position + i and purpose 0; while the draw equals draft i go
     on, else it is the last token. These are the tokens that ``sample`` draws one by one from the same weights. Rows
@@ -70,9 +70,10 @@ def verify_chain(
 
     With draft_probs: speculative rejection sampling (Leviathan et al., 2023, section 2.3). Draft i is accepted iff
     floor(R * q / 2^62) < p, p and q its masses in target and draft (rows must sum to 1) and R the random number of
-    purpose 1 at position + i. On rejection the token is drawn with purpose 2 from the residual masses max(p - q, 0)
-    (from p when no residual mass is left); after a fully accepted chain it is drawn with purpose 2 from the row after
-    it. The output follows the target's distribution whatever the draft's is.
+    purpose 1 at position + i: of a row whose token is accepted nothing else is read. On rejection the token is drawn
+    with purpose 2 from the residual masses max(p - q, 0) (from p when no residual mass is left, or a value of the
+    draft's row has no mass as above); after a fully accepted chain it is drawn with purpose 2 from the row after it.
+    The output follows the target's distribution whatever the draft's is.
 
     Raises ArgumentError and UnsupportedError.
     """

@@ -110,15 +110,15 @@ def _residual_totals(target_ptr, proposal_ptr, vocab_size, BLOCK: tl.constexpr):
 @triton.jit
 def _accept_or_redraw(target_ptr, proposal_ptr, drafted, seed, position, sample, vocab_size, BLOCK: tl.constexpr):
     """(token, whether it is the drafted one accepted) of one step of rejection sampling; ``drafted`` -1 is rejected."""
-    total, residual, proposal_usable = _residual_totals(target_ptr, proposal_ptr, vocab_size, BLOCK)
     is_token = drafted >= 0
     at_draft = tl.maximum(drafted, 0)
-    wanted = tl.where(total > 0, _probability_mass(tl.load(target_ptr + at_draft)), 0)
-    offered = tl.where(proposal_usable, _probability_mass(tl.load(proposal_ptr + at_draft)), 0)
+    wanted = _probability_mass(tl.load(target_ptr + at_draft))
+    offered = _probability_mass(tl.load(proposal_ptr + at_draft))
     hi, lo = random_bits(seed, position, sample, _ACCEPT)
     accepted = is_token & (scale_bits(hi, lo, offered) < wanted)
     token = drafted
     if accepted == 0:
+        total, residual, proposal_usable = _residual_totals(target_ptr, proposal_ptr, vocab_size, BLOCK)
         hi, lo = random_bits(seed, position, sample, _RESIDUAL)
         token = tl.full((), -1, tl.int32)
         if is_token & proposal_usable & (residual > 0):

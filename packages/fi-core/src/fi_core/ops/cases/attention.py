@@ -19,7 +19,8 @@ from ...reference.attention import oracle
 from ...rope import FusedRope, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
 from ...tolerances import attention_tolerance, lse_tolerance
 from . import poisoned
-from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale
+from .attention_batches import large_batches
+from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale, tilt
 from .prefixes import Forest, forests, share
 
 
@@ -31,6 +32,8 @@ class Scenario:
     out past q_indptr[B]; ``strided`` makes q and out views of wider tensors; ``before`` plans another batch first, to find
     state that an update fails to replace. ``q_scale`` is the form of the scale of FP8 queries; ``scaling`` that of the
     rotation's frequencies; ``forest`` what requests share; ``soft_cap`` the cap of a spec that has one.
+    ``steep``: logits fall by twice as much from a request's first key to its last, so that whoever begins with the last meets
+    the largest ones late (Q, K and V of 16 bits).
     """
 
     spec: AttentionSpec
@@ -48,6 +51,7 @@ class Scenario:
     fp8_weights: bool = False
     forest: Forest | None = None
     soft_cap: float = 2.0
+    steep: float = 0.0
 
     @property
     def capacity(self) -> Capacity:
@@ -90,6 +94,9 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
     rows = num_tokens + scenario.spare_rows
     q = torch.randn(rows, spec.num_qo_heads, spec.head_dim, generator=generator)
     q[num_tokens:] = math.nan
+    if scenario.steep:
+        q[:num_tokens, :, 0] = height = (scenario.steep * spec.head_dim**0.5) ** 0.5
+        tilt(cache, scenario.kv_lens, height)
     q_scale = make_scale(scenario.q_scale, spec.num_qo_heads, device, generator)
     stored = (
         quantise(q.to(device), spec.q_format, q_scale, torch.float32) if spec.q_is_fp8 else q.to(device, spec.dtype)
@@ -261,6 +268,8 @@ def _shapes() -> Iterator[Case]:
         yield case(f"head_dim_{head_dim}", (1, 6), (19, 22), dtype=_BF16, head_dim=head_dim)
     yield case("head_dim_192_128", (1, 6), (19, 22), dtype=_BF16, head_dim=192, head_dim_vo=128)
     yield case("smollm_heads", (1, 1), (40, 3), heads=(9, 3))
+    for name, lens, values in large_batches():
+        yield case(name, *lens, **values)
     for page_size in (1, 3, 64, 256):
         yield case(f"page_size_{page_size}", (1, 6, 1), (19, 70, 64), dtype=_BF16, page_size=page_size)
     for page_size in (1, 2, 5, 8, 24, 32, 100, 128, 255):
@@ -390,4 +399,6 @@ def _large() -> Iterator[Case]:
     turned: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (8, 2), "rope": FusedRope(128, keys=True)}
     yield case("rope_long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, **turned)
     yield case("long_decode", (1, 1, 1), (40000, 1, 9000), _LARGE, dtype=_BF16, head_dim=128, heads=(8, 2))
+    slots: dict[str, Any] = {"dtype": _BF16, "head_dim": 128, "heads": (16, 4), "page_size": 1}
+    yield case("many_slots_long", (1,) * 64, (40000, 1, 9000, *range(61)), _LARGE, **slots)
     yield case("long_prefill", (3000, 1), (3000, 5000), _LARGE, dtype=_BF16, head_dim=128, heads=(4, 1))

@@ -118,6 +118,8 @@ def _features() -> Iterator[Case]:
         for soft_cap in (10.0, 50.0):
             yield _case(f"soft_cap_{soft_cap:.0f}_d{head_dim}", _APPEND, soft_cap=soft_cap, **capped)
         yield _case(f"soft_cap_window_d{head_dim}", _APPEND, soft_cap=50.0, windows=(300,), **capped)
+        for soft_cap in (50.0, 64.0, 100.0):
+            yield _case(f"soft_cap_{soft_cap:.0f}_steep_d{head_dim}", _APPEND, soft_cap=soft_cap, steep=150.0, **capped)
     yield _case("rope_q", rope=FusedRope(64), features={"lse"})
     yield _case("rope_q_d128", rope=FusedRope(128), head_dim=128, heads=(8, 2))
     yield _case("rope_q_interleaved", rope=FusedRope(32, "interleaved"))

@@ -81,6 +81,14 @@ def make_cache(
     return CacheInputs(kv, fields, block, offset)
 
 
+def tilt(cache: CacheInputs, kv_lens: Sequence[int], height: float) -> None:
+    """Lets the first dim of K, of 16 bits, fall from ``height`` to -``height`` over each request's keys."""
+    falling = torch.cat([torch.linspace(height, -height, length) for length in kv_lens])
+    keys = cache.kv.as_nhd()[0]
+    where = (cache.block, cache.offset) if cache.kv.is_paged else (cache.block,)
+    keys[(*where, slice(None), 0)] = falling.to(keys.device, keys.dtype).unsqueeze(1)
+
+
 def _paged(
     form: CacheForm, kv_lens: Sequence[int], device: torch.device, generator: torch.Generator
 ) -> tuple[int, dict[str, Tensor], Tensor, Tensor]:

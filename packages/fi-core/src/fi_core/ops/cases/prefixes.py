@@ -157,6 +157,8 @@ def forests() -> Iterator[ForestCase]:
     yield _case("fp8_q_mixed", order, (1, 20, 1, 5, 33), (90, 1), **all_fp8, scale="tensor", q_scale="float")
     yield _case("fp8_q_bf16_kv", order, (1, 2, 1, 1, 3), (90, 1), **wide, q_format="fp8_e4m3", q_scale="tensor")
     yield _case("rope_q", order, (1, 20, 1, 5, 33), (8, 1), **wide, rope=FusedRope(128), features={"lse"})
+    pairs = FusedRope(64, pairs="interleaved")
+    yield _case("rope_q_short", order, (1, 2, 1, 3, 1), (90, 1), **wide, rope=pairs, features={"lse"})
     yield _case("rope_qk", order, (1, 2, 1, 3, 1), (8, 1), **wide, rope=FusedRope(64, keys=True))
     for seed in range(6):
         count = (7, 12, 20, 5, 16, 33)[seed]

@@ -37,8 +37,9 @@ def verify_chain(
             token = draw(target, random_bits(keys, purpose, step))
             accepted = (token == drafted) & (drafted >= 0)
         else:
+            accepted = _accepted(drafted, draft_probs[:, step], target_probs[:, step], keys, step)
             proposal = _probability_mass(draft_probs[:, step])
-            token, accepted = _accept_or_redraw(drafted, proposal, target, keys, step)
+            token = torch.where(accepted, drafted, _redrawn(drafted, proposal, target, keys, step))
         tokens[:, step] = torch.where(going, token, -1)
         going &= accepted
         num_accepted += going
@@ -52,19 +53,20 @@ def _drafted(draft_tokens: Tensor, step: int, vocab_size: int) -> Tensor:
     return torch.where(drafted < vocab_size, drafted, -1).clamp(min=-1)
 
 
-def _accept_or_redraw(
-    drafted: Tensor, proposal: Tensor, target: Tensor, keys: DrawKeys, step: int
-) -> tuple[Tensor, Tensor]:
-    """One step of speculative rejection sampling on masses [B, V]: the token, and whether it is the drafted one
-    accepted."""
+def _accepted(drafted: Tensor, proposal_probs: Tensor, target_probs: Tensor, keys: DrawKeys, step: int) -> Tensor:
+    """Whether speculative rejection sampling accepts the tokens drafted at ``step``, from their probabilities [B, V]
+    alone."""
     at_draft = drafted.clamp(min=0).unsqueeze(1)
-    needed = scale_bits(random_bits(keys, PURPOSE_ACCEPT, step), proposal.gather(1, at_draft).squeeze(1))
-    accepted = (drafted >= 0) & (needed < target.gather(1, at_draft).squeeze(1))
+    offered, wanted = (_probability_mass(probs.gather(1, at_draft))[:, 0] for probs in (proposal_probs, target_probs))
+    return (drafted >= 0) & (scale_bits(random_bits(keys, PURPOSE_ACCEPT, step), offered) < wanted)
+
+
+def _redrawn(drafted: Tensor, proposal: Tensor, target: Tensor, keys: DrawKeys, step: int) -> Tensor:
+    """The tokens that take the place of rejected ones, from masses [B, V]."""
     residual = (target - proposal).clamp(min=0)
     use_residual = (drafted >= 0) & (residual.sum(dim=1) > 0)
     mass = torch.where(use_residual.unsqueeze(1), residual, target)
-    token = draw(mass, random_bits(keys, PURPOSE_RESIDUAL, step))
-    return torch.where(accepted, drafted, token), accepted
+    return draw(mass, random_bits(keys, PURPOSE_RESIDUAL, step))
 
 
 def verify_tree(

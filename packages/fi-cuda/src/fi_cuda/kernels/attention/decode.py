@@ -35,6 +35,7 @@ class DecodeSpec(KernelSpec):
     chunk_tokens: int
     num_warps: int
     row_warps: int
+    head_warps: int
     stages: int
     causal: bool
     windowed: bool
@@ -93,7 +94,9 @@ class DecodeSpec(KernelSpec):
 
     @property
     def shared_bytes(self) -> int:
-        tuning = DecodeTuning(self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1, self.row_warps)
+        tuning = DecodeTuning(
+            self.rows, self.chunk_tokens, self.num_warps, self.stages, 1, 1, 1, self.row_warps, self.head_warps
+        )
         in_half = self.stored.itemsize == 1 and self.rope_pairs == ROPE_PAIRS["half"]
         rotated = (self.rotary_dim, self.rope_keys, in_half)
         return shared_bytes(tuning, HeadForm(self.head_dim, self.head_dim_vo, self.stored.itemsize, *rotated))
@@ -121,6 +124,7 @@ def decode_spec(spec: AttentionSpec, tuning: DecodeTuning, form: CallForm) -> De
         chunk_tokens=tuning.chunk_tokens,
         num_warps=tuning.num_warps,
         row_warps=tuning.row_warps,
+        head_warps=tuning.head_warps,
         stages=tuning.num_stages,
         rotary_dim=0 if rope is None else rope.rotary_dim,
         rope_pairs=ROPE_PAIRS[None if rope is None else rope.pairs],

@@ -88,7 +88,7 @@ class Layout:
             for window in dict.fromkeys(spec.windows)
         }
         head_dim_vo = spec.head_dim_vo or 0
-        slots = Slots(tuning.rows, head_dim_vo, row_shape=(head_dim_vo // 4, 2))
+        slots = Slots(tuning.rows * tuning.head_warps, head_dim_vo, row_shape=(head_dim_vo // 4, 2))
         return cls._arranged(tuning, params, capacity, slots)
 
     @classmethod

@@ -21,8 +21,6 @@ from .prefill_tuning import PrefillTuning, built_in_prefill_tuning, prefill_tuni
 
 TUNED_OP = "attention_prefix"
 """What ``fi_tuning`` is asked for."""
-NUM_LISTS = 5
-"""Parameters that are lists, before Q: rows, tokens, segments, and the decode kernel's two."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class PrefixSpec(PrefillSpec):
 
     decode_num_warps: int = 0
     decode_row_warps: int = 0
+    decode_head_warps: int = 0
     decode_rows: int = 0
     decode_chunk_tokens: int = 0
     decode_stages: int = 0
@@ -82,14 +81,11 @@ class PrefixSpec(PrefillSpec):
     cooperative: ClassVar = True  # rows are merged once every block has left its parts
     layout: ClassVar = ParamsLayout(
         (
-            ("k", "pointer"),
-            ("v", "pointer"),
+            ("starts", "pointer"),  # to the header: what blocks read first, in one line of constants
+            ("items", "pointer"),
             ("rows", "pointer"),
             ("tokens", "pointer"),
             ("segments", "pointer"),
-            ("starts", "pointer"),
-            ("items", "pointer"),
-            ("q", "pointer"),
             ("header", "output"),
             ("barrier", "output"),
             ("parts", "output"),
@@ -98,9 +94,13 @@ class PrefixSpec(PrefillSpec):
             ("partial_rows", "output"),
             *TENSOR_PARAMS,
             ("inv_freq", "pointer"),
+            ("positions", "pointer"),
             ("q_scales", "pointer"),
             ("k_scales", "pointer"),
             ("v_scales", "pointer"),
+            ("k", "pointer"),
+            ("v", "pointer"),
+            ("q", "pointer"),
             *STRIDE_PARAMS,
             ("q_stride_token", "int64"),
             ("q_stride_head", "int64"),
@@ -147,7 +147,7 @@ def prefix_spec(
     tiles = replace(tuning.tiles, copy_order="keys ahead", pieces=1)  # as its loader works
     made = dict(prefill_fields(spec, tiles, form), levels=True)
     if decode is not None:
-        names = ("num_warps", "row_warps", "rows", "chunk_tokens", "stages")
+        names = ("num_warps", "row_warps", "head_warps", "rows", "chunk_tokens", "stages")
         made |= {f"decode_{name}": getattr(decode, name) for name in names}
         made |= {"decode_boxes": bool(decode.tensor_maps), "decode_bytes": decode.shared_bytes}
         if decode.tensor_maps:

@@ -87,6 +87,7 @@ _PREFIX_PARAMS = (
     ("rows", "output"),
     ("header", "output"),
     ("tokens", "output"),
+    ("positions", "output"),
     ("segments", "output"),
     ("tables", "output"),
     ("max_rows", "int32"),
@@ -260,6 +261,7 @@ class PrefixLayout:
     header: Region
     barrier: Region
     tokens: Region
+    positions: Region
     segments: Region
     tables: Region
     parts: Region
@@ -298,6 +300,7 @@ class PrefixLayout:
             header=build.add((_HEADER_WIDTH,), ints),
             barrier=build.add((1,), ints),
             tokens=build.add((capacity.max_q_tokens,), ints),
+            positions=build.add((capacity.max_q_tokens,), ints),
             segments=build.add((capacity.max_q_tokens, depth + 1, _SEGMENT_WIDTH), ints),
             tables=build.add((table_bytes(capacity.max_prefixes, capacity.max_batch),), torch.uint8),
             parts=build.add((max_parts, spec.head_dim_vo or 0), torch.float32),
@@ -332,7 +335,7 @@ class PrefixPlanner:
     @cached_property
     def _outputs(self) -> tuple[int, ...]:
         layout = self.layout
-        regions = (layout.rows, layout.header, layout.tokens, layout.segments, layout.tables)
+        regions = (layout.rows, layout.header, layout.tokens, layout.positions, layout.segments, layout.tables)
         limits = (layout.max_rows, layout.max_parts, layout.max_node_rows, layout.max_node_tokens)
         addresses = (region.of(self.buffer).data_ptr() for region in regions)
         return *addresses, *limits, layout.max_sharing_tokens, layout.max_segments

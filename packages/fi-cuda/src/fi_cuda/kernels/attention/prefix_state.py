@@ -21,7 +21,7 @@ from .boxes import column_maps_of
 from .call import CallForm
 from .mixed_state import attention_mixed, attention_short
 from .prefill_tuning import BOX_ROW_BYTES, WARPGROUP_ROWS, WARPGROUP_WARPS, box_tokens
-from .prefix import NUM_LISTS, prefix_spec, prefix_tuning_for
+from .prefix import prefix_spec, prefix_tuning_for
 from .prefix_plan import MAX_DEPTH, PrefixLayout, PrefixPlanner, SharingTimes, prefix_plan_spec
 from .state import Addressing, Call, DecodeState, address_of, cache_strides_of, near_strides_of, scale_of
 from .tuning import memory_gbs, num_processors
@@ -42,8 +42,8 @@ class PrefixAttention:
 
 
 class ApartAttention:
-    """The ``AttentionKernel`` protocol for what the kernel for levels lacks (RoPE within attention, FP8 queries over K and V of
-    another format): requests read all their keys each for itself."""
+    """The ``AttentionKernel`` protocol for what the kernel for levels lacks (RoPE of keys within attention, FP8 queries over K
+    and V of another format): requests read all their keys each for itself."""
 
     def workspace_bytes(self, spec: AttentionSpec, capacity: Capacity, device: str) -> int:
         return _plain_kernel(capacity).workspace_bytes(spec, _plain(capacity), device)
@@ -179,14 +179,13 @@ class PrefixState:
             self._device,
             self._num_workers,
             1,
-            *call.cache,
-            *call.workspace[:NUM_LISTS],
-            q.data_ptr(),
-            *call.workspace[NUM_LISTS:],
+            *call.workspace,
             out.data_ptr(),
             0 if lse is None else lse.data_ptr(),
             *addressing.addresses,
             *call.layer_tensors,
+            *call.cache,
+            q.data_ptr(),
             *call.cache_strides,
             out_token,
             out_head,
@@ -209,9 +208,7 @@ class PrefixState:
         return call
 
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
-        layout = self._layout
-        lists = (layout.rows, layout.tokens, layout.segments)
-        written = (layout.header, layout.barrier, layout.parts, layout.part_logs)
+        layout, rope = self._layout, layer.rope
         q_scales, q_scale_stride, q_scale = scale_of(layer.q_scale)
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
         v_scales, v_scale_stride, v_scale = scale_of(kv.v_scale)
@@ -229,7 +226,9 @@ class PrefixState:
             boxes=maps is not None,
         )
         part = None if self._decode is None else self._decode.part_of(kv, layer, with_lse, maps is not None)
-        addresses = [region.of(self._buffer).data_ptr() for region in (*lists, *written)]
+        lists = (layout.rows, layout.tokens, layout.segments)
+        written = (layout.header, layout.barrier, layout.parts, layout.part_logs)
+        addresses = (region.of(self._buffer).data_ptr() for region in (*lists, *written))
         beside = (0, 0, 0, 0) if part is None else part.workspace
         return Call(
             kv=weakref.ref(kv),
@@ -237,13 +236,17 @@ class PrefixState:
             kernel=kernel_for(
                 prefix_spec(self._spec, self._tuning, form, None if part is None else part.spec), self._device
             ),
-            workspace=(*addresses[: len(lists)], *beside[:2], *addresses[len(lists) :], *beside[2:]),
+            workspace=(*beside[:2], *addresses, *beside[2:]),
             cache=(kv.k.data_ptr(), kv.v.data_ptr()),
-            layer_tensors=(address_of(layer.sinks), address_of(layer.alibi_slopes), 0, q_scales, k_scales, v_scales),
+            layer_tensors=(
+                *(address_of(layer.sinks), address_of(layer.alibi_slopes)),
+                address_of(None if rope is None else rope.inv_freq),
+                *(layout.positions.of(self._buffer).data_ptr(), q_scales, k_scales, v_scales),
+            ),
             cache_strides=(cache_strides_of if maps else near_strides_of)(kv),
             numbers=(
                 *(q_scale_stride, k_scale_stride, v_scale_stride, self._spec.num_kv_heads, 0, layout.max_segments),
-                *(scale, layer.soft_cap or 1.0, v_scale, 1.0),
+                *(scale, layer.soft_cap or 1.0, v_scale, 1.0 if rope is None else rope.config.attention_factor),
             ),
             maps=(*(maps or ()), *(() if part is None else part.maps)),
         )

@@ -33,6 +33,8 @@ _MAX_STAGES = 6
 _FEW_WARPS = 4
 _MANY_WARPS = 8  # as many as find 255 registers a thread
 _MIN_STAGES = 2
+_HEADS_ITEM_COST = 3
+_MANY_HEADS, _SHORT_WINDOW = 256, 1024
 _STAGE_ALIGNMENT = 1024
 _BARRIER_BYTES = 8
 _RESERVED_BYTES = 1024  # of shared memory, which the driver keeps for each block
@@ -48,7 +50,8 @@ _PART_BYTES = 24  # four dims of a row, and what is known of it
 class DecodeTuning:
     """``rows``: packed query rows a tile; ``chunk_tokens``: KV tokens that a warp loads and multiplies at once;
     ``num_warps`` a block; ``num_stages``: chunks of a warp's ring; costs of an item and of a chunk in any common unit.
-    ``row_warps`` warps share the rows of a tile and their chunks, the others take other chunks."""
+    ``row_warps`` warps share the rows of a tile and their chunks, the others take other chunks; or a tile has ``head_warps``
+    KV heads, one for each warp."""
 
     rows: int
     chunk_tokens: int
@@ -58,6 +61,7 @@ class DecodeTuning:
     item_cost: int
     step_cost: int
     row_warps: int = 1
+    head_warps: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -65,6 +69,7 @@ class DecodeTuning:
             ("chunk_tokens", _CHUNK_CHOICES),
             ("num_warps", (1, 2, 4, 8, 16)),
             ("row_warps", [warps for warps in (1, 2, 4, 8, 16) if self.num_warps % warps == 0]),
+            ("head_warps", (1, self.num_warps) if self.row_warps == 1 else (1,)),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
@@ -75,7 +80,7 @@ class DecodeTuning:
                 raise ArgumentError(f"tuning.{name}", f"an int of at least {least}", getattr(self, name))
 
     @property
-    def token_warps(self) -> int:
+    def num_rings(self) -> int:
         """Groups of warps with chunks, and a ring, of their own."""
         return self.num_warps // self.row_warps
 
@@ -135,10 +140,10 @@ def shared_bytes(tuning: DecodeTuning, heads: HeadForm) -> int:
     """Shared memory of a block: the warps' rings with a barrier a stage, the warps' shares of an item, item rows,
     angles, and what aligning them may take."""
     row_bytes = (heads.head_dim * heads.stored_bytes, heads.head_dim_vo * heads.stored_bytes)
-    rings = tuning.token_warps * tuning.num_stages * _stage_bytes(tuning.chunk_tokens, row_bytes)
-    num_barriers = tuning.token_warps * (tuning.num_stages + (tuning.row_warps > 1))  # of stages, and to meet at
+    rings = tuning.num_rings * tuning.num_stages * _stage_bytes(tuning.chunk_tokens, row_bytes)
+    num_barriers = tuning.num_rings * (tuning.num_stages + (tuning.row_warps > 1))  # of stages, and to meet at
     barriers = -(-num_barriers * _BARRIER_BYTES // 16) * 16
-    shared_rows = tuning.token_warps * tuning.rows
+    shared_rows = tuning.num_rings * tuning.rows
     shares = max(shared_rows * (heads.head_dim_vo + 4) * 4, tuning.num_warps * 32 * _PART_BYTES) + shared_rows * 8
     rotations = _rotation_bytes(tuning, heads)
     return rings + barriers + shares + rotations + _ITEM_ROWS_BYTES + _STAGE_ALIGNMENT
@@ -191,6 +196,8 @@ def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) ->
         expected = f"names among {[item.name for item in fields(DecodeTuning)]}"
         raise ArgumentError("fi_tuning", expected, sorted(unknown))
     tuning = replace(built_in, **given)
+    if spec.num_kv_heads % tuning.head_warps or (spec.batch_invariant and tuning.head_warps > 1):
+        raise ArgumentError("tuning.head_warps", f"1, or a divisor of {spec.num_kv_heads} KV heads", tuning.head_warps)
     block_bytes = shared_bytes(tuning, HeadForm.of(spec))
     fitting = min(
         (limit + _RESERVED_BYTES) // (block_bytes + _RESERVED_BYTES),
@@ -235,7 +242,22 @@ def built_in_tuning(spec: AttentionSpec, capacity: Capacity, limit: int = HOPPER
             row_warps = min(best.row_warps, num_warps)
             rows = best.rows * row_warps // best.row_warps
             best = replace(best, num_stages=most_stages, num_warps=num_warps, row_warps=row_warps, rows=rows)
+    if _has_head_warps(spec, capacity, best):
+        best = replace(best, head_warps=best.num_warps, item_cost=_HEADS_ITEM_COST)
     return best
+
+
+def _has_head_warps(spec: AttentionSpec, capacity: Capacity, tuning: DecodeTuning) -> bool:
+    """Whether each warp has a KV head of its own: what lies together is then read together, and an item's end needs no meeting of
+    warps. Worth it for large batches where pages are small and lie anywhere, where windows make items short, and where elements
+    of FP8 are rotated; elsewhere shares are less even than the heads' neighbourhood gives (docs/kernels/decode.md)."""
+    if tuning.row_warps > 1 or spec.num_kv_heads % tuning.num_warps or spec.batch_invariant:
+        return False
+    if capacity.max_batch * spec.num_kv_heads < _MANY_HEADS or spec.head_dim > _WIDE_HEAD_DIM:
+        return False
+    has_small_pages = spec.page_size is not None and spec.page_size < _GROUP_TOKENS  # which no box copies
+    has_short_items = any(window is not None and window <= _SHORT_WINDOW for window in spec.windows)
+    return has_small_pages or has_short_items or (spec.kv_is_fp8 and spec.rope is not None and spec.rope.keys)
 
 
 def partition_params(
@@ -243,4 +265,5 @@ def partition_params(
 ) -> PartitionParams:
     """The scheduler's parameters for one window of ``spec``."""
     num_workers = processors * tuning.workers_per_processor
-    return plan_params(spec, capacity, window, (tuning.kind(spec, capacity),), tuning.rows, num_workers)
+    params = plan_params(spec, capacity, window, (tuning.kind(spec, capacity),), tuning.rows, num_workers)
+    return replace(params, num_kv_heads=params.num_kv_heads // tuning.head_warps)

@@ -15,6 +15,9 @@ from .geometry import NO_SEARCH, SHORT_LIST, SMALL_SEARCH, TOP_P_SEARCH, Geometr
 # As fi/sampling/cluster_row.cuh and exchange.cuh have them.
 _RANK_BINS, _LOCAL_TOKENS, _BRACKET_TOKENS, _COMPARED_TOKENS, _MESSAGES = 64, 1024, 512, 128, 9
 
+# As fi/sampling/penalty_tables.cuh has them.
+_ENTRIES, _BIASES = 512, 32
+
 
 @dataclass(frozen=True)
 class ClusterRowSpec(KernelSpec):
@@ -63,7 +66,7 @@ class ClusterRowSpec(KernelSpec):
 
     @property
     def penalised(self) -> bool:
-        """Whether penalties change the row while it is loaded, for which bits of its tokens lie where later a search does."""
+        """Whether penalties change the row while it is loaded, for which bits and lists lie where later a search does."""
         return False
 
     @property
@@ -82,7 +85,8 @@ class ClusterRowSpec(KernelSpec):
         exchanged = blocks * (8 + 8) + warps * (8 + 8 + 8) + 8 * _MESSAGES + 56
         beside = self._searched_bytes if self.search else 0
         if self.penalised:
-            beside = max(beside, -(-(16 + warps * self.warp_tokens // 8) // 16) * 16)
+            bits = 3 * 16 * -(-warps * self.warp_tokens // 128)
+            beside = max(beside, 32 + 12 * _BIASES + 8 * _ENTRIES + bits)
         return 4 * warps * self.warp_tokens + 16 + exchanged + beside
 
     @property

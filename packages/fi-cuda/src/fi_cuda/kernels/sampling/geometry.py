@@ -41,8 +41,8 @@ class Kept(NamedTuple):
 
 
 NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256, sixes=True)
-NO_SEARCH_PENALISED = Kept(5 * 1024, 5 * 1024, threads_of_three=256)
-"""With a bit of each token beside it."""
+NO_SEARCH_PENALISED = Kept(11 * 1024, 11 * 1024, threads_of_three=256, sixes=True)
+"""With three bits of each token and the first entries of lists beside it."""
 
 SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
 """Of kernels whose ``ClusterRowSpec.small_search`` holds."""

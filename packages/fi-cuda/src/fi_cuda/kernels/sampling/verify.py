@@ -15,7 +15,7 @@ from ...params import ParamsLayout
 from ...spec import kernel_for
 from ..rows import vector_bytes
 from .forms import ClusterRowSpec, address
-from .geometry import Geometry, geometry_for
+from .geometry import NO_SEARCH, Geometry, geometry_for
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _launch(
     draft_probs, target_probs = probs
     num_requests, num_draft = draft_tokens.shape
     device, vocab_size = target_probs.device, target_probs.shape[2]
-    form = geometry_for(vocab_size, num_requests, rows_held=1 if draft_probs is None else 2)
+    form = geometry_for(vocab_size, num_requests, rows_held=1 if draft_probs is None else 2, kept=NO_SEARCH)
     rows = (target_probs, draft_probs) if draft_probs is not None else (target_probs,)
     vector = vector_bytes(*rows, multiple_of=vocab_size)
     draft_strides = (0, 0) if draft_probs is None else draft_probs.stride()[:2]
@@ -114,7 +114,7 @@ def verify_chain(
     tokens: Tensor,
     num_accepted: Tensor,
 ) -> None:
-    """The ``VerifyChain`` protocol of fi-core; each step reads one row of target_probs (and draft_probs) once."""
+    """The ``VerifyChain`` protocol of fi-core; each draw reads one row of target_probs (and draft_probs) once."""
     _launch(draft_tokens, None, (draft_probs, target_probs), keys, (tokens, None, num_accepted))
 
 

@@ -1,5 +1,5 @@
 // How the warps of a block share an item's KV tokens: in chunks, one warp after the other, going on with the next warp
-// where the previous item stopped, so that short items keep all warps busy too.
+// where the previous item stopped, so that short items keep all warps busy too. Or each warp has a KV head of its own and all its chunks.
 #pragma once
 
 #include "fi/attention/item.cuh"
@@ -13,17 +13,38 @@ __device__ __forceinline__ int num_chunks_of(const AttentionItem& item) {
   return static_cast<int>(static_cast<unsigned>(item.kv_end - item.kv_begin + kChunkTokens - 1) / kChunkTokens);
 }
 
-// Warps by what they share: `kRowWarps` neighbours take a tile's rows in parts and the same chunks, the others other chunks.
+// Warps by what they share: `kRowWarps` neighbours take a tile's rows in parts and the same chunks, the others other chunks. A tile
+// may have `kHeadWarps` neighbouring KV heads, one for each warp: the item of a warp is the same tokens of its head.
 template <class Config>
 struct WarpPlace {
-  static constexpr int kRowWarps = Config::kRowWarps;
-  static constexpr int kTokenWarps = Config::kNumWarps / kRowWarps;
+  static constexpr int kRowWarps = Config::kRowWarps, kHeadWarps = Config::kHeadWarps;
+  static constexpr int kRings = Config::kNumWarps / kRowWarps;
+  static constexpr int kTokenWarps = kRings / kHeadWarps;
   static constexpr int kWarpRows = Config::kRows / kRowWarps;
+  static constexpr int kHeadThreads = Config::kNumWarps / kHeadWarps * 32;  // that a KV head has
   static_assert(Config::kNumWarps % kRowWarps == 0 && Config::kRows % (8 * kRowWarps) == 0, "equal parts");
-  int token_warp, row_warp;
+  static_assert(kHeadWarps == 1 || kHeadWarps == Config::kNumWarps, "the heads of a tile meet nowhere");
+  int ring, token_warp, row_warp, head_warp;
 
   __device__ __forceinline__ WarpPlace()
-      : token_warp(static_cast<int>(threadIdx.x / 32 / kRowWarps)), row_warp(static_cast<int>(threadIdx.x / 32 % kRowWarps)) {}
+      : ring(static_cast<int>(threadIdx.x / 32 / kRowWarps)), token_warp(kHeadWarps == 1 ? ring : 0),
+        row_warp(static_cast<int>(threadIdx.x / 32 % kRowWarps)), head_warp(kHeadWarps == 1 ? 0 : ring) {}
+
+  // The item, or the part of it, that is this warp's.
+  __device__ __forceinline__ AttentionItem own(const AttentionItem& item) const {
+    AttentionItem own = item;
+    own.kv_head = item.kv_head * kHeadWarps + head_warp;
+    return own;
+  }
+
+  // All who have this KV head are here.
+  static __device__ __forceinline__ void sync_head() {
+    if constexpr (kHeadWarps == 1) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
+  }
 
   // First row of this warp in the tile.
   __device__ __forceinline__ int first_row() const { return kRowWarps == 1 ? 0 : row_warp * kWarpRows; }

@@ -47,12 +47,12 @@ __device__ __forceinline__ RowPart sum_of(const RowPart (&parts)[kCount]) {
   return sum;
 }
 
-// The warps' shares of an item; where a block merges pieces, instead the warps' sums of them.
+// The warps' shares of an item of one KV head; where they merge pieces, instead their sums of them.
 template <class Config>
 struct Shares {
   static constexpr int kPitch = Config::kHeadDimVo + 4;  // lanes of one store then differ in bank
   static constexpr int kRows = WarpPlace<Config>::kTokenWarps * Config::kRows;
-  static constexpr int kSums = Config::kNumWarps * 32;
+  static constexpr int kSums = WarpPlace<Config>::kHeadThreads;
   static constexpr int kSumFloats = kSums * static_cast<int>(sizeof(RowPart) / sizeof(float));
   static constexpr int kTotals = kRows * kPitch > kSumFloats ? kRows * kPitch : kSumFloats;
 
@@ -85,16 +85,19 @@ class ItemFinisher {
   using Dtype = typename Config::Dtype;
   static constexpr int kQuads = Config::kHeadDimVo / 4;
   static constexpr int kPitch = Shares<Config>::kPitch;
-  static constexpr int kThreads = Config::kNumWarps * 32;
+  static constexpr int kThreads = WarpPlace<Config>::kHeadThreads;
+  static constexpr int kUnitsAtOnce = WarpPlace<Config>::kHeadWarps == 1 ? 1 : 4;  // of a thread that waits for pieces
 
  public:
-  __device__ __forceinline__ ItemFinisher(const Params& params, Shares<Config>& shares) : params_(params), shares_(shares) {}
+  // `shares`: those of this warp's KV head. "The block" is all threads that have it.
+  __device__ __forceinline__ ItemFinisher(const Params& params, Shares<Config>& shares)
+      : params_(params), shares_(shares), thread_(WarpPlace<Config>::kHeadWarps == 1 ? threadIdx.x : threadIdx.x % kThreads) {}
 
   // Called by all threads of the block at an item's begin: brings its slot into L2, so that who looks for the piece before it
   // is there need not wait for memory.
   __device__ __forceinline__ void prepare(const AttentionItem& item) const {
     constexpr int kUnitsOfLine = 128 / sizeof(float4);
-    const int unit = static_cast<int>(threadIdx.x) * kUnitsOfLine;
+    const int unit = static_cast<int>(thread_) * kUnitsOfLine;
     if (item.slot >= 0 && unit < num_units_of(item)) {
       ptx::prefetch_to_l2(values_at(item.slot, unit));
       ptx::prefetch_to_l2(row_at(item.slot, unit));
@@ -105,7 +108,7 @@ class ItemFinisher {
   // it and `after` items after it.
   __device__ __forceinline__ void finish(const AttentionItem& item, const State& state, int before, int after) {
     leave_share(state);
-    __syncthreads();
+    WarpPlace<Config>::sync_head();
     const int num_units = num_units_of(item), pieces = item.num_pieces(), piece = item.piece();
     const bool is_last = piece == pieces - 1;
     const bool owns = piece <= before && (is_last || after == 0);
@@ -117,7 +120,7 @@ class ItemFinisher {
       const bool sliced = !Config::kBatchInvariant && pieces >= kManyPieces;
       if (sliced ? !is_last : owns) merge_slice(item, num_units, sliced ? piece : 0, sliced ? pieces - 1 : 1);
     }
-    __syncthreads();  // the shares are free for the next item
+    WarpPlace<Config>::sync_head();  // the shares are free for the next item
   }
 
  private:
@@ -130,30 +133,66 @@ class ItemFinisher {
   // `at_once`: adds the tile's other pieces, of which this one is the first.
   __device__ __forceinline__ void add_shares(const AttentionItem& item, int num_units, bool at_once) const {
 #pragma unroll 1
-    for (int unit = threadIdx.x; unit < num_units; unit += kThreads) {
-      RowPart shares[WarpPlace<Config>::kTokenWarps];
-#pragma unroll
-      for (int warp = 0; warp < WarpPlace<Config>::kTokenWarps; ++warp) {
-        const int row = warp * Config::kRows + unit / kQuads;
-        const float* totals = shares_.totals + row * kPitch + unit % kQuads * 4;
-        float4 values = *reinterpret_cast<const float4*>(totals);
-        if (State::doubles(item)) {
-          const float4 rest = *reinterpret_cast<const float4*>(totals + State::kHalfRows * kPitch);
-          values = {values.x + rest.x, values.y + rest.y, values.z + rest.z, values.w + rest.w};
+    for (int first = static_cast<int>(thread_); first < num_units; first += kUnitsAtOnce * kThreads) {
+      if constexpr (kUnitsAtOnce == 1) {
+        RowPart pieces[kPiecesAtOnce] = {sum_of_shares(item, first)};
+        if (!at_once) {
+          leave_piece(item.slot, first, pieces[0]);
+          continue;
         }
-        shares[warp] = {shares_.rows[row], {values.x, values.y, values.z, values.w}};
+        if (item.num_pieces() > 1) {
+          wait_for_pieces<1>(pieces, item, 0, 1, first);
+          pieces[0] = sum_of(pieces);
+        }
+        store(item, first, pieces[0]);
+      } else {
+        add_shares_of_units(item, first, num_units, at_once);
       }
-      RowPart pieces[kPiecesAtOnce] = {sum_of(shares)};
-      if (!at_once) {
-        leave_piece(item.slot, unit, pieces[0]);
-        continue;
-      }
-      if (item.num_pieces() > 1) {
-        wait_for_pieces<1>(pieces, item, 0, 1, unit);
-        pieces[0] = sum_of(pieces);
-      }
-      store(item, unit, pieces[0]);
     }
+  }
+
+  // The same for units `first` + idx * kThreads, whose pieces are on their way together.
+  __device__ __forceinline__ void add_shares_of_units(const AttentionItem& item, int first, int num_units, bool at_once) const {
+    RowPart sums[kUnitsAtOnce];
+#pragma unroll
+    for (int idx = 0; idx < kUnitsAtOnce; ++idx) {
+      const int unit = first + idx * kThreads;
+      if (unit >= num_units) break;
+      sums[idx] = sum_of_shares(item, unit);
+      if (!at_once) leave_piece(item.slot, unit, sums[idx]);
+    }
+    if (!at_once) return;
+#pragma unroll 1
+    for (int piece = 1; piece < item.num_pieces(); ++piece) {
+      RowPart others[kUnitsAtOnce];
+      wait_for_units(others, item, piece, first, num_units);
+#pragma unroll
+      for (int idx = 0; idx < kUnitsAtOnce; ++idx) {
+        const RowPart both[2] = {sums[idx], others[idx]};
+        sums[idx] = sum_of(both);
+      }
+    }
+#pragma unroll
+    for (int idx = 0; idx < kUnitsAtOnce; ++idx) {
+      if (first + idx * kThreads < num_units) store(item, first + idx * kThreads, sums[idx]);
+    }
+  }
+
+  // The warps' shares of a unit, added up in their order.
+  __device__ __forceinline__ RowPart sum_of_shares(const AttentionItem& item, int unit) const {
+    RowPart shares[WarpPlace<Config>::kTokenWarps];
+#pragma unroll
+    for (int warp = 0; warp < WarpPlace<Config>::kTokenWarps; ++warp) {
+      const int row = warp * Config::kRows + unit / kQuads;
+      const float* totals = shares_.totals + row * kPitch + unit % kQuads * 4;
+      float4 values = *reinterpret_cast<const float4*>(totals);
+      if (State::doubles(item)) {
+        const float4 rest = *reinterpret_cast<const float4*>(totals + State::kHalfRows * kPitch);
+        values = {values.x + rest.x, values.y + rest.y, values.z + rest.z, values.w + rest.w};
+      }
+      shares[warp] = {shares_.rows[row], {values.x, values.y, values.z, values.w}};
+    }
+    return sum_of(shares);
   }
 
   __device__ __forceinline__ float value_scale(const AttentionItem& item) const {
@@ -202,10 +241,13 @@ class ItemFinisher {
 
   // Where a slot has a unit of its piece: the values, and beside them base and mass of the row.
   __device__ __forceinline__ float4* values_at(int slot, int unit) const {
-    return static_cast<float4*>(params_.partials) + (slot * (Config::kRows * kQuads) + unit);
+    return static_cast<float4*>(params_.partials) + (slot_of_head(slot) * (Config::kRows * kQuads) + unit);
   }
   __device__ __forceinline__ float2* row_at(int slot, int unit) const {
-    return static_cast<float2*>(params_.partial_rows) + (slot * (Config::kRows * kQuads) + unit);
+    return static_cast<float2*>(params_.partial_rows) + (slot_of_head(slot) * (Config::kRows * kQuads) + unit);
+  }
+  static __device__ __forceinline__ int slot_of_head(int slot) {
+    return slot * WarpPlace<Config>::kHeadWarps + WarpPlace<Config>().head_warp;
   }
 
   static __device__ __forceinline__ unsigned largest_word(const RowPart& part) {
@@ -231,7 +273,7 @@ class ItemFinisher {
     int log_units = item.num_pieces() <= (kThreads >> 3) * kPiecesAtOnce ? 3 : 2;
     while (log_units < 5 && num_units >> log_units > num_mergers) ++log_units;
     const int units_at_once = 1 << log_units, step = kThreads >> log_units;
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const int lane = static_cast<int>(thread_ % 32), warp = static_cast<int>(thread_ / 32);
     const int in_group = lane & (units_at_once - 1), first_piece = (warp << (5 - log_units)) + (lane >> log_units);
 #pragma unroll 1
     for (int first = rank << log_units; first < num_units; first += num_mergers << log_units) {
@@ -245,34 +287,57 @@ class ItemFinisher {
       }
       __syncwarp();  // lanes that waited longer are with the others again, or every exchange would cost a detour
       sum = sum_over_lanes(sum, units_at_once);
-      __syncthreads();  // what the sums are put over has been read
+      WarpPlace<Config>::sync_head();  // what the sums are put over has been read
       if (lane < units_at_once) shares_.put_sum(warp * 32 + lane, sum);
-      __syncthreads();
-      if (static_cast<int>(threadIdx.x) < units_at_once && unit < num_units) {
-        RowPart sums[Config::kNumWarps];
+      WarpPlace<Config>::sync_head();
+      if (static_cast<int>(thread_) < units_at_once && unit < num_units) {
+        constexpr int kWarps = kThreads / 32;
+        RowPart sums[kWarps];
 #pragma unroll
-        for (int idx = 0; idx < Config::kNumWarps; ++idx) sums[idx] = shares_.sum(idx * 32 + lane);
+        for (int idx = 0; idx < kWarps; ++idx) sums[idx] = shares_.sum(idx * 32 + lane);
         store(item, unit, sum_of(sums));
       }
     }
   }
 
-  // Puts the pieces first + idx * step into parts[idx] from kFrom on, once they are there, and leaves their slots as they were;
-  // parts past the last piece are empty.
+  // Puts the pieces first + idx * step of a unit into parts[idx] from kFrom on, once they are there, and leaves their slots as they
+  // were; parts past the last piece are empty.
   template <int kFrom, int kCount>
   __device__ __forceinline__ void wait_for_pieces(RowPart (&parts)[kCount], const AttentionItem& item, int first, int step,
                                                   int unit) const {
+    wait_for<kFrom>(
+        parts, [&](int idx) { return first + idx * step < item.num_pieces(); },
+        [&](int idx) { return Word{item.slot_of(first + idx * step), unit}; });
+  }
+
+  // The same of one piece, for units `first` + idx * kThreads.
+  template <int kCount>
+  __device__ __forceinline__ void wait_for_units(RowPart (&parts)[kCount], const AttentionItem& item, int piece, int first,
+                                                 int num_units) const {
+    wait_for<0>(
+        parts, [&](int idx) { return first + idx * kThreads < num_units; },
+        [&](int idx) { return Word{item.slot_of(piece), first + idx * kThreads}; });
+  }
+
+  // A unit of a slot.
+  struct Word {
+    int slot, unit;
+  };
+
+  // `is_there`: whether there is a part of that number, `word_of`: where.
+  template <int kFrom, int kCount, class IsThere, class WordOf>
+  __device__ __forceinline__ void wait_for(RowPart (&parts)[kCount], const IsThere& is_there, const WordOf& word_of) const {
     // Compared as a whole: a comparison for each word would wait for its load before the next load is issued.
     unsigned largest;
     do {
       largest = 0;
 #pragma unroll
       for (int idx = kFrom; idx < kCount; ++idx) {
-        const int piece = first + idx * step;
         parts[idx] = empty_part();
-        if (piece < item.num_pieces()) {
-          const float2 row = ptx::load_relaxed(row_at(item.slot_of(piece), unit));
-          const float4 values = ptx::load_relaxed(values_at(item.slot_of(piece), unit));
+        if (is_there(idx)) {
+          const Word word = word_of(idx);
+          const float2 row = ptx::load_relaxed(row_at(word.slot, word.unit));
+          const float4 values = ptx::load_relaxed(values_at(word.slot, word.unit));
           parts[idx] = {{row.x, row.y}, {values.x, values.y, values.z, values.w}};
         }
       }
@@ -282,10 +347,10 @@ class ItemFinisher {
     const float absent = __uint_as_float(kAbsent);
 #pragma unroll
     for (int idx = kFrom; idx < kCount; ++idx) {
-      const int piece = first + idx * step;
-      if (piece < item.num_pieces()) {
-        ptx::store_relaxed(row_at(item.slot_of(piece), unit), float2{absent, absent});
-        ptx::store_relaxed(values_at(item.slot_of(piece), unit), float4{absent, absent, absent, absent});
+      if (is_there(idx)) {
+        const Word word = word_of(idx);
+        ptx::store_relaxed(row_at(word.slot, word.unit), float2{absent, absent});
+        ptx::store_relaxed(values_at(word.slot, word.unit), float4{absent, absent, absent, absent});
       }
     }
   }
@@ -307,6 +372,7 @@ class ItemFinisher {
 
   const Params& params_;
   Shares<Config>& shares_;
+  const unsigned thread_;
 };
 
 }  // namespace fi

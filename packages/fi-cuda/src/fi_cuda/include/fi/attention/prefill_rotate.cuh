@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fi/attention/prefill_tiles.cuh"
+#include "fi/attention/prefix_list.cuh"
 #include "fi/ptx/fence.cuh"
 #include "fi/ptx/named_barrier.cuh"
 #include "fi/rope/rotate.cuh"
@@ -30,7 +31,10 @@ __device__ __forceinline__ void rotate_queries(const Params& params, const Atten
 #pragma unroll 1
   for (int unit = thread; unit < num_units; unit += kWarpgroupThreads) {
     const int token = unit / kUnits, pair = unit % kUnits * kPairs;
-    const int position = query_position(rows.first + token, item.q_len, item.kv_len);
+    int position = query_position(rows.first + token, item.q_len, item.kv_len);
+    if constexpr (Config::kLevels) {  // a node's tokens are those of many requests
+      if (item.kind == kNodeItem) position = static_cast<const int*>(params.positions)[item.q_begin + rows.first + token];
+    }
     const Rotation<kPairs> rotation =
         rotation_at<kPairs>(position, static_cast<const float*>(params.inv_freq), pair, params.rope_factor);
     const int first = kInHalves ? pair : 2 * pair, second = kInHalves ? pair + Config::kRotaryDim / 2 : first + kPairs;

@@ -11,7 +11,7 @@ namespace fi {
 
 // Rows of the list are AttentionItem without a head, each a tile of every KV head: nodes' first, then requests'. `slot` is the
 // first row of partial results of the item's piece, or -1: the tile is whole.
-// `q_begin` of a node counts in the list of tokens.
+// `q_begin` of a node counts in the list of tokens, and in that of their positions in their requests.
 struct alignas(16) PrefixHeader {
   int num_rows;    // 0: there is no list; the decode kernel's code, if it is there, serves the batch
   int num_merged;  // tokens whose parts are merged

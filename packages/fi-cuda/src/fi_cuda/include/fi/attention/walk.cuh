@@ -26,6 +26,13 @@ __device__ __forceinline__ int lowest_position(const AttentionItem& item, int wi
   return max(item.offset() + first_token - window + 1, 0);
 }
 
+// A request's entries of a dense table.
+template <class Config, class Params>
+__device__ __forceinline__ const int* dense_entries(const Params& params, int request) {
+  if constexpr (Config::kTableRow) request = static_cast<const int*>(params.table_row)[request];
+  return static_cast<const int*>(params.table) + request * params.table_stride;
+}
+
 template <class Config, class Params>
 class ChunkWalk {
   using Lookup = PageLookup<Config>;
@@ -36,7 +43,7 @@ class ChunkWalk {
  public:
   __device__ __forceinline__ ChunkWalk(const Params& params, const AttentionItem* items, int num_items)
       : params_(params), items_(items), num_items_(num_items), item_(-1), chunk_(0), num_chunks_(0), turn_{0}, held_(0),
-        lane_(static_cast<int>(threadIdx.x % 32)), warp_(WarpPlace<Config>().token_warp) {
+        lane_(static_cast<int>(threadIdx.x % 32)) {
     find_chunk();
   }
 
@@ -71,7 +78,7 @@ class ChunkWalk {
       turn_.pass(num_chunks_);
       if (++item_ >= num_items_) return;
       num_chunks_ = num_chunks_of<kTokens>(items_[item_]);
-      chunk_ = turn_.first_chunk(warp_);
+      chunk_ = turn_.first_chunk(place_.token_warp);
       if (chunk_ < num_chunks_) enter(items_[item_]);
     }
     if constexpr (kPaged) {
@@ -82,13 +89,11 @@ class ChunkWalk {
   __device__ __forceinline__ void enter(const AttentionItem& item) {
     kv_begin_ = item.kv_begin;
     kv_end_ = item.kv_end;
-    kv_head_ = item.kv_head;
+    kv_head_ = place_.own(item).kv_head;
     lowest_ = lowest_position<Config>(item, params_.window);
     held_ = Lookup::kChunks;
     if constexpr (Config::kTable == kDense) {
-      int row = item.request;
-      if constexpr (Config::kTableRow) row = static_cast<const int*>(params_.table_row)[row];
-      entries_ = static_cast<const int*>(params_.table) + row * params_.table_stride;
+      entries_ = dense_entries<Config>(params_, item.request);
     } else {
       first_row_ = static_cast<const int*>(params_.kv_indptr)[item.request];
       entries_ = static_cast<const int*>(params_.table) + first_row_;
@@ -114,7 +119,8 @@ class ChunkWalk {
   int kv_begin_, kv_end_, kv_head_, lowest_;
   int64 first_row_;
   const int* entries_;
-  int lane_, warp_;
+  int lane_;
+  const WarpPlace<Config> place_;
 };
 
 }  // namespace fi

@@ -8,7 +8,7 @@
 // Config: Dtype (q, out), Stored (K, V), kHeadDim, kHeadDimVo, kGroupSize, kPageSize (0: ragged), kTable, kTableRow, kRows
 // (packed query rows a tile), kNumWarps, kStages, kCausal, kWindowed, kSoftCap, kAlibi, kSinks, kMask, kKScales, kVScales,
 // kLse, kBatchInvariant, kChunkTokens (16 or 32), kBoxes (K and V through tensor maps), kRowWarps (warps that share a tile's
-// rows), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys. Params: those of fi_cuda.kernels.attention.decode.
+// rows), kHeadWarps (KV heads of a tile, a warp each), Query (q's type), kQScales, kRotaryDim (0: no RoPE), kRopePairs, kRopeKeys. Params: those of fi_cuda.kernels.attention.decode.
 #pragma once
 
 #include "fi/attention/load_boxes.cuh"
@@ -26,13 +26,13 @@ constexpr int kItemsAtOnce = 64;
 // Byte offsets into dynamic shared memory.
 template <class Config>
 struct DecodeShared {
-  static constexpr int kTokenWarps = WarpPlace<Config>::kTokenWarps;
+  static constexpr int kRings = WarpPlace<Config>::kRings;
   static constexpr int kRingBytes = Config::kStages * ChunkStage<Config>::kBytes;
-  static constexpr int kShares = kTokenWarps * kRingBytes;
-  static constexpr int kItems = kShares + static_cast<int>(sizeof(Shares<Config>));
+  static constexpr int kShares = kRings * kRingBytes;
+  static constexpr int kItems = kShares + WarpPlace<Config>::kHeadWarps * static_cast<int>(sizeof(Shares<Config>));
   static constexpr int kBarriers = kItems + kItemsAtOnce * static_cast<int>(sizeof(AttentionItem));
-  static constexpr int kMeetings = kBarriers + kTokenWarps * Config::kStages * 8;
-  static constexpr int kRotations = (kMeetings + kTokenWarps * ChunkMeeting<Config>::kBarriers * 8 + 15) / 16 * 16;
+  static constexpr int kMeetings = kBarriers + kRings * Config::kStages * 8;
+  static constexpr int kRotations = (kMeetings + kRings * ChunkMeeting<Config>::kBarriers * 8 + 15) / 16 * 16;
   static constexpr int kBytes = kRotations + Rotations<Config>::kBytes + ChunkStage<Config>::kAlignment;
 };
 
@@ -78,15 +78,15 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
   using Stage = ChunkStage<Config>;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const WarpPlace<Config> warp;
-  unsigned char* ring = shared + warp.token_warp * Shared::kRingBytes;
+  unsigned char* ring = shared + warp.ring * Shared::kRingBytes;
   unsigned long long* barriers =
-      reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp.token_warp * Config::kStages;
+      reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp.ring * Config::kStages;
   const AttentionItem* items = reinterpret_cast<const AttentionItem*>(shared + Shared::kItems);
-  ItemFinisher<Config, Params> finisher(params, *reinterpret_cast<Shares<Config>*>(shared + Shared::kShares));
+  ItemFinisher<Config, Params> finisher(params, reinterpret_cast<Shares<Config>*>(shared + Shared::kShares)[warp.head_warp]);
   ChunkWalk<Config, Params> walk(params, items, count);
   const Rotator<Config> rotator = rotator_of<Config>(params, shared + Shared::kRotations);
   int next_stage = place.stage, num_due = warp.row_warp == 0 ? Config::kStages : 0;
-  ChunkTurn<Shared::kTokenWarps> turn = {0};
+  ChunkTurn<WarpPlace<Config>::kTokenWarps> turn = {0};
   AttentionItem item;
   State state;
   ColumnLimits whole = {0, 0};
@@ -114,13 +114,13 @@ __device__ __forceinline__ void attend_items(const Params& params, const Loader&
       }
       state.attend(params, item, rotator, stage, position, masked, lane);
       place.advance();
-      chunk += Shared::kTokenWarps;
+      chunk += WarpPlace<Config>::kTokenWarps;
       num_due = warp.row_warp == 0;
       continue;
     }
     AttentionItem next = {};
     if (idx + 1 < count) {
-      next = items[idx + 1];
+      next = warp.own(items[idx + 1]);
       state.load(params, next, warp.first_row(), lane);  // arrives while the item before is finished
     }
     if (idx >= 0) finisher.finish(item, state, before + idx, after + count - 1 - idx);
@@ -168,8 +168,8 @@ class DecodeBarriers {
 
  public:
   __device__ __forceinline__ explicit DecodeBarriers(unsigned char* shared)
-      : stages_(reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp_.token_warp * Config::kStages),
-        meeting_(reinterpret_cast<unsigned long long*>(shared + Shared::kMeetings) + warp_.token_warp) {}
+      : stages_(reinterpret_cast<unsigned long long*>(shared + Shared::kBarriers) + warp_.ring * Config::kStages),
+        meeting_(reinterpret_cast<unsigned long long*>(shared + Shared::kMeetings) + warp_.ring) {}
 
   // Before the block's next barrier.
   __device__ __forceinline__ void init(int arrivals) const {

@@ -15,12 +15,13 @@
 // of fi_cuda.kernels.attention.prefix.SharingTimes; kBounded (more tokens may take part than there is room for);
 // kTableNodes and kTableRequests (that tables in shared memory hold; 0: they lie in `tables`). With kYields those of attention_plan.
 // Params: q_indptr, kv_lens, nodes int [num_nodes, 4], order int [num_requests] or null; tables (see PrefixTables); rows int [., 16],
-// header, tokens int [max_q_tokens], segments [., max_segments]; limits; num_requests, num_nodes; those of attention_plan.
+// header, tokens and positions int [max_q_tokens], segments [., max_segments]; limits; num_requests, num_nodes; those of attention_plan.
 #pragma once
 
 #include "fi/attention/prefix_write.cuh"
 #include "fi/kernels/attention_plan.cuh"
 #include "fi/ptx/dependent_launch.cuh"
+#include "fi/softmax/columns.cuh"
 
 namespace fi {
 
@@ -104,8 +105,11 @@ class PrefixPlanner {
           work.t_begin = before[0];
           work.members_before = before[1];
           if (before[0] + own[0] > params_.max_q_tokens) return;  // an order that is no permutation
-          int* tokens = static_cast<int*>(params_.tokens) + before[0];
-          for (int idx = 0; idx < own[0]; ++idx) tokens[idx] = work.q_begin + idx;
+          int *tokens = static_cast<int*>(params_.tokens) + before[0], *positions = static_cast<int*>(params_.positions) + before[0];
+          for (int idx = 0; idx < own[0]; ++idx) {
+            tokens[idx] = work.q_begin + idx;
+            positions[idx] = query_position(idx, work.q_len, work.kv_len);
+          }
         });
     if (thread_ == 0) {
       places_[count].t_begin = total[0];

@@ -52,7 +52,8 @@ __device__ __forceinline__ void penalize_logits(const Params& params) {
   PenaltyPatch<Config, Params> patch(params, kept, slice, first_token);
   bool fits = true;
   if (changed) {
-    PenaltyStage<Config, Params> stage{patch, static_cast<int>(index), slot};
+    patch.locate(static_cast<int>(index), slot);
+    PenaltyStage<Config, Params> stage{patch, static_cast<int>(index)};
     load_slice<Config>(logits, first_token, params.vocab_size, slice, stage);
     fits = patch.apply();
   } else {

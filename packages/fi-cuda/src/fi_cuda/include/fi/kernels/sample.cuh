@@ -60,12 +60,11 @@ struct PenalisedSampleStage : PenaltyStage<Config, Params> {
   SampleStage<Config, Params>& plain;
 
   __device__ __forceinline__ PenalisedSampleStage(SampleStage<Config, Params>& plain, PenaltyPatch<Config, Params>& patch)
-      : PenaltyStage<Config, Params>{patch, plain.output, plain.slot}, plain(plain) {}
+      : PenaltyStage<Config, Params>{patch, plain.output}, plain(plain) {}
 
   __device__ __forceinline__ void begun() {
-    this->patch.ask(this->output, this->slot);
+    this->patch.ask(this->output);
     plain.begun();  // waits for what it loads
-    this->patch.keep();
   }
 };
 
@@ -227,10 +226,13 @@ struct SampleKernel {
     float* slice = row.shared.slice;
     if constexpr (Config::kPenalised) {
       PenaltyPatch<Config, Params> patch(params, row.shared.penalties, slice, row.first_token);
+      patch.locate(stage.output, stage.slot);
       PenalisedSampleStage<Config, Params> penalised(stage, patch);
       load_slice<Config>(logits, row.first_token, params.vocab_size, slice, penalised);
       fits = patch.apply();
-      return patch.settle(row.shared.filters.temperature);
+      const Extremes found = patch.settle(row.shared.filters.temperature);
+      if constexpr (kReadyLate<Config>) row.mailbox.ready();
+      return found;
     } else {
       return load_slice<Config>(logits, row.first_token, params.vocab_size, slice, stage);
     }

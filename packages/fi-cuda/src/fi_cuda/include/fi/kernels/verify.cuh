@@ -1,8 +1,9 @@
-// Verification of speculative drafts, a cluster a request, one row of probabilities after the other: fi_core.verify_chain and
-// fi_core.verify_tree define the result. A chain without draft probabilities is a tree whose node i has parent i - 1.
+// Verification of speculative drafts, a cluster a request: fi_core.verify_chain and fi_core.verify_tree define the result. A chain
+// without draft probabilities is a tree whose node i has parent i - 1.
 //
-// Each step holds the target's row (and the draft's) in the blocks' shared memory, shares whether it is usable, sums up masses
-// and draws in index order; the block with the drawn token tells the others.
+// A step that draws holds the target's row (and the draft's) in the blocks' shared memory, shares whether it is usable, sums up
+// masses and draws in index order; the block with the drawn token tells the others. With draft probabilities one step draws: a
+// drafted token is accepted by its own two probabilities, each lane of a warp asking for a step's.
 // Config: Dtype (float), kVectorBytes, kClusterBlocks, kNumThreads, kWarpTokens; kTree: parents and path; kProposals: draft_probs.
 // Params: draft_tokens int64 [requests, num_draft], parents int32 likewise (kTree), target_probs float32 [requests, num_draft + 1,
 // vocab_size], draft_probs float32 [requests, num_draft, vocab_size] (kProposals); seed, sample, position; tokens int64 and path
@@ -21,6 +22,21 @@ __device__ __forceinline__ uint2 probability_limbs(float probability) {
 }
 __device__ __forceinline__ uint64 mass_of_probability(float probability) { return join_limbs(probability_limbs(probability)); }
 
+// The draft's row, loaded while the target's is under way, if `used`.
+template <class Config>
+struct ProposalStage {
+  static constexpr bool kChanges = false;
+  const float* from;
+  int first_token, vocab_size;
+  float* slice;
+  bool used;
+  Extremes extremes;
+
+  __device__ __forceinline__ void begun() {
+    if (used) extremes = load_slice<Config>(from, first_token, vocab_size, slice);
+  }
+};
+
 template <class Config, class Params>
 struct VerifyKernel {
   using Row = ClusterRow<Config>;
@@ -33,11 +49,17 @@ struct VerifyKernel {
   int64 seed, position;
   int sample;
 
-  // Holds a row in `slice`; whether all of it are probabilities below 2.
-  __device__ __forceinline__ bool hold(const void* probs, int64 offset, float* slice, Message kind) {
-    const float* from = static_cast<const float*>(probs) + offset;
-    row.share_extremes(load_slice<Config>(from, row.first_token, params.vocab_size, slice), false, kind);
+  // Whether all of a row, of which `mine` are this thread's extremes, are probabilities below 2.
+  __device__ __forceinline__ bool usable(Extremes mine, Message kind) {
+    row.share_extremes(mine, false, kind);
     return row.smallest >= 0.0f && row.largest < 2.0f;
+  }
+  // The target's row for `node`, -1 for the first.
+  __device__ __forceinline__ const float* target_of(int node) const {
+    return static_cast<const float*>(params.target_probs) + request * params.target_stride + (node + 1) * params.target_step;
+  }
+  __device__ __forceinline__ const float* proposal_of(int step) const {
+    return static_cast<const float*>(params.draft_probs) + request * params.draft_probs_stride + step * params.draft_probs_step;
   }
 
   // The token at which the running sum of `mass`, in index order, exceeds the random target; -1 if there is no mass.
@@ -90,37 +112,59 @@ struct VerifyKernel {
     return static_cast<int>(__reduce_min_sync(0xffffffffu, found));
   }
 
-  // One step of rejection sampling (Leviathan et al., 2023): the token, and whether it is the drafted one accepted.
-  __device__ __forceinline__ int accept_or_redraw(int step, bool target_usable, bool& accepted) {
-    const int64 at = request * params.draft_probs_stride + step * params.draft_probs_step;
-    const bool proposal_usable = hold(params.draft_probs, at, proposal, kExtremesAgain);
+  // Rejection sampling (Leviathan et al., 2023): whether the token drafted at `step` is accepted.
+  __device__ __forceinline__ bool accepted(int step) const {
     const int token = drafted(step);
-    accepted = false;
-    if (token >= 0) {
-      const float* target = static_cast<const float*>(params.target_probs) + request * params.target_stride;
-      const uint64 wanted = target_usable ? mass_of_probability(target[step * params.target_step + token]) : 0;
-      const float offered = static_cast<const float*>(params.draft_probs)[at + token];
-      const RandomBits bits = random_bits(seed, position + step, sample, Purpose::kAccept);
-      const int64 mass = proposal_usable ? static_cast<int64>(mass_of_probability(offered)) : 0;
-      accepted = static_cast<uint64>(scale_bits(bits, mass)) < wanted;
-      if (accepted) return token;
-    }
-    if (!target_usable) return -1;
-    if (token >= 0 && proposal_usable) {
-      const int redrawn = draw(
+    if (token < 0) return false;
+    const uint64 offered = mass_of_probability(proposal_of(step)[token]), wanted = mass_of_probability(target_of(step - 1)[token]);
+    const RandomBits bits = random_bits(seed, position + step, sample, Purpose::kAccept);
+    return static_cast<uint64>(scale_bits(bits, static_cast<int64>(offered))) < wanted;
+  }
+
+  // The first step whose token is not accepted, num_draft if all are, in all threads.
+  __device__ __forceinline__ int first_rejected() const {
+    int step = static_cast<int>(threadIdx.x % 32);
+    unsigned rejected;
+#pragma unroll 1
+    while ((rejected = __ballot_sync(0xffffffffu, !accepted(step))) == 0) step += 32;
+    return step - static_cast<int>(threadIdx.x % 32) + __ffs(static_cast<int>(rejected)) - 1;
+  }
+
+  // The token after the accepted ones, from what the target has more of than the draft, which has none behind the last.
+  __device__ __forceinline__ int redrawn(int step) {
+    const bool beside = drafted(step) >= 0;
+    ProposalStage<Config> stage{proposal_of(beside ? step : 0), row.first_token, params.vocab_size, proposal, beside, {}};
+    const Extremes mine = load_slice<Config>(target_of(step - 1), row.first_token, params.vocab_size, row.shared.slice, stage);
+    row.mailbox.opened();
+    if (!usable(mine, kExtremes)) return -1;
+    if (beside && usable(stage.extremes, kExtremesAgain)) {
+      const int token = draw(
           [&](int place, float probability) {
-            const uint64 mine = mass_of_probability(probability);
+            const uint64 mass = mass_of_probability(probability);
             const uint64 theirs = place >= kNoPlace ? 0 : mass_of_probability(proposal[place]);
-            const uint64 left = mine > theirs ? mine - theirs : 0;
+            const uint64 left = mass > theirs ? mass - theirs : 0;
             return make_uint2(static_cast<unsigned>(left) & 0xffffu, static_cast<unsigned>(left >> 16));
           },
           step, Purpose::kResidual);
-      if (redrawn >= 0) return redrawn;
+      if (token >= 0) return token;
     }
     return draw([](int, float probability) { return probability_limbs(probability); }, step, Purpose::kResidual);
   }
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ void run_rejection() {
+    const int last = first_rejected();
+    const int token = redrawn(last);
+    if (row.rank != 0) return;
+    int64* tokens = static_cast<int64*>(params.tokens) + request * (params.num_draft + 1);
+#pragma unroll 1
+    for (int step = static_cast<int>(threadIdx.x); step <= params.num_draft; step += kThreads) {
+      tokens[step] = step < last ? drafted(step) : step == last ? token : -1;
+    }
+    if (threadIdx.x == 0) static_cast<int*>(params.num_accepted)[request] = last;
+  }
+
+  // A row after the other, along the path that the draws take.
+  __device__ __forceinline__ void run_path() {
     const bool writes = row.rank == 0 && threadIdx.x == 0;
     int64* tokens = static_cast<int64*>(params.tokens) + request * (params.num_draft + 1);
     int* path = Config::kTree ? static_cast<int*>(params.path) + request * (params.num_draft + 1) : nullptr;
@@ -131,20 +175,14 @@ struct VerifyKernel {
     for (int step = 0; step <= params.num_draft; ++step) {
       int token = -1, next = -1;
       if (going) {
-        const int64 at = request * params.target_stride + (node + 1) * params.target_step;
-        const bool usable = hold(params.target_probs, at, row.shared.slice, kExtremes);
-        bool accepted = false;
-        if (Config::kProposals && step < params.num_draft) {
-          token = accept_or_redraw(step, usable, accepted);
-        } else if (usable) {
-          token = draw([](int, float probability) { return probability_limbs(probability); }, step,
-                       Config::kProposals ? Purpose::kResidual : Purpose::kDraw);
+        const Extremes mine = load_slice<Config>(target_of(node), row.first_token, params.vocab_size, row.shared.slice);
+        if (usable(mine, kExtremes)) {
+          token = draw([](int, float probability) { return probability_limbs(probability); }, step, Purpose::kDraw);
         }
         if constexpr (Config::kTree) {
           next = token >= 0 ? child(node, token) : -1;
         } else {
-          if (!Config::kProposals) accepted = token >= 0 && token == drafted(step);
-          next = accepted ? step : -1;
+          next = token >= 0 && token == drafted(step) ? step : -1;
         }
         going = next >= 0;
         node = next;
@@ -157,6 +195,14 @@ struct VerifyKernel {
       __syncthreads();
     }
     if (writes) static_cast<int*>(params.num_accepted)[request] = num_accepted;
+  }
+
+  __device__ __forceinline__ void run() {
+    if constexpr (Config::kProposals) {
+      run_rejection();
+    } else {
+      run_path();
+    }
   }
 };
 

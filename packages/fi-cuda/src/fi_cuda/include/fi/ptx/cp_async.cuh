@@ -1,4 +1,4 @@
-// Each thread's own asynchronous copies from global to shared memory, 16 bytes a copy. sm_80.
+// Each thread's own asynchronous copies from global to shared memory, up to 16 bytes a copy. sm_80.
 // PTX ISA, section "Data Movement and Conversion Instructions: cp.async".
 #pragma once
 
@@ -12,6 +12,21 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
                : "memory");
+}
+
+// Copies the first `num_bytes` of kBytes (4, 8 or 16, of which both addresses are multiples) and writes zeros behind them; 16 past L1.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_part(void* shared, const void* global, int num_bytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "r"(num_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "n"(kBytes), "r"(num_bytes)
+                 : "memory");
+  }
 }
 
 // Closes the thread's group of copies.

@@ -162,7 +162,8 @@ struct BracketList {
   template <class Visit>
   __device__ __forceinline__ void for_each_block(int bin, uint64 each, Visit visit) const {
     const auto& search = row.shared.search;
-    int number = static_cast<int>((search.boundary_wanted + each - 1) / each);  // that are kept of this block's and later ones'
+    // That are kept of this block's and later ones'; where a block's are all without mass, others are not, and its answer is not used.
+    int number = static_cast<int>((search.boundary_wanted + each - 1) / (each > 0 ? each : 1));
 #pragma unroll 1
     for (int block = 0; block < kBlocks; ++block) {
       const int theirs = static_cast<int>(search.bracket_parts[block][bin] >> kBinCountShift);

@@ -155,6 +155,10 @@ struct ClusterShared {
 template <class Config>
 constexpr bool kClearsEarly = Config::kBracket && !Config::kGroups && !Config::kPenalised;
 
+// The largest logits of groups are sent where penalties still lie.
+template <class Config>
+constexpr bool kReadyLate = Config::kPenalised && Config::kGroups;
+
 template <class Config>
 __device__ __forceinline__ void clear_counts(SearchShared<Config>& search) {
 #pragma unroll 1
@@ -207,6 +211,7 @@ struct ClusterRow {
         own_largest(0.0f) {
     end_slice<Config>(shared.slice);
     mailbox.open();
+    if constexpr (!kReadyLate<Config>) mailbox.ready();
   }
 
   // Makes the row's extremes known to all blocks, and with `with_groups` the largest logits of all groups. The mailbox has

@@ -17,7 +17,7 @@ struct Mailbox {
   unsigned long long* barriers;  // [kNumMessages], shared memory
   unsigned phases = 0;           // a bit a kind: parity of the next to receive
 
-  // All threads, before anything else; nothing is sent before `opened`.
+  // All threads, before anything else; then `ready`.
   __device__ __forceinline__ void open() {
     if (kBlocks > 1 && threadIdx.x == 0) {
 #pragma unroll
@@ -25,10 +25,14 @@ struct Mailbox {
       ptx::fence_barrier_init();
     }
     __syncthreads();
+  }
+
+  // All threads, when what is sent to this block may overwrite its memory; nothing is sent before `opened`.
+  __device__ __forceinline__ void ready() const {
     if constexpr (kBlocks > 1) ptx::cluster_arrive_relaxed();
   }
 
-  // Waits until all blocks have opened theirs.
+  // Waits until all blocks are ready.
   __device__ __forceinline__ void opened() const {
     if constexpr (kBlocks > 1) ptx::cluster_wait();
   }

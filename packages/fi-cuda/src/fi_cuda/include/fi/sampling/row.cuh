@@ -97,6 +97,13 @@ struct Extremes {
     largest = ptx::max_or_nan(largest, logit);
     if (Config::kSmallest) smallest = fminf(smallest, logit);
   }
+
+  // Pairs first: one of its instructions waits for the fours before, not four.
+  template <class Config>
+  __device__ __forceinline__ void take_four(const float (&logits)[4]) {
+    largest = ptx::max_or_nan(largest, ptx::max_or_nan(ptx::max_or_nan(logits[0], logits[1]), ptx::max_or_nan(logits[2], logits[3])));
+    if (Config::kSmallest) smallest = fminf(smallest, fminf(fminf(logits[0], logits[1]), fminf(logits[2], logits[3])));
+  }
 };
 
 template <class T, int kBytes>

@@ -59,7 +59,7 @@ struct WindowEstimate {
   __device__ __forceinline__ bool run(float fraction, int margin) {
     Estimate estimate{row};
     if (!(row.largest > estimate.bottom())) return false;
-    estimate.count(false);
+    estimate.count(kClearsEarly<Config>);  // no other search comes before it
     if (threadIdx.x < 32) choose(estimate, fraction, margin);
     __syncthreads();
     return true;
