@@ -28,7 +28,8 @@ class Kept(NamedTuple):
     """Most of the shared memory that a kernel keeps beside its part of a row, in blocks of a cluster of up to 8 and of 16;
     as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``. Where many rows
     share multiprocessors, a cluster has ``least_cluster`` blocks or more; ``sixes``: whether clusters of six are faster than of
-    eight. ``pairs_from``: from how many rows on two larger blocks of 384 threads are, in clusters of up to ``most_paired``."""
+    eight. ``pairs_from``: from how many rows on two larger blocks are; ``grouped``: whether a warp's groups of tokens count, 1, 2
+    or 4 and up to 256 in all."""
 
     bytes: int
     bytes_of_16: int
@@ -37,7 +38,7 @@ class Kept(NamedTuple):
     least_cluster: int = 1
     sixes: bool = False
     pairs_from: int = 2**31
-    most_paired: int = 8
+    grouped: bool = False
 
 
 NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256, sixes=True)
@@ -47,9 +48,8 @@ NO_SEARCH_PENALISED = Kept(11 * 1024, 11 * 1024, threads_of_three=256, sixes=Tru
 SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
 """Of kernels whose ``ClusterRowSpec.small_search`` holds."""
 
-SHORT_LIST = SMALL_SEARCH._replace(least_cluster=4, sixes=True, pairs_from=33, most_paired=5)
-"""With top_k: fewer warps have too few groups of tokens for a usual k, and the general search is three times as slow; so have
-larger clusters of 12 warps a block, since a warp has 1, 2 or 4 groups."""
+SHORT_LIST = SMALL_SEARCH._replace(least_cluster=4, sixes=True, pairs_from=33, grouped=True)
+"""With top_k: fewer warps have too few groups of tokens for a usual k, and the general search is three times as slow."""
 
 TOP_P_SEARCH = SMALL_SEARCH._replace(sixes=True, pairs_from=129)
 """With top_p and without top_k."""
@@ -130,9 +130,11 @@ def _shared_multiprocessors(vocab_size: int, rows_held: int, kept: Kept, threads
 
 def _pair(vocab_size: int, rows_held: int, kept: Kept) -> Geometry | None:
     """Of the smallest cluster of which two blocks fit on a multiprocessor."""
-    for cluster_size in range(kept.least_cluster, kept.most_paired + 1):
+    for cluster_size in range(kept.least_cluster, 9):
+        # 12 warps in up to 5 blocks have 240 groups, in more 192 at most, as 8 warps have.
+        threads = 256 if kept.grouped and cluster_size > 5 else 384
         for filling in (_MOST_FILLING, 0.0):
-            form = geometry(vocab_size, cluster_size, 384, filling)
+            form = geometry(vocab_size, cluster_size, threads, filling)
             if _resident(form, rows_held, kept) >= 2:
                 return form._replace(resident_blocks=2)
     return None
