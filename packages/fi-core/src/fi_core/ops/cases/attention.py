@@ -31,9 +31,7 @@ class Scenario:
     ``window`` is what the call picks of spec.windows; ``mask`` the columns of a packed mask; ``spare_rows`` rows of q and
     out past q_indptr[B]; ``strided`` makes q and out views of wider tensors; ``before`` plans another batch first, to find
     state that an update fails to replace. ``q_scale`` is the form of the scale of FP8 queries; ``scaling`` that of the
-    rotation's frequencies; ``forest`` what requests share; ``soft_cap`` the cap of a spec that has one.
-    ``steep``: logits fall by twice as much from a request's first key to its last, so that whoever begins with the last meets
-    the largest ones late (Q, K and V of 16 bits).
+    rotation's frequencies; ``forest`` what requests share; ``soft_cap`` the cap of a spec with one; ``steep`` as in ``tilt``.
     """
 
     spec: AttentionSpec
@@ -94,9 +92,7 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
     rows = num_tokens + scenario.spare_rows
     q = torch.randn(rows, spec.num_qo_heads, spec.head_dim, generator=generator)
     q[num_tokens:] = math.nan
-    if scenario.steep:
-        q[:num_tokens, :, 0] = height = (scenario.steep * spec.head_dim**0.5) ** 0.5
-        tilt(cache, scenario.kv_lens, height)
+    tilt(q[:num_tokens], cache, scenario.kv_lens, scenario.steep)
     q_scale = make_scale(scenario.q_scale, spec.num_qo_heads, device, generator)
     stored = (
         quantise(q.to(device), spec.q_format, q_scale, torch.float32) if spec.q_is_fp8 else q.to(device, spec.dtype)

@@ -81,8 +81,12 @@ def make_cache(
     return CacheInputs(kv, fields, block, offset)
 
 
-def tilt(cache: CacheInputs, kv_lens: Sequence[int], height: float) -> None:
-    """Lets the first dim of K, of 16 bits, fall from ``height`` to -``height`` over each request's keys."""
+def tilt(q: Tensor, cache: CacheInputs, kv_lens: Sequence[int], steep: float) -> None:
+    """Lets the logits of q [T, Hq, D] fall from about ``steep`` to -``steep`` over each request's keys (of 16 bits), so that
+    whoever begins with the last key meets the largest ones late; 0 changes nothing."""
+    if not steep:
+        return
+    q[..., 0] = height = (steep * q.shape[-1] ** 0.5) ** 0.5
     falling = torch.cat([torch.linspace(height, -height, length) for length in kv_lens])
     keys = cache.kv.as_nhd()[0]
     where = (cache.block, cache.offset) if cache.kv.is_paged else (cache.block,)

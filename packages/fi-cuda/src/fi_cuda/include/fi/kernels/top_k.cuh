@@ -62,6 +62,7 @@ __device__ __forceinline__ void top_k(const Params& params) {
   if (row.largest != row.largest) {
     grouped = false;
     extremes = replace_nan<Config>(row.shared.slice, params.vocab_size - row.first_token);
+    row.meet();  // all have read the first ones, whose place these take
     row.share_extremes(extremes, false, kExtremesAgain);
   }
   float log_sum = 0.0f;
