@@ -45,6 +45,7 @@ def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
     form = geometry_for(vocab_size, num_rows)
     filtering = geometry_for(vocab_size, num_rows, kept=kept_for(every))
     # The entry serves no more.
+    written = geometry_for(vocab_size, num_rows, kept=kept_for(every).without_pairs())
     two_rows = geometry_for(min(vocab_size, 2**18), num_rows, rows_held=2, kept=NO_SEARCH)
     penalised = {
         filters: column_form(vocab_size, num_rows, filters, penalties=True)
@@ -59,7 +60,7 @@ def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
             geometry_for(vocab_size, num_rows, kept=kept_for(frozenset({"top_p"}))),
             frozenset({"top_p"}),
         ),
-        FilterLogitsSpec.of(torch.float32, 16, filtering, every, 16, True),
+        FilterLogitsSpec.of(torch.float32, 16, written, every, 16, True),
         TopKSpec(torch.float32, 16, *form, 2048, False),
         VerifySpec(torch.float32, 16, *form, tree=True, proposals=False),
         VerifySpec(torch.float32, 16, *two_rows, tree=False, proposals=True),

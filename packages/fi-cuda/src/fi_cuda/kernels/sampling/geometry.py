@@ -40,6 +40,10 @@ class Kept(NamedTuple):
     pairs_from: int = 2**31
     grouped: bool = False
 
+    def without_pairs(self) -> Kept:
+        """Of kernels to which pairs bring nothing, or that keep too much beside their slices for them."""
+        return self._replace(pairs_from=2**31)
+
 
 NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256, sixes=True)
 NO_SEARCH_PENALISED = Kept(11 * 1024, 11 * 1024, threads_of_three=256, sixes=True)

@@ -172,13 +172,6 @@ __device__ __forceinline__ void clear_early(ClusterShared<Config>& shared) {
   if constexpr (kClearsEarly<Config>) clear_counts<Config>(shared.search);
 }
 
-// The power of 2 that is at least `count`, up to 32.
-__host__ __device__ constexpr int lanes_for(int count) {
-  int lanes = 1;
-  while (lanes < count) lanes *= 2;
-  return lanes;
-}
-
 // Sum over a warp of numbers below 2^51, in two instructions that add 32 bits.
 __device__ __forceinline__ uint64 sum_over_warp(uint64 value) {
   const unsigned low = __reduce_add_sync(0xffffffffu, static_cast<unsigned>(value) & 0xffffffu);
