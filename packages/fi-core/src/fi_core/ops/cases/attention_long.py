@@ -81,6 +81,10 @@ def _layouts() -> Iterator[Case]:
     for page_size in (1, 2, 3, 5, 8, 16, 24, 32, 64, 100, 128, 255, 256):
         for name, options in _PLACES.items():
             yield _case(f"page_size_{page_size}_{name}", page_size=page_size, **options)
+    # Tiles enough for some to begin after the end of others of their request.
+    many: dict[str, Any] = {"page_size": 1, "head_dim": 128, "heads": (16, 4), "tags": frozenset({"large"})}
+    yield _case("slots_of_many_tiles", ((3000, 700, 1), (3100, 1500, 5000)), table_row=True, **many)
+    yield _case("slots_of_many_tiles_not_causal", ((2000, 900), (2000, 901)), table="indptr", causal=False, **many)
     # Of a step of 128 keys some parts of 32 follow each other in memory and some do not.
     runs: dict[str, Any] = {"page_size": 1, "run": 70}
     yield _case("slots_in_runs", _APPEND, head_dim=128, heads=(8, 2), features={"lse"}, **runs)

@@ -73,12 +73,25 @@ struct PrefillLanding<Config, true> {
   unsigned char landing[Config::kLandingStages][PrefillTile<Config>::kLandingBytes];
 };
 
-// What the lanes of the producing warps look up, of two steps.
+// The dense copy that a producing warp reads or makes: where it goes on, in columns of the warp's rows, and whose it is.
+struct DenseCopy {
+  unsigned column;
+  int owner;  // a request and KV head
+};
+// What it found for the next item: the record of its owner's copy.
+struct DenseAhead {
+  unsigned long long record;
+  int owner;
+};
+
+// What the lanes of the producing warps look up, of two steps, and each warp's dense copy.
 template <bool kGathered>
 struct PrefillPlaces {};
 template <>
 struct PrefillPlaces<true> {
   alignas(16) int places[2][kWarpgroupThreads];
+  DenseCopy dense[kWarpgroupThreads / kWarpThreads];
+  DenseAhead dense_ahead[kWarpgroupThreads / kWarpThreads];
 };
 
 // At a multiple of 1024, where the swizzle's patterns begin.
