@@ -183,12 +183,19 @@ def prefill_feature_cases() -> Iterator[Case]:
         ):
             name = f"prefill B4 S4096 h32/8 d{head_dim} causal=1 {suffix}"
             yield _prefill(name, replace(ragged, head_dim=head_dim, **changes), [4096] * 4, "prefill_features")
-    # A window beside plain attention of the keys that its tiles (48 tokens of four heads) see.
+    # A window beside plain attention of the keys that its tiles (48 tokens of four heads) see, and of as many blocks of 128 keys,
+    # all of them visible.
     for window in (128, 512, 1024):
         paged = replace(LLAMA, window=window)
         name = f"prefill B4 S4096 {_heads(paged)} causal=1"
-        for suffix, tile in ((f"window{window}", None), (f"keys of window{window}", 48)):
-            build = partial(attention_problem, shape=paged, q_lens=[4096] * 4, kv_lens=[4096] * 4, tile=tile)
+        for suffix, tile, block in (
+            (f"window{window}", None, 0),
+            (f"keys of window{window}", 48, 0),
+            (f"blocks of window{window}", 48, 128),
+        ):
+            build = partial(
+                attention_problem, shape=paged, q_lens=[4096] * 4, kv_lens=[4096] * 4, tile=tile, block=block
+            )
             yield Case("attention", "prefill_features", f"{name} {suffix}", build)
     for window in (1024, 4096):
         name = f"prefill B1 S16384 h32/8 d128 causal=1 window{window}"

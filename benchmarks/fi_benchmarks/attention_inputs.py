@@ -237,15 +237,19 @@ def as_ragged(inputs: AttentionInputs) -> AttentionInputs:
     return replace(inputs, shape=replace(inputs.shape, page_size=None), kv=kv, batch=batch, pages=None)
 
 
-def as_tiles(inputs: AttentionInputs, tokens: int) -> AttentionInputs:
+def as_tiles(inputs: AttentionInputs, tokens: int, block: int = 0) -> AttentionInputs:
     """What a window sees, without it: every ``tokens`` new tokens of whole prompts are a request of their own, whose cache is the
-    pages that one of them sees. Pages are shared by requests, as neighbouring tiles share keys."""
+    pages that one of them sees. With ``block``, every token sees all of a cache of as many whole blocks of so many keys as
+    the tile's pages fill, as far as there are keys before its end. Pages are shared by requests, as neighbouring tiles
+    share keys."""
     size, window, device = inputs.shape.page_size, inputs.shape.window, inputs.q.device
     assert size is not None and window is not None and inputs.pages is not None and inputs.q_lens == inputs.kv_lens
     q_lens, kv_lens, rows = [], [], []
     for length, part in zip(inputs.kv_lens, inputs.pages.split(inputs.num_pages), strict=True):
         for start in range(0, length, tokens):
             first, end = max(0, start - window + 1) // size, min(start + tokens, length)
+            if block:
+                first = max(0, end - -(-(end - first * size) // block) * block) // size
             q_lens.append(end - start)
             kv_lens.append(end - first * size)
             rows.append(part[first : -(-end // size)])
@@ -254,7 +258,7 @@ def as_tiles(inputs: AttentionInputs, tokens: int) -> AttentionInputs:
         line[: row.shape[0]] = row
     return replace(
         inputs,
-        shape=replace(inputs.shape, window=None),
+        shape=replace(inputs.shape, window=None, causal=inputs.shape.causal and not block),
         q_lens=tuple(q_lens),
         kv_lens=tuple(kv_lens),
         batch=Batch(int32(offsets(q_lens), device), int32(kv_lens, device), table),
@@ -300,12 +304,14 @@ def attention_problem(
     variants: bool = False,
     beside_ragged: bool = False,
     tile: int | None = None,
+    block: int = 0,
 ) -> Problem:
     """The problem of a batch; ``variants`` adds the call with its update and the one under a plan for mixed batches,
-    ``beside_ragged`` the one with the pages' tokens as ragged K and V. ``tile``: of ``as_tiles`` instead, with so many tokens."""
+    ``beside_ragged`` the one with the pages' tokens as ragged K and V. ``tile``: of ``as_tiles`` instead, with so many tokens and
+    with ``block``."""
     inputs = make_inputs(device, shape, q_lens, kv_lens)
     if tile is not None:
-        inputs = as_tiles(inputs, tile)
+        inputs = as_tiles(inputs, tile, block)
         shape, q_lens, kv_lens = inputs.shape, inputs.q_lens, inputs.kv_lens
     longest = max(q_lens)
     made = {"": ours(inputs, longest)}

@@ -45,11 +45,10 @@ def _forward(*arguments: Any, **named: Any) -> list[torch.Tensor]:
     given = dict(zip((*names, "sparse_mask_fine", "only_qv"), after, strict=False)) | named
     if chunk or given["sparse_mask_fine"] is not None or given["only_qv"]:
         raise NotImplementedError("vLLM's FlashAttention-3 has no attention_chunk, sparse_mask_fine or only_qv")
+    if before[3] is None:  # SGLang gives cu_seqlens_k_new without new keys too
+        before = (*before[:9], None, *before[10:])
     return torch.ops._vllm_fa3_C.fwd(*before, *(given[name] for name in names), 1, 0, None)
 
 
-def _scheduler_metadata(*arguments: Any) -> torch.Tensor:
-    """``attention_chunk``, the 20th argument, is left out."""
-    if arguments[19]:
-        raise NotImplementedError("vLLM's FlashAttention-3 has no attention_chunk")
-    return torch.ops._vllm_fa3_C.get_scheduler_metadata(*arguments[:19], *arguments[20:])
+def _scheduler_metadata(*arguments: Any) -> None:
+    """None: each call prepares its own, because vLLM's library lays it out for buffers of another size."""

@@ -297,6 +297,7 @@ def test_a_call_passes_each_value_under_its_name(prefill_launches):
         **{"starts": lists.starts, "items": lists.items, "k": kv.k, "v": kv.v, "out": out, "lse": lse},
         **{"order_items": made._orders[64].items, "order": made._orders[64].header},
         **{name: getattr(found, name).of(buffer) for name in ("arrivals", "partials", "partial_rows")},
+        **{name: getattr(found, name).of(buffer) for name in ("dense", "dense_records")},
         **{"table": batch.table, "table_row": rows, "mask_bits": mask.bits, "mask_indptr": mask.indptr},
         **{"sinks": sinks, "slopes": slopes, "k_scales": scales},
     }
@@ -304,7 +305,7 @@ def test_a_call_passes_each_value_under_its_name(prefill_launches):
         **{"k_stride_page": 2048, "k_stride_token": 64, "k_stride_head": 1024},
         **{"v_stride_page": 1024, "v_stride_token": 32, "v_stride_head": 512},
         **{"out_stride_token": 256, "out_stride_head": 32, "lse_stride_token": 9, "table_stride": 40},
-        **{"k_scale_stride": 1, "v_scale_stride": 0, "num_kv_heads": 2},
+        **{"k_scale_stride": 1, "v_scale_stride": 0, "num_kv_heads": 2, "dense_steps": 0},
         **{"window": 64, "scale": 0.3, "soft_cap": 20.0, "v_scale": 0.25, "kv_indptr": 0, "v_scales": 0},
         **{"inv_freq": 0, "q_scales": 0, "q_scale_stride": 0, "rope_factor": 1.0},
         "queries": (q.data_ptr(), (16, 4, 64)),

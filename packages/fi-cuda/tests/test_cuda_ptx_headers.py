@@ -106,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) probe(float* out, int* flag
   store_async(place, make_uint2(1, 2), barrier);
   store_async(place, make_uint4(1, 2, 3, 4), barrier);
   store_async(place, 5ull, barrier);
+  store_async(place, 6u, barrier);
   cluster_arrive();
   cluster_wait();
   arrive_in_cluster(bar, num_blocks_in_cluster() - 1);

@@ -35,7 +35,7 @@ def test_a_cluster_holds_its_row(vocab_size, num_rows, kept):
     assert warps * form.warp_tokens >= vocab_size
     # Slices begin at multiples of 16 bytes in any dtype.
     assert form.warp_tokens % 8 == 0
-    assert form.cluster_size in (1, 2, 4, 6, 8, 16) and form.num_threads in (128, 256, 512)
+    assert form.cluster_size in (*range(1, 9), 16) and form.num_threads in (128, 256, 384, 512)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
@@ -45,6 +45,7 @@ def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
     form = geometry_for(vocab_size, num_rows)
     filtering = geometry_for(vocab_size, num_rows, kept=kept_for(every))
     # The entry serves no more.
+    written = geometry_for(vocab_size, num_rows, kept=kept_for(every).without_pairs())
     two_rows = geometry_for(min(vocab_size, 2**18), num_rows, rows_held=2, kept=NO_SEARCH)
     penalised = {
         filters: column_form(vocab_size, num_rows, filters, penalties=True)
@@ -59,7 +60,7 @@ def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
             geometry_for(vocab_size, num_rows, kept=kept_for(frozenset({"top_p"}))),
             frozenset({"top_p"}),
         ),
-        FilterLogitsSpec.of(torch.float32, 16, filtering, every, 16, True),
+        FilterLogitsSpec.of(torch.float32, 16, written, every, 16, True),
         TopKSpec(torch.float32, 16, *form, 2048, False),
         VerifySpec(torch.float32, 16, *form, tree=True, proposals=False),
         VerifySpec(torch.float32, 16, *two_rows, tree=False, proposals=True),
@@ -74,10 +75,14 @@ def test_blocks_fit_on_a_multiprocessor(vocab_size, num_rows):
 def test_few_rows_are_spread_and_many_share_multiprocessors():
     few, some, many = (geometry_for(128256, rows) for rows in (1, 16, 256))
     assert (few.cluster_size, some.cluster_size, many.cluster_size) == (16, 8, 8)
-    assert (few.resident_blocks, some.resident_blocks, many.resident_blocks) == (1, 1, 2)
+    assert (few.resident_blocks, some.resident_blocks, many.resident_blocks) == (1, 2, 2)
     assert all(geometry_for(128256, 256, kept=kept).resident_blocks == 3 for kept in (NO_SEARCH, SMALL_SEARCH))
     assert geometry_for(32000, 256).cluster_size == 2
     assert geometry_for(32000, 256, kept=SHORT_LIST).cluster_size == 4
-    # 16 clusters of 8 do not fit on the multiprocessors at a time, of 6 they do.
-    for kept in (NO_SEARCH, TOP_P_SEARCH):
-        assert [geometry_for(128256, rows, kept=kept).cluster_size for rows in (8, 16, 22)] == [16, 6, 8]
+    # 16 clusters of 8 do not fit on the multiprocessors at a time, of 6 they do; blocks without one of their own share one.
+    for kept in (NO_SEARCH, SHORT_LIST, TOP_P_SEARCH):
+        forms = [geometry_for(128256, rows, kept=kept) for rows in (8, 16, 22)]
+        assert [form.cluster_size for form in forms] == [16, 6, 8]
+        assert [form.resident_blocks for form in forms] == [1, 1, 2]
+    for kept, rows in ((SHORT_LIST, (64, 256)), (TOP_P_SEARCH, (256,))):
+        assert all(geometry_for(128256, n, kept=kept)[:2] == (5, 384) for n in rows)

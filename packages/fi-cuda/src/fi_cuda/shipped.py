@@ -159,6 +159,7 @@ def _sampling_specs() -> Iterator[KernelSpec]:
             yield ColumnSampleSpec.of(dtype, VECTOR_BYTES, form, filters, typical, penalties)
         form = geometry_for(128256, num_rows, kept=kept_for(every))
         yield SampleSpec.of(torch.bfloat16, VECTOR_BYTES, form, every)
+        form = geometry_for(128256, num_rows, kept=kept_for(every).without_pairs())
         for probs in (False, True):
             yield FilterLogitsSpec.of(dtype, VECTOR_BYTES, form, every, VECTOR_BYTES, probs)
         form = geometry_for(128256, num_rows)

@@ -101,9 +101,13 @@ class AppendKVSpec(KernelSpec):
     @property
     def blocks_per_multiprocessor(self) -> int | None:
         """1024 threads, so 64 registers each, for threads that hold little beside a table's angles: left alone, the compiler
-        settles for fewer registers and has threads wait longer. Angles that are computed need more."""
+        settles for fewer registers and has threads wait longer. Angles that are computed need more. Likewise 1152 where many
+        tokens become FP8 without RoPE."""
         holds_little = self.angle_bytes > 0 and max(self.q_rounds, self.k_rounds, self.v_rounds) <= 1
-        return 1024 // self.num_threads if self.values_first or holds_little else None
+        if self.values_first or holds_little:
+            return 1024 // self.num_threads
+        becomes_fp8 = self.stored.itemsize == 1 and self.rotary_dim == 0 and self.tokens_per_block > 1
+        return 1152 // self.num_threads if becomes_fp8 and not self.scales_per_head else None
 
     def served(self) -> tuple[int, int, int]:
         """Heads of q, K and V that a row of blocks serves."""

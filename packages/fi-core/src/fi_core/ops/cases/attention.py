@@ -20,7 +20,7 @@ from ...rope import FusedRope, Llama3Scaling, RopeConfig, RopeTable, YarnScaling
 from ...tolerances import attention_tolerance, lse_tolerance
 from . import poisoned
 from .attention_batches import large_batches
-from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale
+from .kv import CacheForm, ScaleForm, indptr_of, make_cache, make_scale, tilt
 from .prefixes import Forest, forests, share
 
 
@@ -31,7 +31,7 @@ class Scenario:
     ``window`` is what the call picks of spec.windows; ``mask`` the columns of a packed mask; ``spare_rows`` rows of q and
     out past q_indptr[B]; ``strided`` makes q and out views of wider tensors; ``before`` plans another batch first, to find
     state that an update fails to replace. ``q_scale`` is the form of the scale of FP8 queries; ``scaling`` that of the
-    rotation's frequencies; ``forest`` what requests share; ``soft_cap`` the cap of a spec that has one.
+    rotation's frequencies; ``forest`` what requests share; ``soft_cap`` the cap of a spec with one; ``steep`` as in ``tilt``.
     """
 
     spec: AttentionSpec
@@ -49,6 +49,7 @@ class Scenario:
     fp8_weights: bool = False
     forest: Forest | None = None
     soft_cap: float = 2.0
+    steep: float = 0.0
 
     @property
     def capacity(self) -> Capacity:
@@ -91,6 +92,7 @@ def build(scenario: Scenario, device: torch.device, seed: int) -> Trial:
     rows = num_tokens + scenario.spare_rows
     q = torch.randn(rows, spec.num_qo_heads, spec.head_dim, generator=generator)
     q[num_tokens:] = math.nan
+    tilt(q[:num_tokens], cache, scenario.kv_lens, scenario.steep)
     q_scale = make_scale(scenario.q_scale, spec.num_qo_heads, device, generator)
     stored = (
         quantise(q.to(device), spec.q_format, q_scale, torch.float32) if spec.q_is_fp8 else q.to(device, spec.dtype)

@@ -81,6 +81,10 @@ def _layouts() -> Iterator[Case]:
     for page_size in (1, 2, 3, 5, 8, 16, 24, 32, 64, 100, 128, 255, 256):
         for name, options in _PLACES.items():
             yield _case(f"page_size_{page_size}_{name}", page_size=page_size, **options)
+    # Tiles enough for some to begin after the end of others of their request.
+    many: dict[str, Any] = {"page_size": 1, "head_dim": 128, "heads": (16, 4), "tags": frozenset({"large"})}
+    yield _case("slots_of_many_tiles", ((3000, 700, 1), (3100, 1500, 5000)), table_row=True, **many)
+    yield _case("slots_of_many_tiles_not_causal", ((2000, 900), (2000, 901)), table="indptr", causal=False, **many)
     # Of a step of 128 keys some parts of 32 follow each other in memory and some do not.
     runs: dict[str, Any] = {"page_size": 1, "run": 70}
     yield _case("slots_in_runs", _APPEND, head_dim=128, heads=(8, 2), features={"lse"}, **runs)
@@ -118,6 +122,8 @@ def _features() -> Iterator[Case]:
         for soft_cap in (10.0, 50.0):
             yield _case(f"soft_cap_{soft_cap:.0f}_d{head_dim}", _APPEND, soft_cap=soft_cap, **capped)
         yield _case(f"soft_cap_window_d{head_dim}", _APPEND, soft_cap=50.0, windows=(300,), **capped)
+        for soft_cap in (50.0, 64.0, 100.0):
+            yield _case(f"soft_cap_{soft_cap:.0f}_steep_d{head_dim}", _APPEND, soft_cap=soft_cap, steep=150.0, **capped)
     yield _case("rope_q", rope=FusedRope(64), features={"lse"})
     yield _case("rope_q_d128", rope=FusedRope(128), head_dim=128, heads=(8, 2))
     yield _case("rope_q_interleaved", rope=FusedRope(32, "interleaved"))

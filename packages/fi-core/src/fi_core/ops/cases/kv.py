@@ -81,6 +81,18 @@ def make_cache(
     return CacheInputs(kv, fields, block, offset)
 
 
+def tilt(q: Tensor, cache: CacheInputs, kv_lens: Sequence[int], steep: float) -> None:
+    """Lets the logits of q [T, Hq, D] fall from about ``steep`` to -``steep`` over each request's keys (of 16 bits), so that
+    whoever begins with the last key meets the largest ones late; 0 changes nothing."""
+    if not steep:
+        return
+    q[..., 0] = height = (steep * q.shape[-1] ** 0.5) ** 0.5
+    falling = torch.cat([torch.linspace(height, -height, length) for length in kv_lens])
+    keys = cache.kv.as_nhd()[0]
+    where = (cache.block, cache.offset) if cache.kv.is_paged else (cache.block,)
+    keys[(*where, slice(None), 0)] = falling.to(keys.device, keys.dtype).unsqueeze(1)
+
+
 def _paged(
     form: CacheForm, kv_lens: Sequence[int], device: torch.device, generator: torch.Generator
 ) -> tuple[int, dict[str, Tensor], Tensor, Tensor]:

@@ -19,8 +19,8 @@ from .sampling_inputs import noise, on_device
 
 @dataclass(frozen=True)
 class ChainCase:
-    """Shape and content. ``likely``: drafted tokens are mostly what the target prefers; ``unusable``: some target rows
-    hold NaN, no mass, a negative or a too large value; ``after``: foreign elements after each row."""
+    """Shape and content. ``likely``: drafted tokens are mostly what the target prefers; ``unusable``: some rows hold
+    NaN, no mass, a negative or a too large value; ``after``: foreign elements after each row."""
 
     name: str
     num_draft: int = 4
@@ -80,6 +80,9 @@ def _build(case: ChainCase, device: torch.device, seed: int) -> Trial:
         other = random_target((case.num_requests, case.num_draft, case.vocab_size), False, generator)
         draft_probs = 0.5 * other + 0.5 * target[:, :-1].nan_to_num() if case.likely else other
         draft_probs[2::7] = target[2::7, :-1].nan_to_num()
+        if case.unusable:
+            for row, value in enumerate((torch.nan, -0.5, 3.0, torch.inf)):
+                draft_probs[4 + row :: 9, row % case.num_draft, -1] = value
     shape = (case.num_requests, rows)
 
     def run(kernel: Any) -> Mapping[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fi_core.records import AttentionSpec, Capacity
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from .order import HEADER_WIDTH, OrderList, order_rows, order_slots
 from .plan import ITEM_WIDTH, START_WIDTH, DeviceWorkList, scratch_bytes
-from .prefill_tuning import PrefillTuning, prefill_params, prefill_tuning_for
+from .prefill_tuning import (
+    WARPGROUP_WARPS,
+    HeadBytes,
+    PrefillTuning,
+    dense_step_bytes,
+    dense_steps,
+    prefill_params,
+    prefill_tuning_for,
+)
 from .tuning import DecodeTuning, num_processors, partition_params, tuning_for
 
 
@@ -55,6 +63,16 @@ class Slots:
 
 
 @dataclass(frozen=True)
+class DenseCopies:
+    """How much a plan keeps of gathered keys and values: ``steps`` of ``step_bytes``, and where those of ``owners`` requests and
+    heads lie."""
+
+    steps: int = 0
+    step_bytes: int = 0
+    owners: int = 0
+
+
+@dataclass(frozen=True)
 class Layout:
     """Regions of a plan's buffer.
 
@@ -62,7 +80,8 @@ class Layout:
     ``host_bytes``, which an update from the CPU copies at once. ``scratch`` is the planning kernel's (of no bytes where it
     needs none). ``partials`` and ``partial_rows`` are the slots of pieces' results: of decode with base and mass of the
     softmax, once for every four dims, all bits set while a piece is not there; of prefill with the log-sum-exp in base 2, and
-    ``arrivals`` counts the pieces of each split tile that are there.
+    ``arrivals`` counts the pieces of each split tile that are there. ``dense`` has dense copies, ``dense_records`` where they lie
+    (``fi/attention/prefill_dense.cuh``), zeros to begin with.
     """
 
     tuning: DecodeTuning | PrefillTuning
@@ -76,6 +95,8 @@ class Layout:
     arrivals: Region
     partials: Region
     partial_rows: Region
+    dense: Region
+    dense_records: Region
     num_bytes: int
 
     @classmethod
@@ -95,12 +116,17 @@ class Layout:
     def of_prefill(cls, spec: AttentionSpec, capacity: Capacity, device: torch.device) -> Layout:
         """The layout of a prefill plan; raises CapacityError likewise."""
         tuning = prefill_tuning_for(spec, device)
+        steps = dense_steps(spec, capacity, tuning)
+        if steps == 0:
+            tuning = replace(tuning, dense_tiles=0)
+        owners = capacity.max_batch * spec.num_kv_heads if steps else 0
+        dense = DenseCopies(steps, dense_step_bytes(tuning, HeadBytes.of(spec)), owners)
         processors = num_processors(device)
         params = {
             window: prefill_params(spec, capacity, tuning, window, processors) for window in dict.fromkeys(spec.windows)
         }
         slots = Slots(tuning.slot_rows, spec.head_dim_vo or 0, counters=tuning.consumers)
-        return cls._arranged(tuning, params, capacity, slots)
+        return cls._arranged(tuning, params, capacity, slots, dense)
 
     @classmethod
     def _arranged(
@@ -109,6 +135,7 @@ class Layout:
         params: dict[int | None, PartitionParams],
         capacity: Capacity,
         slots: Slots,
+        dense: DenseCopies = DenseCopies(),
     ) -> Layout:
         some = next(iter(params.values()))
         bounds = PartitionBounds.from_capacity(some, capacity)  # a window changes no bound
@@ -151,5 +178,7 @@ class Layout:
             arrivals=build.add((max(max_merges, num_pieces // 2) * slots.counters,), torch.int32),
             partials=build.add((max(bounds.num_slots, num_pieces), slots.rows, slots.head_dim_vo), torch.float32),
             partial_rows=build.add((max(bounds.num_slots, num_pieces), slots.rows, *slots.row_shape), torch.float32),
+            dense=build.add((dense.steps, dense.step_bytes), torch.uint8),
+            dense_records=build.add((2 + dense.owners, WARPGROUP_WARPS), torch.int64),
             num_bytes=build.end,
         )

@@ -26,8 +26,8 @@ _REGISTERS_FOR_LONG_STEPS, _FITTING = (24, 240), 320
 class PrefillSpec(KernelSpec):
     """What is compiled into a prefill kernel: element types, head shape, addressing and RoPE as for decode, tile (``consumers``
     warpgroups of 64 packed rows, ``tokens`` keys a step, ``edge_tokens`` the unit of an item's first step, ``box_tokens``
-    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), and the features of the call. ``after_decode``: it is
-    launched behind the decode kernel, which serves batches of short queries."""
+    of a copy), rings, ``in_pieces`` (the order may have pieces of tiles), ``dense_tiles`` as in PrefillTuning, and the features
+    of the call. ``after_decode``: it is launched behind the decode kernel, which serves batches of short queries."""
 
     dtype: torch.dtype
     query: torch.dtype
@@ -59,6 +59,7 @@ class PrefillSpec(KernelSpec):
     mask: int
     rotary_dim: int
     rope_pairs: int
+    dense_tiles: int
     q_scales: bool
     k_scales: bool
     v_scales: bool
@@ -81,6 +82,8 @@ class PrefillSpec(KernelSpec):
             ("arrivals", "output"),
             ("partials", "output"),
             ("partial_rows", "output"),
+            ("dense", "output"),
+            ("dense_records", "output"),
             *TENSOR_PARAMS,
             ("inv_freq", "pointer"),
             ("q_scales", "pointer"),
@@ -91,6 +94,7 @@ class PrefillSpec(KernelSpec):
             ("k_scale_stride", "int32"),
             ("v_scale_stride", "int32"),
             ("num_kv_heads", "int32"),
+            ("dense_steps", "int32"),
             ("window", "int32"),
             ("scale", "float"),
             ("soft_cap", "float"),
@@ -173,5 +177,6 @@ def prefill_fields(spec: AttentionSpec, tuning: PrefillTuning, form: CallForm) -
         overlap=tuning.overlap,
         parts=tuning.parts,
         in_pieces=tuning.pieces > 1,
+        dense_tiles=0 if form.windowed else tuning.dense_tiles,
         signed_scale=form.signed_scale,
     )

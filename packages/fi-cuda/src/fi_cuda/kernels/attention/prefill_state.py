@@ -58,6 +58,7 @@ class PrefillState(ListState):
         }
         for order in self._orders.values():
             order.header.zero_()
+        self._layout.dense_records.of(self._buffer).zero_()
         if not spec.batch_invariant:  # whose tiles are split by their own length alone
             for window, order in self._orders.items():
                 planner = OrderPlanner(self._order_specs[window], capacity, window, order)
@@ -82,6 +83,8 @@ class PrefillState(ListState):
             loader = f"{boxes}; {loader} from a cache that no map describes"
         elif self._run_tokens is not None:
             loader = f"{loader}; {self._run_tokens} that follow each other in memory as a box"
+        if tuning.dense_tiles:
+            loader = f"{loader}; of requests of {tuning.dense_tiles} tiles and more one leaves them to the others"
         return (
             f"tiles: {params.kinds[0].q_rows} rows x {tuning.tokens} KV tokens; {tuning.consumers} warpgroups {turns},"
             f" {tuning.key_stages} + {tuning.value_stages} stages",
@@ -123,7 +126,7 @@ class PrefillState(ListState):
 
     def _prepare(self, kv: KVCache, layer: ResolvedLayer, with_lse: bool) -> Call:
         lists, layout, tuning = self._lists[layer.window], self._layout, self._tuning
-        regions = (layout.arrivals, layout.partials, layout.partial_rows)
+        regions = (layout.arrivals, layout.partials, layout.partial_rows, layout.dense, layout.dense_records)
         workspace = [region.of(self._buffer) for region in regions]
         q_scales, q_scale_stride, q_scale = scale_of(layer.q_scale)
         k_scales, k_scale_stride, k_scale = scale_of(kv.k_scale)
@@ -155,7 +158,7 @@ class PrefillState(ListState):
             ),
             cache_strides=(cache_strides_of if spec.has_boxes else near_strides_of)(kv),
             numbers=(
-                *(q_scale_stride, k_scale_stride, v_scale_stride, self._spec.num_kv_heads),
+                *(q_scale_stride, k_scale_stride, v_scale_stride, self._spec.num_kv_heads, layout.dense.shape[0]),
                 *(layer.window or 0, scale, layer.soft_cap or 1.0, v_scale),
                 1.0 if rope is None else rope.config.attention_factor,
             ),

@@ -35,6 +35,10 @@ _NARROW_HEAD_DIM = 128
 _SHORT_HEAD_DIM = 64
 _WIDE_HEAD_DIM, _LONG_STEP = 192, 80
 _MAX_TOKENS = 256
+_DENSE_TILES, _MAX_DENSE_TILES = 32, 64
+"""Full tiles of a request from which on one leaves what it gathered: with fewer, too few of them begin after its end."""
+DENSE_BYTES = 2**27
+"""Of a plan's dense copies at most; requests beyond them are gathered by every tile."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ class PrefillTuning:
     unit.
 
     ``landing_stages``: of the ring for K and V that are not multiplied as they are stored; FP8 queries need it, and 0 has FP8
-    K and V beside other queries copied row by row."""
+    K and V beside other queries copied row by row.
+
+    ``dense_tiles``: where K and V are gathered, a tile of each request with so many full ones leaves them as a dense copy, which
+    others of its tiles read (0: none does)."""
 
     consumers: int
     tokens: int
@@ -64,6 +71,7 @@ class PrefillTuning:
     item_cost: int
     step_cost: int
     landing_stages: int = 0
+    dense_tiles: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -75,6 +83,7 @@ class PrefillTuning:
             ("copy_order", COPY_ORDERS),
             ("pieces", tuple(range(1, MAX_PIECES + 1))),
             ("landing_stages", (0, 2, 3, 4)),  # one is filled while another is read
+            ("dense_tiles", tuple(range(_MAX_DENSE_TILES + 1))),
         ):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"tuning.{name}", f"one of {allowed}", getattr(self, name))
@@ -85,6 +94,11 @@ class PrefillTuning:
     @property
     def slot_rows(self) -> int:
         return self.consumers * WARPGROUP_ROWS
+
+    def leaves_dense_copies(self, group_size: int, max_q_len: int) -> bool:
+        """Whether a request of at most ``max_q_len`` new tokens may have tiles enough."""
+        tile_tokens = self.consumers * (WARPGROUP_ROWS // group_size)
+        return 0 < self.dense_tiles <= max_q_len // tile_tokens
 
     def kind(self, group_size: int) -> TileKind:
         """The only kind of q tile: as many whole tokens as the warpgroups hold."""
@@ -142,6 +156,22 @@ def prefill_shared_bytes(tuning: PrefillTuning, heads: HeadBytes) -> int:
     return (queries + keys + values + landing) * BOX_ROW_BYTES + items + _BARRIER_BYTES + _ALIGNMENT
 
 
+def dense_step_bytes(tuning: PrefillTuning, heads: HeadBytes) -> int:
+    """What a dense copy takes of a step's keys and values."""
+    columns = (-(-dim * heads.query // BOX_ROW_BYTES) for dim in (heads.head_dim, heads.head_dim_vo))
+    return tuning.tokens * BOX_ROW_BYTES * sum(columns)
+
+
+def dense_steps(spec: AttentionSpec, capacity: Capacity, tuning: PrefillTuning) -> int:
+    """Steps of all dense copies of a plan together."""
+    if None not in spec.windows or not tuning.leaves_dense_copies(spec.group_size, capacity.max_q_len):
+        return 0
+    tile_tokens = tuning.consumers * (WARPGROUP_ROWS // spec.group_size)
+    requests = min(capacity.max_batch, capacity.max_q_tokens // (tuning.dense_tiles * tile_tokens))
+    most = requests * spec.num_kv_heads * -(-capacity.max_kv_len // tuning.tokens)
+    return min(most, DENSE_BYTES // dense_step_bytes(tuning, HeadBytes.of(spec)))
+
+
 def prefill_tuning_for(spec: AttentionSpec, device: torch.device, levels: bool = False) -> PrefillTuning:
     """The parameters for a plan; ``levels`` as in ``built_in_prefill_tuning``. Raises ArgumentError for unknown names or
     values in what ``fi_tuning`` returns, and for tiles that do not fit the pages or the shared memory."""
@@ -155,6 +185,11 @@ def prefill_tuning_for(spec: AttentionSpec, device: torch.device, levels: bool =
     if unknown:
         raise ArgumentError("fi_tuning", f"names among {names}", sorted(unknown))
     tuning = replace(built_in, **given)
+    are_gathered = spec.kv_dtype == spec.q_dtype and not tuning.overlap and not tuning.landing_stages
+    if tuning.dense_tiles and not (are_gathered and box_tokens(spec.page_size, tuning.tokens) is None):
+        if "dense_tiles" in given:
+            raise ArgumentError("tuning.dense_tiles", "0 where K and V are not gathered row by row", tuning.dense_tiles)
+        tuning = replace(tuning, dense_tiles=0)
     size = prefill_shared_bytes(tuning, HeadBytes.of(spec))
     may_land = spec.kv_dtype != spec.q_dtype and box_tokens(spec.page_size, tuning.tokens) is not None
     if spec.q_is_fp8 > (tuning.landing_stages > 0) or (tuning.landing_stages > 0) > (spec.q_is_fp8 or may_land):
@@ -202,6 +237,7 @@ def built_in_prefill_tuning(
         item_cost=2,
         step_cost=2,
         landing_stages=2 if spec.q_is_fp8 or (boxes and spec.kv_dtype != spec.q_dtype) else 0,
+        dense_tiles=_DENSE_TILES if three and not boxes and as_stored else 0,
     )
     fewer = replace(tuning, query_stages=1, key_stages=2)
     row_by_row = replace(fewer, landing_stages=0)

@@ -144,7 +144,7 @@ def prefix_spec(
     spec: AttentionSpec, tuning: PrefixTuning, form: CallForm, decode: DecodeSpec | None = None
 ) -> PrefixSpec:
     """The kernel of a call, with ``decode`` also that kernel's code; K and V come in boxes there only if they do here."""
-    tiles = replace(tuning.tiles, copy_order="keys ahead", pieces=1)  # as its loader works
+    tiles = replace(tuning.tiles, copy_order="keys ahead", pieces=1, dense_tiles=0)  # as its loader works
     made = dict(prefill_fields(spec, tiles, form), levels=True)
     if decode is not None:
         names = ("num_warps", "row_warps", "head_warps", "rows", "chunk_tokens", "stages")

@@ -62,7 +62,7 @@ def _bound(
 def filter_logits(logits: Tensor, filters: FilterParams, kind: str, out: Tensor) -> None:
     """The ``FilterLogits`` protocol of fi-core, a cluster a row; ``out`` may be the logits."""
     device, (num_rows, vocab_size) = logits.device, logits.shape
-    chosen = geometry_for(vocab_size, num_rows, kept=kept_for(filters.active))
+    chosen = geometry_for(vocab_size, num_rows, kept=kept_for(filters.active).without_pairs())
     vectors = (vector_bytes(logits, multiple_of=vocab_size), vector_bytes(out, multiple_of=vocab_size))
     kernel = _bound(device, logits.dtype, vectors, chosen, filters.active, kind == "probs")
     kernel.launch(

@@ -70,6 +70,11 @@ class ClusterRowSpec(KernelSpec):
         return False
 
     @property
+    def weighed(self) -> bool:
+        """Whether places past the vocabulary hold -inf, which has no mass, and not NaN, which no comparison takes."""
+        return False
+
+    @property
     def needs_smallest(self) -> bool:
         """Whether the kernel reads a row's smallest element."""
         return self.search
@@ -106,6 +111,7 @@ class ClusterRowSpec(KernelSpec):
             f"static constexpr bool kBracket = {str(self.bracket).lower()};",
             f"static constexpr bool kSmallSearch = {str(self.small_search).lower()};",
             f"static constexpr bool kPenalised = {str(self.penalised).lower()};",
+            f"static constexpr bool kWeighed = {str(self.weighed).lower()};",
             f"static constexpr bool kSmallest = {str(self.needs_smallest).lower()};",
         )
         return join_constants([*super().config_lines(), *derived])
@@ -134,6 +140,10 @@ class FilteringSpec(ClusterRowSpec):
     @property
     def small_search(self) -> bool:
         return True
+
+    @property
+    def weighed(self) -> bool:
+        return not self.penalised
 
     @classmethod
     def of(

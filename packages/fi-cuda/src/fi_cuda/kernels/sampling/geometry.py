@@ -12,8 +12,8 @@ _ROUND, _MOST_FILLING = 128, 0.03
 
 _MAX_CLUSTER = 16
 _FEW_ROWS, _SOME_ROWS = 8, 32
-_SIXES = 21
-"""Clusters of six blocks, one a multiprocessor, that a Hopper GPU holds; of eight it holds 15, as its parts of 16 or 18
+_SIXES, _EIGHTS = 21, 15
+"""Clusters of six and of eight blocks, one a multiprocessor, that a Hopper GPU holds, as its parts of 16 or 18
 multiprocessors are filled each by itself."""
 _MOST_OF_SIX = 128 * 1024
 """Shared memory that their slices may take."""
@@ -28,7 +28,8 @@ class Kept(NamedTuple):
     """Most of the shared memory that a kernel keeps beside its part of a row, in blocks of a cluster of up to 8 and of 16;
     as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``. Where many rows
     share multiprocessors, a cluster has ``least_cluster`` blocks or more; ``sixes``: whether clusters of six are faster than of
-    eight."""
+    eight. ``pairs_from``: from how many rows on two larger blocks are; ``grouped``: whether a warp's groups of tokens count, 1, 2
+    or 4 and up to 256 in all."""
 
     bytes: int
     bytes_of_16: int
@@ -36,6 +37,12 @@ class Kept(NamedTuple):
     threads_of_three: int = 512
     least_cluster: int = 1
     sixes: bool = False
+    pairs_from: int = 2**31
+    grouped: bool = False
+
+    def without_pairs(self) -> Kept:
+        """Of kernels to which pairs bring nothing, or that keep too much beside their slices for them."""
+        return self._replace(pairs_from=2**31)
 
 
 NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256, sixes=True)
@@ -45,10 +52,10 @@ NO_SEARCH_PENALISED = Kept(11 * 1024, 11 * 1024, threads_of_three=256, sixes=Tru
 SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
 """Of kernels whose ``ClusterRowSpec.small_search`` holds."""
 
-SHORT_LIST = SMALL_SEARCH._replace(least_cluster=4)
+SHORT_LIST = SMALL_SEARCH._replace(least_cluster=4, sixes=True, pairs_from=33, grouped=True)
 """With top_k: fewer warps have too few groups of tokens for a usual k, and the general search is three times as slow."""
 
-TOP_P_SEARCH = SMALL_SEARCH._replace(sixes=True)
+TOP_P_SEARCH = SMALL_SEARCH._replace(sixes=True, pairs_from=129)
 """With top_p and without top_k."""
 
 SEARCH = Kept(36 * 1024, 44 * 1024, most_blocks=2)
@@ -88,7 +95,12 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, kept: Kept 
     if vocab_size <= 4096:
         return geometry(vocab_size, 1, threads)
     if num_rows > _SOME_ROWS:
-        return _shared_multiprocessors(vocab_size, rows_held, kept, threads)
+        shared = _shared_multiprocessors(vocab_size, rows_held, kept, threads)
+        pair = _pair(vocab_size, rows_held, kept) if num_rows >= kept.pairs_from else None
+        # Where as many rows are held at a time.
+        if pair is not None and 2 * shared.cluster_size >= shared.resident_blocks * pair.cluster_size:
+            return pair
+        return shared
     cluster_size = _MAX_CLUSTER if num_rows <= _FEW_ROWS else _MAX_CLUSTER // 2
     if kept.sixes and _FEW_ROWS < num_rows <= _SIXES and vocab_size > _MAX_CLUSTER // 2 * 2048:
         six = geometry(vocab_size, 6, threads)
@@ -99,7 +111,9 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, kept: Kept 
     while True:
         found = geometry(vocab_size, cluster_size, threads)
         if cluster_size == _MAX_CLUSTER or rows_held * found.slice_bytes <= _ONE_BLOCK_BYTES:
-            return found
+            # Those that find no multiprocessor of their own share one.
+            sharing = num_rows > _EIGHTS and cluster_size == 8 and _resident(found, rows_held, kept) > 1
+            return found._replace(resident_blocks=2 if sharing else 1)
         cluster_size *= 2
 
 
@@ -116,6 +130,18 @@ def _shared_multiprocessors(vocab_size: int, rows_held: int, kept: Kept, threads
         if resident > 1 or cluster_size == _MAX_CLUSTER:
             return form._replace(resident_blocks=max(resident, 1))
         cluster_size *= 2
+
+
+def _pair(vocab_size: int, rows_held: int, kept: Kept) -> Geometry | None:
+    """Of the smallest cluster of which two blocks fit on a multiprocessor."""
+    for cluster_size in range(kept.least_cluster, 9):
+        # 12 warps in up to 5 blocks have 240 groups, in more 192 at most, as 8 warps have.
+        threads = 256 if kept.grouped and cluster_size > 5 else 384
+        for filling in (_MOST_FILLING, 0.0):
+            form = geometry(vocab_size, cluster_size, threads, filling)
+            if _resident(form, rows_held, kept) >= 2:
+                return form._replace(resident_blocks=2)
+    return None
 
 
 def _resident(form: Geometry, rows_held: int, kept: Kept) -> int:

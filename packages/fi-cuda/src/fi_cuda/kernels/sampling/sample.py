@@ -146,8 +146,8 @@ def sample(
 def column_form(vocab_size: int, num_outputs: int, filters: frozenset[str], penalties: bool) -> Geometry:
     """The form of a row's cluster, with the shared memory of penalties."""
     kept = kept_for(filters)
-    if penalties and kept is NO_SEARCH:
-        kept = NO_SEARCH_PENALISED
+    if penalties:
+        kept = NO_SEARCH_PENALISED if kept is NO_SEARCH else kept.without_pairs()
     return geometry_for(vocab_size, num_outputs, kept=kept)
 
 

@@ -21,11 +21,13 @@ inline void cluster_wait() {
   emulated::wait_until("the cluster", [&] { return cluster.barrier.generation != generation; });
 }
 
-inline int load_acquire(const int* flag) {
+template <class T>
+inline T load_acquire(const T* flag) {
   emulated::yield();
   return *flag;
 }
 inline void store_release(int* flag, int value) { *flag = value; }
+inline void store_release(unsigned long long* flag, unsigned long long value) { *flag = value; }
 inline void red_release(int* flag, int value) { *flag += value; }
 inline int add_acq_rel(int* flag, int value) {
   const int before = *flag;

@@ -168,7 +168,7 @@ class PrefillConsumer {
                           [&](const float (&rescale)[2]) { state_.rescale_output(rescale); });
     state_.template weigh<kTokens, 0, Config::kParts>(scores);
     wait_full(shared_.value_ring, value_place());
-    if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - steps.position(step));
+    if constexpr (Config::kWindowed && kDirect) clear_ends(steps.lowest - steps.position(step), kTokens, kTokens);
     weigh_and_multiply<0>(scores, weights);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
@@ -217,9 +217,11 @@ class PrefillConsumer {
   __device__ __forceinline__ void last_values(const unsigned (&weights)[kWidth / kStepKeys][4], const AttentionItem& item,
                                               const Steps& steps) {
     wait_full(shared_.value_ring, value_place());
-    if constexpr (kFresh && kDirect) clear(item.kv_end - steps.last, kWidth);
-    // Of a first step on its own too, where it is not the last one.
-    if constexpr (Config::kWindowed && kDirect) clear(0, steps.lowest - (kFresh ? steps.last : item.kv_begin));
+    if constexpr (kDirect && (kFresh || Config::kWindowed)) {
+      // What lies before a window: of a first step on its own too, where it is not the last one.
+      const int position = kFresh ? steps.last : item.kv_begin;
+      clear_ends(Config::kWindowed ? steps.lowest - position : 0, kFresh ? item.kv_end - position : kWidth, kWidth);
+    }
     state_.template multiply_values<kWidth>(weights, shared_.values[value_place().stage], kFresh);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(state_.output);
@@ -241,6 +243,36 @@ class PrefillConsumer {
     }
     ptx::fence_proxy_async_shared();
     ptx::named_barrier_sync(kOwnBarrier + warpgroup_, kWarpgroupThreads);
+  }
+
+  // The same of the values [0, low) and [high, end). In whole steps, few rows are cleared by every warp for itself, which is sooner
+  // done than waiting for the others; overlapped ones have no registers for it.
+  __device__ __forceinline__ void clear_ends(int low, int high, int end) {
+    if constexpr (Config::kOverlap) {
+      clear(high, end);
+      clear(0, low);
+      return;
+    }
+    if (low <= 0 && high >= end) return;
+    constexpr int kUnits = kBoxRowBytes / 16, kFew = 16;
+    const bool alone = max(low, 0) + max(end - high, 0) <= kFew;
+    const int stride = alone ? kWarpThreads : kWarpgroupThreads, first = static_cast<int>(threadIdx.x) & (stride - 1);
+    clear_units(first, low * kUnits, stride);
+    clear_units(high * kUnits + first, end * kUnits, stride);
+    ptx::fence_proxy_async_shared();
+    if (alone) __syncwarp();
+    else ptx::named_barrier_sync(kOwnBarrier + warpgroup_, kWarpgroupThreads);
+  }
+  // Units of 16 bytes of a column's rows.
+  __device__ __forceinline__ void clear_units(int first, int end, int stride) {
+    unsigned char* stage = shared_.values[value_place().stage];
+#pragma unroll 1
+    for (int unit = first; unit < end; unit += stride) {
+#pragma unroll
+      for (int column = 0; column < Tile::kValueColumns; ++column) {
+        *reinterpret_cast<int4*>(stage + column * Tile::kKeyColumnBytes + unit * 16) = int4{};
+      }
+    }
   }
 
   // The keys are free, and with the last step the queries. `zero` is 0: an arrival is not moved across a wait for products, so

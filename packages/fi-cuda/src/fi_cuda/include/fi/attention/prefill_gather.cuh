@@ -2,7 +2,9 @@
 // describes. A whole warpgroup copies, 16 bytes at a time, straight to where the copy engine's swizzle would have put them.
 #pragma once
 
+#include "fi/attention/prefill_dense.cuh"
 #include "fi/attention/prefill_table.cuh"
+#include "fi/ptx/bulk_copy.cuh"
 #include "fi/ptx/cp_async.cuh"
 #include "fi/ptx/elect.cuh"
 #include "fi/ptx/tma.cuh"
@@ -47,6 +49,8 @@ class GatherCopies {
   static_assert(kTokens % (kWarps * kRowsAtOnce) == 0 && kRounds <= kUnits, "a lane looks up one row a step");
   static_assert(!kRuns || (kPageSize == 1 && Config::kBoxTokens == kWarpRows && kRounds == kUnits));
   static_assert(sizeof(typename Config::Stored) == sizeof(Factor));
+  static constexpr int kStepColumns = kColumns<Config::kHeadDim> + kColumns<Config::kHeadDimVo>;
+  static_assert(kWarps == kDenseWarps);
 
   // Keys or values: a lane's part of the first row, in elements.
   struct Source {
@@ -62,10 +66,7 @@ class GatherCopies {
 
   __device__ __forceinline__ void enter(const AttentionItem& item, const ItemSteps<Config>& steps) {
     table_ = RequestTable<Config, Params>(params_, item.request);
-    const int element = thread_anew() % kUnits * kUnitElements;
-    keys_ = static_cast<const Factor*>(params_.k) + item.kv_head * params_.k_stride_head + element;
-    values_ = static_cast<const Factor*>(params_.v) + item.kv_head * params_.v_stride_head + element;
-    if constexpr (kRuns) kv_head_ = item.kv_head;
+    kv_head_ = item.kv_head;
     kv_end_ = item.kv_end;
     last_ = steps.last;
     lowest_ = steps.lowest;
@@ -91,27 +92,63 @@ class GatherCopies {
     pending_ = kNothing;
   }
 
+  // The item makes a dense copy or reads one.
+  __device__ __forceinline__ void begin_dense(Shared& shared, const DensePlace<Config>& place) {
+    keeps_ = place.is_kept;
+    if (thread_anew() % kWarpThreads == 0) shared.looked_up.dense[thread_anew() / kWarpThreads] = {place.step * kStepColumns, place.owner, 0};
+    __syncwarp();
+  }
+
+  // Behind the last copies of an item: what is kept of it may be read from now on.
+  __device__ __forceinline__ void end_dense(Shared& shared) {
+    if (!keeps_) return;
+    leave(shared);
+    keeps_ = false;
+    ptx::bulk_wait<0>();
+    if (ptx::elect_one()) {
+      const int num_steps = (kv_end_ + kTokens - 1) / kTokens;
+      const DenseCopy its = shared.looked_up.dense[thread_anew() / kWarpThreads];
+      publish_dense(params_, its.owner, its.column / kStepColumns - num_steps);
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ bool keeps() const { return Config::kDenseTiles > 0 && keeps_; }
+
+  // Whether the warp's rows of a step are all before `end`.
+  __device__ __forceinline__ bool is_before(int end, int step) const {
+    return position_of(step, warp_of(thread_anew()) * kWarpThreads) + kWarpRows <= end;
+  }
+
   // Whether rows of a step follow each other in memory, from `first`: all of a warp.
   static __device__ __forceinline__ bool is_run(int place, int first) {
     const int lane = thread_anew() % kWarpThreads;
     return __all_sync(0xffffffffu, place == first + lane / kUnits + lane % kUnits * kRowsAtOnce);
   }
   static __device__ __forceinline__ bool is_run(int place) { return is_run(place, first_of(place)); }
-
-  // kLooks: for runs.
-  template <bool kLooks = false>
-  __device__ __forceinline__ void load_keys(Shared& shared, int step, int place) {
-    shared.looked_up.places[step % 2][thread_anew()] = place;
+  __device__ __forceinline__ void look_for_runs(Shared& shared, bool looks) {
+    looks_ = looks && !keeps();
+    const int thread = thread_anew();
+    if (looks_ && thread % kWarpThreads == 0) shared.looked_up.dense[thread / kWarpThreads].is_in_order = 1;
     __syncwarp();
-    const Source keys{keys_, kPaged ? params_.k_stride_page : params_.k_stride_token, params_.k_stride_token, key_map_};
-    load<Config::kHeadDim, kLooks>(keys, shared, shared.keys[key_.stage], shared.key_ring, key_, step, place);
+  }
+
+  template <bool kCopied = false>
+  __device__ __forceinline__ void load_keys(Shared& shared, int step, int place) {
+    if constexpr (!kCopied) {
+      shared.looked_up.places[step % 2][thread_anew()] = place;
+      __syncwarp();
+    }
+    const Source keys{first_of_head(params_.k, params_.k_stride_head), kPaged ? params_.k_stride_page : params_.k_stride_token, params_.k_stride_token, key_map_};
+    load<Config::kHeadDim, kCopied>(keys, shared, shared.keys[key_.stage], shared.key_ring, key_, step, place, 0);
     if constexpr (!kOneCursor) key_.advance();
   }
-  template <bool kLooks = false>
+  template <bool kCopied = false>
   __device__ __forceinline__ void load_values(Shared& shared, int step, int place) {
-    const Source values{values_, kPaged ? params_.v_stride_page : params_.v_stride_token, params_.v_stride_token, value_map_};
+    const Source values{first_of_head(params_.v, params_.v_stride_head), kPaged ? params_.v_stride_page : params_.v_stride_token, params_.v_stride_token, value_map_};
     auto& cursor = value_place();
-    load<Config::kHeadDimVo, kLooks>(values, shared, shared.values[cursor.stage], shared.value_ring, cursor, step, place);
+    load<Config::kHeadDimVo, kCopied>(values, shared, shared.values[cursor.stage], shared.value_ring, cursor, step, place,
+                                    kColumns<Config::kHeadDim>);
     cursor.advance();
   }
 
@@ -122,6 +159,13 @@ class GatherCopies {
     return thread / kWarpThreads * kWarpRows + thread % kWarpThreads / kUnits;
   }
   __device__ __forceinline__ int position_of(int step, int thread) const { return last_ - step * kTokens + row_of(thread); }
+
+  // A lane's part of the item's head. Made anew each time: kept it would take registers.
+  __device__ __forceinline__ const Factor* first_of_head(const void* cache, int64 stride) const {
+    int head = kv_head_;
+    asm volatile("" : "+r"(head));
+    return static_cast<const Factor*>(cache) + head * stride + thread_anew() % kUnits * kUnitElements;
+  }
 
   __device__ __forceinline__ auto& value_place() {
     if constexpr (kOneCursor) return key_;
@@ -136,18 +180,33 @@ class GatherCopies {
     ptx::fence_proxy_async_shared();
     __syncwarp();
     auto* full = reinterpret_cast<unsigned long long*>(reinterpret_cast<unsigned char*>(&shared) + pending_);
-    if (ptx::elect_one()) ptx::arrive(full);
+    if (ptx::elect_one()) {
+      ptx::arrive(full);
+      if constexpr (Config::kDenseTiles > 0) {
+        if (keeps_) keep(shared);
+      }
+    }
   }
 
-  template <int kDim, bool kLooks, int kStages>
+  // first_column: of a dense copy's step.
+  template <int kDim, bool kCopied, int kStages>
   __device__ __forceinline__ void load(const Source& source, Shared& shared, unsigned char* stage, Ring<kStages>& ring,
-                                       const RingCursor<kStages>& cursor, int step, int place) {
+                                       const RingCursor<kStages>& cursor, int step, int place, int first_column) {
     // Consumers must not wait for copies that are there until the next stage is free.
     if (!__all_sync(0xffffffffu, ring.is_free(cursor))) {
       leave(shared);
       ring.acquire(cursor);
     }
-    if constexpr (kLooks) {
+    if constexpr (kCopied) {
+      leave(shared);
+      copy_dense<kDim>(shared, stage, ring, cursor, step * kStepColumns + first_column);
+      return;
+    }
+    if (keeps()) {
+      ptx::bulk_wait_read<Config::kKeyStages + Config::kValueStages - 2>();
+      __syncwarp();
+    }
+    if (kRuns && looks_) {
       const int first = first_of(place);
       if (is_run(place, first)) {
         leave(shared);
@@ -179,6 +238,53 @@ class GatherCopies {
       }
     }
     __syncwarp();
+  }
+
+  template <int kDim, int kStages>
+  __device__ __forceinline__ void copy_dense(const Shared& shared, unsigned char* stage, Ring<kStages>& ring,
+                                             const RingCursor<kStages>& cursor, int column_of_item) {
+    const int warp = warp_idx();
+    if (ptx::elect_one()) {
+      unsigned long long* full = ring.expect(cursor, kColumns<kDim> * kRunBytes);
+      const unsigned first = shared.looked_up.dense[warp].column + column_of_item;
+#pragma unroll
+      for (int column = 0; column < kColumns<kDim>; ++column) {
+        ptx::bulk_load(stage + column * Tile::kKeyColumnBytes + warp * kRunBytes, dense_column(first + column, warp), kRunBytes, full);
+      }
+    }
+    __syncwarp();
+  }
+
+  // The warp's rows of the pending stage to where the next of its dense copy are kept.
+  __device__ __forceinline__ void keep(Shared& shared) {
+    const int stage = stage_of(shared, shared.key_ring);
+    if (0 <= stage && stage < Config::kKeyStages) keep<Config::kHeadDim>(shared, shared.keys[stage]);
+    else keep<Config::kHeadDimVo>(shared, shared.values[stage_of(shared, shared.value_ring)]);
+    ptx::bulk_commit();
+  }
+  template <int kDim>
+  __device__ __forceinline__ void keep(Shared& shared, const unsigned char* stage) {
+    const int warp = warp_of(thread_anew());
+    const unsigned first = shared.looked_up.dense[warp].column;
+    shared.looked_up.dense[warp].column = first + kColumns<kDim>;
+#pragma unroll
+    for (int column = 0; column < kColumns<kDim>; ++column) {
+      ptx::bulk_store(dense_column(first + column, warp), stage + column * Tile::kKeyColumnBytes + warp * kRunBytes, kRunBytes);
+    }
+  }
+
+  // A column of a warp's rows of a step; those of a warp lie together.
+  __device__ __forceinline__ unsigned char* dense_column(unsigned column, int warp) const {
+    const unsigned first = static_cast<unsigned>(params_.dense_steps) * kStepColumns * warp;
+    return static_cast<unsigned char*>(params_.dense) + static_cast<uint64>(first + column) * kRunBytes;
+  }
+
+  // Which stage of a ring is pending, if it is one of its.
+  template <int kStages>
+  __device__ __forceinline__ int stage_of(const Shared& shared, const Ring<kStages>& ring) const {
+    const auto* first = reinterpret_cast<const unsigned char*>(ring.full);
+    const int offset = static_cast<int>(first - reinterpret_cast<const unsigned char*>(&shared));
+    return (pending_ - offset) / static_cast<int>(sizeof(ring.full[0]));
   }
 
   template <int kDim>
@@ -219,10 +325,11 @@ class GatherCopies {
 
   const Params& params_;
   RequestTable<Config, Params> table_;
-  const Factor *keys_ = nullptr, *values_ = nullptr;
   int kv_end_ = 0, last_ = 0, lowest_ = 0;
   const ptx::TensorMap *key_map_ = nullptr, *value_map_ = nullptr;
   int kv_head_ = 0;
+  bool looks_ = false;      // for runs
+  bool keeps_ = false;      // the item's rows, for others
   int pending_ = kNothing;  // where in shared memory the barrier of the stage is whose copies are under way
   RingCursor<Config::kKeyStages> key_ = RingCursor<Config::kKeyStages>::producer();
   RingCursor<Config::kValueStages> value_ = RingCursor<Config::kValueStages>::producer();

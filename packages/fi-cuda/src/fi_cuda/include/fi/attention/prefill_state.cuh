@@ -2,7 +2,7 @@
 // the output. Thread's rows 0 and 1 are accumulator rows lane / 4 and lane / 4 + 8 of its warp.
 #pragma once
 
-#include "fi/attention/prefill_tiles.cuh"
+#include "fi/attention/prefill_hide.cuh"
 #include "fi/ptx/convert.cuh"
 #include "fi/ptx/fence.cuh"
 #include "fi/ptx/named_barrier.cuh"
@@ -47,12 +47,18 @@ struct BentLogits {
   }
 };
 
+template <class T>
+constexpr bool kIsBfloat16 = false;
+template <>
+constexpr bool kIsBfloat16<__nv_bfloat16> = true;
+
 template <class Config, class Params>
 class PrefillState {
  public:
   using Tile = PrefillTile<Config>;
   using Factor = typename Tile::Factor;
   using Rows = QueriesAsRows;
+  using Place = ScorePlace<Config>;
   static constexpr int kTokens = Tile::kTokens;
   static constexpr int kStepKeys = Tile::kStepElements;  // of a product with values
   // Weights in e4m3 are at most 448 and lose bits below 2^-6: as large as fits, 2^8 e^kSlack.
@@ -64,6 +70,11 @@ class PrefillState {
   // Beside overlapped steps the hardware's tanh costs nothing that this would save.
   static constexpr bool kBent = Config::kSoftCap && !Config::kOverlap && !Config::kAlibi && !Config::kSignedScale &&
                                 PrefillScore<Config>::kUnits == 1;
+  // Capped logits are at most the cap and at least -cap, so where it is small no score needs to be looked at: from a base of cap - kSpan
+  // or more no weight is above e^kSpan, which leaves sums of them times values far from the end of float32 (and bfloat16), and a row's
+  // largest is at least e^(kSpan - 2 kLargestCap).
+  static constexpr bool kBounded = Config::kSoftCap && !kBent && !Config::kAlibi && kIsBfloat16<Factor>;
+  static constexpr float kSpan = 55.0f, kLargestCap = 64.0f;
 
   float output[Config::kHeadDimVo / 2];
   OnlineSoftmax<2, 4, 1, PrefillScore<Config>::kUnits, kLift> softmax;
@@ -73,6 +84,9 @@ class PrefillState {
   __device__ __forceinline__ void begin(const PrefillScore<Config>& score) {
     score_ = score;
     softmax.begin(score.unit);
+    if constexpr (kBounded) {
+      if (is_bounded()) softmax.top[0] = softmax.top[1] = 1.0f - kSpan / score.unit[0];
+    }
   }
 
   // Starts S = Q K^T for the first kWidth keys of a stage.
@@ -118,7 +132,7 @@ class PrefillState {
     ptx::pin_registers(scores);
     if constexpr (!PrefillScore<Config>::kPlain) {
       if constexpr (Config::kAlibi) {
-        const ThreadPlace place(rows.first);
+        const Place place(rows.first);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           const int distance = position + place.column - query_position(place.tokens[row], item.q_len, item.kv_len);
@@ -127,11 +141,11 @@ class PrefillState {
       }
 #pragma unroll
       for (int idx = 0; idx < kWidth / 2; ++idx) {
-        scores[idx] = score_(scores[idx], column_of(idx), Rows::row(idx));
+        scores[idx] = score_(scores[idx], Place::column_of(idx), Rows::row(idx));
       }
     }
     // Not in most steps.
-    if (is_masked<kWidth>(rows, position)) hide(params, item, rows, position, scores);
+    if (is_masked<kWidth>(rows, position)) PrefillMask<Config, Params>::hide(params, item, rows, position, scores);
   }
 
   // Makes scores of a full step's products and takes the largest of the warp's into account, as make_scores and raise do; where a
@@ -170,6 +184,9 @@ class PrefillState {
   template <int kCount>
   __device__ __forceinline__ bool raise(const float (&scores)[kCount], int step, float (&rescale)[2]) {
     if (!is_followed(step)) {
+      if constexpr (kBounded) {
+        if (is_bounded()) return false;
+      }
       rescale[0] = rescale[1] = 1.0f;
       float limits[2];
       softmax.find_limits(kSlack, limits);
@@ -185,7 +202,10 @@ class PrefillState {
   // Likewise of an item's first step.
   template <int kCount>
   __device__ __forceinline__ void raise_first(float (&scores)[kCount]) {
-    find_tops(scores, softmax.top);
+    float tops[2];
+    find_tops(scores, tops);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) softmax.top[row] = kBounded ? fmaxf(softmax.top[row], tops[row]) : tops[row];
     if constexpr (kBent) {
       is_bent_ = false;
       straighten(scores);
@@ -248,6 +268,9 @@ class PrefillState {
   static __device__ __forceinline__ bool is_masked(const GroupRows<Config, Params>& rows, int position) {
     return position < rows.by_all.low || position + kWidth > rows.by_all.high;
   }
+
+  // Scores are in units of the cap.
+  __device__ __forceinline__ bool is_bounded() const { return score_.unit[0] <= kLargestCap; }
 
   static __device__ __forceinline__ bool is_followed(int step) { return step < kFollowedKeys / kTokens; }
   static __device__ __forceinline__ float slack_of(int step) { return is_followed(step) ? 0.0f : kSlack; }
@@ -316,73 +339,6 @@ class PrefillState {
 #pragma unroll
       for (int row = 0; row < 2; ++row) logits[row] -= softmax.factor[row % PrefillScore<Config>::kUnits] * shift_[row];
     }
-  }
-
-  // The tokens of the thread's rows and its first column. What only few steps need is computed there: kept from step to step it
-  // would take registers from the scores.
-  struct ThreadPlace {
-    int tokens[2], column;
-
-    __device__ __forceinline__ explicit ThreadPlace(int first_token) {
-      int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
-      asm volatile("" : "+r"(thread));
-      column = thread % 4 * 2;
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const Element place = wgmma_accumulator_element(thread, 2 * row);
-        tokens[row] = first_token + place.row / Tile::kGroup;
-      }
-    }
-  };
-
-  // -inf in the place of the scores of tokens that their rows do not see. Columns of which every row sees all are passed by, so
-  // that an edge costs what lies at it.
-  template <int kCount>
-  static __device__ __forceinline__ void hide(const Params& params, const AttentionItem& item, const GroupRows<Config, Params>& rows,
-                                              int position, float (&scores)[kCount]) {
-    constexpr int kUnit = 16;  // scores of 32 columns
-    const int all_low = rows.by_all.low - position, all_high = rows.by_all.high - position;
-    const ThreadPlace place(rows.first);
-    const auto& tokens = place.tokens;
-    position += place.column;
-    int low[2], high[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const ColumnLimits seen = GroupRows<Config, Params>::rule(params).limits(
-          query_position(tokens[row], item.q_len, item.kv_len), item.kv_len);
-      low[row] = seen.low - position;
-      if constexpr (Config::kLevels) low[row] = max(low[row], item.kv_first - position);
-      high[row] = min(seen.high, item.kv_end) - position;
-    }
-#pragma unroll
-    for (int unit = 0; unit < kCount; unit += kUnit) {
-      const int end = unit + kUnit < kCount ? unit + kUnit : kCount;
-      if constexpr (Config::kWindowed || Config::kLevels) {
-        if (unit * 2 < all_low) {
-#pragma unroll
-          for (int idx = unit; idx < end; ++idx) scores[idx] = fi::masked(scores[idx], column_of(idx) >= low[Rows::row(idx)]);
-        }
-      }
-      if ((unit + kUnit) * 2 <= all_high) continue;
-#pragma unroll
-      for (int idx = unit; idx < end; ++idx) {
-        const int row = Rows::row(idx), column = column_of(idx);
-        bool visible = column < high[row];
-        if constexpr (Config::kMask != kNoMask) {
-          if (visible && tokens[row] < item.q_len) visible = mask_row(params, item, tokens[row]).visible(position + column);
-        }
-        scores[idx] = fi::masked(scores[idx], visible);
-      }
-    }
-  }
-
-  // Beyond the thread's first.
-  static __device__ __forceinline__ constexpr int column_of(int idx) { return idx / 4 * 8 + idx % 2; }
-
-  static __device__ __forceinline__ PackedMaskRow mask_row(const Params& params, const AttentionItem& item, int token) {
-    const unsigned char* bits = static_cast<const unsigned char*>(params.mask_bits) +
-                                static_cast<const int64*>(params.mask_indptr)[item.request];
-    return packed_mask_row(bits, Config::kMask == kMaskNew, token, item.q_len, item.kv_len);
   }
 
   PrefillScore<Config> score_;

@@ -73,12 +73,26 @@ struct PrefillLanding<Config, true> {
   unsigned char landing[Config::kLandingStages][PrefillTile<Config>::kLandingBytes];
 };
 
-// What the lanes of the producing warps look up, of two steps.
+// The dense copy that a producing warp reads or makes: where it goes on, in columns of the warp's rows, and whose it is.
+struct DenseCopy {
+  unsigned column;
+  int owner;        // a request and KV head
+  int is_in_order;  // the item comes in runs
+};
+// What it found for the next item: the record of its owner's copy.
+struct DenseAhead {
+  unsigned long long record;
+  int owner;
+};
+
+// What the lanes of the producing warps look up, of two steps, and each warp's dense copy.
 template <bool kGathered>
 struct PrefillPlaces {};
 template <>
 struct PrefillPlaces<true> {
   alignas(16) int places[2][kWarpgroupThreads];
+  DenseCopy dense[kWarpgroupThreads / kWarpThreads];
+  DenseAhead dense_ahead[kWarpgroupThreads / kWarpThreads];
 };
 
 // At a multiple of 1024, where the swizzle's patterns begin.
@@ -146,16 +160,20 @@ template <class Config, class Params>
 struct GroupRows {
   using Tile = PrefillTile<Config>;
   int first, end;  // tokens of the request; no row is live where first >= end
+  int offset;      // position of the request's first new token
+  int window_low;  // token t's window begins at key window_low + t, or no key that is there lies before it
   ColumnLimits by_all, by_any;
 
   __device__ __forceinline__ GroupRows(const Params& params, const AttentionItem& item, int warpgroup) {
     first = item.q_tile * Tile::kTileTokens + warpgroup * Tile::kGroupTokens;
     end = min(first + Tile::kGroupTokens, item.q_len);
     const int last = max(end - 1, first);
+    offset = item.offset();
     const int first_position = query_position(first, item.q_len, item.kv_len);
     const int last_position = query_position(last, item.q_len, item.kv_len);
     by_all = rule(params).seen_by_all(first_position, last_position, item.kv_len);
     by_any = rule(params).seen_by_any(first_position, last_position, item.kv_len);
+    window_low = by_all.low - last;
     by_all.high = min(by_all.high, item.kv_end);
     by_any.high = min(by_any.high, item.kv_end);
     if constexpr (Config::kLevels) by_all.low = max(by_all.low, item.kv_first);

@@ -14,7 +14,7 @@ class PrefixLoader : ListLoader<Config, Params, Copies> {
   using Base = ListLoader<Config, Params, Copies>;
   using typename Base::Shared;
   using typename Base::Tile;
-  using Base::copies_, Base::is_first_, Base::item_, Base::kColumns, Base::lane_, Base::params_, Base::queries_, Base::query_,
+  using Base::copies_, Base::is_first_, Base::item_, Base::kColumns, Base::lane, Base::params_, Base::queries_, Base::query_,
       Base::shared_;
   static constexpr int kHeadColumn = 1;  // of an item's row
 
@@ -26,13 +26,13 @@ class PrefixLoader : ListLoader<Config, Params, Copies> {
   __device__ __forceinline__ void run() {
     const int* rows = static_cast<const int*>(params_.rows);
     const int num_heads = params_.num_kv_heads;
-    const auto with_head = [&](int tile, int row) { return lane_ % kColumns == kHeadColumn ? tile % num_heads : row; };
+    const auto with_head = [&](int tile, int row) { return lane() % kColumns == kHeadColumn ? tile % num_heads : row; };
     // There is room for a row of every block, so the first is read beside the list's length.
     int tile = static_cast<int>(blockIdx.x);
-    int mine = rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns];
+    int mine = rows[static_cast<int64>(tile / num_heads) * kColumns + lane() % kColumns];
     const int total = static_cast<const PrefixHeader*>(params_.header)->num_rows * num_heads;
     const auto row_of = [&](int tile) {
-      return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane_ % kColumns] : 0;
+      return tile < total ? rows[static_cast<int64>(tile / num_heads) * kColumns + lane() % kColumns] : 0;
     };
     if constexpr (Tile::kLanded) {
       // Producers that change what landed have no registers to look further ahead.
@@ -80,6 +80,8 @@ class PrefixLoader : ListLoader<Config, Params, Copies> {
 
   __device__ __forceinline__ void load_landed(int value) {
     if (is_first_) load_queries(value);
+    query_.advance();
+    item_.advance();
     const AttentionItem item = copied(value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
@@ -99,6 +101,8 @@ class PrefixLoader : ListLoader<Config, Params, Copies> {
   template <class Place, class LookAhead, class FindNext>
   __device__ __forceinline__ void load_item(int value, Place& place, LookAhead look_ahead, FindNext find_next) {
     if (is_first_) load_queries(value);
+    query_.advance();
+    item_.advance();
     const AttentionItem item = copied(value);
     const ItemSteps<Config> steps(item, params_.window);
     copies_.enter(item, steps);
@@ -127,10 +131,10 @@ class PrefixLoader : ListLoader<Config, Params, Copies> {
     const AttentionItem& item = shared_.items[item_.stage];
     __syncwarp();
     const int count = min(item.q_len - item.q_tile * Tile::kTileTokens, Tile::kTileTokens);
-    if (lane_ == 0) shared_.query_ring.expect(query_, count * Tile::kKeyColumns * Tile::kGroup * kBoxRowBytes);
+    if (lane() == 0) shared_.query_ring.expect(query_, count * Tile::kKeyColumns * Tile::kGroup * kBoxRowBytes);
     __syncwarp();  // bytes are expected before they come
 #pragma unroll 1
-    for (int idx = lane_; idx < count; idx += kWarpThreads) {
+    for (int idx = lane(); idx < count; idx += kWarpThreads) {
       int token = item.q_begin + item.q_tile * Tile::kTileTokens + idx;
       if (item.kind == kNodeItem) token = static_cast<const int*>(params_.tokens)[token];
       unsigned char* to = shared_.queries[query_.stage][idx / Tile::kGroupTokens] +
@@ -141,8 +145,6 @@ class PrefixLoader : ListLoader<Config, Params, Copies> {
                          column * Tile::kBoxElements, item.kv_head * Tile::kGroup, token);
       }
     }
-    query_.advance();
-    item_.advance();
   }
 };
 

@@ -39,7 +39,7 @@ __device__ __forceinline__ float log_of_sum(ClusterRow<Config>& row, bool usable
   for (int block = 0; block < Config::kClusterBlocks; ++block) {
     wide += __longlong_as_double(static_cast<int64>(shared.block_amount[block]));
   }
-  return usable ? logf(static_cast<float>(wide)) : no_logit();
+  return usable ? logf(static_cast<float>(wide)) : not_a_number();
 }
 
 template <class Config, class Params>
@@ -62,6 +62,7 @@ __device__ __forceinline__ void top_k(const Params& params) {
   if (row.largest != row.largest) {
     grouped = false;
     extremes = replace_nan<Config>(row.shared.slice, params.vocab_size - row.first_token);
+    row.meet();  // all have read the first ones, whose place these take
     row.share_extremes(extremes, false, kExtremesAgain);
   }
   float log_sum = 0.0f;

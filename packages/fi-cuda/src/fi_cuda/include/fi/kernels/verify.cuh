@@ -49,10 +49,12 @@ struct VerifyKernel {
   int64 seed, position;
   int sample;
 
+  __device__ __forceinline__ static bool are_probabilities(float largest, float smallest) { return smallest >= 0.0f && largest < 2.0f; }
+
   // Whether all of a row, of which `mine` are this thread's extremes, are probabilities below 2.
-  __device__ __forceinline__ bool usable(Extremes mine, Message kind) {
-    row.share_extremes(mine, false, kind);
-    return row.smallest >= 0.0f && row.largest < 2.0f;
+  __device__ __forceinline__ bool usable(Extremes mine) {
+    row.share_extremes(mine, false);
+    return are_probabilities(row.largest, row.smallest);
   }
   // The target's row for `node`, -1 for the first.
   __device__ __forceinline__ const float* target_of(int node) const {
@@ -134,10 +136,18 @@ struct VerifyKernel {
   __device__ __forceinline__ int redrawn(int step) {
     const bool beside = drafted(step) >= 0;
     ProposalStage<Config> stage{proposal_of(beside ? step : 0), row.first_token, params.vocab_size, proposal, beside, {}};
-    const Extremes mine = load_slice<Config>(target_of(step - 1), row.first_token, params.vocab_size, row.shared.slice, stage);
+    Extremes mine = load_slice<Config>(target_of(step - 1), row.first_token, params.vocab_size, row.shared.slice, stage);
+    // Both rows' faults in one message: the target's makes its largest infinite, the draft's adds to it what no probability has.
+    constexpr float kNoProposal = 4.0f;
+    if (!are_probabilities(mine.largest, mine.smallest)) {
+      mine.largest = -minus_infinity();
+    } else if (beside && !are_probabilities(stage.extremes.largest, stage.extremes.smallest)) {
+      mine.largest += kNoProposal;
+    }
     row.mailbox.opened();
-    if (!usable(mine, kExtremes)) return -1;
-    if (beside && usable(stage.extremes, kExtremesAgain)) {
+    row.share_extremes(mine, false);
+    if (row.largest >= 2.0f * kNoProposal) return -1;
+    if (beside && row.largest < kNoProposal) {
       const int token = draw(
           [&](int place, float probability) {
             const uint64 mass = mass_of_probability(probability);
@@ -176,7 +186,7 @@ struct VerifyKernel {
       int token = -1, next = -1;
       if (going) {
         const Extremes mine = load_slice<Config>(target_of(node), row.first_token, params.vocab_size, row.shared.slice);
-        if (usable(mine, kExtremes)) {
+        if (usable(mine)) {
           token = draw([](int, float probability) { return probability_limbs(probability); }, step, Purpose::kDraw);
         }
         if constexpr (Config::kTree) {

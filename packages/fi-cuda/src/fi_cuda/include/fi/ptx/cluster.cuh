@@ -42,6 +42,12 @@ __device__ __forceinline__ float load_from_cluster(unsigned address) {
 // Stores into a neighbour's shared memory that complete their bytes on a barrier (mbarrier.cuh) beside the place: whoever waits
 // for that sees them. Both addresses are of the same block, which has started and made its barrier. PTX ISA, section "Data
 // Movement and Conversion Instructions: st.async".
+__device__ __forceinline__ void store_async(unsigned address, unsigned value, unsigned barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(value),
+               "r"(barrier)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_async(unsigned address, uint2 value, unsigned barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
                "r"(value.x), "r"(value.y), "r"(barrier)

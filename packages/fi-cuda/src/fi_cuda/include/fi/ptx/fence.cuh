@@ -27,6 +27,16 @@ __device__ __forceinline__ int load_acquire(const int* flag) {
   return value;
 }
 
+__device__ __forceinline__ unsigned long long load_acquire(const unsigned long long* flag) {
+  unsigned long long value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(__cvta_generic_to_global(flag)) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(unsigned long long* flag, unsigned long long value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(flag)), "l"(value) : "memory");
+}
+
 __device__ __forceinline__ void store_release(int* flag, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(flag)), "r"(value) : "memory");
 }

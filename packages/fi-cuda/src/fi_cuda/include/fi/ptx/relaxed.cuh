@@ -4,7 +4,7 @@
 
 namespace fi::ptx {
 
-// Two or four words, aligned to as many; each for itself is old or new.
+// One word of 64 bits, or two or four of 32, aligned to as many; each for itself is old or new.
 __device__ __forceinline__ float2 load_relaxed(const float2* from) {
   float2 values;
   asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];"
@@ -21,6 +21,12 @@ __device__ __forceinline__ float4 load_relaxed(const float4* from) {
                : "l"(__cvta_generic_to_global(from))
                : "memory");
   return values;
+}
+
+__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* from) {
+  unsigned long long value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(__cvta_generic_to_global(from)) : "memory");
+  return value;
 }
 
 __device__ __forceinline__ void store_relaxed(float2* to, float2 values) {

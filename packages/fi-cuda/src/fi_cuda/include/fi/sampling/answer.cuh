@@ -32,9 +32,10 @@ __device__ __forceinline__ RankPrefix read_message(uint4 received, Answer& answe
   return {__uint_as_float(received.x), static_cast<int>(received.y)};
 }
 
-// The answer to kDraw or kTotal, by a whole warp, each lane with the kept mass of the block of its number.
+// The answer to kDraw or kTotal, by a whole warp, each lane with the kept mass of the block of its number in its group of kLanes.
+template <int kLanes>
 __device__ __forceinline__ Answer answer_of(Wish wish, uint64 kept, RandomBits random) {
-  const Prefix<uint64> prefix = prefix_over_lanes<32>(kept);
+  const Prefix<uint64> prefix = prefix_over_lanes<kLanes>(kept);
   if (wish == Wish::kTotal) return {0, prefix.total};
   const uint64 target = static_cast<uint64>(scale_bits(random, static_cast<int64>(prefix.total)));
   const unsigned block = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, target < prefix.inclusive))) - 1;

@@ -13,9 +13,17 @@ template <class Config>
 struct BracketEstimate {
   using Row = ClusterRow<Config>;
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
-  static constexpr int kRounds = RowShape<Config>::kRounds;
-  static constexpr unsigned kOneToken = 1u << 18;
-  static_assert(RowShape<Config>::kBlockTokens <= 32 * 1024);
+  // Columns of counts are as many as lanes, and each warp begins with another one, so that those lanes that have a partial round
+  // are spread over them. As many tokens are in one at most:
+  static constexpr int kPartialLanes = (RowShape<Config>::kWarpTokens % 128 + 3) / 4;
+  static constexpr int kSpread = 32 % kWarps == 0 ? 32 / kWarps : 0;
+  static constexpr int kMostInColumn =
+      4 * (kWarps * RowShape<Config>::kFullRounds + (kSpread > 0 ? (kPartialLanes * kWarps + 31) / 32 : kWarps));
+  // A word of a column is the sum of what its tokens add: the lowest bit of a float's exponent, which counts them, and as its mantissa
+  // their place, in parts of a bin, from 2 bins before the first one on. So a number's bits that do not fit follow from the places.
+  static constexpr int kSteps = kMostInColumn <= 992 ? 128 : 64;
+  static constexpr unsigned kOneToken = 1u << 23, kBefore = 2;
+  static_assert(kMostInColumn * kSteps * (kRankBins + kBefore) < kOneToken && kMostInColumn < 512 * (kBefore + 1));
 
   Row& row;
 
@@ -45,57 +53,71 @@ struct BracketEstimate {
       clear_counts<Config>(search);
       __syncthreads();
     }
-    // A word for each lane and bin, in the lane's bank, so that no two lanes collide whatever the distribution.
-    unsigned char* column = reinterpret_cast<unsigned char*>(&search.counts[0][lane]);
+    // A word for each lane and bin, in a bank of its own, so that no two lanes collide whatever the distribution.
+    unsigned char* column = reinterpret_cast<unsigned char*>(&search.counts[0][(lane + kSpread * warp) % 32]) - kBefore * sizeof(search.counts[0]);
     const float per_unit = __fdividef(1.0f, row.largest - bottom);
     const float offset = -bottom * per_unit;
     static_assert(sizeof(search.counts[0]) == 128);
-    for_each_four<Config>(row.shared.slice, [&](int, float4 four) {
+    constexpr float kUnit = 1.40129846e-45f, kFirst = 1.17549435e-38f + kBefore * kSteps * kUnit;  // 2^-149; above 2^-126
+    const auto count_four = [&](float4 four) {
       const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        // From 0 at the bottom, also for NaN, to 1. In a float of 2^16 + 2^11, bins are multiples of 2^7, a bin's bytes; below is the
-        // place in the bin, in 128ths, and above, of 2^11, the bit that counts. A column has no more than 2^10 tokens.
-        const float place = __saturatef(fmaf(logits[e], per_unit, offset));
-        const unsigned bin = __float_as_uint(fmaf(place, kRankBins - 0.0078125f, 65536.0f + 2048.0f));
-        atomicAdd(reinterpret_cast<unsigned*>(column + (bin & ((kRankBins - 1) * 128))), bin & (kOneToken | 127));
+        // From 0 at the bottom, also for NaN, to 1.
+        const float share = __saturatef(fmaf(logits[e], per_unit, offset));
+        const unsigned place = __float_as_uint(fmaf(share, (kRankBins * kSteps - 1) * kUnit, kFirst));
+        const unsigned bin = place & (kRankBins * 2 - 1) * kSteps;
+        atomicAdd(reinterpret_cast<unsigned*>(column + bin * (128 / kSteps)), place);
       }
-    });
-    __syncthreads();
-    add_columns();
-    __syncthreads();
-    const unsigned* own = reinterpret_cast<const unsigned*>(search.own_bins);
-    uint4* parts = reinterpret_cast<uint4*>(search.count_parts[row.rank]);
-#pragma unroll 1
-    for (int block = warp; block < kBlocks; block += kWarps) {
-      if (lane < kRankBins / 4) {
-        row.mailbox.send(kParts, static_cast<unsigned>(block), parts + lane, reinterpret_cast<const uint4*>(own)[lane]);
-      }
+    };
+    const float* mine = row.shared.slice + place_of_full_round<Config>(0);
+#pragma unroll 5
+    for (int round = 0; round < RowShape<Config>::kFullRounds; ++round) {
+      count_four(reinterpret_cast<const float4*>(mine)[round * 32]);
     }
+    if (kPartialLanes > 0) {
+      const int place = place_of_partial_round<Config>();
+      if (place != kNoPlace) count_four(*reinterpret_cast<const float4*>(row.shared.slice + place));
+    }
+    __syncthreads();
+    send_columns();
     row.mailbox.receive_in_first_warp(kParts, kBlocks * kRankBins * 4);
   }
 
-  // A bin's number of tokens and their mean place in 2^16ths, in search.own_bins: a few threads share its columns.
-  __device__ __forceinline__ void add_columns() const {
+  // Of the tokens that a column's word counts.
+  __device__ __forceinline__ static unsigned number_of(unsigned word, unsigned bin) {
+    unsigned number = word / kOneToken;
+    const unsigned least = number * (kBefore + bin) * kSteps, places = word % kOneToken;
+#pragma unroll
+    for (int more = 512; more <= kMostInColumn; more += 512) number += places >= least + more * (kBefore + bin) * kSteps ? 512 : 0;
+    return number;
+  }
+
+  // This block's part of count_parts to all blocks: a few threads share a bin's columns and send what they are in all, each to some blocks.
+  __device__ __forceinline__ void send_columns() const {
     auto& search = row.shared.search;
-    constexpr int kParts = kThreads >= 512 ? 8 : 4, kFours = 8 / kParts;  // of a bin; of 4 columns, for a thread
+    constexpr int kSharers = kThreads >= 512 ? 8 : 4, kFours = 8 / kSharers;  // of a bin; of 4 columns, for a thread
 #pragma unroll 1
-    for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins * kParts; idx += kThreads) {
-      const int bin = idx / kParts, part = idx % kParts;
+    for (int idx = static_cast<int>(threadIdx.x); idx < kRankBins * kSharers; idx += kThreads) {
+      const unsigned bin = idx / kSharers, part = idx % kSharers;
       unsigned number = 0, places = 0;
 #pragma unroll
       for (int four = 0; four < kFours; ++four) {
         // Neighbouring bins begin at different banks.
-        const int at = (four + bin) % kFours * kParts + part;
+        const int at = (four + bin) % kFours * kSharers + part;
         const uint4 columns = reinterpret_cast<const uint4*>(search.counts[bin])[at];
-        number += columns.x / kOneToken + columns.y / kOneToken + columns.z / kOneToken + columns.w / kOneToken;
+        number += number_of(columns.x, bin) + number_of(columns.y, bin) + number_of(columns.z, bin) + number_of(columns.w, bin);
         places += columns.x % kOneToken + columns.y % kOneToken + columns.z % kOneToken + columns.w % kOneToken;
       }
-      number = sum_over_lanes<kParts>(number);
-      places = sum_over_lanes<kParts>(places);
-      const float mean = __fdividef(static_cast<float>(places) * 512.0f, fmaxf(static_cast<float>(number), 1.0f));
-      unsigned* own = reinterpret_cast<unsigned*>(search.own_bins);
-      if (part == 0) own[kRankBins - 1 - bin] = number << 16 | static_cast<unsigned>(mean);
+      places -= number * (kBefore + bin) * kSteps;
+      number = sum_over_lanes<kSharers>(number);
+      places = sum_over_lanes<kSharers>(places);
+      const float mean = __fdividef(static_cast<float>(places) * (65536.0f / kSteps), fmaxf(static_cast<float>(number), 1.0f));
+      unsigned* place = &search.count_parts[row.rank][kRankBins - 1 - bin];
+#pragma unroll
+      for (unsigned block = part; block < kBlocks; block += kSharers) {
+        row.mailbox.send(kParts, block, place, number << 16 | static_cast<unsigned>(mean));
+      }
     }
   }
 
@@ -112,23 +134,23 @@ struct BracketEstimate {
     const int lane = static_cast<int>(threadIdx.x);
     Bins bins = {(row.largest - bottom()) / kRankBins, {0, 0}, {}, {}};
     auto& numbers = bins.numbers;
-    uint64 places[2] = {0, 0};
+    float places[2] = {0.0f, 0.0f};
 #pragma unroll 4
     for (int block = 0; block < kBlocks; ++block) {
       const uint2 two = *reinterpret_cast<const uint2*>(&search.count_parts[block][2 * lane]);
       numbers[0] += static_cast<int>(two.x >> 16);
       numbers[1] += static_cast<int>(two.y >> 16);
-      places[0] += static_cast<uint64>(two.x >> 16) * (two.x & 0xffff);
-      places[1] += static_cast<uint64>(two.y >> 16) * (two.y & 0xffff);
+      places[0] = fmaf(static_cast<float>(two.x >> 16), static_cast<float>(two.x & 0xffff), places[0]);
+      places[1] = fmaf(static_cast<float>(two.y >> 16), static_cast<float>(two.y & 0xffff), places[1]);
     }
     // Places of the slices without a token stand at the lower end of the last bin.
-    if (lane == 31) numbers[1] -= kBlocks * kWarps * kRounds * 128 - row.vocab_size;
+    if (lane == 31) numbers[1] -= kBlocks * RowShape<Config>::kBlockTokens - row.vocab_size;
     const float width = bins.width;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float number = static_cast<float>(numbers[half]);
-      const float place = __fdividef(static_cast<float>(places[half]), fmaxf(number, 1.0f) * 65536.0f);
-      bins.mean[half] = numbers[half] > 0 ? 1.0f - 1.0f / 256 - place : 0.5f;
+      const float place = __fdividef(places[half], fmaxf(number, 1.0f) * 65536.0f);
+      bins.mean[half] = numbers[half] > 0 ? 1.0f - 0.5f / kSteps - place : 0.5f;
       // Spread tokens weigh a little more than as many at the mean.
       const float spread = numbers[half] >= 8 ? fmaf(width * width, 1.0f / 24, 1.0f) : 1.0f;
       bins.weight[half] = number * spread * weight_of((static_cast<float>(2 * lane + half) + bins.mean[half]) * width);
@@ -139,6 +161,21 @@ struct BracketEstimate {
   // Numbers of a bin's tokens up to a part of it, both as shares, are related by a density that is linear in the bin, as the mean
   // place has it.
   __device__ __forceinline__ static float slope_of(float mean) { return fminf(fmaxf(6.0f * mean - 3.0f, -1.0f), 1.0f); }
+
+  // By the first warp, after count, where the tokens of one logit make up the bin in which the kept weight reaches `fraction` of all: a
+  // bracket around it, no wider than its place is known.
+  __device__ __forceinline__ void choose_tied(float fraction) const {
+    const int lane = static_cast<int>(threadIdx.x);
+    const Bins bins = bins_of_lane();
+    const Prefix<float> weights = prefix_over_lanes<32>(bins.weight[0] + bins.weight[1]);
+    const float wanted = fraction * weights.total;
+    const int holders = static_cast<int>(__ballot_sync(0xffffffffu, wanted <= weights.inclusive));
+    if (lane != (holders != 0 ? __ffs(holders) - 1 : 31)) return;
+    const int second = wanted > weights.exclusive + bins.weight[0] ? 1 : 0;
+    const float place = static_cast<float>(2 * lane + second) + (second != 0 ? bins.mean[1] : bins.mean[0]);
+    constexpr float kDoubt = 1.0f / 32;
+    row.shared.search.bracket = make_float2(row.largest - (place + kDoubt) * bins.width, row.largest - (place - kDoubt) * bins.width);
+  }
 
   // By the first warp, after count: search.bracket around the place at which the estimated weight reaches `fraction` of all.
   __device__ __forceinline__ void choose(float fraction, int margin) {

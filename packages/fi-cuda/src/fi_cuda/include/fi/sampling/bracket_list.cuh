@@ -5,12 +5,27 @@
 
 namespace fi {
 
-// A rank order: the token of the largest value is first, and of the lowest index of those with equal ones.
+// Numbers of at least 0 between two limits, as their bits are: those whose bits, less `first`, are at most `width`.
+struct Marks {
+  unsigned first, width;
+
+  __device__ __forceinline__ static Marks between(float least, float largest) {
+    const unsigned first = __float_as_uint(least);
+    return {first, __float_as_uint(largest) - first};
+  }
+};
+
+// A rank order: the token of the largest value is first, and of the lowest index of those with equal ones. A token's place, at
+// least 0, does not fall as its value falls; those of a bracket's tokens are between `marks`.
 struct ByLogit {
   float largest;
 
   __device__ __forceinline__ float top() const { return largest; }
   __device__ __forceinline__ float value(float logit) const { return logit; }
+  __device__ __forceinline__ float place(float shortfall, float) const { return shortfall; }
+  __device__ __forceinline__ Marks marks(float low, float high) const {
+    return Marks::between(largest - fminf(high, largest), largest - low);
+  }
 };
 
 template <class Config, class Order>
@@ -108,9 +123,13 @@ struct BracketList {
     low = smallest_of_warp(shared.warp_smallest[lane % kWarps]);
     high = largest_of_warp(shared.warp_largest[lane % kWarps]);
     if (low == high) {
-      for_each_block(bin, mass_at(row.largest - low), [&](int block, uint64, int last) {
-        if (block == row.rank && last >= 0) note_tied(low, last);
-      });
+      if (threadIdx.x == 0) {
+        for_each_block(bin, mass_at(row.largest - low), [&](int block, uint64, int last) {
+          if (block == row.rank) search.local_count = last;
+        });
+      }
+      __syncthreads();
+      if (search.local_count >= 0) note_tied(low, search.local_count);
     }
     __syncthreads();
     if (warp == 0) {

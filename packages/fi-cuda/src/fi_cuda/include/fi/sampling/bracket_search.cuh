@@ -45,9 +45,10 @@ struct BracketSearch : BracketList<Config, Order> {
       return false;
     }
     if (wish == Wish::kDraw) clear_bins();  // for add_kept_to_warps
-    if (count > kComparedTokens) {
-      if (!find_tied(bins, bin)) return false;  // they met in there: the same messages must not follow at once
-    } else {
+    // Many tokens in one bin are equal as a rule. Where they are not, all blocks have met: the same messages may follow.
+    const bool tied = count > 32 && find_tied(bins, bin);
+    if (!tied && count > kComparedTokens) return false;
+    if (!tied) {
       send_tokens(bins, bin);
       __syncthreads();
       row.mailbox.receive_in_first_warp(kList, sizeof(RankedToken) * static_cast<unsigned>(count));
@@ -76,28 +77,28 @@ struct BracketSearch : BracketList<Config, Order> {
     MassSum total;
     MassSumAbove above;
     unsigned hits[kWords];  // this thread's fours of which one may be in the bracket
-    const float top = fminf(high, order.top()), middle = 0.5f * (top + low);
-    const float reach = 0.50001f * (top - low) + 1e-6f * fmaxf(fabsf(top), fabsf(low));
+    const Marks marks = order.marks(low, high);
+    const float* mine = row.shared.slice + place_of_full_round<Config>(0);
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
       unsigned marked = 0;
       const auto visit = [&](float4 four) {
-        float nearest = -minus_infinity();
+        unsigned nearest = 0xffffffffu;
         const float logits[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const double weight = MassSum::widen(weight_or_none(row.largest - logits[e]));
-          const float value = order.value(logits[e]);
+          const float shortfall = row.largest - logits[e], value = order.value(logits[e]);
+          const double weight = MassSum::widen(row.weight_at(shortfall));
           total.add(weight);
           above.add_if_above(weight, value, high);
-          nearest = fminf(nearest, fabsf(value - middle));
+          nearest = min(nearest, __float_as_uint(order.place(shortfall, value)) - marks.first);
         }
-        marked = 2 * marked + (nearest <= reach ? 1u : 0u);
+        marked = 2 * marked + (nearest <= marks.width ? 1u : 0u);
       };
       constexpr int kFull = RowShape<Config>::kFullRounds;
-#pragma unroll 2
+#pragma unroll 5
       for (int round = word * kRoundsPerWord; round < min(end_of(word), kFull); ++round) {
-        visit(*reinterpret_cast<const float4*>(row.shared.slice + place_of_full_round<Config>(round)));
+        visit(reinterpret_cast<const float4*>(mine)[round * 32]);
       }
       if (end_of(word) > kFull) visit(four_behind<Config>(row.shared.slice, place_of_partial_round<Config>()));
       hits[word] = marked;
@@ -156,7 +157,7 @@ struct BracketSearch : BracketList<Config, Order> {
     row.mailbox.receive_in_first_warp(kSums, kBlocks * (16 + 8 * kRankBins));
   }
 
-  // By the first warp, after share: the bin in which the kept mass ends, -1 if it is not in the bracket; how many tokens are in it, and of the blocks before this one.
+  // By the first warp, after share: the bin in which the kept mass ends, -1 if it is not in the bracket, and then boundary_wanted is the target; how many tokens are in it, and of the blocks before this one.
   template <class TargetOf>
   __device__ __forceinline__ void locate_bin(TargetOf target_of) {
     auto& search = row.shared.search;
@@ -186,7 +187,7 @@ struct BracketSearch : BracketList<Config, Order> {
     const int before = __reduce_add_sync(0xffffffffu, lane < row.rank ? count : 0);
     if (lane == holder) {
       search.boundary_bin = lanes != 0 ? bin : -1;
-      search.boundary_wanted = wanted - prefix.exclusive - (in_first ? 0 : first & kBinMasses);
+      search.boundary_wanted = lanes != 0 ? wanted - prefix.exclusive - (in_first ? 0 : first & kBinMasses) : target;
       search.num_ranked = all;
       search.list_before = before;
     }
@@ -249,11 +250,12 @@ struct BracketSearch : BracketList<Config, Order> {
   // By the first warp, after compare: the answer, in search.found.
   __device__ __forceinline__ void settle() {
     auto& search = row.shared.search;
-    const unsigned lane = threadIdx.x;
+    constexpr int kLanes = lanes_for(kBlocks);
+    const unsigned block = threadIdx.x % kLanes;
     uint64 kept = 0;
-    if (lane < kBlocks) kept = search.above[lane] + search.kept[0][lane] + (static_cast<uint64>(search.kept[1][lane]) << 16);
-    const Answer end = answer_of(wish, kept, row.shared.random);
-    if (lane == 0) search.found = message(search.own_found, end);
+    if (block < kBlocks) kept = search.above[block] + search.kept[0][block] + (static_cast<uint64>(search.kept[1][block]) << 16);
+    const Answer end = answer_of<kLanes>(wish, kept, row.shared.random);
+    if (threadIdx.x == 0) search.found = message(search.own_found, end);
   }
 
   // Adds the kept tokens of the bracket to the warps' sums of those above it.

@@ -191,6 +191,7 @@ struct ClusterRow {
   Mailbox<kBlocks> mailbox;
   int rank, first_token, vocab_size;
   float largest, smallest;  // of the whole row
+  float own_largest;        // of this thread's part, if Config::kGroups
 
   __device__ __forceinline__ explicit ClusterRow(Shared& memory)
       : shared(memory),
@@ -199,7 +200,8 @@ struct ClusterRow {
         first_token(rank * Shape::kBlockTokens),
         vocab_size(0),
         largest(0.0f),
-        smallest(0.0f) {
+        smallest(0.0f),
+        own_largest(0.0f) {
     end_slice<Config>(shared.slice);
     mailbox.open();
     if constexpr (!kReadyLate<Config>) mailbox.ready();
@@ -212,6 +214,7 @@ struct ClusterRow {
     const float in_warp = largest_of_warp(mine.largest);
     const float least = smallest_of_warp(mine.smallest);
     if constexpr (Config::kGroups) {
+      own_largest = mine.largest;
       const auto larger = [](float first, float second) { return ptx::max_or_nan(first, second); };
       const float group = reduce_over_lanes<Shared::kGroupLanes>(mine.largest, larger);
       float* own = reinterpret_cast<float*>(shared.search.own_groups);
@@ -311,14 +314,16 @@ struct ClusterRow {
   }
 
   // What sum_masses_over_warps may take for the weight of any logit of the slice.
-  __device__ __forceinline__ float weight(float logit) const {
-    return weight_or_none(largest - logit);
+  __device__ __forceinline__ float weight(float logit) const { return weight_at(largest - logit); }
+  __device__ __forceinline__ float weight_at(float shortfall) const {
+    return kHasNan<Config> ? weight_or_none(shortfall) : weight_of(shortfall);
   }
 
   // The prefix sums of what sum_over_warps found, a warp's in each of the first kWarps lanes of every warp.
   __device__ __forceinline__ Prefix<uint64> prefix_over_warps(const uint64* amounts) const {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    return prefix_over_lanes<32>(lane < kWarps ? amounts[lane] : 0);
+    constexpr int kLanes = lanes_for(kWarps);
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;  // all groups of lanes do the same
+    return prefix_over_lanes<kLanes>(lane < kWarps ? amounts[lane] : 0);
   }
 
   // After sum_over_warps: the sum of the row, and of the blocks before this one. This block's own is shared.block_amount[rank].

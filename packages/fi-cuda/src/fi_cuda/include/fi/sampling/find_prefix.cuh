@@ -115,7 +115,7 @@ struct PrefixSearch {
     }
     // Their places are from low up to high; the last bin has no end.
     const float low = static_cast<float>(scale.outer);
-    const float high = scale.outer < kRankBins - 1 ? low + 1.0f : no_logit();
+    const float high = scale.outer < kRankBins - 1 ? low + 1.0f : not_a_number();
     for_each_four<Config, 1>(row.shared.slice, [&](int place, float4 four) {
       const auto near = [&](float logit) {
         const float at = (scale.top - logit) * scale.per_unit;
@@ -314,7 +314,7 @@ struct PrefixSearch {
     const unsigned lane = threadIdx.x;
     uint64 kept = 0;
     if (lane < kBlocks) kept = search.above[lane] + search.kept[0][lane] + (static_cast<uint64>(search.kept[1][lane]) << 16);
-    const Answer end = answer_of(wish, kept, row.shared.random);
+    const Answer end = answer_of<32>(wish, kept, row.shared.random);
     Answer none;
     const RankPrefix found = read_message(search.found, none);
     __syncwarp();  // all have read what the next line overwrites

@@ -30,22 +30,35 @@ __device__ __forceinline__ RankedToken* ranked_tokens(ClusterShared<Config>& sha
   return reinterpret_cast<RankedToken*>(shared.search.parts[0]);
 }
 
-// The amount of those of `count` tokens that rank before `own`, and their number in `rank`; each group of kComparers lanes
-// calls it with one token and gets the result.
-template <int kThreads>
-__device__ __forceinline__ uint64 compare_with_all(const RankedToken* tokens, int count, const RankedToken& own, int& rank) {
+// The amount of those of `count` tokens, every `step`-th from the one of number `first`, that rank before `own`, and their number in `rank`.
+__device__ __forceinline__ uint64 sum_before(const RankedToken* tokens, int count, const RankedToken& own, int first, int step, int& rank) {
   rank = 0;
   uint64 before = 0;
 #pragma unroll 2
-  for (int idx = static_cast<int>(threadIdx.x % kComparers<kThreads>); idx < count; idx += kComparers<kThreads>) {
+  for (int idx = first; idx < count; idx += step) {
     const RankedToken other = tokens[idx];
     if (other.rank_key > own.rank_key) {
       ++rank;
       before += other.amount;
     }
   }
-  rank = sum_over_lanes<kComparers<kThreads>>(rank);
-  return sum_over_lanes<kComparers<kThreads>>(before);
+  return before;
+}
+
+// Over a token's kComparers lanes, or twice as many.
+template <int kThreads, class T>
+__device__ __forceinline__ T sum_over_comparers(T value, bool twice) {
+  value = sum_over_lanes<kComparers<kThreads>>(value);
+  return twice ? value + __shfl_xor_sync(0xffffffffu, value, kComparers<kThreads>) : value;
+}
+
+// The same of all; each group of kComparers lanes calls it with one token and gets the result.
+template <int kThreads>
+__device__ __forceinline__ uint64 compare_with_all(const RankedToken* tokens, int count, const RankedToken& own, int& rank) {
+  constexpr int kParts = kComparers<kThreads>;
+  const uint64 before = sum_before(tokens, count, own, static_cast<int>(threadIdx.x % kParts), kParts, rank);
+  rank = sum_over_lanes<kParts>(rank);
+  return sum_over_lanes<kParts>(before);
 }
 
 // The first block's list as ranked tokens, block by block; amount_of(logit) is what one weighs. All threads of that block.

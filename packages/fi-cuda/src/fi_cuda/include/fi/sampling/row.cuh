@@ -1,5 +1,5 @@
 // A row of logits held by a cluster: each block keeps a slice of consecutive tokens in its shared memory as scaled float32,
-// each warp a part of the slice. Places past the vocabulary hold NaN, which no comparison takes and which has no mass.
+// each warp a part of the slice. Places past the vocabulary hold NaN, which no comparison takes, or -inf; neither has mass.
 #pragma once
 
 #include "fi/ptx/cp_async.cuh"
@@ -20,7 +20,17 @@ struct RowShape {
 
 constexpr int kNoPlace = 0x3fffffff;
 
-__device__ __forceinline__ float no_logit() { return __int_as_float(0x7fffffff); }
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
+
+// Whether a slice may hold NaN where its row has none.
+template <class Config>
+constexpr bool kHasNan = !Config::kWeighed;
+
+// Past the vocabulary.
+template <class Config>
+__device__ __forceinline__ float no_logit() {
+  return kHasNan<Config> ? not_a_number() : minus_infinity();
+}
 
 // The place, a multiple of 4, of this thread's part of the slice whose turn is round `round`, one of all lanes.
 template <class Config>
@@ -52,7 +62,7 @@ __device__ __forceinline__ float4 four_behind(const float* slice, int place) {
 // Before the first of four_behind, and a barrier.
 template <class Config>
 __device__ __forceinline__ void end_slice(float* slice) {
-  if (RowShape<Config>::kWarpTokens % 128 != 0 && threadIdx.x < 4) slice[RowShape<Config>::kBlockTokens + threadIdx.x] = no_logit();
+  if (RowShape<Config>::kWarpTokens % 128 != 0 && threadIdx.x < 4) slice[RowShape<Config>::kBlockTokens + threadIdx.x] = no_logit<Config>();
 }
 
 // Calls visit(place, four logits as float4) for each place of this thread's part of the slice. All lanes of a warp call it
@@ -137,7 +147,7 @@ __device__ __forceinline__ Extremes copy_slice(const float* row, int first_token
   stage.begun();
 #pragma unroll 1
   for (int offset = max(left + 127, 0) / 128 * 128; offset < room; offset += 128) {
-    const float none = no_logit();
+    const float none = no_logit<Config>();
     *reinterpret_cast<float4*>(to + offset) = make_float4(none, none, none, none);
   }
   ptx::cp_async_wait<0>();
@@ -190,7 +200,7 @@ __device__ __forceinline__ Extremes load_slice(const typename Config::Dtype* row
         Pack<float, (kCount < 4 ? kCount : 4) * 4> part;
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          float logit = no_logit();
+          float logit = no_logit<Config>();
           if (inside) {
             logit = to_float(held[idx].data[e]);
             if (!Stage::kChanges) found.template take<Config>(logit);

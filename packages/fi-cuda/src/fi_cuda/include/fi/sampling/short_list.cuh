@@ -16,7 +16,9 @@ struct ShortList {
   static constexpr int kBlocks = Row::kBlocks, kThreads = Row::kThreads, kWarps = Row::kWarps;
   static constexpr int kGroups = ClusterShared<Config>::kGroups;
   static constexpr int kListPerBlock = SearchShared<Config>::kListPerBlock;
-  static constexpr int kMaxK = kGroups / 2 < kMaxRanked / 2 ? kGroups / 2 : kMaxRanked / 2;
+  // Whether row.own_largest is of the tokens that for_each_four gives this thread.
+  static constexpr bool kKnowsOwn = sizeof(typename Config::Dtype) == 4 && Config::kVectorBytes == 16;
+  static constexpr int kMaxK = kGroups * 8 / 15 < kMaxRanked / 2 ? kGroups * 8 / 15 : kMaxRanked / 2;
 
   Row& row;
 
@@ -78,22 +80,35 @@ struct ShortList {
     if (all && bin == kGroupBins) return -1;
     if (bin == kGroupBins) bottom = massless;  // fewer groups than top_k have a token with mass
     const float limit = bin >= kGroupBins - 1 ? -minus_infinity() : static_cast<float>(bin + 1);
-    for_each_four<Config, 4>(row.shared.slice, [&](int place, float4 four) {
-      const float highest = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
-      if (highest >= bottom && (row.largest - highest) * per_unit < limit) {
+    const auto above = [&](float logit) { return logit >= bottom && (row.largest - logit) * per_unit < limit; };
+    const auto visit = [&](int place, float4 four) {
+      if (!above(fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)))) return;
 #pragma unroll 1
-        for (int e = 0; e < 4; ++e) {
-          const float logit = e < 2 ? (e == 0 ? four.x : four.y) : (e == 2 ? four.z : four.w);
-          if (logit >= bottom && (row.largest - logit) * per_unit < limit) {
-            const int slot = atomicAdd(&shared.list_count, 1);
-            if (slot < kListPerBlock) {
-              row.mailbox.send(kList, 0, &shared.list[row.rank * kListPerBlock + slot],
-                               make_uint2(__float_as_uint(logit), row.first_token + place + e));
-            }
+      for (int e = 0; e < 4; ++e) {
+        const float logit = e < 2 ? (e == 0 ? four.x : four.y) : (e == 2 ? four.z : four.w);
+        if (above(logit)) {
+          const int slot = atomicAdd(&shared.list_count, 1);
+          if (slot < kListPerBlock) {
+            row.mailbox.send(kList, 0, &shared.list[row.rank * kListPerBlock + slot],
+                             make_uint2(__float_as_uint(logit), row.first_token + place + e));
           }
         }
       }
-    });
+    };
+    if constexpr (kKnowsOwn) {
+      // Few threads have one: all lanes look at each of these's tokens.
+      const int base = static_cast<int>(threadIdx.x / 32) * RowShape<Config>::kWarpTokens;
+#pragma unroll 1
+      for (unsigned lanes = __ballot_sync(0xffffffffu, above(row.own_largest)); lanes != 0; lanes &= lanes - 1) {
+        const int theirs = (__ffs(static_cast<int>(lanes)) - 1) * 4;
+#pragma unroll 1
+        for (int offset = lane * 128 + theirs; offset < RowShape<Config>::kWarpTokens; offset += 32 * 128) {
+          visit(base + offset, *reinterpret_cast<const float4*>(row.shared.slice + base + offset));
+        }
+      }
+    } else {
+      for_each_four<Config, 4>(row.shared.slice, visit);
+    }
     __syncthreads();
     if (threadIdx.x < 32) {
       row.mailbox.send_to_all(kShares, reinterpret_cast<uint2*>(&shared.shares[row.rank]),
@@ -115,9 +130,11 @@ struct ShortList {
   __device__ __forceinline__ int draw(int count, const RowFilters& filters, RandomBits bits) {
     RankedToken* tokens = gather_list(row, [&](float logit) { return mass_at(row.largest - logit); });
     constexpr int kSweeps = kMaxRanked / kComparedTokens;
-    constexpr int kParts = kComparers<kThreads>;
-    const int first = compared_place<kThreads>();
-    const bool leads = threadIdx.x % kParts == 0 && first < kComparedTokens;
+    // Lanes that share a token's comparisons: twice as many where tokens are few.
+    const bool few = count <= kComparedTokens / 2;
+    const int parts = few ? 2 * kComparers<kThreads> : kComparers<kThreads>;
+    const int first = static_cast<int>(threadIdx.x) / parts, part = static_cast<int>(threadIdx.x) % parts;
+    const bool leads = part == 0 && first < kComparedTokens;
     RankedToken own[kSweeps];
     int rank[kSweeps];
     uint64 before[kSweeps];
@@ -127,7 +144,11 @@ struct ShortList {
       const int place = sweep * kComparedTokens + first;
       own[sweep] = place < count ? tokens[place] : RankedToken{0, 0};
       rank[sweep] = 0x7fffffff;
-      if (sweep * kComparedTokens < count) before[sweep] = compare_with_all<kThreads>(tokens, count, own[sweep], rank[sweep]);
+      if (sweep * kComparedTokens < count) {
+        before[sweep] = sum_before(tokens, count, own[sweep], part, parts, rank[sweep]);
+        rank[sweep] = sum_over_comparers<kThreads>(rank[sweep], few);
+        before[sweep] = sum_over_comparers<kThreads>(before[sweep], few);
+      }
       if (leads && rank[sweep] < filters.top_k) total += own[sweep].amount;
     }
     const uint64 considered = row.sum_over_block(total);
@@ -155,11 +176,11 @@ struct ShortList {
         const unsigned mine = token_of(own[sweep].rank_key);
         uint64 sum = 0;  // of the tokens before this one in index order
 #pragma unroll 2
-        for (int idx = static_cast<int>(threadIdx.x % kParts); idx < count; idx += kParts) {
+        for (int idx = part; idx < count; idx += parts) {
           const RankedToken other = tokens[idx];
           if (token_of(other.rank_key) < mine) sum += other.amount;
         }
-        sum = sum_over_lanes<kParts>(sum);
+        sum = sum_over_comparers<kThreads>(sum, few);
         if (leads && sum <= target && target < sum + own[sweep].amount) token = static_cast<int>(mine);
       }
     }

@@ -20,6 +20,8 @@ struct ByDistance {
   __device__ __forceinline__ static float distance(float shortfall, float mean) { return fabsf(shortfall - mean); }
   __device__ __forceinline__ float top() const { return 0.0f; }
   __device__ __forceinline__ float value(float logit) const { return -distance(largest - logit, mean); }
+  __device__ __forceinline__ float place(float, float value) const { return fabsf(value); }
+  __device__ __forceinline__ Marks marks(float low, float high) const { return Marks::between(fabsf(fminf(high, 0.0f)), fabsf(low)); }
 };
 
 // The first tokens of that order.

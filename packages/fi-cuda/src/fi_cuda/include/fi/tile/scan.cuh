@@ -15,6 +15,13 @@ struct Prefix {
   T exclusive, inclusive, total;
 };
 
+// The power of 2 that is at least `count`, lanes of a group that has one for each of them.
+__host__ __device__ constexpr int lanes_for(int count) {
+  int lanes = 1;
+  while (lanes < count) lanes *= 2;
+  return lanes;
+}
+
 // The sum of this lane's value and those of the lanes before it in its group of kLanes consecutive lanes (a power of
 // two up to 32), in log2(kLanes) steps (Hillis and Steele, 1986). All lanes of the warp call this together.
 template <int kLanes, class T>
