@@ -69,6 +69,7 @@ class PenalizeLogitsSpec(KernelSpec):
         derived = (
             f"static constexpr int kSharedBytes = {self.shared_bytes};",
             "static constexpr int kResidentBlocks = 2;",
+            "static constexpr bool kWeighed = false;",  # places past the vocabulary hold NaN and stay so
             "static constexpr bool kSmallest = false;",
         )
         return [*super().config_lines(), *derived]
