@@ -154,10 +154,10 @@ struct PenaltyTables {
         const int mine = word + lane() * kEach;
         if (word + 32 * kEach <= kCount || mine < kCount) ptx::cp_async_part<4 * kEach>(there + mine, here + mine, 4 * kEach);
       }
-    } else if (aligned) {
+    } else if (aligned && count % kEach == 0) {  // else a copy would cover words behind the table
 #pragma unroll 1
       for (int mine = lane() * kEach; mine < kCount; mine += 32 * kEach) {
-        ptx::cp_async_part<4 * kEach>(there + mine, here + mine, 4 * max(0, min(count - mine, kEach)));
+        ptx::cp_async_part<4 * kEach>(there + mine, here + mine, mine < count ? 4 * kEach : 0);
       }
     } else {
 #pragma unroll 1
