@@ -148,8 +148,8 @@ def attention():
 
 def test_the_entry_is_complete_and_registered(attention):
     kernels = {"attention_decode": attention_short}
-    kernels |= dict.fromkeys(("attention_prefix", "attention_prefix_fp8"), attention_prefix)
-    kernels |= dict.fromkeys(("attention_prefix_apart", "attention_prefix_rotated"), attention_apart)
+    kernels |= dict.fromkeys(("attention_prefix", "attention_prefix_fp8", "attention_prefix_rotated"), attention_prefix)
+    kernels["attention_prefix_apart"] = attention_apart
     for entry in ATTENTION_ENTRIES:
         check_entry(entry, {"attention": attention})
         assert entry.load() is kernels.get(entry.name, attention_mixed)

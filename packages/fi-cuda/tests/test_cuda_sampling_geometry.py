@@ -23,7 +23,26 @@ HOPPER_SHARED_BYTES = 228 * 1024
 MOST_OF_A_BLOCK = 227 * 1024
 RESERVED_BYTES = 1024
 
-VOCABULARIES = (1, 2, 97, 1024, 1025, 4096, 4097, 32000, 50257, 128256, 151936, 201088, 262144, 2**19 - 1, 2**19)
+VOCABULARIES = (
+    1,
+    2,
+    97,
+    1024,
+    1025,
+    4096,
+    4097,
+    32000,
+    50257,
+    128256,
+    151936,
+    180000,
+    196608,
+    201088,
+    208000,
+    262144,
+    2**19 - 1,
+    2**19,
+)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
@@ -36,6 +55,7 @@ def test_a_cluster_holds_its_row(vocab_size, num_rows, kept):
     # Slices begin at multiples of 16 bytes in any dtype.
     assert form.warp_tokens % 8 == 0
     assert form.cluster_size in (*range(1, 9), 16) and form.num_threads in (128, 256, 384, 512)
+    assert not kept.searched or form.cluster_size <= form.num_threads // 32
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)

@@ -136,6 +136,21 @@ def test_many_unlike_tokens_in_one_bin_are_searched_in_full(on_host, seed):
     check_draws(torch.where(tokens < 40, 3.0 + tokens / 40, 1 + 1e-6 * (tokens % 7)), {"top_p": 0.9})
 
 
+def test_logits_that_hardly_differ_are_told_apart(on_host):
+    """By so little that bins of their range are narrower than the least float's reciprocal."""
+    on_host(TWO_BLOCKS)
+    tokens = torch.arange(3000).expand(3, 3000)
+    logits = torch.where(tokens == 700, 5e-37, torch.where(tokens == 2900, 2e-37, 0.0))
+    logits[1] = torch.where(tokens[1] == 7, 1e-37, 0.0)
+    for values in ({"top_k": 5}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.9}):
+        check_draws(logits, values)
+    values, indices = torch.full((3, 5), -7.0), torch.full((3, 5), -7)
+    expected = torch.empty_like(values), torch.empty_like(indices)
+    top_k_module.top_k(logits, values, indices)
+    reference_top_k(logits, *expected)
+    assert torch.equal(indices, expected[1]) and torch.equal(values, expected[0])
+
+
 @pytest.mark.parametrize("k", [50, 600, 2048])
 def test_top_k_is_that_of_the_reference(on_host, k):
     on_host(TWO_BLOCKS)

@@ -51,8 +51,7 @@ class FiAttnBackend(AttentionBackend):
         self.batch: fi.Batch | None = None
         self.sharing: fi.Batch | None = None  # the same with its prefixes, where they were looked for
         self.longest = 0
-        unshared = runner.server_args.disable_radix_cache or self.batch_invariant
-        self.looks = not unshared and finds_prefixes(fi.target_of(self.device), MAX_DEPTH)
+        self.looks = _may_look(runner) and finds_prefixes(fi.target_of(self.device), MAX_DEPTH)
 
     # SGLang's contract of a step
 
@@ -187,6 +186,18 @@ class FiAttnBackend(AttentionBackend):
 
 def _is_uniform(mode: Any) -> bool:
     return bool(mode.is_decode() or mode.is_target_verify())
+
+
+def _may_look(runner: Any) -> bool:
+    """Whether steps may find shared prefixes in the map as a graph is replayed.
+
+    With the overlap scheduler SGLang holds that a replayed step of decode has read the map before the replay begins, so that
+    the row of a request which ended a step ago may be written while its last step still runs. Others would then read their
+    prefix through that row. Speculation has it wait for the whole step.
+    """
+    options = runner.server_args
+    overlapped = not options.disable_overlap_schedule and options.speculative_algorithm is None
+    return not (options.disable_radix_cache or options.enable_deterministic_inference or overlapped)
 
 
 def limits_of(runner: Any) -> Limits:

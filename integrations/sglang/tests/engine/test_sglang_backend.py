@@ -31,6 +31,7 @@ def runner_of(*layers, kv_dtype=torch.float32, **changed):
         enable_memory_saver=False,
     )
     options = {
+        "disable_overlap_schedule": False,
         "disable_radix_cache": False,
         "enable_deterministic_inference": False,
         "chunked_prefill_size": 64,
@@ -211,12 +212,17 @@ def test_a_graph_replays_with_what_its_buffers_hold():
 
 
 def test_what_the_radix_cache_shares_is_read_once(monkeypatch):
-    """Found in the map from the first decode step on, in which no layer's plan is there yet; not where nothing is cached."""
+    """Found in the map from the first decode step on, in which no layer's plan is there yet; not where nothing is cached, nor
+    where the next step is prepared while this one reads the map."""
     torch.manual_seed(0)
     monkeypatch.setattr("fi_sglang.steps.MIN_SAVED_TOKENS", 20)
     layer = layer_of()
-    for disabled in (False, True):
-        runner = runner_of(layer, disable_radix_cache=disabled)
+    for changed in (
+        {"disable_overlap_schedule": True},
+        {},
+        {"disable_overlap_schedule": True, "disable_radix_cache": True},
+    ):
+        runner = runner_of(layer, **changed)
         backend = FiAttnBackend(runner)
         for buffer in backend.pool.get_kv_buffer(layer.layer_id):
             buffer.normal_()
@@ -226,11 +232,11 @@ def test_what_the_radix_cache_shares_is_read_once(monkeypatch):
             backend.init_forward_metadata(step.batch)
             check(backend, layer, step)
             pair = backend.pairs[backend.layers[0].form]
-            if disabled:
-                assert backend.sharing is None and pair.shared is None
-            else:
+            if changed == {"disable_overlap_schedule": True}:
                 assert pair.shared.batch is backend.sharing
                 assert backend.sharing.levels.nodes[0].tolist()[2:] == [0, 24]
+            else:
+                assert backend.sharing is None and pair.shared is None
         prompts = Step(runner, ForwardMode.EXTEND, [9] * 8, [9] * 8)
         backend.init_forward_metadata(prompts.batch)
         check(backend, layer, prompts)

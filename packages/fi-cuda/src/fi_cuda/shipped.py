@@ -33,7 +33,7 @@ from .kernels.sampling.penalize_logits import PenalizeLogitsSpec
 from .kernels.sampling.record_tokens import RecordTokensSpec
 from .kernels.sampling.sample import ColumnSampleSpec, SampleSpec, column_form
 from .kernels.sampling.top_k import TopKSpec
-from .kernels.sampling.verify import VerifySpec
+from .kernels.sampling.verify import VerifySpec, verify_form
 from .spec import KernelSpec
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -166,9 +166,8 @@ def _sampling_specs() -> Iterator[KernelSpec]:
         for logprobs in (False, True):
             yield TopKSpec(dtype, VECTOR_BYTES, *form, 0, logprobs)
         for tree in (False, True):
-            yield VerifySpec(dtype, VECTOR_BYTES, *form, tree=tree, proposals=False)
-        two_rows = geometry_for(128256, num_rows, rows_held=2)
-        yield VerifySpec(dtype, VECTOR_BYTES, *two_rows, tree=False, proposals=True)
+            yield VerifySpec(dtype, VECTOR_BYTES, *verify_form(128256, num_rows, False), tree=tree, proposals=False)
+        yield VerifySpec(dtype, VECTOR_BYTES, *verify_form(128256, num_rows, True), tree=False, proposals=True)
     yield TopKSpec(dtype, VECTOR_BYTES, *geometry_for(131072, 1), 512, False)
     for dense in (False, True):
         yield PenalizeLogitsSpec.of(dtype, VECTOR_BYTES, 128256, dense)

@@ -195,6 +195,8 @@ def prefill_tuning_for(spec: AttentionSpec, device: torch.device, levels: bool =
     if spec.q_is_fp8 > (tuning.landing_stages > 0) or (tuning.landing_stages > 0) > (spec.q_is_fp8 or may_land):
         expected = "2 or more with FP8 queries, 0 where K and V are multiplied as they are stored or come row by row"
         raise ArgumentError("tuning.landing_stages", expected, tuning.landing_stages)
+    if levels and tuning.key_stages < 2:  # values of a first step are waited for before its keys are given back
+        raise ArgumentError("tuning.key_stages", "2 or more where plans have levels", tuning.key_stages)
     if size > limit:
         raise ArgumentError("tuning.key_stages", f"rings that fit into {limit} bytes", size)
     return tuning

@@ -195,9 +195,14 @@ def tuning_for(spec: AttentionSpec, capacity: Capacity, device: torch.device) ->
     if unknown:
         expected = f"names among {[item.name for item in fields(DecodeTuning)]}"
         raise ArgumentError("fi_tuning", expected, sorted(unknown))
+    if "head_warps" not in given and {"num_warps", "row_warps"} & set(given):
+        built_in = replace(built_in, head_warps=1)  # how many there can be follows from both
     tuning = replace(built_in, **given)
     if spec.num_kv_heads % tuning.head_warps or (spec.batch_invariant and tuning.head_warps > 1):
-        raise ArgumentError("tuning.head_warps", f"1, or a divisor of {spec.num_kv_heads} KV heads", tuning.head_warps)
+        expected = (
+            "1 with batch_invariant" if spec.batch_invariant else f"1, or a divisor of {spec.num_kv_heads} KV heads"
+        )
+        raise ArgumentError("tuning.head_warps", expected, tuning.head_warps)
     block_bytes = shared_bytes(tuning, HeadForm.of(spec))
     fitting = min(
         (limit + _RESERVED_BYTES) // (block_bytes + _RESERVED_BYTES),

@@ -29,7 +29,7 @@ class Kept(NamedTuple):
     as many as ``most_blocks`` on a multiprocessor leave it enough registers, three with ``threads_of_three``. Where many rows
     share multiprocessors, a cluster has ``least_cluster`` blocks or more; ``sixes``: whether clusters of six are faster than of
     eight. ``pairs_from``: from how many rows on two larger blocks are; ``grouped``: whether a warp's groups of tokens count, 1, 2
-    or 4 and up to 256 in all."""
+    or 4 and up to 256 in all; ``searched``: whether warps exchange with a block of the cluster each."""
 
     bytes: int
     bytes_of_16: int
@@ -39,14 +39,15 @@ class Kept(NamedTuple):
     sixes: bool = False
     pairs_from: int = 2**31
     grouped: bool = False
+    searched: bool = True
 
     def without_pairs(self) -> Kept:
         """Of kernels to which pairs bring nothing, or that keep too much beside their slices for them."""
         return self._replace(pairs_from=2**31)
 
 
-NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256, sixes=True)
-NO_SEARCH_PENALISED = Kept(11 * 1024, 11 * 1024, threads_of_three=256, sixes=True)
+NO_SEARCH = Kept(2 * 1024, 2 * 1024, threads_of_three=256, sixes=True, searched=False)
+NO_SEARCH_PENALISED = Kept(11 * 1024, 11 * 1024, threads_of_three=256, sixes=True, searched=False)
 """With three bits of each token and the first entries of lists beside it."""
 
 SMALL_SEARCH = Kept(12 * 1024, 23 * 1024, threads_of_three=256)
@@ -104,7 +105,7 @@ def geometry_for(vocab_size: int, num_rows: int, rows_held: int = 1, kept: Kept 
     cluster_size = _MAX_CLUSTER if num_rows <= _FEW_ROWS else _MAX_CLUSTER // 2
     if kept.sixes and _FEW_ROWS < num_rows <= _SIXES and vocab_size > _MAX_CLUSTER // 2 * 2048:
         six = geometry(vocab_size, 6, threads)
-        if six.slice_bytes <= _MOST_OF_SIX:
+        if six.slice_bytes <= _MOST_OF_SIX and _resident(six, rows_held, kept) > 0:
             return six
     while cluster_size > 1 and vocab_size <= cluster_size * 2048:
         cluster_size //= 2
@@ -123,6 +124,8 @@ def _shared_multiprocessors(vocab_size: int, rows_held: int, kept: Kept, threads
     while True:
         for filling in (_MOST_FILLING, 0.0):
             form = geometry(vocab_size, cluster_size, kept.threads_of_three, filling)
+            if kept.searched and cluster_size > form.num_threads // 32:
+                continue
             if _resident(form, rows_held, kept) == 3:
                 return form._replace(resident_blocks=3)
         form = geometry(vocab_size, cluster_size, threads)

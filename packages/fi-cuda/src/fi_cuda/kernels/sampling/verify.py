@@ -69,6 +69,11 @@ def _bound(device: torch.device, vector: int, geometry: Geometry, tree: bool, pr
     return kernel_for(VerifySpec(torch.float32, vector, *geometry, tree, proposals), device)
 
 
+def verify_form(vocab_size: int, num_requests: int, proposals: bool) -> Geometry:
+    """How the rows of a verification lie in clusters; ``proposals``: of the draft model too, beside the target's."""
+    return geometry_for(vocab_size, num_requests, rows_held=2 if proposals else 1, kept=NO_SEARCH)
+
+
 def _launch(
     draft_tokens: Tensor,
     parents: Tensor | None,
@@ -79,7 +84,7 @@ def _launch(
     draft_probs, target_probs = probs
     num_requests, num_draft = draft_tokens.shape
     device, vocab_size = target_probs.device, target_probs.shape[2]
-    form = geometry_for(vocab_size, num_requests, rows_held=1 if draft_probs is None else 2, kept=NO_SEARCH)
+    form = verify_form(vocab_size, num_requests, draft_probs is not None)
     rows = (target_probs, draft_probs) if draft_probs is not None else (target_probs,)
     vector = vector_bytes(*rows, multiple_of=vocab_size)
     draft_strides = (0, 0) if draft_probs is None else draft_probs.stride()[:2]

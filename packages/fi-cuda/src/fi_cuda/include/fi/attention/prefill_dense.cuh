@@ -106,7 +106,7 @@ __device__ __forceinline__ void end_dense_copies(const Params& params) {
   if (atomicAdd(&header.ended, 1) != static_cast<int>(gridDim.x) - 1) return;
   header.used = 0;
   header.ended = 0;
-  header.launches += 1;
+  atomicAdd(&header.launches, 1ull);
 }
 
 }  // namespace fi

@@ -203,7 +203,7 @@ class GatherCopies {
       return;
     }
     if (keeps()) {
-      ptx::bulk_wait_read<Config::kKeyStages + Config::kValueStages - 2>();
+      ptx::bulk_wait_read<2 * (Config::kKeyStages < Config::kValueStages ? Config::kKeyStages : Config::kValueStages) - 2>();
       __syncwarp();
     }
     if (kRuns && looks_) {

@@ -7,7 +7,7 @@
 // ragged), kTable, kTableRow, kConsumers (warpgroups), kTokens (keys a step), kEdgeTokens (unit of the keys of a first step),
 // kBoxTokens, kKeyStages, kValueStages, kQueryStages, kLandingStages, kPingPong, kOverlap, kCopyOrder, kInPieces (of tiles, in the order), kParts (of a step's weights), kCausal, kWindowed, kSoftCap, kAlibi,
 // kSinks, kMask, kRotaryDim, kRopePairs, kQScales, kKScales, kVScales, kLse, kSignedScale (the softmax scale may be 0 or less),
-// kProducerRegisters, kConsumerRegisters, kSharedBytes, kAfterDecode (it follows the decode kernel, which serves batches of short
+// kProducerRegisters, kConsumerRegisters, kSharedBytes, kDenseTiles (prefill_dense.cuh), kAfterDecode (it follows the decode kernel, which serves batches of short
 // queries). Params: those of
 // fi_cuda.kernels.attention.prefill.
 #pragma once

@@ -36,7 +36,7 @@ __device__ __forceinline__ RankScale bit_scale(float top, float bottom) {
 // Of a whole row: as wide as tokens have mass. Tokens without are counted, but those at -inf are not.
 __device__ __forceinline__ RankScale row_scale(float largest, float smallest, bool by_count) {
   const float bottom = fmaxf(largest - kMasslessShortfall, smallest);
-  const float per_unit = largest > bottom ? __fdividef(static_cast<float>(kRankBins), largest - bottom) : 0.0f;
+  const float per_unit = largest > bottom ? fminf(__fdividef(static_cast<float>(kRankBins), largest - bottom), 3.4e38f) : 0.0f;  // finite
   return {largest, by_count ? -3.402823466e38f : bottom, per_unit, -1, -1};
 }
 

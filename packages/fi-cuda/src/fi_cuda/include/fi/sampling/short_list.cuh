@@ -47,7 +47,7 @@ struct ShortList {
       if (logit > minus_infinity()) least = fminf(least, logit);
     }
     float bottom = fmaxf(massless, smallest_of_warp(least));
-    const float per_unit = row.largest > bottom ? kGroupBins / (row.largest - bottom) : 0.0f;
+    const float per_unit = row.largest > bottom ? fminf(kGroupBins / (row.largest - bottom), 3.4e38f) : 0.0f;  // finite
 #pragma unroll 1
     for (int idx = static_cast<int>(threadIdx.x); idx < kGroups; idx += kThreads) {
       const float logit = shared.groups[idx];
