@@ -2,7 +2,7 @@
 
 Put this folder on PYTHONPATH. SGLang's backend fa3 finds FlashAttention-3 in the library that vLLM ships, which the variable
 FI_FA3_LIBRARY names (vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so), instead of in sglang-kernel's, which is 1.8 GB large; and
-speculation imports without the package cutlass, which only sparse attention calls.
+speculation imports without the packages cutlass and deep_gemm, which only sparse attention calls.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 def patch() -> None:
     """The entry point of SGLang."""
     _leave_out("sglang.jit_kernel.dsa.cutedsl_paged_mqa_logits", "CuteDSLPagedMQALogitsRunner", "pick_dsl_expand")
+    sparse = _leave_out("sglang.srt.layers.attention.dsa_backend")
+    sparse.DeepseekSparseAttnBackend = type("DeepseekSparseAttnBackend", (), {})  # asked for by isinstance
     library = os.environ.get("FI_FA3_LIBRARY")
     if library is None:
         return
