@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from fi_cuda.kernels.rows import inner_size, num_rows, row_strides
+from fi_cuda.kernels.rows import inner_size, row_strides
 from fi_cuda.params import ParamsLayout
 from fi_cuda.spec import KernelSpec, kernel_for
 
@@ -46,6 +46,7 @@ def rmsnorm(x, weight, eps, weight_bias, scale, out):
     ``scale`` is None."""
     kernel = kernel_for(WarpRmsNormSpec(x.dtype, x.shape[-1]), x.device)
     pointers = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
-    grid = (-(-num_rows(x) // ROWS_PER_BLOCK), 1)
-    strides = (*row_strides(x), *row_strides(out))
-    kernel.launch(x.device, *grid, *pointers, *strides, num_rows(x), inner_size(x), eps, weight_bias)
+    num_rows = x.shape[:-1].numel()
+    grid = (-(-num_rows // ROWS_PER_BLOCK), 1)
+    strides = (*row_strides(x.stride()), *row_strides(out.stride()))
+    kernel.launch(x.device, *grid, *pointers, *strides, num_rows, inner_size(x.shape), eps, weight_bias)
