@@ -79,16 +79,22 @@ class Step:
         return [tensor.clone() for tensor in (*self.outs, *self.lses)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_replays_equal_eager_calls_and_the_reference(variant):
-    torch.manual_seed(0)
-    step = Step(*VARIANTS[variant])
-    rng = random.Random(variant)
+def captured(step, rng):
+    """A graph of the step, after a call that makes what it needs."""
     step.fill(rng)
     step.run(step.plan)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step.run(step.plan)
+    return graph
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replays_equal_eager_calls_and_the_reference(variant):
+    torch.manual_seed(0)
+    step = Step(*VARIANTS[variant])
+    rng = random.Random(variant)
+    graph = captured(step, rng)
     for turn in range(100):
         step.fill(rng)
         poisoned = step.results()
@@ -165,11 +171,7 @@ def test_levels_change_between_replays(max_q_len, choose, monkeypatch):
     torch.manual_seed(0)
     step = SharingStep(max_q_len)
     rng = random.Random(f"{max_q_len} {choose}")
-    step.fill(rng)
-    step.run(step.plan)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step.run(step.plan)
+    graph = captured(step, rng)
     num_nodes = 0
     for turn in range(60):
         num_nodes += step.fill(rng)

@@ -141,6 +141,20 @@ def test_bad_tuning_is_named(given, message, monkeypatch):
         manager.unregister(plugin)
 
 
+@pytest.mark.parametrize("given", [{"num_warps": 8}, {"num_warps": 2}, {"rows": 16, "row_warps": 2}])
+def test_who_gives_other_warps_need_not_know_of_heads_for_each(given, monkeypatch):
+    monkeypatch.setattr(tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
+    spec, capacity = AttentionSpec(32, 8, 128, page_size=1), Capacity(256, 256, 1, 2048)
+    assert built_in_tuning(spec, capacity).head_warps == 4
+    manager, plugin = registry().manager, Override(given)
+    manager.register(plugin)
+    try:
+        found = tuning_for(spec, capacity, CPU)
+    finally:
+        manager.unregister(plugin)
+    assert found.head_warps == 1 and given.items() <= vars(found).items()
+
+
 @pytest.fixture(scope="module")
 def attention():
     return next(operation for operation in OPERATIONS if operation.name == "attention")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from .layers import BoundLayer, geometry_of, window_of, windows_of
 from .steps import MAX_DEPTH, MAX_PREFIXES, MAX_REQUESTS, StepBuffers
 
+logger = logging.getLogger(__name__)
+
 _CHAINS = (None, "EAGLE", "EAGLE3", "STANDALONE")
 """Speculative algorithms that verify a chain of tokens where ``speculative_eagle_topk`` is 1."""
-
 
 _DRAFT_ELSEWHERE = "a draft model runs with speculative_draft_attention_backend='triton'"
 
@@ -52,6 +54,11 @@ class FiAttnBackend(AttentionBackend):
         self.sharing: fi.Batch | None = None  # the same with its prefixes, where they were looked for
         self.longest = 0
         self.looks = _may_look(runner) and finds_prefixes(fi.target_of(self.device), MAX_DEPTH)
+        if not self.looks:
+            logger.info(
+                "fi: each request reads its own prefix; shared ones are read once with --disable-overlap-schedule or speculation,"
+                " a radix cache, and without deterministic inference"
+            )
 
     # SGLang's contract of a step
 

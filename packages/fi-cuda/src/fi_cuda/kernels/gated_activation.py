@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
-from .rows import aligned_bytes, inner_size, row_strides
+from .rows import LaunchForm, aligned_bytes, inner_size, row_strides
 
 SILU, GELU, GELU_TANH = 0, 1, 2
 
@@ -54,14 +53,6 @@ class GatedActivationSpec(KernelSpec):
         return (self.num_packs + self.num_threads - 1) // self.num_threads
 
 
-class _Form(NamedTuple):
-    """What launches with tensors of one form share: the kernel, its blocks, and the struct's strides and sizes."""
-
-    kernel: LaunchableKernel
-    num_blocks: int
-    sizes: tuple[int, ...]
-
-
 @lru_cache(maxsize=4096)
 def _form(
     device: torch.device,
@@ -70,12 +61,12 @@ def _form(
     strides: tuple[tuple[int, ...], tuple[int, ...]],
     address: int,
     activation: int,
-) -> _Form:
+) -> LaunchForm:
     """``shape`` of the output, ``strides`` of both tensors, ``address``: the bits below 16 of both addresses."""
     width, (x, out) = shape[-1], strides
     spec = GatedActivationSpec(dtype, width, aligned_bytes(address, strides, width, dtype.itemsize), activation)
     num_blocks = math.prod(shape[:-1]) * spec.blocks_per_row
-    return _Form(kernel_for(spec, device), num_blocks, (*row_strides(x), *row_strides(out), inner_size(shape)))
+    return LaunchForm(kernel_for(spec, device), num_blocks, (*row_strides(x), *row_strides(out), inner_size(shape)))
 
 
 def _launch(x: Tensor, activation: int, out: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
-from .rows import aligned_bytes, inner_size, power_of_2_at_least, row_strides
+from .rows import LaunchForm, aligned_bytes, inner_size, power_of_2_at_least, row_strides
 
 MAX_WIDTH = 16384
 _BLOCK_THREADS = 128
@@ -85,14 +85,6 @@ class RmsNormSpec(KernelSpec):
         ]
 
 
-class _Form(NamedTuple):
-    """What launches with tensors of one form share: the kernel, its blocks, and the struct's strides and sizes."""
-
-    kernel: LaunchableKernel
-    num_blocks: int
-    sizes: tuple[int, ...]
-
-
 @lru_cache(maxsize=4096)
 def _form(
     device: torch.device,
@@ -100,7 +92,7 @@ def _form(
     shape: tuple[int, ...],
     strides: tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]],
     addresses: tuple[int, int],
-) -> _Form:
+) -> LaunchForm:
     """``dtypes`` and ``addresses`` of the inputs and the output (their bits below 16), ``strides`` of x, residual and out."""
     dtype, out_dtype = dtypes
     x, residual, out = strides
@@ -115,7 +107,7 @@ def _form(
     kernel, rows_per_block = _bound(device, dtypes, width, vector, adds, rows > _FEW_ROWS and not adds, inner > 1)
     others = (0, 0) if residual is None else row_strides(residual)
     sizes = (*row_strides(x), *others, *row_strides(out), rows, inner)
-    return _Form(kernel, (rows + rows_per_block - 1) // rows_per_block, sizes)
+    return LaunchForm(kernel, (rows + rows_per_block - 1) // rows_per_block, sizes)
 
 
 @lru_cache(maxsize=1024)

@@ -11,10 +11,9 @@ from fi_core.remembered import Remembered
 from fi_core.rope import RopeTable
 from torch import Tensor
 
-from ..launch import LaunchableKernel
 from ..params import ParamsLayout
 from ..spec import KernelSpec, kernel_for
-from .rows import aligned_bytes, vector_bytes
+from .rows import LaunchForm, aligned_bytes, vector_bytes
 
 PAIRS = {"half": 1, "interleaved": 2}
 _THREADS = 256
@@ -102,14 +101,6 @@ def spec_for(
     )
 
 
-class _Form(NamedTuple):
-    """What launches with tensors of one form share: the kernel, its blocks, and the struct's strides and sizes."""
-
-    kernel: LaunchableKernel
-    num_blocks: int
-    sizes: tuple[int, ...]
-
-
 class _Rotation(NamedTuple):
     """What a form takes of a table: its halves of rows are aligned to ``table_vector`` bytes (0: no table), its rows are
     ``stride`` elements apart."""
@@ -128,7 +119,7 @@ def _form(
     strides: tuple[tuple[int, ...], ...],
     address: int,
     rotation: _Rotation,
-) -> _Form:
+) -> LaunchForm:
     """``dtypes`` of q and the positions; ``shapes``: q's, and k's heads; ``strides`` of q, q_out, k and k_out, those of k
     left out without it; ``address``: the bits below 16 of all their addresses."""
     (dtype, position_type), ((num_tokens, num_heads, head_dim), num_others) = dtypes, shapes
@@ -141,7 +132,7 @@ def _form(
     q, q_out, k, k_out = (*strides, (0, 0), (0, 0))[:4]
     rows = (*q[:2], *k[:2], *q_out[:2], *k_out[:2])
     num_blocks = -(-num_tokens // spec.tokens_per_block)
-    return _Form(kernel_for(spec, device), num_blocks, (*rows, num_tokens, rotation.stride, num_heads, num_others))
+    return LaunchForm(kernel_for(spec, device), num_blocks, (*rows, num_tokens, rotation.stride, num_heads, num_others))
 
 
 _rotations: Remembered[_Rotation] = Remembered()

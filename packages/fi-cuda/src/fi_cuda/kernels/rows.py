@@ -1,10 +1,22 @@
-"""What row-wise kernels share: widest vector that addresses allow, row strides, threads a row."""
+"""What row-wise kernels share: widest vector that addresses allow, row strides, threads a row, the form of a launch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
+
+from ..launch import LaunchableKernel
+
+
+class LaunchForm(NamedTuple):
+    """What launches with tensors of one form (dtypes, shapes, strides and alignment) share: the kernel, its blocks, and the
+    strides and sizes among its parameters. Found once for a form, so that a launch computes none of it."""
+
+    kernel: LaunchableKernel
+    num_blocks: int
+    sizes: tuple[int, ...]
 
 
 def vector_bytes(*tensors: Tensor, multiple_of: int) -> int:
