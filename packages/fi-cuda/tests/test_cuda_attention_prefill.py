@@ -46,12 +46,12 @@ class Override:
         return self.given if op == "attention_prefill" else None
 
 
-def overridden(given, spec=SPEC):
+def overridden(given, spec=SPEC, levels=False):
     plugin = Override(given)
     manager = registry().manager
     manager.register(plugin)
     try:
-        return prefill_tuning_for(spec, CPU)
+        return prefill_tuning_for(spec, CPU, levels)
     finally:
         manager.unregister(plugin)
 
@@ -91,6 +91,13 @@ def test_wrong_tunings_are_named(given, message, monkeypatch):
     monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
     with pytest.raises(ArgumentError, match=message):
         overridden(given)
+
+
+def test_plans_with_levels_need_a_second_stage_of_keys(monkeypatch):
+    monkeypatch.setattr(prefill_tuning, "shared_limit", lambda device: HOPPER_SHARED_BYTES)
+    assert overridden({"key_stages": 1}).key_stages == 1
+    with pytest.raises(ArgumentError, match="tuning.key_stages: expected 2 or more where plans have levels"):
+        overridden({"key_stages": 1}, levels=True)
 
 
 @pytest.mark.parametrize(("page_size", "tokens"), [(None, 80), (8, 80), (16, 80), (64, 64), (1, 64)])
